@@ -1,0 +1,112 @@
+"""Which array library holds the numbers: NumPy in main memory, CuPy on a GPU.
+
+Every function of `nn/` and `rlhf/` begins with `xp = get_xp(...)`, so the arrays themselves choose
+where the work is done. This is the only file of the package that imports cupy.
+"""
+
+import ctypes
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from minirlhf.errors import InputError
+
+Array = Any  # numpy.ndarray or cupy.ndarray: the same code serves both
+
+_MODULE_OF: dict[type, ModuleType] = {np.ndarray: np}  # array type -> the module that works on it
+
+
+def register_array_module(array_type: type, module: ModuleType) -> None:
+    """Let `get_xp` answer `module` for arrays of exactly the type `array_type`."""
+    _MODULE_OF[array_type] = module
+
+
+def get_xp(*arrays: Array) -> ModuleType:
+    """The array module that all `arrays` belong to.
+
+    Strict, because a silent conversion copies between devices or changes the dtype: lists, Python
+    and NumPy scalars, ndarray subclasses and mixtures of libraries are refused.
+
+    Raises:
+        TypeError: an argument is no array, or two arguments belong to different libraries.
+    """
+    xp = _MODULE_OF.get(type(arrays[0])) or _adopt(arrays[0])
+    for array in arrays[1:]:
+        other = _MODULE_OF.get(type(array)) or _adopt(array)
+        if other is not xp:
+            raise TypeError(
+                f"expected arrays of one library; got {xp.__name__} and {other.__name__}: "
+                "move them to one device with minirlhf.backend.to_device or to_host"
+            )
+    return xp
+
+
+def _adopt(array: Array) -> ModuleType:
+    """Register cupy when the first of its arrays appears; refuse anything else."""
+    if type(array).__module__.partition(".")[0] == "cupy" and "cupy" in sys.modules:
+        cupy = sys.modules["cupy"]
+        if type(array) is cupy.ndarray:
+            register_array_module(cupy.ndarray, cupy)
+            return cupy
+    kind = f"{type(array).__module__}.{type(array).__qualname__}"
+    raise TypeError(f"expected a numpy or cupy array; got {kind}: make it one with xp.asarray")
+
+
+def array_module(device: str) -> ModuleType:
+    """The array module of a device: numpy for "cpu", cupy for "cuda".
+
+    Raises:
+        InputError: the device has another name, cupy is not installed, or there is no GPU.
+    """
+    if device == "cpu":
+        return np
+    if device != "cuda":
+        raise InputError(f"--device: expected cpu or cuda; got {device!r}")
+    if not cuda_is_available():
+        raise InputError(
+            "--device cuda: expected cupy and a working NVIDIA GPU; found none: install "
+            "minirlhf[cuda12] or minirlhf[cuda13] on a machine with a GPU, or use --device cpu"
+        )
+    import cupy
+
+    register_array_module(cupy.ndarray, cupy)
+    return cupy
+
+
+def cuda_is_available() -> bool:
+    """Is cupy installed, and does it see a GPU? Without a driver cupy 13 raises, 14 says no."""
+    try:
+        import cupy
+
+        return bool(cupy.is_available())
+    except (ImportError, RuntimeError):
+        return False
+
+
+def to_device(array: Array, device: str) -> Array:
+    """A copy of `array` on `device` ("cpu" or "cuda"). A whole tree: tree_map(to_device, ...)."""
+    return array_module(device).array(to_host(array))
+
+
+def to_host(array: Array) -> np.ndarray:
+    """The values as a NumPy array; a NumPy array is passed through."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def keep_freed_memory() -> bool:
+    """Let the C allocator keep freed blocks instead of giving them back to the system.
+
+    Arrays over 128 KiB are otherwise mapped and zeroed anew each time, which costs plain NumPy code
+    a third of its time. Called once at program start; where there is no glibc it does nothing.
+
+    Returns:
+        whether the setting was made.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -1,0 +1,190 @@
+"""Files: what the user gives is read strictly, what we write is written whole or not at all.
+
+A reader never sees half a file: bytes go to a temporary neighbour, are flushed to the disk
+(fsync), and then take the name in one rename. A folder cannot be renamed over another, so a folder
+of several files takes two renames; between them only `.NAME.old` exists, and `settled` finds it.
+"""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from minirlhf.errors import InputError
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        InputError: there is no such file, it is a folder, or it may not be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: expected a file; found none: check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: expected a file; got a folder: name a file in it") from error
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file; got: {error.strerror}") from error
+
+
+def read_text(path: str | Path) -> str:
+    r"""The content of a UTF-8 text file, every line end as "\n", without a byte order mark.
+
+    Raises:
+        InputError: as `read_bytes`; the file is empty or blank, or not UTF-8.
+    """
+    data = read_bytes(path)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: expected UTF-8 text; got the byte {data[error.start]:#04x} in line "
+            f"{data.count(10, 0, error.start) + 1}: save the file as UTF-8"
+        ) from error
+    if not text.strip():
+        raise InputError(f"{path}: expected text; the file is empty: fill it or name another")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_object(text: str, where: str) -> dict:
+    """A JSON object. `where` (a file, or file:line) opens the message if it is none.
+
+    Raises:
+        InputError: not JSON (NaN and Infinity are not), or JSON of another kind.
+    """
+
+    def refuse_constant(name):
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: expected a JSON object; got {shorten(text)!r} ({error}): correct it"
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{where}: expected a JSON object in braces; got {shorten(text)!r}: correct it"
+        )
+    return value
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """The text on one line, cut with "..." if it is longer than `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old file or the new one.
+
+    Raises:
+        InputError: the disk or the permissions refuse.
+    """
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temporary, data)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _cannot_write(path, error) from error
+
+
+def write_whole_folder(
+    folder: str | Path, files: dict[str, bytes], *, drop: frozenset[str] = frozenset()
+) -> None:
+    """Write several files of one folder so that a crash leaves all old ones or all new ones.
+
+    Other content of the folder stays, except the names in `drop`. During the swap there is a moment
+    in which only `.NAME.old` exists: read through `settled`. One writer at a time.
+
+    Raises:
+        InputError: the disk or the permissions refuse.
+    """
+    folder = Path(folder).resolve()
+    new, old = folder.with_name(f".{folder.name}.new"), _old_name(folder)
+    try:
+        shutil.rmtree(new, ignore_errors=True)  # of a writer that crashed
+        current = folder if folder.exists() else old
+        if current.exists():
+            replaced = files.keys() | drop
+            shutil.copytree(
+                current,
+                new,
+                symlinks=True,
+                copy_function=_link,
+                ignore=lambda at, names: replaced if Path(at) == current else (),
+            )
+        new.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            _write_synced(new / name, data)
+        _sync_folder(new)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(new, folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise _cannot_write(folder, error) from error
+
+
+def settled(folder: str | Path) -> Path:
+    """Where the content of a folder written by `write_whole_folder` is now.
+
+    Raises:
+        InputError: there is no such folder, or it is a file.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{folder}: expected a folder; got a file: name the folder it is in")
+    old = _old_name(folder.resolve())
+    if not old.is_dir():
+        raise InputError(f"{folder}: expected a folder; found none: check the path")
+    return old
+
+
+def _old_name(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in this folder survive a power cut; Windows has no such call."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file; a copy on disks that have no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: cannot be written ({error.strerror or error}): free some space or choose "
+        "another folder"
+    )

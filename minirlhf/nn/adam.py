@@ -1,0 +1,127 @@
+"""AdamW, learning-rate schedules, clipping by the global norm.
+
+The optimiser works on one flat buffer that holds every parameter (`tree_pack`); the tree of
+parameters are views into it and see the update.
+"""
+
+import math
+from typing import NamedTuple
+
+from minirlhf.backend import Array, get_xp
+from minirlhf.tree import Tree, tree_leaves
+
+
+class AdamWState(NamedTuple):
+    step: int  # updates done so far
+    mean: Array  # (N,) running mean of the gradient
+    var: Array  # (N,) running mean of its square
+
+
+def init_adamw(flat: Array) -> AdamWState:
+    """Both moments 0."""
+    xp = get_xp(flat)
+    return AdamWState(0, xp.zeros_like(flat), xp.zeros_like(flat))
+
+
+def adamw_step(
+    flat: Array,
+    dflat: Array,
+    state: AdamWState,
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-5,
+    weight_decay: Array | float = 0.0,
+    form: str = "torch",
+) -> AdamWState:
+    """theta -= lr (mhat / (sqrt(vhat) + eps) + decay theta),  mhat = m/(1-b1^k), vhat = v/(1-b2^k).
+
+    Kingma & Ba 2015, arXiv 1412.6980; decoupled decay: Loshchilov & Hutter 2019, 1711.05101. The
+    decay is applied first, as torch.optim.AdamW does. form="tf" is TensorFlow 1's rule,
+    theta -= lr * sqrt(1-b2^k)/(1-b1^k) * m / (sqrt(v) + eps): with the same eps its early steps
+    are smaller.
+
+    Args:
+        flat: (N,) parameters, updated in place.
+        dflat: (N,) dL/dflat.
+        state: from `init_adamw` or the last step; its moments are updated in place.
+        weight_decay: one number, or (N,) so that biases and layer norms are spared.
+    Returns:
+        the state with its step advanced.
+    Raises:
+        ValueError: another form.
+    """
+    if form not in ("torch", "tf"):
+        raise ValueError(f'adamw: expected form "torch" or "tf"; got {form!r}')
+    xp = get_xp(flat, dflat)
+    k, m, v = state.step + 1, state.mean, state.var
+    m *= beta1
+    m += (1 - beta1) * dflat
+    v *= beta2
+    update = dflat * dflat
+    update *= 1 - beta2
+    v += update
+    correction1, correction2 = 1 - beta1**k, math.sqrt(1 - beta2**k)
+    xp.sqrt(v, out=update)
+    if form == "torch":
+        update *= 1 / correction2
+        step_size = learning_rate / correction1
+    else:
+        step_size = learning_rate * correction2 / correction1
+    update += eps
+    xp.divide(m, update, out=update)
+    update *= step_size
+    flat -= (learning_rate * weight_decay) * flat
+    flat -= update
+    return AdamWState(k, m, v)
+
+
+def decay_mask(params: Tree) -> Array:
+    """(N,) 1 at entries of matrices, 0 at biases and layer norms, in the order of `tree_pack`."""
+    leaves = tree_leaves(params)
+    xp = get_xp(*leaves)
+    return xp.concatenate(
+        [xp.full(leaf.size, 1.0 if leaf.ndim > 1 else 0.0, dtype=leaf.dtype) for leaf in leaves]
+    )
+
+
+def scheduled_lr(
+    step: int, *, peak: float, total: int, warmup: int = 0, kind: str = "linear", floor: float = 0.0
+) -> float:
+    """Learning rate of update `step` (0, 1, ...): a linear rise to `peak`, then the schedule.
+
+    linear:   peak to floor * peak along a line,
+    cosine:   along half a period of a cosine,
+    constant: peak.
+
+    Args:
+        total: number of updates; the floor is reached after the last one.
+        warmup: updates of the rise.
+        floor: lowest value as a share of the peak.
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in ("linear", "cosine", "constant"):
+        raise ValueError(f"schedule: expected linear, cosine or constant; got {kind!r}")
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if kind == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    left = 1 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (floor + (1 - floor) * left)
+
+
+def clip_global_norm(dflat: Array, max_norm: float) -> tuple[Array, Array]:
+    """g * min(1, max_norm / (|g| + 1e-6)), |g| over all parameters at once.
+
+    Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063.
+
+    Returns:
+        the clipped gradient (N,) in new memory, and |g| before clipping, 0-d float64.
+    """
+    xp = get_xp(dflat)
+    norm = xp.sqrt((dflat * dflat).sum(dtype=xp.float64))
+    scale = xp.minimum(1.0, max_norm / (norm + 1e-6))
+    return dflat * scale.astype(dflat.dtype), norm

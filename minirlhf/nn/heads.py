@@ -1,0 +1,121 @@
+"""What reads the transformer's hidden states: next-token logits, a value or a reward.
+
+`h` (B, T, C) is the output of the final layer norm.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import Array, get_xp
+
+
+class TiedLogitsCache(NamedTuple):
+    h: Array  # (..., C) borrowed
+    wte: Array  # (V, C) borrowed
+
+
+def tied_logits_forward(h: Array, wte: Array) -> tuple[Array, TiedLogitsCache]:
+    """z = h wte^T: the token embedding read backwards, as in GPT-2 (Press & Wolf 2017, 1608.05859).
+
+    Position t predicts token t + 1.
+
+    Args:
+        h: (..., C) hidden states.
+        wte: (V, C) token embedding.
+    Returns:
+        logits (..., V), cache.
+    """
+    get_xp(h, wte)
+    logits = h.reshape(-1, h.shape[-1]) @ wte.T
+    return logits.reshape(*h.shape[:-1], wte.shape[0]), TiedLogitsCache(h, wte)
+
+
+def tied_logits_backward(dlogits: Array, cache: TiedLogitsCache) -> tuple[Array, Array]:
+    """dh = dz wte,  dwte = sum_rows dz^T h (the embedding's own gradient is added by the caller).
+
+    Returns:
+        dh (..., C), dwte (V, C).
+    """
+    h, wte = cache
+    dlogits_rows = dlogits.reshape(-1, wte.shape[0])
+    dh = (dlogits_rows @ wte).reshape(h.shape)
+    return dh, dlogits_rows.T @ h.reshape(-1, h.shape[-1])
+
+
+class ScalarHeadCache(NamedTuple):
+    h: Array  # (..., C) borrowed
+    w: Array  # (C, 1) borrowed
+
+
+def scalar_head_forward(h: Array, w: Array, b: Array) -> tuple[Array, ScalarHeadCache]:
+    """v = h . w + b, one number a position: the value V(x, y_<t) at each t, or a reward.
+
+    Args:
+        h: (..., C) hidden states.
+        w: (C, 1) weight.
+        b: (1,) bias.
+    Returns:
+        v (...), cache.
+    Raises:
+        ValueError: w is not (C, 1) or b not (1,).
+    """
+    if w.shape != (h.shape[-1], 1) or b.shape != (1,):
+        raise ValueError(
+            f"scalar head: expected w ({h.shape[-1]}, 1) and b (1,); got {w.shape} and {b.shape}"
+        )
+    get_xp(h, w, b)
+    return (h @ w)[..., 0] + b, ScalarHeadCache(h, w)
+
+
+def scalar_head_backward(dv: Array, cache: ScalarHeadCache) -> tuple[Array, Array, Array]:
+    """dh = dv w^T,  dw = sum_rows h^T dv,  db = sum dv.
+
+    Returns:
+        dh (..., C), dw (C, 1), db (1,).
+    """
+    h, w = cache
+    dh = dv[..., None] * w[:, 0]
+    dw = h.reshape(-1, h.shape[-1]).T @ dv.reshape(-1, 1)
+    return dh, dw, dv.reshape(-1).sum(axis=0, keepdims=True)
+
+
+class LastTokenCache(NamedTuple):
+    shape: tuple[int, int, int]  # of h
+    last: Array  # (B,) column of the last real token
+
+
+def last_token_forward(h: Array, *, mask: Array) -> tuple[Array, LastTokenCache]:
+    """h at the last real token of each sequence: where a reward model reads its score.
+
+    Args:
+        h: (B, T, C) hidden states.
+        mask: (B, T) 1 at real tokens.
+    Returns:
+        (B, C), cache.
+    """
+    xp = get_xp(h, mask)
+    B, T, _ = h.shape
+    last = (xp.arange(T) * (mask > 0)).max(axis=1)  # (B,)
+    return h[xp.arange(B), last], LastTokenCache(h.shape, last)
+
+
+def last_token_backward(dlast: Array, cache: LastTokenCache) -> Array:
+    """dh is dlast at the last real token and 0 elsewhere.
+
+    Returns:
+        dh (B, T, C).
+    """
+    xp = get_xp(dlast, cache.last)
+    dh = xp.zeros(cache.shape, dtype=dlast.dtype)
+    dh[xp.arange(cache.shape[0]), cache.last] = dlast
+    return dh
+
+
+def init_scalar_head(d_model: int, *, std: float, rng: np.random.Generator, dtype) -> dict:
+    """w ~ N(0, std), b = 0. A value head starts at std 0, a reward head at 1 / sqrt(C + 1).
+
+    Ziegler et al. 2019, arXiv 1909.08593 (code).
+    """
+    w = std * rng.standard_normal((d_model, 1))
+    return {"w": w.astype(dtype), "b": np.zeros(1, dtype=dtype)}

@@ -1,0 +1,153 @@
+"""From a prompt to a response: one token at a time from softmax(z / temperature), until it stops.
+
+Random numbers are drawn on the host and used through the inverse distribution function, so a seed
+gives the same responses on a CPU and on a GPU.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import Array, get_xp
+from minirlhf.nn.heads import tied_logits_forward
+from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
+from minirlhf.tree import Tree
+
+ALIVE_CHECK_EVERY = 4  # steps between two looks at "has everybody stopped?" (each waits for a GPU)
+
+
+def sampling_logprobs(
+    logits: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Array:
+    """log-probabilities that the sampler draws from: softmax(z / temperature) cut and renormalised.
+
+    top_k keeps the k most likely tokens. top_p then keeps the smallest set of most likely tokens
+    that holds at least the mass top_p (Holtzman et al. 2020, arXiv 1904.09751). Tokens tied with
+    the last one kept are kept too. temperature 0 puts all mass on the most likely token.
+
+    Args:
+        logits: (..., V).
+        temperature: >= 0.
+        top_k: 0 keeps all.
+        top_p: in (0, 1]; 1 keeps all.
+    Returns:
+        (..., V) log-probabilities [nats], -inf where cut.
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "sampling: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
+            f"got {temperature}, {top_k} and {top_p}"
+        )
+    xp = get_xp(logits)
+    V = logits.shape[-1]
+    if temperature == 0:
+        best = xp.argmax(logits, axis=-1)[..., None] == xp.arange(V)
+        return xp.where(best, 0.0, -xp.inf).astype(logits.dtype)
+    z = logits / temperature
+    z -= z.max(axis=-1, keepdims=True)
+    if 0 < top_k < V:
+        kth = xp.sort(z, axis=-1)[..., V - top_k : V - top_k + 1]
+        z = xp.where(z >= kth, z, -xp.inf)
+    if top_p < 1:
+        p = xp.exp(z)
+        p /= p.sum(axis=-1, keepdims=True)
+        descending = xp.sort(p, axis=-1)[..., ::-1]
+        mass_before = descending.cumsum(axis=-1) - descending
+        rarest = xp.where(mass_before < top_p, descending, 1.0).min(axis=-1, keepdims=True)
+        z = xp.where(p >= rarest, z, -xp.inf)
+    return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+
+
+def draw_tokens(probs: Array, u: Array) -> Array:
+    """The token whose interval of the cumulative distribution holds u; never one of probability 0.
+
+    Args:
+        probs: (B, V) >= 0, not necessarily normalised.
+        u: (B, 1) uniform in [0, 1), float64.
+    Returns:
+        (B,) ids.
+    """
+    xp = get_xp(probs, u)
+    cdf = probs.cumsum(axis=-1, dtype=xp.float64)
+    total = cdf[:, -1:]
+    return xp.minimum((cdf <= u * total).sum(axis=-1), (cdf < total).sum(axis=-1))
+
+
+class Generation(NamedTuple):
+    tokens: Array  # (B, P+R) prompt as given, then the response: ids, the stop token, padding
+    mask: Array  # (B, P+R) 1 at real tokens of prompt and response; the stop token is one of them
+
+
+def generate(
+    params: Tree,
+    *,
+    tokens: Array,
+    mask: Array,
+    config: GPTConfig,
+    max_new: int,
+    stop_id: int,
+    pad_id: int,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Generation:
+    """Sample y_t ~ pi(. | x, y_<t) for up to `max_new` steps; a response ends with its stop token.
+
+    Args:
+        params: transformer parameters.
+        tokens: (B, P) prompts padded on the left.
+        mask: (B, P).
+        max_new: R, the most tokens a response may have, the stop token included.
+        stop_id: the token that ends a response (EOS) and belongs to it.
+        pad_id: what stands after it, with mask 0.
+        rng: draws all B x R uniforms at once, so a sequence's coins depend on nobody else's length.
+    Returns:
+        Generation with R = max_new columns after the prompt.
+    Raises:
+        ValueError: a prompt is empty, ends in padding, or leaves fewer than max_new positions.
+    """
+    xp = get_xp(tokens, mask)
+    B, P = tokens.shape
+    if max_new < 1:
+        raise ValueError(f"generate: expected max_new >= 1; got {max_new}")
+    if not bool((mask[:, -1] == 1).all()):
+        raise ValueError("generate: expected prompts padded on the left; one ends in padding")
+    longest = int(mask.sum(axis=1).max()) + max_new
+    if longest > config.n_ctx:
+        raise ValueError(
+            f"generate: expected prompt + max_new <= {config.n_ctx}, the model's positions; "
+            f"got {longest}"
+        )
+    u = xp.asarray(rng.random((B, max_new)))
+    out_tokens = xp.full((B, P + max_new), pad_id, dtype=tokens.dtype)
+    out_mask = xp.zeros((B, P + max_new), dtype=mask.dtype)
+    out_tokens[:, :P] = tokens
+    out_mask[:, :P] = mask
+
+    h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
+    alive = mask[:, -1]  # (B,) 1 until the stop token has been drawn
+    for step in range(max_new):
+        logits, _ = tied_logits_forward(h, params["wte"])  # (B, V)
+        logp = sampling_logprobs(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        drawn = draw_tokens(xp.exp(logp), u[:, step : step + 1])
+        column = P + step
+        out_tokens[:, column] = xp.where(alive > 0, drawn, pad_id)
+        out_mask[:, column] = alive
+        if step == max_new - 1:
+            break
+        new_alive = alive * (drawn != stop_id)
+        if step % ALIVE_CHECK_EVERY == 0 and not bool((new_alive > 0).any()):
+            break
+        h = decode_step(
+            params,
+            kv,
+            tokens=out_tokens[:, column],
+            mask=alive,
+            column=column,
+            config=config,
+        )
+        alive = new_alive
+    return Generation(out_tokens, out_mask)

@@ -1,0 +1,132 @@
+"""log pi(y_t | x, y_<t), its sum over a response, and the entropy, from logits.
+
+`logits` (B, T, V) are already shifted: logits[:, t] predict targets[:, t]. Every function takes the
+sampling temperature tau and works on z / tau: the old, current and reference log-probs must be
+those of the distribution that was sampled, or the ratio is not 1 at the first step.
+"""
+
+from typing import NamedTuple
+
+from minirlhf.backend import Array, get_xp
+
+
+def log_softmax(logits: Array, *, temperature: float = 1.0) -> Array:
+    """log P_a = z_a/tau - log sum_b exp(z_b/tau), by subtraction of the maximum.
+
+    Args:
+        logits: (..., V).
+    Returns:
+        (..., V) log-probabilities [nats], new memory.
+    """
+    xp = get_xp(logits)
+    z = logits / temperature
+    z -= z.real.max(axis=-1, keepdims=True)
+    z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+    return z
+
+
+class TokenLogprobsCache(NamedTuple):
+    probs: Array  # (B, T, V)
+    targets: Array  # (B, T) borrowed
+    temperature: float
+
+
+def token_logprobs_forward(
+    logits: Array, *, targets: Array, temperature: float = 1.0
+) -> tuple[Array, TokenLogprobsCache]:
+    """logp_t = z_{t,y_t}/tau - log sum_a exp(z_{t,a}/tau).
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T) the tokens y_t.
+        temperature: tau > 0.
+    Returns:
+        logp (B, T) [nats], cache.
+    Raises:
+        ValueError: shapes do not fit, or the temperature is not positive.
+    """
+    if logits.shape[:-1] != targets.shape or temperature <= 0:
+        raise ValueError(
+            "token_logprobs: expected logits (B, T, V), targets (B, T) and temperature > 0; "
+            f"got {logits.shape}, {targets.shape} and {temperature}"
+        )
+    xp = get_xp(logits, targets)
+    z = logits / temperature
+    z -= z.real.max(axis=-1, keepdims=True)
+    logp = xp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    xp.exp(z, out=z)
+    total = z.sum(axis=-1, keepdims=True)  # (B, T, 1)
+    logp = logp - xp.log(total[..., 0])
+    z /= total
+    return logp, TokenLogprobsCache(z, targets, temperature)
+
+
+def token_logprobs_backward(dlogp: Array, cache: TokenLogprobsCache) -> Array:
+    """dz_a = dlogp (1[a = y] - P_a) / tau.
+
+    Args:
+        dlogp: (B, T) dL/dlogp.
+    Returns:
+        dlogits (B, T, V).
+    """
+    probs, targets, temperature = cache
+    xp = get_xp(dlogp, probs)
+    dlogp = dlogp / temperature
+    dlogits = probs * -dlogp[..., None]
+    B, T = targets.shape
+    dlogits[xp.arange(B)[:, None], xp.arange(T), targets] += dlogp  # one place a row: no repeats
+    return dlogits
+
+
+class SequenceLogprobCache(NamedTuple):
+    mask: Array  # (B, T) borrowed
+
+
+def sequence_logprob_forward(logp: Array, *, mask: Array) -> tuple[Array, SequenceLogprobCache]:
+    """log Pr(y|x) = sum_t mask_t logp_t: exact, because the response is generated token by token.
+
+    Args:
+        logp: (B, T) token log-probs [nats].
+        mask: (B, T) 1 at response tokens, the stop token included.
+    Returns:
+        seq_logp (B,) [nats], cache.
+    """
+    xp = get_xp(logp, mask)
+    return xp.where(mask > 0, logp, 0.0).sum(axis=-1), SequenceLogprobCache(mask)
+
+
+def sequence_logprob_backward(dseq_logp: Array, cache: SequenceLogprobCache) -> Array:
+    """dlogp_t = mask_t dseq_logp.  (B,) -> (B, T)."""
+    return dseq_logp[:, None] * (cache.mask > 0)
+
+
+class EntropyCache(NamedTuple):
+    probs: Array  # (B, T, V)
+    log_probs: Array  # (B, T, V)
+    entropy: Array  # (B, T)
+    temperature: float
+
+
+def entropy_forward(logits: Array, *, temperature: float = 1.0) -> tuple[Array, EntropyCache]:
+    """H_t = -sum_a P_a log P_a of the whole vocabulary.
+
+    Args:
+        logits: (B, T, V).
+    Returns:
+        entropy (B, T) [nats], cache.
+    """
+    xp = get_xp(logits)
+    log_probs = log_softmax(logits, temperature=temperature)
+    probs = xp.exp(log_probs)
+    log_probs = xp.where(probs.real > 0, log_probs, 0.0)  # 0 log 0 = 0, also at logits of -inf
+    entropy = -(probs * log_probs).sum(axis=-1)
+    return entropy, EntropyCache(probs, log_probs, entropy, temperature)
+
+
+def entropy_backward(dentropy: Array, cache: EntropyCache) -> Array:
+    """dz_a = -dH P_a (log P_a + H) / tau.  (B, T) -> (B, T, V)."""
+    probs, log_probs, entropy, temperature = cache
+    dlogits = log_probs + entropy[..., None]
+    dlogits *= probs
+    dlogits *= (-dentropy / temperature)[..., None]
+    return dlogits

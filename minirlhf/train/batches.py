@@ -1,0 +1,79 @@
+"""Lists of token ids to rectangles: prompts padded on the left, responses on the right.
+
+    tokens (B, P+R)   [pad .. bos prompt sep | response eos pad ..]
+    mask   (B, P+R)    0  ..  1    1     1  |    1      1   0  ..
+
+so the tokens of every response begin in column P, and the logits that predict them stand in the
+columns P-1 .. P+R-2.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import Array, to_device
+from minirlhf.nn.transformer import GPTConfig, check_tokens
+
+
+class Batch(NamedTuple):
+    tokens: Array  # (B, P+R)
+    mask: Array  # (B, P+R) 1 at real tokens, in the parameters' dtype
+    prompt_len: int  # P
+
+    @property
+    def responses(self) -> Array:
+        """(B, R) response tokens."""
+        return self.tokens[:, self.prompt_len :]
+
+    @property
+    def response_mask(self) -> Array:
+        """(B, R) 1 at response tokens, the stop token included."""
+        return self.mask[:, self.prompt_len :]
+
+    def rows(self, index) -> "Batch":
+        """The sequences that `index` (a slice, or an array of row numbers) picks."""
+        return Batch(self.tokens[index], self.mask[index], self.prompt_len)
+
+    def trimmed(self) -> "Batch":
+        """Without the columns at either end in which every sequence is padding."""
+        used = (self.mask > 0).any(axis=0)
+        first = int(used[: self.prompt_len].argmax())
+        last = int(used.shape[0] - used[::-1].argmax())
+        columns = slice(first, last)
+        return Batch(self.tokens[:, columns], self.mask[:, columns], self.prompt_len - first)
+
+
+def pad_batch(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    config: GPTConfig,
+    dtype=np.float32,
+    device: str = "cpu",
+) -> Batch:
+    """Prompts and responses (lists of ids) as one checked batch.
+
+    Raises:
+        ValueError: lists of different lengths, an empty prompt, or ids the model has no room for.
+    """
+    if len(prompts) != len(responses) or not all(len(p) > 0 for p in prompts):
+        raise ValueError(
+            f"pad_batch: expected as many non-empty prompts as responses; got {len(prompts)} "
+            f"and {len(responses)}, the shortest prompt of {min(map(len, prompts), default=0)} ids"
+        )
+    B, P, R = len(prompts), max(map(len, prompts)), max(map(len, responses))
+    tokens = np.full((B, P + R), pad_id, dtype=np.int64)
+    mask = np.zeros((B, P + R), dtype=dtype)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        tokens[row, P - len(prompt) : P + len(response)] = [*prompt, *response]
+        mask[row, P - len(prompt) : P + len(response)] = 1
+    check_tokens(tokens, mask, config)
+    return Batch(to_device(tokens, device), to_device(mask, device), P)
+
+
+def row_slices(n: int, size: int) -> list[slice]:
+    """Cut n rows into runs of at most `size` (0: one run)."""
+    step = size or max(n, 1)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]

@@ -1,0 +1,412 @@
+"""Models in Hugging Face's GPT-2 layout, and resumable training states. safetensors, never pickle.
+
+Names and shapes: huggingface/transformers, models/gpt2/modeling_gpt2.py. Its Conv1D keeps weights
+(in, out), as we do, so no tensor is transposed. The output matrix is tied to wte and not stored.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from minirlhf.backend import Array, to_host
+from minirlhf.disk import (
+    parse_object,
+    read_bytes,
+    read_text,
+    settled,
+    write_whole,
+    write_whole_folder,
+)
+from minirlhf.errors import InputError
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.tree import Tree, tree_map
+
+_WEIGHTS, _CONFIG, _HEADS, _STATE = (
+    "model.safetensors",
+    "config.json",
+    "heads.safetensors",
+    "state.safetensors",
+)
+_STATE_KEY = "minirlhf_state"
+
+
+class _Slot(NamedTuple):
+    """Where one parameter is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def _layout(config: GPTConfig) -> Tree:
+    """The parameter tree with a _Slot at every leaf."""
+    C = config.d_model
+
+    def linear(name, n_in, n_out):
+        return {"w": _Slot(f"{name}.weight", (n_in, n_out)), "b": _Slot(f"{name}.bias", (n_out,))}
+
+    def layernorm(name):
+        return {"gain": _Slot(f"{name}.weight", (C,)), "bias": _Slot(f"{name}.bias", (C,))}
+
+    def block(name):
+        return {
+            "ln1": layernorm(f"{name}.ln_1"),
+            "attn": {
+                "qkv": linear(f"{name}.attn.c_attn", C, 3 * C),
+                "out": linear(f"{name}.attn.c_proj", C, C),
+            },
+            "ln2": layernorm(f"{name}.ln_2"),
+            "mlp": {
+                "up": linear(f"{name}.mlp.c_fc", C, 4 * C),
+                "down": linear(f"{name}.mlp.c_proj", 4 * C, C),
+            },
+        }
+
+    return {
+        "wte": _Slot("wte.weight", (config.vocab_size, C)),
+        "wpe": _Slot("wpe.weight", (config.n_ctx, C)),
+        "blocks": [block(f"h.{i}") for i in range(config.n_layer)],
+        "ln_f": layernorm("ln_f"),
+    }
+
+
+def save_model(
+    folder: str | Path,
+    params: Tree,
+    config: GPTConfig,
+    *,
+    heads: dict[str, dict[str, Array]] | None = None,
+    meta: dict[str, Any] | None = None,
+) -> None:
+    """Write model.safetensors and config.json, which transformers loads as GPT2LMHeadModel.
+
+    A crash leaves the old model or the new one. Other files in the folder stay.
+
+    Args:
+        params: the parameter tree, float32 or float64, on either device.
+        heads:  {"value_head": {"w", "b"}}, ...; they go to heads.safetensors.
+        meta:   further entries of config.json, like bos_token_id and eos_token_id.
+    Raises:
+        ValueError: the parameters do not fit config or are not finite, or meta names an entry
+            that config decides.
+        InputError: the folder cannot be written.
+    """
+    tensors: dict[str, np.ndarray] = {}
+
+    def put(slot, array):
+        tensors[f"transformer.{slot.name}"] = array = _host(slot.name, array)
+        if array.shape != slot.shape:
+            raise ValueError(
+                f"save_model: expected {slot.name} of shape {slot.shape}; got {array.shape}"
+            )
+        if array.dtype not in (np.float32, np.float64):
+            raise ValueError(
+                f"save_model: expected {slot.name} in float32 or float64; got {array.dtype}"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"save_model: expected finite numbers; {slot.name} has NaN or inf")
+
+    tree_map(put, _layout(config), params)
+    entries = _config_entries(config, str(tensors["transformer.wte.weight"].dtype))
+    if clash := sorted(entries.keys() & (meta or {}).keys()):
+        raise ValueError(f"save_model: expected meta without {clash}, which config decides")
+    files = {
+        _WEIGHTS: save(tensors, {"format": "pt"}),
+        _CONFIG: (json.dumps(entries | (meta or {}), indent=2) + "\n").encode(),
+    }
+    if heads:
+        head_tensors = {
+            f"minirlhf.{head}.{key}": _host(f"{head}.{key}", array)
+            for head, arrays in heads.items()
+            for key, array in arrays.items()
+        }
+        files[_HEADS] = save(head_tensors, {"format": "pt"})
+    write_whole_folder(folder, files, drop=frozenset({_HEADS}))
+
+
+def _config_entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_ctx,
+        "n_embd": config.d_model,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "layer_norm_epsilon": config.ln_eps,
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+    }
+
+
+def load_model(
+    folder: str | Path, *, dtype: Any = None
+) -> tuple[Tree, GPTConfig, dict[str, dict[str, np.ndarray]]]:
+    """Read a model that `save_model` or transformers wrote.
+
+    Args:
+        dtype: of all arrays; None keeps the stored one (float16 and bfloat16 become float32).
+    Returns:
+        The parameter tree, its GPTConfig, and the heads ({} if there are none); the arrays are
+        NumPy's, C-contiguous and share no memory.
+    Raises:
+        InputError: a file is missing, corrupt or foreign; a tensor is missing, superfluous, of
+            another shape or not finite; the config describes a network that is not our GPT-2.
+    """
+    folder = settled(folder)
+    config = _gpt_config(load_config(folder), folder / _CONFIG)
+    path = _weights_path(folder)
+    stored, _ = _read_tensors(path)
+    stored = {name.removeprefix("transformer."): array for name, array in stored.items()}
+    head = stored.pop("lm_head.weight", None)
+    used = set()
+
+    def take(slot):
+        used.add(slot.name)
+        return _float_tensor(stored, slot, path, dtype)
+
+    params = tree_map(take, _layout(config))
+    buffers = {name for name in stored if name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if extra := sorted(stored.keys() - used - buffers):
+        raise InputError(
+            f"{path}: expected the tensors of a GPT-2 of {config.n_layer} layers; got also "
+            f"{', '.join(extra[:3])} ({len(extra)} in all): name the folder of a plain GPT-2"
+        )
+    if head is not None and not np.array_equal(head, stored["wte.weight"]):
+        raise InputError(
+            f"{path}: expected an output matrix tied to the embedding; lm_head.weight differs "
+            "from wte.weight: use a model with tie_word_embeddings"
+        )
+    return params, config, _load_heads(folder / _HEADS, dtype)
+
+
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """config.json as a dict, with what `save_model` got as meta.
+
+    Raises:
+        InputError: it is missing or no JSON object.
+    """
+    path = settled(folder) / _CONFIG
+    return parse_object(read_text(path), str(path))
+
+
+def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
+    """GPTConfig from a config.json of transformers; what it leaves out has GPT-2's default."""
+
+    def refuse(name, expected):
+        raise InputError(
+            f"{path}: expected {name} to be {expected}; got {entries.get(name)!r}: only plain "
+            "GPT-2 models can be loaded"
+        )
+
+    def number(name, default, kinds=(int,)):
+        value = entries.get(name, default)
+        if type(value) not in kinds or not 0 < value < math.inf:
+            refuse(name, "a number above 0")
+        return value
+
+    if entries.get("model_type") != "gpt2":
+        refuse("model_type", "'gpt2'")
+    if entries.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+        refuse("activation_function", "'gelu_new' or 'gelu_pytorch_tanh'")
+    for name, value in {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    }.items():
+        if entries.get(name, value) is not value:
+            refuse(name, str(value).lower())
+    C, n_head = number("n_embd", 768), number("n_head", 12)
+    if entries.get("n_inner") not in (None, 4 * C):
+        refuse("n_inner", f"null or {4 * C}")
+    if C % n_head:
+        refuse("n_embd", f"a multiple of n_head = {n_head}")
+    return GPTConfig(
+        vocab_size=number("vocab_size", 50257),
+        n_ctx=number("n_positions", 1024),
+        n_layer=number("n_layer", 12),
+        n_head=n_head,
+        d_model=C,
+        ln_eps=number("layer_norm_epsilon", 1e-5, kinds=(float,)),
+    )
+
+
+def _weights_path(folder: Path) -> Path:
+    path = folder / _WEIGHTS
+    if not path.exists() and (folder / "pytorch_model.bin").exists():
+        raise InputError(
+            f"{folder}: expected {_WEIGHTS}; got pytorch_model.bin, a pickle, which is never read: "
+            "convert it with save_pretrained of transformers"
+        )
+    if not path.exists() and (folder / f"{_WEIGHTS}.index.json").exists():
+        raise InputError(
+            f"{folder}: expected one file {_WEIGHTS}; got several parts: join them with "
+            "save_pretrained(max_shard_size='100GB') of transformers"
+        )
+    return path
+
+
+def _load_heads(path: Path, dtype: Any) -> dict[str, dict[str, np.ndarray]]:
+    """{"value_head": {"w": ..}} from tensors named minirlhf.value_head.w; {} without a file."""
+    if not path.exists():
+        return {}
+    heads: dict[str, dict[str, np.ndarray]] = {}
+    stored, _ = _read_tensors(path)
+    for name, array in stored.items():
+        if not name.startswith("minirlhf.") or name.count(".") != 2:
+            raise InputError(
+                f"{path}: expected tensors named minirlhf.HEAD.KEY; got {name}: the file is not "
+                "ours, remove it"
+            )
+        _, head, key = name.split(".")
+        slot = _Slot(name, array.shape)
+        heads.setdefault(head, {})[key] = _float_tensor(stored, slot, path, dtype)
+    return heads
+
+
+def _float_tensor(stored: dict, slot: _Slot, path: Path, dtype: Any) -> np.ndarray:
+    """One stored tensor, checked."""
+    array = stored.get(slot.name)
+    if array is None:
+        raise InputError(
+            f"{path}: expected a tensor {slot.name}; found none: the file is of another model or "
+            "cut short, restore it"
+        )
+    if array.shape != slot.shape:
+        raise InputError(
+            f"{path}: expected {slot.name} of shape {slot.shape}, by config.json; got "
+            f"{array.shape}: use the config.json that belongs to the weights"
+        )
+    if array.dtype.kind != "f":
+        raise InputError(
+            f"{path}: expected {slot.name} in floating point; got {array.dtype}: quantised models "
+            "cannot be loaded"
+        )
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"{path}: expected finite numbers; {slot.name} has NaN or inf: go back to an earlier "
+            "checkpoint"
+        )
+    stored_dtype = np.float32 if array.dtype == np.float16 else array.dtype
+    return array.astype(dtype or stored_dtype, copy=False)  # fresh and C-contiguous already
+
+
+def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
+    """Write everything a run needs to go on, bit for bit, to one file, state.safetensors.
+
+    Args:
+        arrays: nested dicts and lists of arrays, any NumPy number type, on either device.
+        meta:   what JSON holds exactly: step counters, `bit_generator.state`, options.
+    Raises:
+        TypeError:  a leaf is no array, or a key is no string.
+        ValueError: meta does not survive JSON (tuples, keys that are numbers, NaN, inf).
+        InputError: the folder cannot be written.
+    """
+    tensors: dict[str, np.ndarray] = {}
+
+    def outline(tree, path):  # the same tree with tensor names for arrays
+        if isinstance(tree, dict):
+            if not all(isinstance(key, str) for key in tree):
+                raise TypeError(f"save_state: expected keys that are strings; got {list(tree)}")
+            return {key: outline(child, f"{path}.{key}") for key, child in tree.items()}
+        if isinstance(tree, list):
+            return [outline(child, f"{path}.{i}") for i, child in enumerate(tree)]
+        name = f"{len(tensors)}{path}"  # the number keeps {"a.b": x, "a": {"b": y}} apart
+        tensors[name] = _host(path, tree)
+        return name
+
+    header = {"outline": outline(arrays, ""), "meta": meta}
+    text = json.dumps(header, allow_nan=False)
+    if json.loads(text) != header:
+        raise ValueError(f"save_state: expected meta that JSON holds exactly; got {meta}")
+    write_whole(Path(folder) / _STATE, save(tensors, {_STATE_KEY: text}))
+
+
+def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
+    """What `save_state` wrote: the tree, in fresh memory, and meta.
+
+    Raises:
+        InputError: the file is missing, corrupt or of another kind.
+    """
+    path = settled(folder) / _STATE
+    tensors, metadata = _read_tensors(path)
+    if _STATE_KEY not in metadata:
+        raise InputError(
+            f"{path}: expected a training state of minirlhf; got another safetensors file: name "
+            "the checkpoint folder of a run"
+        )
+    header = parse_object(metadata[_STATE_KEY], str(path))
+
+    def fill(node):
+        if isinstance(node, dict):
+            return {key: fill(child) for key, child in node.items()}
+        if isinstance(node, list):
+            return [fill(child) for child in node]
+        return tensors[node]
+
+    return fill(header["outline"]), header["meta"]
+
+
+def _host(name: str, array: Any) -> np.ndarray:
+    """The array in main memory, C-contiguous: safetensors 0.8 writes others as garbage."""
+    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+        raise TypeError(f"checkpoint: expected {name} to be an array; got {type(array).__name__}")
+    # not ascontiguousarray, which makes 0-d arrays 1-d
+    return np.asarray(to_host(array), order="C")
+
+
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "C64": np.complex64,
+}
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors, in fresh memory, and the metadata of a safetensors file."""
+    data = read_bytes(path)
+    try:
+        stored = deserialize(data)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: expected a safetensors file; it is corrupt, cut short or of another kind "
+            f"({error}): restore it from a copy"
+        ) from error
+    header_size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__") or {}
+    return {name: _to_array(name, spec, path) for name, spec in stored}, metadata
+
+
+def _to_array(name: str, spec: dict, path: Path) -> np.ndarray:
+    shape, dtype, buffer = tuple(spec["shape"]), spec["dtype"], spec["data"]
+    if dtype == "BF16":  # the upper half of a float32
+        bits = np.ndarray(shape, "<u2", buffer).astype(np.uint32) << 16
+        return bits.view(np.float32)
+    if dtype not in _DTYPES:
+        raise InputError(
+            f"{path}: expected {name} in a type that NumPy has; got {dtype}: convert the file to "
+            "float32"
+        )
+    return np.ndarray(shape, np.dtype(_DTYPES[dtype]).newbyteorder("<"), buffer).astype(
+        _DTYPES[dtype]
+    )

@@ -1,0 +1,128 @@
+"""One optimiser for all three stages: parameters in one flat buffer, clip, schedule, AdamW."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from minirlhf.backend import get_xp, to_host
+from minirlhf.errors import InputError
+from minirlhf.nn.adam import (
+    AdamWState,
+    adamw_step,
+    clip_global_norm,
+    decay_mask,
+    init_adamw,
+    scheduled_lr,
+)
+from minirlhf.tree import Tree, tree_items, tree_leaves, tree_pack
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup: int = 0
+    """Updates over which the learning rate rises."""
+    floor: float = 0.0
+    """Last learning rate as a share of the highest."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradient."""
+    beta2: float = 0.999
+    """Decay of the mean of its square."""
+    eps: float = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; biases and layer norms are spared."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this global norm; 0 leaves it as it is."""
+    form: Literal["torch", "tf"] = "torch"
+    """Where eps stands: as in PyTorch, or as in TensorFlow 1."""
+
+
+class NonFiniteError(InputError):
+    """A loss or a gradient is nan or inf. Nothing was updated."""
+
+
+class Optimizer:
+    """Owns the parameters: `params` are views into one buffer that `step` updates in place."""
+
+    def __init__(self, params: Tree, config: OptimizerConfig, *, total_steps: int):
+        self.config = config
+        self.total_steps = total_steps
+        self.flat, self.params = tree_pack(params)
+        self.state = init_adamw(self.flat)
+        self._decay = config.weight_decay * decay_mask(params) if config.weight_decay else 0.0
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next update."""
+        c = self.config
+        return scheduled_lr(
+            self.state.step,
+            peak=c.learning_rate,
+            total=self.total_steps,
+            warmup=c.warmup,
+            kind=c.schedule,
+            floor=c.floor,
+        )
+
+    def step(self, gradients: Tree, *, loss: float) -> float:
+        """One update.
+
+        Returns:
+            the global norm of the gradient before clipping.
+        Raises:
+            NonFiniteError: the loss or a gradient is nan or inf; the parameters are unchanged.
+        """
+        c = self.config
+        leaves = tree_leaves(gradients)
+        dflat = get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
+        clipped, norm = clip_global_norm(dflat, c.max_grad_norm or float("inf"))
+        norm = float(norm)
+        if not (np.isfinite(norm) and np.isfinite(loss)):
+            raise NonFiniteError(_where_not_finite(gradients, loss))
+        self.state = adamw_step(
+            self.flat,
+            clipped if c.max_grad_norm else dflat,
+            self.state,
+            learning_rate=self.learning_rate,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            eps=c.eps,
+            weight_decay=self._decay,
+            form=c.form,
+        )
+        return norm
+
+    def state_tree(self) -> Tree:
+        """What a checkpoint must hold, as host arrays."""
+        return {
+            "flat": to_host(self.flat),
+            "mean": to_host(self.state.mean),
+            "var": to_host(self.state.var),
+            "step": np.array(self.state.step),
+        }
+
+    def load_state_tree(self, tree: Tree) -> None:
+        """Go on from a checkpoint's `state_tree`."""
+        xp = get_xp(self.flat)
+        self.flat[...] = xp.asarray(tree["flat"])
+        self.state = AdamWState(
+            int(tree["step"]), xp.asarray(tree["mean"]), xp.asarray(tree["var"])
+        )
+
+
+def _where_not_finite(gradients: Tree, loss: float) -> str:
+    bad = [path for path, g in tree_items(gradients) if not np.isfinite(to_host(g)).all()]
+    what = f"the gradient of {bad[0]}" if bad else "the gradient's norm"
+    if not np.isfinite(loss):
+        what = f"the loss ({loss})" + (f" and {what}" if bad else "")
+    return (
+        f"training: expected a finite loss and gradient; {what} is not finite: "
+        "lower the learning rate, or look at the rewards and the data"
+    )

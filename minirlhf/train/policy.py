@@ -1,0 +1,124 @@
+"""Where the network and the mathematics meet: a policy's log-probs and values of given responses.
+
+params = {"transformer": ..., "value_head": {w, b}}; without a value head there are no values. The
+hidden state that predicts token t, h_{t-1}, also gives V(x, y_<t).
+"""
+
+from typing import NamedTuple
+
+from minirlhf.backend import Array, get_xp
+from minirlhf.nn.heads import (
+    LastTokenCache,
+    ScalarHeadCache,
+    TiedLogitsCache,
+    last_token_backward,
+    last_token_forward,
+    scalar_head_backward,
+    scalar_head_forward,
+    tied_logits_backward,
+    tied_logits_forward,
+)
+from minirlhf.nn.transformer import (
+    GPTConfig,
+    TransformerCache,
+    transformer_backward,
+    transformer_forward,
+)
+from minirlhf.rlhf.logprobs import (
+    TokenLogprobsCache,
+    token_logprobs_backward,
+    token_logprobs_forward,
+)
+from minirlhf.train.batches import Batch
+from minirlhf.tree import Tree
+
+
+class PolicyOutput(NamedTuple):
+    logits: Array  # (B, R, V) that predict the response tokens
+    logp: Array  # (B, R) log pi(y_t | x, y_<t) [nats]
+    values: Array | None  # (B, R) V(x, y_<t) [reward units]
+
+
+class PolicyCache(NamedTuple):
+    trunk: TransformerCache
+    logits: TiedLogitsCache
+    logp: TokenLogprobsCache
+    values: ScalarHeadCache | None
+    h: Array  # (B, P+R, C)
+    prompt_len: int
+
+
+def policy_forward(
+    params: Tree, *, batch: Batch, config: GPTConfig, temperature: float = 1.0
+) -> tuple[PolicyOutput, PolicyCache]:
+    """logits, log-probs and values of the response tokens of a batch.
+
+    Returns:
+        PolicyOutput, cache.
+    """
+    h, trunk = transformer_forward(
+        params["transformer"], tokens=batch.tokens, mask=batch.mask, config=config
+    )
+    h_response = h[:, batch.prompt_len - 1 : -1]  # (B, R, C) position t - 1 predicts token t
+    logits, logits_cache = tied_logits_forward(h_response, params["transformer"]["wte"])
+    logp, logp_cache = token_logprobs_forward(
+        logits, targets=batch.responses, temperature=temperature
+    )
+    values = values_cache = None
+    if "value_head" in params:
+        values, values_cache = scalar_head_forward(h_response, **params["value_head"])
+    cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache, h, batch.prompt_len)
+    return PolicyOutput(logits, logp, values), cache
+
+
+def policy_backward(
+    dlogits: Array | None, dlogp: Array, dvalues: Array | None, cache: PolicyCache
+) -> Tree:
+    """dL/dparams from dL/dlogits (None: 0), dL/dlogp and dL/dvalues (None without a value head)."""
+    xp = get_xp(dlogp, cache.h)
+    dlogits_total = token_logprobs_backward(dlogp, cache.logp)
+    if dlogits is not None:
+        dlogits_total += dlogits
+    dh_response, dwte_head = tied_logits_backward(dlogits_total, cache.logits)
+    gradients = {}
+    if cache.values is not None:
+        dh_value, dw, db = scalar_head_backward(dvalues, cache.values)
+        dh_response += dh_value
+        gradients["value_head"] = {"w": dw, "b": db}
+    dh = xp.zeros_like(cache.h)
+    dh[:, cache.prompt_len - 1 : -1] = dh_response
+    dtransformer = transformer_backward(dh, cache.trunk)
+    dtransformer["wte"] = dtransformer["wte"] + dwte_head  # one table, read at both ends
+    return {"transformer": dtransformer, **gradients}
+
+
+class RewardCache(NamedTuple):
+    trunk: TransformerCache
+    last: LastTokenCache
+    score: ScalarHeadCache
+
+
+def reward_forward(params: Tree, *, batch: Batch, config: GPTConfig) -> tuple[Array, RewardCache]:
+    """score = h_last . w + b at the last real token of [x, y, eos].
+
+    Args:
+        params: {"transformer": ..., "reward_head": {w, b}}.
+    Returns:
+        score (B,), cache.
+    """
+    h, trunk = transformer_forward(
+        params["transformer"], tokens=batch.tokens, mask=batch.mask, config=config
+    )
+    h_last, last = last_token_forward(h, mask=batch.mask)
+    score, score_cache = scalar_head_forward(h_last, **params["reward_head"])
+    return score, RewardCache(trunk, last, score_cache)
+
+
+def reward_backward(dscore: Array, cache: RewardCache) -> Tree:
+    """dL/dparams from dL/dscore (B,)."""
+    dh_last, dw, db = scalar_head_backward(dscore, cache.score)
+    dh = last_token_backward(dh_last, cache.last)
+    return {
+        "transformer": transformer_backward(dh, cache.trunk),
+        "reward_head": {"w": dw, "b": db},
+    }

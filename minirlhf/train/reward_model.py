@@ -1,0 +1,224 @@
+"""Stage 2: a reward model from preferences between two responses to one prompt."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import get_xp, to_host
+from minirlhf.errors import InputError
+from minirlhf.nn.heads import init_scalar_head
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
+from minirlhf.train.batches import pad_batch, row_slices
+from minirlhf.train.optimizer import Optimizer, OptimizerConfig
+from minirlhf.train.policy import reward_backward, reward_forward
+from minirlhf.train.run_log import RunLog
+from minirlhf.tree import Tree
+
+Ids = list[int]
+SCORING_ROWS = 256  # responses scored in one forward
+
+
+class Pair(NamedTuple):
+    """A preference: to `prompt`, `chosen` was preferred to `rejected`."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+class RewardModel(NamedTuple):
+    """score = (raw - mean) / sd, so that reference samples have mean 0 and sd 1."""
+
+    params: Tree  # {"transformer": ..., "reward_head": {w, b}}
+    config: GPTConfig
+    mean: float = 0.0
+    sd: float = 1.0
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Bradley-Terry reward model."""
+
+    init: Literal["scratch", "reference"] = "scratch"
+    """Start from random weights, or from the reference's (then n_layer is the reference's)."""
+    n_layer: int = 1
+    """Blocks of a model from scratch."""
+    n_pairs: int = 1500
+    """Pairs of reference samples that the annotator compares (a world without given pairs)."""
+    n_heldout_pairs: int = 400
+    """Further pairs, on held-out prompts, for the accuracy."""
+    n_normalize: int = 1024
+    """Reference samples that set mean 0 and sd 1 of the score."""
+    epochs: int = 4
+    """Passes over the pairs."""
+    batch_size: int = 64
+    """Pairs an update."""
+    margin: float = 0.0
+    """Score difference that the loss asks for."""
+    label_smoothing: float = 0.0
+    """Share of labels assumed to be flipped."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
+    )
+
+
+def train_reward_model(
+    transformer: Tree,
+    pairs: list[Pair],
+    *,
+    config: GPTConfig,
+    settings: RewardModelConfig,
+    pad_id: int,
+    rng: np.random.Generator,
+    log: RunLog,
+    track,
+    device: str = "cpu",
+) -> RewardModel:
+    """Minimise -log sigma(score_chosen - score_rejected). The head starts at N(0, 1/sqrt(C + 1)).
+
+    Args:
+        transformer: parameters to start from; not written to.
+    Returns:
+        RewardModel, not yet normalised.
+    Raises:
+        InputError: there are no pairs.
+    """
+    if not pairs:
+        raise InputError("reward model: expected preference pairs; got none: give --pairs a file")
+    wte = transformer["wte"]
+    head = init_scalar_head(
+        config.d_model, std=(config.d_model + 1) ** -0.5, rng=rng, dtype=wte.dtype
+    )
+    head = {key: get_xp(wte).asarray(value) for key, value in head.items()}
+    per_epoch = len(row_slices(len(pairs), settings.batch_size))
+    total = settings.epochs * per_epoch
+    optimizer = Optimizer(
+        {"transformer": transformer, "reward_head": head}, settings.optimizer, total_steps=total
+    )
+    steps = iter(track(range(total), "reward model"))
+    for _ in range(settings.epochs):
+        order = rng.permutation(len(pairs))
+        for rows in row_slices(len(pairs), settings.batch_size):
+            step = next(steps)
+            chosen = [pairs[i] for i in order[rows]]
+            batch = pad_batch(
+                [p.prompt for p in chosen] * 2,
+                [p.chosen for p in chosen] + [p.rejected for p in chosen],
+                pad_id=pad_id,
+                config=config,
+                device=device,
+            )
+            score, cache = reward_forward(optimizer.params, batch=batch, config=config)
+            n = len(chosen)
+            loss, loss_cache = bradley_terry_forward(
+                score[:n],
+                score[n:],
+                margin=settings.margin,
+                label_smoothing=settings.label_smoothing,
+            )
+            dchosen, drejected = bradley_terry_backward(1.0, loss_cache)
+            dscore = get_xp(score).concatenate([dchosen, drejected])
+            accuracy = float((score[:n] > score[n:]).mean())
+            learning_rate = optimizer.learning_rate
+            grad_norm = optimizer.step(reward_backward(dscore, cache), loss=float(loss))
+            log.metrics(
+                step,
+                "reward_model",
+                {
+                    "loss/reward_model": float(loss),
+                    "accuracy": accuracy,
+                    "margin": float((score[:n] - score[n:]).mean()),
+                    "lr": learning_rate,
+                    "grad_norm": grad_norm,
+                },
+            )
+    for _ in steps:  # let the progress bar see its end
+        pass
+    return RewardModel(optimizer.params, config)
+
+
+def score_responses(
+    model: RewardModel,
+    prompts: list[Ids],
+    responses: list[Ids],
+    *,
+    pad_id: int,
+    device: str = "cpu",
+) -> np.ndarray:
+    """Normalised score of each response, (B,) float64 on the host; none sees its neighbours."""
+    scores = []
+    for rows in row_slices(len(prompts), SCORING_ROWS):
+        batch = pad_batch(
+            prompts[rows], responses[rows], pad_id=pad_id, config=model.config, device=device
+        )
+        score, _ = reward_forward(model.params, batch=batch, config=model.config)
+        scores.append(to_host(score).astype(np.float64))
+    return (np.concatenate(scores) - model.mean) / model.sd
+
+
+def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
+    """The model rescaled so that `raw_scores` (of reference samples) get mean 0 and sd 1.
+
+    The scale is part of beta: only beta / sd(score) has a meaning, and the ranking loss fixes
+    neither offset nor scale.
+
+    Raises:
+        InputError: all scores are equal.
+    """
+    mean, sd = float(raw_scores.mean()), float(raw_scores.std())
+    if not sd > 1e-6 * max(1.0, abs(mean)):
+        raise InputError(
+            f"reward: expected scores that differ between reference samples; got {mean:.6g} for "
+            "all of them: use a reward that tells responses apart"
+        )
+    return model._replace(mean=mean, sd=sd)
+
+
+def pair_metrics(
+    model: RewardModel,
+    pairs: list[Pair],
+    *,
+    pad_id: int,
+    gold_difference: np.ndarray | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """How well the model orders pairs it has not seen.
+
+    accuracy           share of pairs with score_chosen > score_rejected
+    calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(raw margin)
+    gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
+    """
+    prompts = [p.prompt for p in pairs]
+    score = [
+        score_responses(model, prompts, responses, pad_id=pad_id, device=device)
+        for responses in ([p.chosen for p in pairs], [p.rejected for p in pairs])
+    ]
+    margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
+    metrics = {
+        "heldout/accuracy": float((margin > 0).mean()),
+        "heldout/calibration_error": calibration_error(margin),
+        "heldout/margin": float(margin.mean()),
+    }
+    if gold_difference is not None:
+        differs = gold_difference != 0
+        agree = (margin > 0) == (gold_difference > 0)
+        metrics["heldout/gold_accuracy"] = float(agree[differs].mean()) if differs.any() else 0.0
+    return metrics
+
+
+def calibration_error(margin: np.ndarray, *, n_bins: int = 10) -> float:
+    """Expected calibration error of sigma(margin) as the probability that `chosen` is preferred.
+
+    Every pair is counted in the direction the model prefers, so predictions lie in [1/2, 1].
+    """
+    predicted = 1.0 / (1.0 + np.exp(-np.minimum(np.abs(margin), 700.0)))
+    right = (margin > 0).astype(np.float64)
+    bins = np.minimum(((predicted - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    error = 0.0
+    for b in range(n_bins):
+        inside = bins == b
+        if inside.any():
+            error += inside.mean() * abs(predicted[inside].mean() - right[inside].mean())
+    return float(error)

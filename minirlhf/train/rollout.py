@@ -1,0 +1,157 @@
+"""One batch of experience: sample responses, then score them with policy, reference and reward."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import Array, get_xp, to_device, to_host
+from minirlhf.errors import InputError
+from minirlhf.nn.sampling import generate
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.rlhf.kl import full_kl_forward
+from minirlhf.rlhf.logprobs import entropy_forward
+from minirlhf.train.batches import Batch, pad_batch, row_slices
+from minirlhf.train.policy import policy_forward
+from minirlhf.train.tokens import Tokenizer
+from minirlhf.tree import Tree
+
+Ids = list[int]
+# (prompt texts, response texts, prompt ids, response ids) -> (B,) scores on the host
+ScoreFunction = Callable[[list[str], list[str], list[Ids], list[Ids]], np.ndarray]
+
+
+class Samples(NamedTuple):
+    """Responses to prompts, as text and as ids."""
+
+    prompts: list[str]
+    responses: list[str]
+    prompt_ids: list[Ids]
+    response_ids: list[Ids]  # with the stop token if the response reached it
+    batch: Batch
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, max_tokens: int) -> Ids:
+    """[bos, ..., sep], with the last tokens of a prompt that is too long."""
+    ids = tokenizer.prompt_ids(prompt)
+    return ids if len(ids) <= max_tokens else [ids[0], *ids[len(ids) - max_tokens + 1 :]]
+
+
+def response_ids(tokenizer: Tokenizer, response: str, *, max_tokens: int) -> Ids:
+    """[..., eos], or the first max_tokens ids of a response that is too long: it has no eos then.
+
+    Raises:
+        InputError: the response is empty.
+    """
+    if not response:
+        raise InputError("response: expected some text; got an empty response: write one")
+    return tokenizer.response_ids(response)[:max_tokens]
+
+
+def sample_responses(
+    params: Tree,
+    prompts: list[str],
+    *,
+    tokenizer: Tokenizer,
+    config: GPTConfig,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    device: str = "cpu",
+) -> Samples:
+    """y ~ pi(. | x) for every prompt, until the stop token or max_response_tokens.
+
+    PPO samples with top_k 0 and top_p 1: what is sampled must be what is scored.
+
+    Args:
+        params: {"transformer": ...}.
+    """
+    ids = [prompt_ids(tokenizer, p, max_tokens=max_prompt_tokens) for p in prompts]
+    batch = pad_batch(ids, [[] for _ in ids], pad_id=tokenizer.pad, config=config, device=device)
+    out = generate(
+        params["transformer"],
+        tokens=batch.tokens,
+        mask=batch.mask,
+        config=config,
+        max_new=max_response_tokens,
+        stop_id=tokenizer.eos,
+        pad_id=tokenizer.pad,
+        rng=rng,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    batch = Batch(out.tokens, out.mask, batch.prompt_len).trimmed()
+    tokens, mask = to_host(batch.responses), to_host(batch.response_mask) > 0
+    responses = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    texts = [tokenizer.decode(r) for r in responses]
+    return Samples(list(prompts), texts, ids, responses, batch)
+
+
+class Rollout(NamedTuple):
+    """What PPO learns from; arrays (B, R) over response tokens, constants from here on."""
+
+    samples: Samples
+    old_logp: Array  # log pi_old [nats], from the training forward
+    ref_logp: Array  # log pi_ref [nats]
+    ref_logits: Array | None  # (B, R, V), only where the loss needs the whole distribution
+    values: Array  # V(x, y_<t) [reward units]
+    entropy: Array  # of pi_old [nats]
+    kl_full: Array  # KL(pi_old(.|s_t) || pi_ref(.|s_t)) over the whole vocabulary [nats]
+    score: Array  # (B,) normalised reward of the whole response
+
+    @property
+    def batch(self) -> Batch:
+        return self.samples.batch
+
+
+def score_rollout(
+    policy: Tree,
+    reference: Tree,
+    samples: Samples,
+    *,
+    score: ScoreFunction,
+    config: GPTConfig,
+    temperature: float = 1.0,
+    keep_ref_logits: bool = False,
+    micro_batch_size: int = 0,
+    device: str = "cpu",
+) -> Rollout:
+    """Log-probs under old and ref, values, entropy and score of sampled responses.
+
+    The old log-probs come from the training forward, not from the sampler's KV cache, so that the
+    ratio of the first update is exactly 1 where the shapes are the same.
+
+    Args:
+        policy: {"transformer": ..., "value_head": ...}.
+        reference: {"transformer": ...}, a frozen copy.
+    """
+    xp = get_xp(samples.batch.tokens)
+    columns: dict[str, list[Array]] = {}
+    for rows in row_slices(len(samples.prompts), micro_batch_size):
+        batch = samples.batch.rows(rows)
+        old, _ = policy_forward(policy, batch=batch, config=config, temperature=temperature)
+        ref, _ = policy_forward(reference, batch=batch, config=config, temperature=temperature)
+        entropy, _ = entropy_forward(old.logits, temperature=temperature)
+        part = {"old_logp": old.logp, "ref_logp": ref.logp, "values": old.values}
+        part["entropy"] = entropy
+        part["kl_full"], _ = full_kl_forward(
+            old.logits, ref_logits=ref.logits, temperature=temperature
+        )
+        if keep_ref_logits:
+            part["ref_logits"] = ref.logits
+        for name, array in part.items():
+            columns.setdefault(name, []).append(array)
+    joined = {name: xp.concatenate(parts) for name, parts in columns.items()}
+    scores = score(
+        samples.prompts, samples.responses, samples.prompt_ids, samples.response_ids
+    ).astype(joined["values"].dtype)
+    return Rollout(
+        samples=samples,
+        ref_logits=joined.pop("ref_logits", None),
+        score=to_device(scores, device),
+        **joined,
+    )

@@ -1,0 +1,137 @@
+"""What a run leaves behind: metrics.jsonl and samples.jsonl, one JSON object a line."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minirlhf.disk import parse_object, read_bytes
+from minirlhf.errors import InputError
+
+
+class RunLog:
+    """Appends to the two files of a run folder; every line is in the file when the call returns.
+
+    Goes on where an earlier run stopped: a line that it left unfinished is cut off.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.samples_path = self.folder / "samples.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in (self.metrics_path, self.samples_path):
+                path.touch()
+                _cut_torn_line(path)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: expected a run folder to write to; got {error.strerror}: choose another"
+            ) from error
+
+    def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
+        """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null.
+
+        Raises:
+            ValueError: values has a key "step" or "stage".
+            TypeError:  a value is neither a number, a string, None, nor a dict or list of them.
+        """
+        _append(self.metrics_path, [_line({"step": step, "stage": stage}, values)])
+
+    def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Append {"step", **sample} to samples.jsonl for each sample.
+
+        Raises:
+            ValueError: a sample has a key "step".
+            TypeError:  as `metrics`.
+        """
+        _append(self.samples_path, [_line({"step": step}, sample) for sample in samples])
+
+    def position(self) -> dict[str, int]:
+        """Sizes of the files [bytes], for the checkpoint: `rewind` returns to this moment."""
+        return {path.name: path.stat().st_size for path in (self.metrics_path, self.samples_path)}
+
+    def rewind(self, position: dict[str, int]) -> None:
+        """Drop the lines written after `position`, so that a resumed run does not repeat them.
+
+        Raises:
+            InputError: a file is shorter than it was.
+        """
+        for path in (self.metrics_path, self.samples_path):
+            size = path.stat().st_size
+            if size < position[path.name]:
+                raise InputError(
+                    f"{path}: expected at least {position[path.name]} bytes, as at the last "
+                    f"checkpoint; got {size}: restore the file"
+                )
+            with open(path, "r+b") as file:
+                file.truncate(position[path.name])
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. An unfinished last line, of a run that crashed, is dropped.
+
+    Raises:
+        InputError: the file is missing, or a finished line is no JSON object (says which).
+    """
+    *lines, tail = read_bytes(path).split(b"\n")
+    objects = [
+        _parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if tail.strip():
+        try:
+            objects.append(_parse(tail, str(path)))
+        except InputError:
+            pass
+    return objects
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return parse_object(line.decode("utf-8"), where)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: expected UTF-8 text; got other bytes: correct it") from error
+
+
+def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
+    if clash := sorted(head.keys() & values.keys()):
+        raise ValueError(f"run log: expected other keys than {clash}, which are set already")
+    return json.dumps(_plain(head | values), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types: NumPy numbers as Python's, NaN and inf as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(f"run log: expected numbers, strings, dicts and lists; got {type(value)}")
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
+    with open(path, "ab") as file:
+        file.write("".join(lines).encode("utf-8", errors="backslashreplace"))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Finish the last line with its newline, or cut it off if it is no whole object."""
+    data = path.read_bytes()
+    tail = data[data.rfind(b"\n") + 1 :]
+    if not tail:
+        return
+    try:
+        _parse(tail, str(path))
+    except InputError:
+        with open(path, "r+b") as file:
+            file.truncate(len(data) - len(tail))
+    else:
+        _append(path, ["\n"])

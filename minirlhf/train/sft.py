@@ -1,0 +1,83 @@
+"""Stage 1, supervised fine-tuning: imitate the demonstrations. The result is the reference."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minirlhf.errors import InputError
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.rlhf.objectives import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    token_weights,
+)
+from minirlhf.train.batches import Batch, pad_batch
+from minirlhf.train.optimizer import Optimizer, OptimizerConfig
+from minirlhf.train.policy import policy_backward, policy_forward
+from minirlhf.train.run_log import RunLog
+from minirlhf.tree import Tree
+
+Example = tuple[list[int], list[int]]  # prompt ids, response ids
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on demonstrations."""
+
+    steps: int = 850
+    """Updates."""
+    batch_size: int = 32
+    """Demonstrations an update."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=3e-3, warmup=30, floor=0.05, beta2=0.98, eps=1e-8, weight_decay=0.01
+        )
+    )
+
+
+def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tuple[float, Tree]:
+    """Mean cross-entropy of the response tokens [nats per token], and its gradient."""
+    out, cache = policy_forward(params, batch=batch, config=config)
+    weights = token_weights(batch.response_mask)
+    loss, loss_cache = cross_entropy_forward(out.logp, weights=weights)
+    dlogp = cross_entropy_backward(1.0, loss_cache)
+    return float(loss), policy_backward(None, dlogp, None, cache)
+
+
+def train_sft(
+    transformer: Tree,
+    examples: list[Example],
+    *,
+    config: GPTConfig,
+    settings: SFTConfig,
+    pad_id: int,
+    rng: np.random.Generator,
+    log: RunLog,
+    track,
+    device: str = "cpu",
+) -> Tree:
+    """Train on random batches of examples.
+
+    Args:
+        transformer: parameters to start from; not written to.
+        track: wraps the range of steps, to show progress.
+    Returns:
+        trained parameters.
+    Raises:
+        InputError: there are no examples.
+        NonFiniteError: the loss diverged.
+    """
+    if not examples:
+        raise InputError("sft: expected demonstrations; got none: give a corpus that has some")
+    optimizer = Optimizer(
+        {"transformer": transformer}, settings.optimizer, total_steps=settings.steps
+    )
+    for step in track(range(settings.steps), "supervised fine-tuning"):
+        chosen = rng.integers(len(examples), size=settings.batch_size)
+        prompts, responses = zip(*(examples[i] for i in chosen), strict=True)
+        batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
+        loss, gradients = sft_loss_and_gradients(optimizer.params, batch, config)
+        learning_rate = optimizer.learning_rate
+        grad_norm = optimizer.step(gradients, loss=loss)
+        log.metrics(step, "sft", {"loss/sft": loss, "lr": learning_rate, "grad_norm": grad_norm})
+    return optimizer.params["transformer"]

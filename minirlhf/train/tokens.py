@@ -1,0 +1,300 @@
+"""Text to token ids and back: byte-level BPE, trained here, run by tiktoken.
+
+Sennrich, Haddow & Birch 2016 (arXiv 1508.07909) over bytes as in GPT-2 (Radford et al. 2019). The
+base alphabet is all 256 bytes, so every text encodes and decodes to itself.
+"""
+
+import base64
+import heapq
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+
+from minirlhf.disk import parse_object, read_text, settled, shorten, write_whole
+from minirlhf.errors import InputError
+
+EOS, BOS, SEP, PAD = SPECIALS = ("<|endoftext|>", "<|bos|>", "<|sep|>", "<|pad|>")
+
+# Pieces that no token crosses: a word, a number or a run of other signs, each with the space before
+# it; a run of white space. Written out character by character, because Python's re and the Rust
+# engine of tiktoken disagree on what \s and \w contain; without look-around, so that the time is
+# linear. Letters are A-Z, a-z and, leaving out two blocks of punctuation, all that is not ASCII.
+_SPACE = " \\t\\n\\r\\f\\v"
+_LETTER = "A-Za-z\u00c0-\u1fff\u3040-\U0010ffff"
+PATTERN = f" ?[{_LETTER}]+| ?[0-9]+| ?[^{_SPACE}{_LETTER}0-9]+|[{_SPACE}]+"
+
+_FILE = "tiktoken.json"
+_FORMAT = "minirlhf tokenizer 1"
+_LONGEST_PIECE = 256  # bytes: longer pieces are counted in parts, so that a merge stays local
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tiktoken encoding and the ids of its four special tokens.
+
+    Sequences are [pad .. bos prompt sep | response eos pad ..].
+    """
+
+    encoding: tiktoken.Encoding
+    bos: int
+    sep: int
+    eos: int
+    pad: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1: the rows that the embedding needs."""
+        return self.encoding.max_token_value + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        r"""The text of the ids without the special ones; bytes that are not UTF-8 become "\ufffd".
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        plain = (i for i in map(int, ids) if not self.encoding.is_special_token(i))
+        return b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        r"""One printable string a token: a newline reads "\n", a lone byte "\xe2".
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        return [_printable(self._bytes(int(i))) for i in ids]
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """[bos, *ids, sep].
+
+        Raises:
+            InputError: the prompt is empty.
+        """
+        if not text:
+            raise InputError("prompt: expected some text; got an empty prompt: write one")
+        return [self.bos, *self.encode(text), self.sep]
+
+    def response_ids(self, text: str) -> list[int]:
+        """[*ids, eos]. The empty response is [eos]: the policy may end at once."""
+        return [*self.encode(text), self.eos]
+
+    def _bytes(self, i: int) -> bytes:
+        if not 0 <= i < self.vocab_size:
+            raise ValueError(f"tokens: expected ids below {self.vocab_size}; got {i}")
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:  # cl100k_base leaves ids unused that an untrained policy may sample
+            return "\ufffd".encode()
+
+
+def _printable(data: bytes) -> str:
+    text = data.decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: give the most frequent adjacent pair the next rank, merge it, repeat.
+
+    Pairs are counted within the pieces of PATTERN; ties go to the pair first in byte order, so the
+    order of the texts does not matter. Training ends early when no pair occurs twice.
+
+    Args:
+        texts:      what to count.
+        vocab_size: ids wanted, with the 256 bytes and the 4 special tokens; the most there will be.
+    Raises:
+        InputError: vocab_size is below 260, or there is no text.
+    """
+    base = 256 + len(SPECIALS)
+    if vocab_size < base:
+        raise InputError(
+            f"vocab_size: expected at least {base}, 256 bytes and {len(SPECIALS)} special tokens; "
+            f"got {vocab_size}: raise it"
+        )
+    pieces = Counter(piece for text in texts for piece in re.findall(PATTERN, text))
+    if not pieces:
+        raise InputError("tokenizer: expected some text to train on; got none: give a corpus")
+    ranks = _train_ranks(pieces, n_ranks=vocab_size - len(SPECIALS))
+    specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+    return _tokenizer("minirlhf", PATTERN, ranks, specials)
+
+
+def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
+    """Ranks of at most n_ranks tokens, the 256 bytes first.
+
+    A word is a string with one character a token, chr(rank), so that str.split finds a pair. A
+    merge changes only the counts beside it. The heap keeps outdated entries: what is popped is
+    compared with the true count. Two pairs may join to one token (a+bc, ab+c): it keeps its rank.
+    """
+    words = sorted(_cut(pieces).items())
+    pair_counts: Counter[str] = Counter()
+    words_with: dict[str, set[int]] = defaultdict(set)
+    for w, (word, count) in enumerate(words):
+        for pair in map("".join, zip(word, word[1:], strict=False)):
+            pair_counts[pair] += count
+            words_with[pair].add(w)
+
+    tokens = [bytes([i]) for i in range(256)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+
+    def entry(pair):  # smallest first: the most frequent, then the first in byte order
+        return -pair_counts[pair], tokens[ord(pair[0])], tokens[ord(pair[1])], pair
+
+    heap = [entry(pair) for pair in pair_counts]
+    heapq.heapify(heap)
+    while heap and len(ranks) < n_ranks:
+        negative_count, a, b, best = heapq.heappop(heap)
+        if -negative_count != pair_counts[best]:
+            continue
+        if -negative_count < 2:
+            break
+        rank = ranks.setdefault(a + b, len(ranks))
+        if rank == len(tokens):
+            tokens.append(a + b)
+        changed = set()
+        for w in words_with.pop(best):
+            word, count = words[w]
+            merged, lost, gained = _merge(word, best, chr(rank))
+            words[w] = merged, count
+            for pair in lost:
+                pair_counts[pair] -= count
+            for pair in gained:
+                pair_counts[pair] += count
+                words_with[pair].add(w)
+            changed.update(lost, gained)
+        for pair in changed:
+            if pair_counts[pair] > 0:
+                heapq.heappush(heap, entry(pair))
+    return ranks
+
+
+def _cut(pieces: Counter[str]) -> Counter[str]:
+    """The pieces as bytes, one character a byte; those longer than _LONGEST_PIECE in parts."""
+    parts: Counter[str] = Counter()
+    for piece, count in pieces.items():
+        data = piece.encode("utf-8", errors="replace").decode("latin-1")
+        for start in range(0, len(data), _LONGEST_PIECE):
+            parts[data[start : start + _LONGEST_PIECE]] += count
+    return parts
+
+
+def _merge(word: str, pair: str, new: str) -> tuple[str, list[str], list[str]]:
+    """The word with `new` for each `pair`, from the left; the pairs that this takes and makes."""
+    parts = word.split(pair)
+    lost, gained = [], []
+    left = parts[0][-1:]
+    for j, part in enumerate(parts[1:], start=1):
+        right = part[:1] or (pair[0] if j < len(parts) - 1 else "")
+        lost.append(pair)
+        if left:
+            lost.append(left + pair[0])
+            gained.append(left + new)
+        if right:
+            lost.append(pair[1] + right)
+            gained.append(new + right)
+        left = part[-1:] or new
+    return new.join(parts), lost, gained
+
+
+def load_tokenizer_by_name(name: str) -> Tokenizer:
+    """A known encoding of tiktoken ("gpt2", "cl100k_base", ...) and our special tokens after it.
+
+    Its <|endoftext|> is our eos. tiktoken fetches the table from the network at first use.
+
+    Raises:
+        InputError: tiktoken does not know the name, or the table cannot be had.
+    """
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise InputError(
+            f"encoding: expected one of {', '.join(sorted(known))}; got {name!r}: choose one of "
+            "these, or none to train one on the corpus"
+        )
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # a proxy, a broken cache, no network: any library below may raise
+        raise InputError(
+            f"encoding {name}: expected its table on the network or in TIKTOKEN_CACHE_DIR; got "
+            f"{type(error).__name__} ({shorten(str(error), 120)}): fetch it once with a network, "
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, or choose no encoding to train one on "
+            "the corpus"
+        ) from error
+    specials = dict(encoding._special_tokens)  # documented in tiktoken's README, "Extending"
+    next_id = encoding.max_token_value + 1
+    for special in SPECIALS:
+        if special not in specials:
+            specials[special], next_id = next_id, next_id + 1
+    return _tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, specials)
+
+
+def _tokenizer(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]):
+    encoding = tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+    )
+    return Tokenizer(encoding, specials[BOS], specials[SEP], specials[EOS], specials[PAD])
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write tiktoken.json (not tokenizer.json: transformers would read that as its own).
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    encoding = tokenizer.encoding
+    content = {
+        "format": _FORMAT,
+        "name": encoding.name,
+        "pattern": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+        "ranks": {
+            base64.b64encode(token).decode("ascii"): rank
+            for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        },
+    }
+    write_whole(Path(folder) / _FILE, json.dumps(content, indent=1).encode())
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read what `save_tokenizer` wrote.
+
+    Raises:
+        InputError: the file is missing, corrupt or of another kind.
+    """
+    path = settled(folder) / _FILE
+    content = parse_object(read_text(path), str(path))
+    if content.get("format") != _FORMAT:
+        raise InputError(
+            f"{path}: expected the format {_FORMAT!r}; got {content.get('format')!r}: name a "
+            "folder that minirlhf wrote"
+        )
+    try:
+        name, pattern = str(content["name"]), str(content["pattern"])
+        specials = {str(token): _id(i) for token, i in content["special_tokens"].items()}
+        ranks = {
+            base64.b64decode(token, validate=True): _id(rank)
+            for token, rank in content["ranks"].items()
+        }
+        ids = [*ranks.values(), *specials.values()]
+        if len(set(ids)) != len(ids):  # tiktoken itself would abort with a Rust panic
+            raise ValueError("two tokens share an id")
+        if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
+            raise ValueError("the tokens are not the 256 bytes and longer ones")
+        return _tokenizer(name, pattern, ranks, specials)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected a tokenizer; it is corrupt ({type(error).__name__}: {error}): "
+            "restore the file or train again"
+        ) from error
+
+
+def _id(value: int) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"{value!r} is no token id")
+    return value

@@ -1,0 +1,414 @@
+"""The user's own world: a corpus, preference pairs, a reward function.
+
+corpus   plain text (a line or a paragraph is an example) or .jsonl {"prompt", "response"}
+pairs    .jsonl {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} with whole dialogues
+reward   "module:function" or "file.py:function", text -> number; replaces the reward model
+"""
+
+import importlib
+import importlib.util
+import math
+import numbers
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numpy.random import Generator
+
+from minirlhf.disk import parse_object, read_text, shorten
+from minirlhf.errors import InputError
+from minirlhf.worlds.world import World
+
+Pair = tuple[str, str, str]  # prompt, chosen, rejected
+
+HELDOUT_PROMPTS = 0.15  # of the distinct prompts
+HELDOUT_EXAMPLES = 0.2  # at most this share of the examples goes with them
+_TURN = "\n\nAssistant:"  # of Anthropic's HH-RLHF dialogues (Bai et al. 2022, arXiv 2204.05862)
+
+
+def corpus_world(
+    path: str | Path | None = None,
+    *,
+    pairs_path: str | Path | None = None,
+    reward: str | Callable[[str], float] | None = None,
+    unit: str = "auto",
+    max_prompt_chars: int = 200,
+    max_response_chars: int = 120,
+    rng: Generator,
+) -> World:
+    """A world from files. Preferences come from pairs or from a reward: exactly one of them.
+
+    15 % of the distinct prompts are held out, and with them their demonstrations, but never more
+    than 20 % of the examples unless one prompt has more than that (26 first letters of names are
+    few prompts). A single prompt is in both lists.
+
+    Args:
+        path:       corpus; None: the chosen replies of the pairs are the demonstrations.
+        pairs_path: preference pairs; their prompts join those of the corpus.
+        reward:     a function of the full text, or where to find one, as `load_reward` takes it.
+        unit:       what is an example of a plain text: "line", "document", or "auto".
+        max_prompt_chars, max_response_chars: longer ones are cut at a word border, prompts in
+            front, responses at the end.
+        rng:        chooses the held-out prompts.
+    Raises:
+        InputError: a file cannot be used, nothing usable is left, or the choices do not fit.
+    """
+    if (pairs_path is None) == (reward is None):
+        came = "neither" if reward is None else "both"
+        raise InputError(
+            "corpus: expected either preference pairs or a reward function, to say which response "
+            f"is better; got {came}: give --pairs FILE or --reward module:function"
+        )
+    if callable(reward):
+        reward = UserReward(reward)
+    if path is None and pairs_path is None:
+        raise InputError("corpus: expected a corpus or preference pairs; got none: give --corpus")
+    notes: list[str] = []
+    limits = max_prompt_chars, max_response_chars
+    pairs = None if pairs_path is None else _cut_pairs(read_pairs(pairs_path), limits, notes)
+    if path is None:
+        examples, joiner = [(prompt, chosen) for prompt, chosen, _ in pairs], " "
+    else:
+        examples, joiner = read_corpus(path, unit=unit, notes=notes)
+    examples = _unique(_cut_examples(examples, limits, notes), notes)
+    weights = Counter(prompt for prompt, *_ in [*examples, *(pairs or [])])
+    train_prompts, heldout_prompts = _split_prompts(weights, rng)
+    train = set(train_prompts)
+    return World(
+        name=Path(path or pairs_path).stem,
+        demonstrations=[example for example in examples if example[0] in train],
+        train_prompts=train_prompts,
+        heldout_prompts=heldout_prompts,
+        pairs=pairs,
+        reward=load_reward(reward) if isinstance(reward, str) else reward,
+        joiner=joiner,
+        max_prompt_tokens=_suggested_tokens(weights),
+        max_response_tokens=_suggested_tokens(response for _, response in examples),
+        notes=tuple(notes),
+    )
+
+
+def split_pairs(pairs: list[Pair], *, train_prompts: list[str]) -> tuple[list[Pair], list[Pair]]:
+    """(train, held-out): a pair belongs where its prompt does."""
+    train = set(train_prompts)
+    return [p for p in pairs if p[0] in train], [p for p in pairs if p[0] not in train]
+
+
+# --- the corpus
+
+
+def read_corpus(
+    path: str | Path, *, unit: str, notes: list[str]
+) -> tuple[list[tuple[str, str]], str]:
+    r"""(prompt, response) of every example, and the joiner between them.
+
+    A paragraph's prompt is its first line (joiner "\n"). Where most examples are one line it is the
+    first word (" "); where most are one word, the first character ("").
+
+    Args:
+        notes: gets a sentence if examples were dropped.
+    Raises:
+        InputError: the file cannot be used, or no example has a prompt and a response.
+    """
+    if unit not in ("auto", "line", "document"):
+        raise InputError(f"unit: expected auto, line or document; got {unit!r}: choose one of them")
+    if Path(path).suffix == ".jsonl":
+        return list(_read_jsonl(path, ("prompt", "response"))), " "
+    texts = _units(read_text(path), unit)
+    joiner = _joiner(texts)
+    examples = [_split_example(text, joiner) for text in texts]
+    complete = [(prompt, response) for prompt, response in examples if prompt and response]
+    if not complete:
+        raise InputError(
+            f"{path}: expected examples that can be split into prompt and response; got "
+            f"{shorten(texts[0])!r}: give more text, or a .jsonl file with prompt and response"
+        )
+    if dropped := len(texts) - len(complete):
+        notes.append(f"{path}: dropped {dropped} of {len(texts)} examples without a response")
+    return complete, joiner
+
+
+def _units(text: str, unit: str) -> list[str]:
+    """The lines, or the paragraphs between blank lines, of a text."""
+    paragraphs: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line.strip():
+            paragraphs[-1].append(line.rstrip())
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    paragraphs = [lines for lines in paragraphs if lines]
+    n_lines = sum(map(len, paragraphs))
+    if unit == "auto":
+        unit = "document" if len(paragraphs) - 1 >= 0.01 * n_lines else "line"
+    if unit == "line":
+        return [line.strip() for lines in paragraphs for line in lines]
+    return ["\n".join(lines).strip() for lines in paragraphs]
+
+
+def _joiner(texts: list[str]) -> str:
+    """What stands between prompt and response in most of the texts."""
+    if 2 * sum("\n" in text for text in texts) >= len(texts):
+        return "\n"
+    return " " if 2 * sum(len(text.split()) > 1 for text in texts) >= len(texts) else ""
+
+
+def _split_example(text: str, joiner: str) -> tuple[str, str]:
+    if joiner == "":
+        return text[0], text[1:].strip()
+    prompt, *rest = text.split("\n" if joiner == "\n" else None, 1)
+    return prompt.strip(), rest[0].strip() if rest else ""
+
+
+# --- preference pairs
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    r"""(prompt, chosen, rejected) of every line, without outer white space.
+
+    A line without "prompt" holds two whole dialogues, as in HH-RLHF; their prompt goes up to and
+    including the last "\n\nAssistant:" before they differ.
+
+    Raises:
+        InputError: the file cannot be used, or a line (named) is not JSON, lacks a key, has another
+            type than text, an empty text, or a chosen equal to the rejected.
+    """
+    pairs = []
+    for line, entry in _objects(path):
+        where = f"{path}:{line}"
+        if "prompt" in entry:
+            prompt, chosen, rejected = _texts(entry, ("prompt", "chosen", "rejected"), where)
+        else:
+            prompt, chosen, rejected = _split_dialogues(
+                *_texts(entry, ("chosen", "rejected"), where), where
+            )
+        if chosen == rejected:
+            raise InputError(
+                f"{where}: expected chosen and rejected to differ; got {shorten(chosen)!r} twice: "
+                "remove the line"
+            )
+        pairs.append((prompt, chosen, rejected))
+    return pairs
+
+
+def _split_dialogues(chosen: str, rejected: str, where: str) -> Pair:
+    end = os.path.commonprefix([chosen, rejected]).rfind(_TURN)
+    if end < 0:
+        raise InputError(
+            f"{where}: expected a prompt, or dialogues that share a beginning up to {_TURN!r}; got "
+            f"{shorten(chosen)!r}: add the key prompt"
+        )
+    end += len(_TURN)
+    replies = chosen[end:].strip(), rejected[end:].strip()
+    for key, reply in zip(("chosen", "rejected"), replies, strict=True):
+        if not reply:
+            raise InputError(
+                f"{where}: expected a reply after the last {_TURN!r} of {key}; got none: remove "
+                "the line"
+            )
+    return chosen[:end].strip(), *replies
+
+
+def _objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, parse_object(line, f"{path}:{number}")
+
+
+def _read_jsonl(path: str | Path, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for line, entry in _objects(path):
+        yield _texts(entry, keys, f"{path}:{line}")
+
+
+def _texts(entry: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """The texts under `keys`, without outer white space."""
+    for key in keys:
+        if key not in entry:
+            raise InputError(
+                f"{where}: expected the keys {', '.join(keys)}; {key} is missing, got "
+                f"{', '.join(entry) or 'none'}: add it"
+            )
+        if not isinstance(entry[key], str):
+            raise InputError(
+                f"{where}: expected {key} to be text; got {shorten(repr(entry[key]))}: correct it"
+            )
+        if not entry[key].strip():
+            raise InputError(
+                f"{where}: expected some text as {key}; got {entry[key]!r}: fill it or remove the "
+                "line"
+            )
+    return tuple(entry[key].strip() for key in keys)
+
+
+# --- limits and the split
+
+
+def _cut_end(text: str, limit: int) -> str:
+    """At most `limit` characters from the beginning, whole words if the first one fits."""
+    if len(text) <= limit:
+        return text
+    words_end = next((i for i in range(limit, 0, -1) if text[i].isspace()), limit)
+    return text[:words_end].rstrip()
+
+
+def _cut_front(text: str, limit: int) -> str:
+    """At most `limit` characters from the end, whole words if the last one fits."""
+    return _cut_end(text[::-1], limit)[::-1]
+
+
+def _cut_examples(examples: list, limits: tuple[int, int], notes: list[str]) -> list:
+    """(prompt, response, ..) cut to the limits [characters]."""
+    max_prompt, max_response = limits
+    if min(limits) < 1:
+        raise InputError(f"limits: expected at least 1 character; got {limits}: raise them")
+    cut = [
+        (_cut_front(prompt, max_prompt), *(_cut_end(text, max_response) for text in responses))
+        for prompt, *responses in examples
+    ]
+    if shortened := sum(a != b for a, b in zip(cut, examples, strict=True)):
+        notes.append(
+            f"cut {shortened} of {len(cut)} examples to {max_prompt} characters of prompt and "
+            f"{max_response} of response"
+        )
+    return cut
+
+
+def _cut_pairs(pairs: list[Pair], limits: tuple[int, int], notes: list[str]) -> list[Pair]:
+    """The pairs cut to the limits, without those that no longer differ."""
+    cut = _cut_examples(pairs, limits, notes)
+    kept = [pair for pair in cut if pair[1] != pair[2]]
+    if not kept:
+        raise InputError(
+            f"pairs: expected pairs that differ in their first {limits[1]} characters; got none: "
+            "raise the limit of responses"
+        )
+    if dropped := len(cut) - len(kept):
+        notes.append(f"dropped {dropped} of {len(cut)} pairs that are equal after the cut")
+    return kept
+
+
+def _unique(examples: list[tuple[str, str]], notes: list[str]) -> list[tuple[str, str]]:
+    unique = list(dict.fromkeys(examples))
+    if dropped := len(examples) - len(unique):
+        notes.append(f"dropped {dropped} of {len(examples)} examples that occur twice")
+    return unique
+
+
+def _split_prompts(weights: dict[str, int], rng: Generator) -> tuple[list[str], list[str]]:
+    """(train, held-out) prompts; weights: how many examples each has."""
+    prompts = list(weights)
+    if len(prompts) == 1:
+        return prompts, list(prompts)
+    wanted = max(1, round(HELDOUT_PROMPTS * len(prompts)))
+    budget = HELDOUT_EXAMPLES * sum(weights.values())
+    heldout: set[str] = set()
+    for i in rng.permutation(len(prompts)).tolist():
+        if len(heldout) < wanted and weights[prompts[i]] <= budget:
+            heldout.add(prompts[i])
+            budget -= weights[prompts[i]]
+    heldout = heldout or {min(prompts, key=weights.__getitem__)}
+    return [p for p in prompts if p not in heldout], [p for p in prompts if p in heldout]
+
+
+def _suggested_tokens(texts) -> int:
+    """Room for the longest text: a small BPE takes a token for two bytes, short texts more."""
+    return 4 + math.ceil(max(len(text.encode()) for text in texts) / 2)
+
+
+# --- the reward function
+
+
+@dataclass(frozen=True)
+class UserReward:
+    """The user's function, checked: full text -> finite float.
+
+    Raises:
+        InputError: the function raised, or returned something else; quotes the text and the value.
+    """
+
+    function: Callable[[str], float]
+    name: str = "reward"
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.function(text)
+        except Exception as error:  # the user's code may raise anything
+            raise InputError(
+                f"{self.name}: expected a number for the text {shorten(text)!r}; it raised "
+                f"{type(error).__name__}: {shorten(str(error))}: correct the function"
+            ) from error
+        number = value.item() if getattr(value, "shape", None) == () else value
+        if not isinstance(number, numbers.Real) or not abs(number) <= sys.float_info.max:
+            raise InputError(
+                f"{self.name}: expected a finite number for the text {shorten(text)!r}; got "
+                f"{shorten(repr(value))}: correct the function"
+            )
+        return float(number)
+
+
+def load_reward(where: str) -> UserReward:
+    """The function at "package.module:function" or "file.py:function", checked at every call.
+
+    The module may lie in the current directory.
+
+    Raises:
+        InputError: there is no such module, file or function, its import fails, or it cannot be
+            called.
+    """
+    source, colon, name = where.rpartition(":")
+    if not (source and colon and name):
+        raise InputError(
+            f"reward: expected module:function or file.py:function; got {where!r}: for example "
+            "minirlhf.worlds.rewards:vowel_share"
+        )
+    try:
+        module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise InputError(
+            f"reward: expected to import {source}; it raised {type(error).__name__}: "
+            f"{shorten(str(error), 120)}: check the name and the code"
+        ) from error
+    function = getattr(module, name, None)
+    if function is None:
+        raise InputError(
+            f"reward: expected a function {name} in {source}; found none: check the name"
+        )
+    if not callable(function):
+        raise InputError(
+            f"reward: expected {where} to be a function; got {shorten(repr(function))}: name one"
+        )
+    return UserReward(function, where)
+
+
+def _import_module(name: str) -> ModuleType:
+    with _importable(Path.cwd()):
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"reward: expected a Python file {path}; found none: check the path")
+    spec = importlib.util.spec_from_file_location(f"minirlhf_reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up there
+    with _importable(path.resolve().parent):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
