@@ -65,7 +65,7 @@ def scalar_head_forward(h: Array, w: Array, b: Array) -> tuple[Array, ScalarHead
             f"scalar head: expected w ({h.shape[-1]}, 1) and b (1,); got {w.shape} and {b.shape}"
         )
     get_xp(h, w, b)
-    return (h @ w)[..., 0] + b, ScalarHeadCache(h, w)
+    return (h @ w + b)[..., 0], ScalarHeadCache(h, w)
 
 
 def scalar_head_backward(dv: Array, cache: ScalarHeadCache) -> tuple[Array, Array, Array]:

@@ -25,7 +25,8 @@ def clamp_log_ratio(log_ratio: Array) -> tuple[Array, Array]:
         clamped (...), inside (...) boolean: the derivative of the clamp.
     """
     xp = get_xp(log_ratio)
-    inside = (log_ratio.real >= -LOG_RATIO_LIMIT) & (log_ratio.real <= LOG_RATIO_LIMIT)
+    # nan counts as inside, so that it stays nan and is found
+    inside = ~((log_ratio.real < -LOG_RATIO_LIMIT) | (log_ratio.real > LOG_RATIO_LIMIT))
     limit = xp.where(log_ratio.real > 0, LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT).astype(log_ratio.dtype)
     return xp.where(inside, log_ratio, limit), inside
 
@@ -265,13 +266,13 @@ class KLMode(NamedTuple):
 KL_MODES = {
     "reward_k1": KLMode("k1", None, gradient="g"),
     "reward_k2": KLMode("k2", None, gradient="biased"),
-    "reward_k3": KLMode("k3", None, gradient="g - grad KL(ref || pi_theta)"),
+    "reward_k3": KLMode("k3", None, gradient="g - forward KL token by token"),
     "loss_k1": KLMode(None, "token", "k1", gradient="0: noise only (the formula as printed)"),
     "loss_k2_tok": KLMode(None, "token", "k2", gradient="partial"),
     "loss_k2_seq": KLMode(None, "sequence", "k2", gradient="g"),
     "loss_k3_tok": KLMode(None, "token", "k3", gradient="forward KL token by token (GRPO)"),
     "loss_k3_seq": KLMode(None, "sequence", "k3", gradient="grad KL(ref || pi_theta)"),
-    "reward_and_loss_k3": KLMode("k3", "sequence", "k3", gradient="g"),
+    "reward_and_loss_k3": KLMode("k3", "token", "k3", gradient="g"),
     "loss_full": KLMode(None, "full", gradient="partial"),
     "loss_rb": KLMode(None, "rao_blackwell", gradient="g"),
     "loss_rho_k1": KLMode(None, "sequence", "k1", "both", gradient="g, also off-policy"),

@@ -226,7 +226,7 @@ def plackett_luce_forward(scores: Array) -> tuple[Array, PlackettLuceCache]:
     z = scores - scores.real.max(axis=1, keepdims=True)
     worth = xp.where(remaining, z[:, None, :], -xp.inf)  # (B, K, K)
     top = worth.real.max(axis=2, keepdims=True)
-    choice = xp.where(remaining, xp.exp(xp.where(remaining, worth, 0.0) - top), 0.0)
+    choice = xp.where(remaining, xp.exp(xp.where(remaining, worth - top, 0.0)), 0.0)
     total = choice.sum(axis=2, keepdims=True)
     loss = (top[..., 0] + xp.log(total[..., 0]) - z).sum() / B
     return loss, PlackettLuceCache(choice / total)
@@ -282,7 +282,8 @@ def ppo_clip_forward(
             f"got {logp.shape}, {old_logp.shape}, {advantages.shape} and {weights.shape}"
         )
     low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
-    if clip not in ("ppo", "book", "none") or min(low, high) < 0 or (dual_clip or 2.0) <= 1.0:
+    floor_allowed = dual_clip is None or dual_clip > 1
+    if clip not in ("ppo", "book", "none") or min(low, high) < 0 or not floor_allowed:
         raise ValueError(
             'ppo_clip: expected clip "ppo", "book" or "none", clip_eps >= 0 and dual_clip > 1; '
             f"got {clip!r}, {clip_eps} and {dual_clip}"

@@ -332,6 +332,11 @@ def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
     write_whole(Path(folder) / _STATE, save(tensors, {_STATE_KEY: text}))
 
 
+def has_state(folder: str | Path) -> bool:
+    """Is there a state to load? A first save that was interrupted leaves a folder without one."""
+    return (Path(folder) / _STATE).exists()
+
+
 def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
     """What `save_state` wrote: the tree, in fresh memory, and meta.
 

@@ -1,14 +1,16 @@
 """Everything that can be set about a run: one frozen dataclass a stage, one flag a field."""
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from minirlhf.disk import read_text, write_whole
 from minirlhf.errors import InputError
 from minirlhf.train.ppo import PPOConfig
+from minirlhf.train.ranges import check_numbers
 from minirlhf.train.reward_model import RewardModelConfig
 from minirlhf.train.sft import SFTConfig
 
@@ -30,10 +32,10 @@ class ModelConfig:
     """Channels."""
 
     def __post_init__(self):
-        if min(self.n_layer, self.n_head, self.d_model) < 1 or self.d_model % self.n_head:
+        check_numbers(self, "model.", at_least_1=("n_layer", "n_head", "d_model"))
+        if self.d_model % self.n_head:
             raise InputError(
-                "model: expected n_layer, n_head, d_model >= 1 with n_head dividing d_model; "
-                f"got {self.n_layer}, {self.n_head}, {self.d_model}"
+                f"model.n_head: expected a divisor of d_model = {self.d_model}; got {self.n_head}"
             )
 
 
@@ -41,12 +43,14 @@ class ModelConfig:
 class TrainConfig:
     """Supervised fine-tuning, reward model, PPO."""
 
-    out: Path = Path("runs/support")
-    """Run folder."""
+    out: Path | None = None
+    """Run folder, a new one; default: runs/WORLD-N with the next free N."""
     seed: int = 0
     """Of every random stream."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the arrays live: NumPy or CuPy."""
+    threads: int = 1
+    """Threads of NumPy's matrix products; 0: as many as it likes. Small models lose by more."""
     corpus: str = ""
     """Your own text instead of the support world: one example a line, documents between blank
     lines, or JSONL with prompt and response."""
@@ -75,6 +79,16 @@ class TrainConfig:
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
+    def __post_init__(self):
+        check_numbers(
+            self,
+            "",
+            at_least_1=("vocab_size", "eval_prompts", "checkpoint_every"),
+            at_least_0=(
+                *("seed", "threads", "max_prompt_tokens", "max_response_tokens", "eval_every"),
+            ),
+        )
+
 
 def to_toml(config: Any, prefix: str = "") -> str:
     """A dataclass of numbers, strings, booleans and further dataclasses as TOML."""
@@ -86,11 +100,13 @@ def to_toml(config: Any, prefix: str = "") -> str:
             tables.append(f"\n[{name}]\n{to_toml(value, name + '.')}")
         elif isinstance(value, bool):
             lines.append(f"{f.name} = {str(value).lower()}\n")
+        elif value is None:
+            continue
         elif isinstance(value, int | float):
             lines.append(f"{f.name} = {value!r}\n")
         else:
-            text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-            lines.append(f'{f.name} = "{text}"\n')
+            text = json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{f.name} = {text}\n")  # a string of JSON is one of TOML
     return "".join(lines + tables)
 
 
@@ -127,12 +143,18 @@ def _fill(default: Any, values: dict[str, Any], where: str) -> Any:
             changes[name] = _fill(current, value, f"{where}: {name}")
         else:
             changes[name] = _cast(current, value, f"{where}: {name}")
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else (value,)
+            if value not in choices:
+                raise InputError(
+                    f"{where}: {name}: expected one of {', '.join(choices)}; got {value!r}: "
+                    "correct it"
+                )
     return dataclasses.replace(default, **changes)
 
 
 def _cast(current: Any, value: Any, where: str) -> Any:
-    kind = type(current)
-    wanted = {bool: bool, int: int, float: (int, float), str: str}.get(kind, str)
+    kind = type(current) if isinstance(current, bool | int | float) else str  # a path is a string
+    wanted = (int, float) if kind is float else kind
     if not isinstance(value, wanted) or (kind is not bool and isinstance(value, bool)):
         raise InputError(f"{where}: expected {kind.__name__}; got {value!r}: correct it")
-    return value if isinstance(current, str | bool) else type(current)(value)
+    return Path(value) if current is None or isinstance(current, Path) else kind(value)

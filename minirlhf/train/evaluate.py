@@ -29,6 +29,7 @@ def response_metrics(rollout: Rollout, *, world: World, stop_id: int) -> dict[st
 
     proxy      normalised score that training maximises [reward units]
     gold       the world's true reward, if it has one
+    reward     the user's own reward, if there is one, before normalisation
     kl_seq     sum_t log pi - log pi_ref [nats per response]
     entropy    of the next token [nats per token]
     length     tokens, the stop token included
@@ -41,6 +42,7 @@ def response_metrics(rollout: Rollout, *, world: World, stop_id: int) -> dict[st
     metrics = {
         "proxy": float(to_host(rollout.score).astype(np.float64).mean()),
         "gold": float("nan"),
+        "reward": float("nan"),
         "kl_seq": float(np.where(mask, log_ratio, 0.0).sum(axis=1).mean()),
         "kl_full_seq": float(np.where(mask, full, 0.0).sum(axis=1).mean()),
         "entropy": float(to_host(rollout.entropy)[mask].mean()),
@@ -51,6 +53,9 @@ def response_metrics(rollout: Rollout, *, world: World, stop_id: int) -> dict[st
     }
     if world.gold is not None:
         metrics["gold"] = float(np.mean(gold_of(samples, world)))
+    if world.reward is not None:
+        texts = map(world.full_text, samples.prompts, samples.responses)
+        metrics["reward"] = float(np.mean([world.reward(text) for text in texts]))
     return metrics
 
 

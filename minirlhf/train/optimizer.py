@@ -15,7 +15,8 @@ from minirlhf.nn.adam import (
     init_adamw,
     scheduled_lr,
 )
-from minirlhf.tree import Tree, tree_items, tree_leaves, tree_pack
+from minirlhf.train.ranges import check_numbers
+from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map, tree_pack
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,19 @@ class OptimizerConfig:
     form: Literal["torch", "tf"] = "torch"
     """Where eps stands: as in PyTorch, or as in TensorFlow 1."""
 
+    def __post_init__(self):
+        check_numbers(
+            self,
+            "optimizer.",
+            at_least_0=("learning_rate", "warmup", "weight_decay", "max_grad_norm"),
+            above_0=("eps",),
+            shares=("floor",),
+            decays=("beta1", "beta2"),
+        )
+
 
 class NonFiniteError(InputError):
-    """A loss or a gradient is nan or inf. Nothing was updated."""
+    """A loss, a gradient or a parameter is nan or inf."""
 
 
 class Optimizer:
@@ -77,12 +88,14 @@ class Optimizer:
         Returns:
             the global norm of the gradient before clipping.
         Raises:
-            NonFiniteError: the loss or a gradient is nan or inf; the parameters are unchanged.
+            NonFiniteError: the loss or a gradient is nan or inf, and the parameters are unchanged;
+                or the update was so large that a parameter is.
         """
         c = self.config
-        leaves = tree_leaves(gradients)
+        leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order
         dflat = get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
-        clipped, norm = clip_global_norm(dflat, c.max_grad_norm or float("inf"))
+        with np.errstate(invalid="ignore", over="ignore"):  # looked for in the next lines
+            clipped, norm = clip_global_norm(dflat, c.max_grad_norm or float("inf"))
         norm = float(norm)
         if not (np.isfinite(norm) and np.isfinite(loss)):
             raise NonFiniteError(_where_not_finite(gradients, loss))
@@ -97,6 +110,8 @@ class Optimizer:
             weight_decay=self._decay,
             form=c.form,
         )
+        if not np.isfinite(float(self.flat.sum(dtype=np.float64))):
+            raise NonFiniteError(_what_overflowed(self.params))
         return norm
 
     def state_tree(self) -> Tree:
@@ -112,9 +127,7 @@ class Optimizer:
         """Go on from a checkpoint's `state_tree`."""
         xp = get_xp(self.flat)
         self.flat[...] = xp.asarray(tree["flat"])
-        self.state = AdamWState(
-            int(tree["step"]), xp.asarray(tree["mean"]), xp.asarray(tree["var"])
-        )
+        self.state = AdamWState(int(tree["step"]), xp.array(tree["mean"]), xp.array(tree["var"]))
 
 
 def _where_not_finite(gradients: Tree, loss: float) -> str:
@@ -125,4 +138,12 @@ def _where_not_finite(gradients: Tree, loss: float) -> str:
     return (
         f"training: expected a finite loss and gradient; {what} is not finite: "
         "lower the learning rate, or look at the rewards and the data"
+    )
+
+
+def _what_overflowed(params: Tree) -> str:
+    bad = [path for path, p in tree_items(params) if not np.isfinite(to_host(p)).all()]
+    return (
+        f"training: expected finite parameters; the update made {bad[0] if bad else 'their sum'} "
+        "nan or inf: lower the learning rate"
     )

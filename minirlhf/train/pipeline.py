@@ -12,6 +12,7 @@ leaves the others' numbers as they are: that is what makes `resume` exact.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from minirlhf.backend import array_module, to_device
-from minirlhf.disk import parse_object, read_text, write_whole
+from minirlhf.disk import parse_object, read_text, settled, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
@@ -30,7 +32,7 @@ from minirlhf.train import checkpoint
 from minirlhf.train.config import TrainConfig, load_config, save_config
 from minirlhf.train.evaluate import evaluate, gold_of
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
-from minirlhf.train.ppo import make_experience, next_kl_coef, ppo_update
+from minirlhf.train.ppo import PPOConfig, make_experience, next_kl_coef, ppo_update
 from minirlhf.train.reward_model import (
     Pair,
     RewardModel,
@@ -118,9 +120,14 @@ class Run:
         return tree_map(lambda array: to_device(array, self.config.device), tree)
 
     def sample(
-        self, params: Tree, prompts: list[str], rng: np.random.Generator, temperature: float = 1.0
+        self,
+        params: Tree,
+        prompts: list[str],
+        rng: np.random.Generator,
+        temperature: float = 1.0,
+        **cut: Any,
     ) -> Samples:
-        """Responses of a policy; the tokens that PPO learns from are drawn the same way."""
+        """Responses of a policy; `cut` (top_k, top_p) is for looking, never for learning."""
         return sample_responses(
             params,
             prompts,
@@ -131,6 +138,7 @@ class Run:
             rng=rng,
             temperature=temperature,
             device=self.config.device,
+            **cut,
         )
 
     def score_with(self, model: RewardModel) -> ScoreFunction:
@@ -208,6 +216,8 @@ def open_run(
         InputError: the folder already holds a run (and resume is False).
     """
     array_module(config.device)  # refuse a device that is not there before anything is written
+    if config.out is None:
+        config = replace(config, out=next_folder(config))
     if not resume and (config.out / "config.toml").exists():
         raise InputError(
             f"--out {config.out}: expected a new folder; it holds a run: go on with `minirlhf "
@@ -242,6 +252,15 @@ def open_run(
     return Run(config, world, tokenizer, gpt, rng, log, track, say, {})
 
 
+def next_folder(config: TrainConfig) -> Path:
+    """runs/WORLD-N with the first N that is free."""
+    world = Path(config.corpus or config.pairs or "support").stem
+    n = 0
+    while (folder := Path("runs") / f"{world}-{n}").exists():
+        n += 1
+    return folder
+
+
 def train(config: TrainConfig, **shown: Any) -> Result:
     """SFT, reward model, PPO and the final comparison, from nothing.
 
@@ -252,19 +271,82 @@ def train(config: TrainConfig, **shown: Any) -> Result:
 
 
 def resume(folder: str | Path, **shown: Any) -> Result:
-    """Go on where a run stopped: finished stages are read back, PPO from its last checkpoint.
+    """Go on where a run stopped: finished stages are read back, PPO from its last checkpoint."""
+    return run_stages(open_saved_run(folder, **shown))
 
+
+def open_saved_run(folder: str | Path, *, device: str | None = None, **shown: Any) -> Run:
+    """A run that lies in a folder, finished or not.
+
+    Args:
+        device: instead of the one it was trained on.
     Raises:
         InputError: the folder holds no run, or its files are damaged.
     """
     path = Path(folder) / "config.toml"
     if not path.exists():
-        raise InputError(f"{folder}: expected a run folder with config.toml; found none")
-    return run_stages(open_run(replace(load_config(path), out=Path(folder)), resume=True, **shown))
+        raise InputError(
+            f"{folder}: expected a run folder with config.toml; found none: name the folder that "
+            "`minirlhf train --out` wrote"
+        )
+    config = replace(load_config(path), out=Path(folder))
+    return open_run(replace(config, device=device or config.device), resume=True, **shown)
+
+
+def fork_run(
+    folder: str | Path, out: str | Path, *, ppo: PPOConfig, eval_every: int | None = None
+) -> Path:
+    """A new run folder with the encoding, reference and reward model of another, and its own PPO.
+
+    `resume(out)` then runs the PPO stage alone: what differs between two forks is PPO's settings.
+
+    Raises:
+        InputError: `folder` has no reference and reward model yet, or `out` exists.
+    """
+    folder, out = Path(folder), Path(out)
+    shared = ("tiktoken.json", "reference", "reward_model")
+    missing = [name for name in shared if not (folder / name).exists()]
+    if missing or out.exists():
+        came = f"{out}, which exists" if out.exists() else f"no {missing[0]} in {folder}"
+        raise InputError(f"fork: expected a run with its reward model and a new folder; got {came}")
+    config = load_config(folder / "config.toml")
+    out.mkdir(parents=True)
+    for name in shared[1:]:
+        shutil.copytree(folder / name, out / name)
+    shutil.copy2(folder / shared[0], out)
+    every = config.eval_every if eval_every is None else eval_every
+    save_config(out / "config.toml", replace(config, out=out, ppo=ppo, eval_every=every))
+    return out
+
+
+def load_models(run: Run) -> tuple[Tree, Tree]:
+    """(policy, reference) of a finished run.
+
+    Raises:
+        InputError: the run has no policy yet.
+    """
+    folder = run.folder / "policy"
+    if not _saved(folder):
+        raise InputError(
+            f"{folder}: expected a trained policy; found none: finish the run with `minirlhf "
+            f"resume {run.folder}`"
+        )
+    transformer, gpt, heads = checkpoint.load_model(folder)
+    _same_model(folder, gpt, run.gpt)
+    head = _head(heads, "value_head", folder)
+    policy = run.on_device({"transformer": transformer, "value_head": head})
+    return policy, {"transformer": reference_stage(run)}
 
 
 def run_stages(run: Run) -> Result:
     """The stages in order; a stage whose result lies in the folder is not run again."""
+    with threadpool_limits(limits=run.config.threads or None):
+        result = _run_stages(run)
+    write_whole(run.folder / "result.json", _result_json(result))
+    return result
+
+
+def _run_stages(run: Run) -> Result:
     reference = {"transformer": _stage(run, "sft", reference_stage)}
     model = _stage(run, "reward_model", reward_stage, reference)
     score = run.score_with(model)
@@ -275,7 +357,7 @@ def run_stages(run: Run) -> Result:
     )
     policy_metrics, policy_samples = run.evaluate(policy, reference, score)
     run.seconds["evaluation"] = time.perf_counter() - started
-    result = Result(
+    return Result(
         reference_metrics,
         policy_metrics,
         policy_samples.prompts,
@@ -283,8 +365,6 @@ def run_stages(run: Run) -> Result:
         policy_samples,
         run.seconds,
     )
-    write_whole(run.folder / "result.json", _result_json(result))
-    return result
 
 
 def _stage(run: Run, name: str, stage: Callable, *inputs: Any) -> Any:
@@ -297,11 +377,11 @@ def _stage(run: Run, name: str, stage: Callable, *inputs: Any) -> Any:
 def reference_stage(run: Run) -> Tree:
     """Stage 1: the transformer fine-tuned on the demonstrations, frozen from here on."""
     folder = run.folder / "reference"
-    if folder.exists():
+    if _saved(folder):
         params, gpt, _ = checkpoint.load_model(folder)
-        if gpt != run.gpt:
-            raise InputError(f"{folder}: expected {run.gpt}; got {gpt}: restore the folder")
+        _same_model(folder, gpt, run.gpt)
         return run.on_device(params)
+    _begin(run, "sft", folder, before=("reward_model", "checkpoint", "policy"))
     examples = [(run.prompt_ids(p), run.response_ids(r)) for p, r in run.world.demonstrations]
     transformer = train_sft(
         run.on_device(init_transformer(run.gpt, rng=run.rng["init"])),
@@ -327,8 +407,9 @@ def reward_stage(run: Run, reference: Tree) -> RewardModel:
     settings = run.config.reward_model
     n_layer = settings.n_layer if settings.init == "scratch" else run.gpt.n_layer
     gpt = replace(run.gpt, n_layer=n_layer)
-    if folder.exists():
-        return _load_reward_model(run, folder)
+    if _saved(folder) if run.world.reward is None else (folder / "scale.json").exists():
+        return _load_reward_model(run, folder, gpt)
+    _begin(run, "reward_model", folder, before=("checkpoint", "policy"))
     if run.world.reward is not None:
         model = RewardModel({}, gpt)
     else:
@@ -508,6 +589,21 @@ def ppo_iteration(
 # -- what lies in the run folder -----------------------------------------------------------------
 
 
+def _begin(run: Run, stage: str, folder: Path, *, before: tuple[str, ...]) -> None:
+    """Start a stage from nothing; its folder must not be what is missing from a later state.
+
+    Raises:
+        InputError: one of the folders `before` which this stage comes is there.
+    """
+    for name in before:
+        if _saved(run.folder / name):
+            raise InputError(
+                f"{folder}: expected it beside {run.folder / name}, which was made with it; found "
+                "nothing in it: restore it, or train again in another folder"
+            )
+    run.log.restart(stage)
+
+
 def _save_ppo_state(run: Run, optimizer: Optimizer, done: int, kl_coef: float) -> None:
     meta = {
         "iterations_done": done,
@@ -523,13 +619,16 @@ def _save_ppo_state(run: Run, optimizer: Optimizer, done: int, kl_coef: float) -
 def _load_ppo_state(run: Run, optimizer: Optimizer) -> tuple[int, float]:
     """(iterations done, kl_coef): those of the checkpoint, or the start's."""
     folder = run.folder / "checkpoint"
-    if not folder.exists():
+    if not checkpoint.has_state(folder):
+        _begin(run, "ppo", folder, before=("policy",))
         return 0, run.config.ppo.kl_coef
     arrays, meta = checkpoint.load_state(folder)
-    if arrays["flat"].shape != optimizer.flat.shape:
+    shapes = {name: array.shape for name, array in arrays.items()}
+    expected = {name: array.shape for name, array in optimizer.state_tree().items()}
+    if shapes != expected or meta.keys() != {"iterations_done", "kl_coef", "rng", "log"}:
         raise InputError(
-            f"{folder}: expected {optimizer.flat.size} parameters; got {arrays['flat'].size}: "
-            "restore the folder of this run"
+            f"{folder}: expected the state of this run, with the arrays {expected}; got {shapes} "
+            f"and {', '.join(meta)}: restore the folder"
         )
     optimizer.load_state_tree(arrays)
     for name, state in meta["rng"].items():
@@ -553,15 +652,49 @@ def _save_reward_model(run: Run, folder: Path, model: RewardModel) -> None:
     )
 
 
-def _load_reward_model(run: Run, folder: Path) -> RewardModel:
+def _load_reward_model(run: Run, folder: Path, expected: GPTConfig) -> RewardModel:
     if run.world.reward is not None:
         path = folder / "scale.json"
-        scale = parse_object(read_text(path), str(path))
-        return RewardModel({}, run.gpt, scale["score_mean"], scale["score_sd"])
+        return RewardModel({}, expected, *_scale(parse_object(read_text(path), str(path)), path))
     transformer, gpt, heads = checkpoint.load_model(folder)
-    scale = checkpoint.load_config(folder)
-    params = run.on_device({"transformer": transformer, "reward_head": heads["reward_head"]})
-    return RewardModel(params, gpt, scale["score_mean"], scale["score_sd"])
+    _same_model(folder, gpt, expected)
+    head = _head(heads, "reward_head", folder)
+    params = run.on_device({"transformer": transformer, "reward_head": head})
+    return RewardModel(params, gpt, *_scale(checkpoint.load_config(folder), folder))
+
+
+def _scale(entries: dict[str, Any], path: Path) -> tuple[float, float]:
+    """(mean, sd) of the score."""
+    mean, sd = entries.get("score_mean"), entries.get("score_sd")
+    if not (isinstance(mean, float) and isinstance(sd, float) and sd > 0):
+        raise InputError(
+            f"{path}: expected the numbers score_mean and score_sd > 0; got {mean!r} and {sd!r}: "
+            "restore the folder"
+        )
+    return mean, sd
+
+
+def _same_model(folder: Path, got: GPTConfig, expected: GPTConfig) -> None:
+    if got != expected:
+        raise InputError(f"{folder}: expected {expected}; got {got}: restore the folder")
+
+
+def _head(heads: dict[str, Tree], name: str, folder: Path) -> Tree:
+    if name not in heads:
+        raise InputError(
+            f"{folder}: expected the tensors of a {name} in heads.safetensors; found none: "
+            "restore the folder"
+        )
+    return heads[name]
+
+
+def _saved(folder: Path) -> bool:
+    """Does a folder that is written whole exist, also in the middle of being replaced?"""
+    try:
+        settled(folder)
+    except InputError:
+        return False
+    return True
 
 
 def _token_meta(run: Run) -> dict[str, int]:

@@ -42,6 +42,7 @@ from minirlhf.rlhf.objectives import (
 from minirlhf.train.batches import Batch, row_slices
 from minirlhf.train.optimizer import Optimizer, OptimizerConfig
 from minirlhf.train.policy import PolicyCache, policy_backward, policy_forward
+from minirlhf.train.ranges import check_numbers
 from minirlhf.train.rollout import Rollout
 from minirlhf.tree import Tree, tree_add
 
@@ -105,19 +106,22 @@ class PPOConfig:
     )
 
     def __post_init__(self):
-        positive = ("iterations", "batch_size", "epochs", "minibatches", "temperature")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise InputError(f"ppo.{name}: expected more than 0; got {getattr(self, name)}")
+        check_numbers(
+            self,
+            "ppo.",
+            at_least_1=("iterations", "batch_size", "epochs", "minibatches"),
+            at_least_0=(
+                *("micro_batch_size", "kl_coef", "kl_target", "clip_eps", "clip_eps_high"),
+                *("dual_clip", "value_clip_eps", "vf_coef", "ent_coef", "target_kl"),
+                *("missing_eos_penalty", "score_clip"),
+            ),
+            above_0=("temperature", "kl_horizon"),
+            shares=("gamma", "lam"),
+        )
         if self.minibatches > self.batch_size:
             raise InputError(
                 f"ppo.minibatches: expected at most batch_size = {self.batch_size}; "
                 f"got {self.minibatches}"
-            )
-        if self.kl_coef < 0 or self.kl_target < 0 or self.kl_horizon <= 0:
-            raise InputError(
-                "ppo: expected kl_coef >= 0, kl_target >= 0 and kl_horizon > 0; "
-                f"got {self.kl_coef}, {self.kl_target} and {self.kl_horizon}"
             )
         if self.dual_clip and self.dual_clip <= 1:
             raise InputError(
@@ -311,7 +315,8 @@ def minibatch_gradients(
     Returns:
         gradients, loss, logp (B, R) of the current policy, terms of the loss.
     """
-    gradients, loss, logp, parts = None, 0.0, [], {}
+    gradients, loss, logp, parts = None, 0.0, [], {"val/clipfrac_avg": 0.0}
+    real = experience.weights > 0
     for rows in row_slices(experience.weights.shape[0], settings.micro_batch_size):
         part = experience.rows(rows)
         value, cache = ppo_loss_forward(
@@ -323,6 +328,9 @@ def minibatch_gradients(
         logp.append(cache.logp)
         for name, term in cache.parts.items():
             parts[name] = parts.get(name, 0.0) + float(term)
+        if settings.value_clip_eps:  # where the clipped error is the larger one, no slope is left
+            clipped = (cache.value.slope == 0) & real[rows]
+            parts["val/clipfrac_avg"] += float(clipped.sum()) / float(real.sum())
     return gradients, loss, get_xp(*logp).concatenate(logp), parts
 
 

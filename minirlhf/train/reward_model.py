@@ -13,6 +13,7 @@ from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forwa
 from minirlhf.train.batches import pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer, OptimizerConfig
 from minirlhf.train.policy import reward_backward, reward_forward
+from minirlhf.train.ranges import check_numbers
 from minirlhf.train.run_log import RunLog
 from minirlhf.tree import Tree
 
@@ -62,6 +63,18 @@ class RewardModelConfig:
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
     )
+
+    def __post_init__(self):
+        check_numbers(
+            self,
+            "reward_model.",
+            at_least_1=(
+                *("n_layer", "n_pairs", "n_heldout_pairs", "n_normalize"),
+                *("epochs", "batch_size"),
+            ),
+            at_least_0=("margin",),
+            shares=("label_smoothing",),
+        )
 
 
 def train_reward_model(

@@ -53,6 +53,18 @@ class RunLog:
         """Sizes of the files [bytes], for the checkpoint: `rewind` returns to this moment."""
         return {path.name: path.stat().st_size for path in (self.metrics_path, self.samples_path)}
 
+    def restart(self, stage: str) -> None:
+        """Drop the lines that `stage` wrote before it was interrupted: it begins again.
+
+        Only PPO, the last stage, writes samples: where a stage begins there are none.
+        """
+        kept = 0
+        for line in self.metrics_path.read_bytes().splitlines(keepends=True):
+            if _parse(line, str(self.metrics_path)).get("stage") == stage:
+                break
+            kept += len(line)
+        self.rewind({self.metrics_path.name: kept, self.samples_path.name: 0})
+
     def rewind(self, position: dict[str, int]) -> None:
         """Drop the lines written after `position`, so that a resumed run does not repeat them.
 

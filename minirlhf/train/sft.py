@@ -14,6 +14,7 @@ from minirlhf.rlhf.objectives import (
 from minirlhf.train.batches import Batch, pad_batch
 from minirlhf.train.optimizer import Optimizer, OptimizerConfig
 from minirlhf.train.policy import policy_backward, policy_forward
+from minirlhf.train.ranges import check_numbers
 from minirlhf.train.run_log import RunLog
 from minirlhf.tree import Tree
 
@@ -33,6 +34,9 @@ class SFTConfig:
             learning_rate=3e-3, warmup=30, floor=0.05, beta2=0.98, eps=1e-8, weight_decay=0.01
         )
     )
+
+    def __post_init__(self):
+        check_numbers(self, "sft.", at_least_0=("steps",), at_least_1=("batch_size",))
 
 
 def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tuple[float, Tree]:

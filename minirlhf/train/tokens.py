@@ -131,7 +131,8 @@ def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
 
     A word is a string with one character a token, chr(rank), so that str.split finds a pair. A
     merge changes only the counts beside it. The heap keeps outdated entries: what is popped is
-    compared with the true count. Two pairs may join to one token (a+bc, ab+c): it keeps its rank.
+    compared with the true count. No token arises twice (as a+bc, then as ab+c): within its
+    bytes the earlier merges are the same wherever they stand.
     """
     words = sorted(_cut(pieces).items())
     pair_counts: Counter[str] = Counter()
@@ -142,26 +143,24 @@ def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
             words_with[pair].add(w)
 
     tokens = [bytes([i]) for i in range(256)]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
 
     def entry(pair):  # smallest first: the most frequent, then the first in byte order
         return -pair_counts[pair], tokens[ord(pair[0])], tokens[ord(pair[1])], pair
 
     heap = [entry(pair) for pair in pair_counts]
     heapq.heapify(heap)
-    while heap and len(ranks) < n_ranks:
+    while heap and len(tokens) < n_ranks:
         negative_count, a, b, best = heapq.heappop(heap)
         if -negative_count != pair_counts[best]:
             continue
         if -negative_count < 2:
             break
-        rank = ranks.setdefault(a + b, len(ranks))
-        if rank == len(tokens):
-            tokens.append(a + b)
+        new = chr(len(tokens))
+        tokens.append(a + b)
         changed = set()
         for w in words_with.pop(best):
             word, count = words[w]
-            merged, lost, gained = _merge(word, best, chr(rank))
+            merged, lost, gained = _merge(word, best, new)
             words[w] = merged, count
             for pair in lost:
                 pair_counts[pair] -= count
@@ -172,7 +171,7 @@ def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
         for pair in changed:
             if pair_counts[pair] > 0:
                 heapq.heappush(heap, entry(pair))
-    return ranks
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 def _cut(pieces: Counter[str]) -> Counter[str]:

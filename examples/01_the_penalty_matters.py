@@ -1,0 +1,158 @@
+"""Does the KL penalty matter? PPO with beta = 0, the default and a very large beta, five seeds.
+
+    python examples/01_the_penalty_matters.py            # about 8 minutes on two cores
+
+For every seed the reference and the reward model are trained once; PPO then starts three times
+from the same reference, with the same reward model and the same random streams: only beta differs.
+The proxy reward is what PPO sees; the gold reward, computed from the text, is what was wanted.
+
+Prints a line for every run, the table of means, replies before and after, and the five claims as
+yes or no for each seed. Writes 01_the_penalty_matters.png beside the run folders and, with
+--picture, somewhere else as well.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from minirlhf.backend import keep_freed_memory
+from minirlhf.train.config import TrainConfig, load_config
+from minirlhf.train.pipeline import fork_run, resume, train
+from minirlhf.train.ppo import PPOConfig
+from minirlhf.train.run_log import read_jsonl
+
+DEFAULT = PPOConfig().kl_coef
+BETAS = (0.0, DEFAULT, 5.0)
+COLUMNS = ("proxy", "gold", "kl_seq", "entropy", "length", "distinct_2", "repeated_bigrams")
+EVAL_EVERY = 2  # PPO iterations between two points of the picture
+
+
+def run_seed(seed: int, out: Path) -> dict[str, dict]:
+    """The three runs of one seed: {"reference" | beta: metrics}, and replies of each."""
+    keep_freed_memory()
+    base = out / f"seed{seed}-beta{DEFAULT:g}"
+    results = {DEFAULT: train(TrainConfig(out=base, seed=seed, eval_every=EVAL_EVERY))}
+    settings = load_config(base / "config.toml").ppo
+    for beta in BETAS:
+        if beta != DEFAULT:
+            folder = out / f"seed{seed}-beta{beta:g}"
+            fork_run(base, folder, ppo=dataclasses.replace(settings, kl_coef=beta))
+            results[beta] = resume(folder)
+    rows = {f"{beta:g}": results[beta].policy for beta in BETAS}
+    rows["reference"] = results[DEFAULT].reference
+    replies = {f"{beta:g}": results[beta].policy_samples.responses[:8] for beta in BETAS}
+    replies["reference"] = results[DEFAULT].reference_samples.responses[:8]
+    for name in ("reference", *(f"{beta:g}" for beta in BETAS)):
+        cells = "  ".join(f"{column} {rows[name][column]:7.3f}" for column in COLUMNS)
+        print(f"seed {seed}  {name:>9}  {cells}", flush=True)
+    return {"seed": seed, "rows": rows, "replies": replies, "prompts": results[0.0].prompts[:8]}
+
+
+def claims(rows: dict[str, dict]) -> dict[str, bool]:
+    """What the README says, for one seed."""
+    ref, default, free, tight = (rows[k] for k in ("reference", f"{DEFAULT:g}", "0", "5"))
+    return {
+        "default: gold rises by >= 0.25": default["gold"] - ref["gold"] >= 0.25,
+        "beta 0: proxy higher than default": free["proxy"] > default["proxy"],
+        "beta 0: kl_seq > 5 x default": free["kl_seq"] > 5 * default["kl_seq"],
+        "beta 0: repeated bigrams >= 2 x default": (
+            free["repeated_bigrams"] >= 2 * default["repeated_bigrams"]
+        ),
+        "beta 0: gold lower than default by >= 1": default["gold"] - free["gold"] >= 1.0,
+        "beta 0: gold below the reference": free["gold"] < ref["gold"],
+        "beta 5: kl_seq < 0.3": tight["kl_seq"] < 0.3,
+    }
+
+
+def path_of(folder: Path) -> np.ndarray:
+    """(points, 3): sqrt(kl_seq), proxy and gold on held-out prompts along the run."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    rows = [row for row in rows if row["stage"] == "ppo" and "eval/gold" in row]
+    keys = ("eval/kl_seq", "eval/proxy", "eval/gold")
+    points = np.array([[row[key] for key in keys] for row in rows])
+    points[:, 0] = np.sqrt(np.maximum(points[:, 0], 0.0))
+    return points
+
+
+def draw(seeds: list[dict], out: Path, path: Path) -> None:
+    """Left: gold and proxy against the distance from the reference. Right: gold of every run."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    colours = {0.0: "tab:red", DEFAULT: "tab:blue"}
+    for beta, colour in colours.items():
+        for k, seed in enumerate(seeds):
+            start = seed["rows"]["reference"]
+            points = path_of(out / f"seed{seed['seed']}-beta{beta:g}")
+            points = np.vstack([[0.0, start["proxy"], start["gold"]], points])
+            label = f"beta = {beta:g}" if k == 0 else None
+            left.plot(points[:, 0], points[:, 2], "-o", ms=3, color=colour, label=label)
+            left.plot(points[:, 0], points[:, 1], ":", color=colour, alpha=0.6)
+    left.set_xlabel("distance from the reference, sqrt(kl_seq) [nats^1/2]")
+    left.set_ylabel("reward on held-out prompts")
+    left.set_title("solid: gold (what is wanted), dotted: proxy (what PPO sees)", fontsize=9)
+    left.legend()
+    names = ["0", f"{DEFAULT:g}", "5", "reference"]
+    for x, name in enumerate(names):
+        gold = [seed["rows"][name]["gold"] for seed in seeds]
+        right.plot([x] * len(gold), gold, "o", color="tab:gray", alpha=0.6)
+        right.hlines(np.mean(gold), x - 0.3, x + 0.3, color="black")
+    right.set_xticks(range(len(names)), [f"beta = {n}" if n != "reference" else n for n in names])
+    right.tick_params(axis="x", labelsize=8)
+    right.set_title("gold reward of every seed, and the mean", fontsize=9)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    print(f"picture: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=Path("runs/the_penalty_matters"))
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--picture", type=Path, help="a further copy of the picture")
+    options = parser.parse_args()
+    if options.out.exists():
+        raise SystemExit(f"{options.out}: expected a new folder; it exists: choose another --out")
+    options.out.mkdir(parents=True)
+
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.processes) as pool:
+        jobs = [(seed, options.out) for seed in options.seeds]
+        seeds = pool.starmap(run_seed, jobs, chunksize=1)
+    (options.out / "results.json").write_text(json.dumps(seeds, indent=1))
+
+    print(f"\nmean +- sd over {len(seeds)} seeds")
+    for name in ("reference", *(f"{beta:g}" for beta in BETAS)):
+        values = np.array([[seed["rows"][name][column] for column in COLUMNS] for seed in seeds])
+        cells = (
+            f"{column} {mean:.3f} +- {sd:.3f}"
+            for column, mean, sd in zip(COLUMNS, values.mean(0), values.std(0), strict=True)
+        )
+        print(f"{name:>9}: " + ", ".join(cells))
+    print("\nclaim: in how many of the seeds it holds")
+    verdicts = [claims(seed["rows"]) for seed in seeds]
+    for claim in verdicts[0]:
+        print(f"  {sum(v[claim] for v in verdicts)} of {len(seeds)}  {claim}")
+    first = seeds[0]
+    print(f"\nreplies, seed {first['seed']}")
+    for i, prompt in enumerate(first["prompts"]):
+        print(f"\n  {prompt}")
+        for name in ("reference", f"{DEFAULT:g}", "0"):
+            print(f"    {name:>9}: {first['replies'][name][i]}")
+    print()
+    picture = options.out / "01_the_penalty_matters.png"
+    draw(seeds, options.out, picture)
+    if options.picture:
+        shutil.copy2(picture, options.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The command line: minirlhf train | resume | score | sample | check."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minirlhf import __version__
+from minirlhf.app.check import check_command
+from minirlhf.app.progress import track
+from minirlhf.app.report import penalty_table, print_result, save_curves
+from minirlhf.backend import keep_freed_memory, to_host
+from minirlhf.errors import InputError
+from minirlhf.rlhf.kl import summed_penalty
+from minirlhf.train import pipeline
+from minirlhf.train.batches import pad_batch
+from minirlhf.train.config import TrainConfig, load_config
+from minirlhf.train.pipeline import Run
+from minirlhf.train.policy import policy_forward
+from minirlhf.tree import Tree
+
+USAGE = """\
+minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
+
+  minirlhf train                  SFT, reward model and PPO on the support world; before and after
+  minirlhf resume RUN             go on from the last checkpoint
+  minirlhf score RUN --prompt .. --response ..    log pi_theta - log pi_ref, token by token
+  minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
+  minirlhf check                  check every gradient of the package
+
+minirlhf COMMAND --help shows the options of a command.
+"""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Go on with a run from its last checkpoint, bit for bit."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """The penalty of one response: log pi_theta - log pi_ref, token by token."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of a finished run."""
+    prompt: str
+    """The prompt x."""
+    response: str
+    """The response y."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Replies of the policy and of the reference to one prompt, side by side."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of a finished run."""
+    prompt: str
+    """The prompt x."""
+    n: int = 3
+    """Replies of each."""
+    temperature: float = 1.0
+    """Of the sampling; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens that hold this mass; 1: all."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Check every hand-written gradient by complex step and by central differences."""
+
+    seed: int = 0
+    """Of the arrays."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit status 0: done; 1: a check failed; 2: the input was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    keep_freed_memory()
+    try:
+        status = run_command(arguments)
+    except InputError as error:
+        if os.environ.get("MINIRLHF_TRACEBACK"):
+            raise
+        print(f"minirlhf: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("minirlhf: interrupted; `minirlhf resume RUN` goes on", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output has gone: `minirlhf check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Dispatch on the first word."""
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "resume": resume,
+        "score": score,
+        "sample": sample,
+        "check": check,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        print(f"minirlhf {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in commands:
+        raise InputError(
+            f"expected one of {', '.join(commands)}; got {name!r}: see minirlhf --help"
+        )
+    return commands[name](rest)
+
+
+def parse(kind: type, command: str, arguments: list[str], **options):
+    """Options of a command from its flags, by tyro."""
+    return tyro.cli(kind, args=arguments, prog=f"minirlhf {command}", **options)
+
+
+def train(arguments: list[str]) -> int:
+    """minirlhf train [--config FILE] [flags]: the flags overrule the file."""
+    config_file, arguments = _take_option(arguments, "--config")
+    config = parse(
+        TrainConfig,
+        "train",
+        arguments,
+        default=load_config(config_file) if config_file else TrainConfig(),
+        description=(TrainConfig.__doc__ or "")
+        + "\n\n--config FILE reads a TOML file like a run's config.toml; flags overrule it.",
+    )
+    return _show(pipeline.open_run(config, track=track, say=_say))
+
+
+def resume(arguments: list[str]) -> int:
+    """minirlhf resume RUN."""
+    options = parse(ResumeOptions, "resume", arguments)
+    return _show(pipeline.open_saved_run(options.run, track=track, say=_say))
+
+
+def _show(run: Run) -> int:
+    with np.errstate(all="ignore"):  # what is not finite is looked for at every update
+        result = pipeline.run_stages(run)
+    console = Console()
+    print_result(result, run.world, console)
+    console.print(f"curves: {save_curves(run.folder)}", soft_wrap=True)
+    console.print(f"run folder: {run.folder}", soft_wrap=True)
+    return 0
+
+
+def score(arguments: list[str]) -> int:
+    """minirlhf score RUN --prompt X --response Y."""
+    options = parse(ScoreOptions, "score", arguments)
+    run, policy, reference = _open_finished(options.run)
+    batch = pad_batch(
+        [run.prompt_ids(options.prompt)],
+        [run.response_ids(options.response)],
+        pad_id=run.tokenizer.pad,
+        config=run.gpt,
+    )
+    temperature = run.config.ppo.temperature
+    logp, ref_logp = (
+        policy_forward(params, batch=batch, config=run.gpt, temperature=temperature)[0].logp
+        for params in (policy, reference)
+    )
+    pieces = run.tokenizer.pieces(batch.responses[0].tolist())
+    logp64, ref_logp64 = (to_host(a).astype(np.float64) for a in (logp, ref_logp))
+    table, _ = penalty_table(pieces, logp64[0], ref_logp64[0])
+    penalty = summed_penalty(logp64, ref_logp64, mask=batch.response_mask.astype(np.float64))[0]
+    console = Console()
+    console.print(table)
+    console.print(f"log Pr_theta(y|x) - log Pr_ref(y|x) = {penalty:+.4f} nats", soft_wrap=True)
+    scoring = run.score_with(pipeline.reward_stage(run, reference))
+    proxy = scoring(
+        [options.prompt],
+        [options.response],
+        [run.prompt_ids(options.prompt)],
+        [run.response_ids(options.response)],
+    )[0]
+    beta = run.config.ppo.kl_coef
+    console.print(
+        f"score {proxy:+.4f}; with beta = {beta:g}: score - beta * Penalty = "
+        f"{proxy - beta * penalty:+.4f}",
+        soft_wrap=True,
+    )
+    gold = _gold(run, options.prompt, options.response)
+    if gold is not None:
+        console.print(f"gold reward {gold:+.2f}")
+    return 0
+
+
+def sample(arguments: list[str]) -> int:
+    """minirlhf sample RUN --prompt X."""
+    options = parse(SampleOptions, "sample", arguments)
+    if options.n < 1 or options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+        raise InputError(
+            "sample: expected n >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
+            f"got {options.n}, {options.temperature}, {options.top_k} and {options.top_p}"
+        )
+    run, policy, reference = _open_finished(options.run)
+    table = Table(title=f"replies to {options.prompt!r}", show_lines=True)
+    table.add_column("reference", ratio=1)
+    table.add_column("policy", ratio=1)
+    columns = []
+    for params in (reference, policy):
+        samples = run.sample(
+            params,
+            [options.prompt] * options.n,
+            np.random.default_rng(options.seed),
+            options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
+        columns.append([_with_gold(run, options.prompt, reply) for reply in samples.responses])
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
+    Console().print(table)
+    return 0
+
+
+def check(arguments: list[str]) -> int:
+    """minirlhf check."""
+    options = parse(CheckOptions, "check", arguments)
+    return check_command(seed=options.seed)
+
+
+def _open_finished(folder: Path) -> tuple[Run, Tree, Tree]:
+    """A run with its policy and its reference, on the CPU."""
+    run = pipeline.open_saved_run(folder, device="cpu", say=lambda line: None)
+    policy, reference = pipeline.load_models(run)
+    return run, policy, reference
+
+
+def _gold(run: Run, prompt: str, reply: str) -> float | None:
+    """The gold reward, or None where the world has none for this prompt."""
+    if run.world.gold is None:
+        return None
+    try:
+        return run.world.gold(prompt, reply)
+    except ValueError:  # a prompt outside the world's grammar
+        return None
+
+
+def _with_gold(run: Run, prompt: str, reply: str) -> Text:
+    gold = _gold(run, prompt, reply)
+    text = Text(reply)
+    if gold is not None:
+        text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
+    return text
+
+
+def _take_option(arguments: list[str], name: str) -> tuple[str, list[str]]:
+    """The value of `name VALUE` or `name=VALUE`, and the other arguments."""
+    for i, argument in enumerate(arguments):
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise InputError(f"{name}: expected a file after it; got nothing: name one")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith(name + "="):
+            return argument.removeprefix(name + "="), arguments[:i] + arguments[i + 1 :]
+    return "", arguments
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

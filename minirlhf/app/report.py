@@ -1,0 +1,123 @@
+"""Results a person looks at: the final table, replies side by side, curves, a penalty on a text."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minirlhf.train.pipeline import Result
+from minirlhf.train.run_log import read_jsonl
+from minirlhf.worlds.world import World
+
+ROWS = {  # metric of `evaluate.response_metrics` -> (label, format)
+    "proxy": ("proxy reward (what training sees)", "{:.2f}"),
+    "gold": ("gold reward (what is wanted)", "{:.2f}"),
+    "reward": ("your reward", "{:.3f}"),
+    "kl_seq": ("kl_seq, sum of log-ratios [nats]", "{:.2f}"),
+    "kl_full_seq": ("kl_full_seq, whole vocabulary [nats]", "{:.2f}"),
+    "entropy": ("entropy [nats per token]", "{:.2f}"),
+    "length": ("length [tokens]", "{:.1f}"),
+    "distinct_2": ("distinct-2, all replies", "{:.3f}"),
+    "repeated_bigrams": ("repeated bigrams inside a reply", "{:.3f}"),
+    "ended": ("replies that end by themselves", "{:.2f}"),
+}
+
+
+def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
+    """The table *reference vs policy* on held-out prompts, then replies before and after."""
+    n = len(result.prompts)
+    table = Table(title=f"{n} replies to held-out prompts of the world {world.name!r}")
+    for column in ("", "reference", "policy"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for name, (label, form) in ROWS.items():
+        if np.isfinite(result.policy[name]):
+            table.add_row(
+                Text(label), form.format(result.reference[name]), form.format(result.policy[name])
+            )
+    console.print(table)
+    console.print(samples_table(result, world, n_samples))
+    seconds = {name: f"{value:.0f} s" for name, value in result.seconds.items()}
+    console.print(
+        "training time "
+        + ", ".join(f"{name} {value}" for name, value in seconds.items())
+        + f"; {sum(result.seconds.values()):.0f} s in all"
+    )
+
+
+def samples_table(result: Result, world: World, n: int) -> Table:
+    """Prompt, reply of the reference, reply of the policy, with the gold reward of each."""
+    table = Table(title="before and after", show_lines=True)
+    for column in ("prompt", "reference", "policy"):
+        table.add_column(column, ratio=1)
+
+    def cell(prompt: str, reply: str) -> Text:
+        text = Text(reply)
+        if world.gold is not None:
+            gold = world.gold(prompt, reply)
+            text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
+        return text
+
+    for prompt, before, after in list(
+        zip(
+            result.prompts,
+            result.reference_samples.responses,
+            result.policy_samples.responses,
+            strict=True,
+        )
+    )[:n]:
+        table.add_row(Text(prompt), cell(prompt, before), cell(prompt, after))
+    return table
+
+
+def save_curves(folder: Path) -> Path:
+    """curves.png: reward, KL, entropy and repetition of the PPO stage against its iterations."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row["stage"] == "ppo"]
+    panels = [
+        ("reward", [("objective/scores", "proxy"), ("objective/gold", "gold")]),
+        ("KL to the reference [nats per reply]", [("objective/kl", "kl_seq")]),
+        ("entropy [nats per token]", [("policy/entropy_avg", "entropy")]),
+        ("reply length [tokens]", [("response_length/mean", "length")]),
+    ]
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for key, label in lines:
+            points = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("PPO iteration", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> tuple[Table, float]:
+    """Token by token: log pi_theta, log pi_ref, their difference; the sum is the penalty.
+
+    Returns:
+        the table, Penalty = sum_t (logp_t - ref_logp_t) [nats].
+    """
+    table = Table(title="Penalty = sum over tokens of  log pi_theta - log pi_ref  [nats]")
+    table.add_column("token")
+    for column in ("log pi_theta", "log pi_ref", "difference"):
+        table.add_column(column, justify="right")
+    difference = logp - ref_logp
+    for piece, ours, theirs, d in zip(pieces, logp, ref_logp, difference, strict=True):
+        style = "red" if d > 0.5 else "blue" if d < -0.5 else ""
+        table.add_row(
+            Text(repr(piece)[1:-1]), f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style)
+        )
+    penalty = float(difference.sum())
+    table.add_section()
+    table.add_row(
+        "sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}", Text(f"{penalty:+.4f}", "bold")
+    )
+    return table, penalty

@@ -1,0 +1,238 @@
+"""Advantages: what GAE must satisfy, that padding enters nowhere, and what its bias is."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import ragged, with_junk
+from tolerances import DIFFERENT, ENUMERATION, LOOPS, assert_close
+
+from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
+
+GAMMAS = st.sampled_from([0.0, 0.5, 0.99, 1.0])
+LAMBDAS = st.sampled_from([0.0, 0.5, 0.95, 1.0])
+
+
+def drawn(case):
+    rng, mask = case
+    rewards, values = rng.standard_normal((2, *mask.shape))
+    return rewards, values, mask, rng
+
+
+# -- GAE -----------------------------------------------------------------------------------------
+
+
+@given(ragged(), GAMMAS)
+def test_lambda_1_is_the_return_minus_the_value(case, gamma):
+    rewards, values, mask, _ = drawn(case)
+    advantages, returns = gae(rewards, values, mask=mask, gamma=gamma, lam=1.0)
+    discounted = np.zeros_like(rewards)
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        length = int(mask[b].sum())
+        discounted[b, t] = sum(gamma ** (i - t) * rewards[b, i] for i in range(t, length))
+    assert_close(advantages, (discounted - values) * mask)
+    assert_close(returns, discounted)
+
+
+@given(ragged(), GAMMAS)
+def test_lambda_0_is_the_one_step_error(case, gamma):
+    rewards, values, mask, _ = drawn(case)
+    following = np.pad(values * mask, ((0, 0), (0, 1)))[:, 1:]  # 0 after the last token
+    advantages, _ = gae(rewards, values, mask=mask, gamma=gamma, lam=0.0)
+    assert_close(advantages, (rewards + gamma * following - values) * mask)
+
+
+@given(ragged(), GAMMAS, LAMBDAS)
+def test_linear_in_rewards_and_values_together(case, gamma, lam):
+    rewards, values, mask, rng = drawn(case)
+    other_rewards, other_values = rng.standard_normal((2, *mask.shape))
+    one = gae(rewards, values, mask=mask, gamma=gamma, lam=lam)
+    other = gae(other_rewards, other_values, mask=mask, gamma=gamma, lam=lam)
+    both = gae(
+        rewards - 3 * other_rewards, values - 3 * other_values, mask=mask, gamma=gamma, lam=lam
+    )
+    for i in range(2):
+        assert_close(both[i], one[i] - 3 * other[i])
+
+
+@given(ragged(), GAMMAS, LAMBDAS)
+def test_a_padded_batch_is_its_sequences_one_by_one(case, gamma, lam):
+    rewards, values, mask, _ = drawn(case)
+    batch = gae(with_junk(rewards, mask), with_junk(values, mask), mask=mask, gamma=gamma, lam=lam)
+    for b, length in enumerate(mask.sum(axis=1).astype(int)):
+        alone = gae(
+            rewards[b : b + 1, :length],
+            values[b : b + 1, :length],
+            mask=np.ones((1, length)),
+            gamma=gamma,
+            lam=lam,
+        )
+        for whole, single in zip(batch, alone, strict=True):
+            assert_close(whole[b, :length], single[0])
+            assert (whole[b, length:] == 0).all()
+
+
+def test_a_response_that_was_cut_off_ends_in_value_0():
+    # reward 1 at the last token, value 2 everywhere: 1 + 0 - 2, whatever gamma and lambda are.
+    values = np.array([[2.0, 2.0]])
+    for gamma, lam in [(1.0, 0.95), (0.9, 0.0)]:
+        advantages, _ = gae(
+            np.array([[0.0, 1.0]]), values, mask=np.ones((1, 2)), gamma=gamma, lam=lam
+        )
+        assert advantages[0, 1] == -1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dtypes_stay(dtype):
+    rewards, values, mask = np.ones((3, 2, 4), dtype=dtype)
+    outputs = [
+        *gae(rewards, values, mask=mask),
+        *masked_whiten(rewards, mask=mask),
+        masked_mean(rewards, mask=mask),
+        token_rewards(rewards[:, 0], values, mask=mask, kl_coef=0.1),
+    ]
+    assert {x.dtype for x in outputs} == {np.dtype(dtype)}
+
+
+def test_errors_name_what_was_expected_and_what_came():
+    x = np.zeros((2, 3))
+    with pytest.raises(ValueError, match=r"gae: .* one shape \(B, T\); got \(2, 3\), \(2, 2\)"):
+        gae(x, x[:, :2], mask=x)
+    with pytest.raises(ValueError, match=r"expected score \(B,\).*; got \(3,\), \(2, 3\)"):
+        token_rewards(np.zeros(3), x, mask=x, kl_coef=0.1)
+    with pytest.raises(ValueError, match=r"token_rewards: .*got \(2,\), \(2, 2\) and \(2, 3\)"):
+        token_rewards(np.zeros(2), x[:, :2], mask=x, kl_coef=0.1)
+    with pytest.raises(ValueError, match="at least one token in every response"):
+        token_rewards(np.zeros(2), x, mask=np.array([[1.0, 1, 0], [0, 0, 0]]), kl_coef=0.1)
+
+
+def test_arguments_are_not_written_to():
+    rng = np.random.default_rng(0)
+    rewards, values = rng.standard_normal((2, 2, 3))
+    mask = np.array([[1.0, 1, 1], [1, 0, 0]])
+    score = np.ones(2)
+    before = [x.copy() for x in (rewards, values, mask, score)]
+    token_rewards(score, rewards, mask=mask, kl_coef=0.2)
+    gae(rewards, values, mask=mask)
+    masked_whiten(rewards, mask=mask)
+    for x, copy in zip((rewards, values, mask, score), before, strict=True):
+        assert_close(x, copy, 0.0)
+
+
+# -- means over real tokens ----------------------------------------------------------------------
+
+
+@given(ragged(max_B=4, max_T=6), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_whitened_advantages_have_mean_0_and_variance_1(case, scale):
+    rng, mask = case
+    x = scale * (rng.standard_normal(mask.shape) + 5)
+    white, divided_by = masked_whiten(x, mask=mask)
+    kept = white[mask > 0]
+    assert abs(kept.mean()) < 1e-9
+    var = masked_var(x, mask=mask)
+    assert kept.var() == pytest.approx(var / (var + 1e-8), abs=1e-9)  # 1, or 0 for one token
+    if var > 1e-3:
+        assert kept.var() == pytest.approx(1.0, abs=2e-5)
+    shifted, _ = masked_whiten(x, mask=mask, shift_mean=False)
+    assert shifted[mask > 0].mean() == pytest.approx(x[mask > 0].mean())  # rewards keep their mean
+    assert_close(white * divided_by, (x - masked_mean(x, mask=mask)) * mask, 1e-10 * scale)
+
+
+@given(ragged(max_B=4, max_T=6))
+def test_padding_enters_no_mean(case):
+    rng, mask = case
+    x = rng.standard_normal(mask.shape)
+    junk = with_junk(x, mask, junk=[np.nan, np.inf, -np.inf])
+    for function in (masked_mean, masked_var):
+        assert_close(function(junk, mask=mask), function(x, mask=mask), 0.0)
+    for clean, dirty in zip(
+        masked_whiten(x, mask=mask), masked_whiten(junk, mask=mask), strict=True
+    ):
+        assert_close(dirty, clean, 0.0)
+    wider = [np.pad(a, ((0, 0), (2, 3))) for a in (x, mask)]
+    assert_close(masked_mean(wider[0], mask=wider[1]), masked_mean(x, mask=mask))
+    assert_close(masked_var(wider[0], mask=wider[1]), masked_var(x, mask=mask))
+
+
+def test_an_empty_mask_gives_0():
+    x, mask = np.full((2, 3), np.nan), np.zeros((2, 3))
+    assert masked_mean(x, mask=mask) == 0.0
+    assert masked_var(x, mask=mask) == 0.0
+    white, scale = masked_whiten(x, mask=mask)
+    assert (white == 0).all() and np.isfinite(scale)
+    assert all((a == 0).all() for a in gae(x, x, mask=mask))
+
+
+def test_one_token_is_whitened_to_0():
+    white, scale = masked_whiten(np.array([[3.0]]), mask=np.ones((1, 1)))
+    assert white.tolist() == [[0.0]] and scale == pytest.approx(1e-4)
+
+
+# -- the bias of GAE, by enumeration -------------------------------------------------------------
+
+V, T = 3, 3
+RESPONSES = np.array(list(np.ndindex(*[V] * T)))  # (27, T)
+NODES = sum(V**t for t in range(T))
+NODE = np.array(
+    [
+        [sum(V**i for i in range(t)) + int(sum(y[i] * V**i for i in range(t))) for t in range(T)]
+        for y in RESPONSES
+    ]
+)
+
+
+class Toy:
+    """A policy with a row of logits a prefix; rewards at every token; everything enumerated."""
+
+    def __init__(self, seed):
+        rng = np.random.default_rng(seed)
+        logits = rng.standard_normal((NODES, V))
+        p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        self.token_p = p[NODE, RESPONSES]  # (27, T)
+        self.prob = self.token_p.prod(axis=1)
+        # d log p(token) / d logits of its prefix: one-hot - p, (27, T, V)
+        self.score = np.eye(V)[RESPONSES] - p[NODE]
+        final = rng.standard_normal(len(RESPONSES))
+        kl_token = rng.standard_normal((NODES, V))[NODE, RESPONSES]
+        self.rewards = token_rewards(final, kl_token, mask=np.ones_like(kl_token), kl_coef=0.5)
+        to_go = self.rewards[:, ::-1].cumsum(axis=1)[:, ::-1]
+        weight, total = np.zeros(NODES), np.zeros(NODES)
+        np.add.at(weight, NODE, self.prob[:, None])
+        np.add.at(total, NODE, self.prob[:, None] * to_go)
+        self.values = total / weight  # V(prefix) = E[reward to go]
+
+    def policy_gradient(self, advantages):
+        """E[sum_t score_t A_t] in the logits, (NODES, V)."""
+        out = np.zeros((NODES, V))
+        np.add.at(out, NODE, self.prob[:, None, None] * self.score * advantages[..., None])
+        return out
+
+    def gae_gradient(self, values, lam):
+        advantages, _ = gae(
+            self.rewards, values[NODE], mask=np.ones(NODE.shape), gamma=1.0, lam=lam
+        )
+        return self.policy_gradient(advantages)
+
+    def true_gradient(self):
+        """d/dlogits of E[sum of rewards] = E[score of every token x the whole return]."""
+        whole = np.broadcast_to(self.rewards.sum(axis=1, keepdims=True), NODE.shape)
+        return self.policy_gradient(whole)
+
+    def bias(self, values, lam):
+        """|gradient with GAE - true gradient|, relative to the true one."""
+        true = self.true_gradient()
+        return np.linalg.norm(self.gae_gradient(values, lam) - true) / np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gae_is_unbiased_at_lambda_1_or_with_the_exact_value(seed):
+    toy = Toy(seed)
+    assert toy.prob.sum() == pytest.approx(1.0, abs=LOOPS)
+    noise = np.random.default_rng(seed).standard_normal(NODES)
+    for lam in (0.0, 0.5, 0.95, 1.0):
+        assert toy.bias(toy.values, lam) < ENUMERATION
+    for values in (0 * noise, noise, toy.values + 0.5 * noise):
+        assert toy.bias(values, 1.0) < ENUMERATION
+        biases = [toy.bias(values, lam) for lam in (0.0, 0.5, 0.95)]
+        assert biases[0] > biases[1] > biases[2] > DIFFERENT / 2
+        assert biases[0] > 10 * DIFFERENT

@@ -1,0 +1,135 @@
+"""What several test files need: a model of two blocks, seven letters, ragged batches."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from minirlhf.backend import to_device, to_host
+from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.rlhf.kl import KL_MODES
+from minirlhf.train.batches import pad_batch
+from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.ppo import make_experience, ppo_update
+from minirlhf.train.rollout import sample_responses, score_rollout
+from minirlhf.tree import tree_map
+
+
+class Letters:
+    """A tokenizer of one letter a token: a .. g are 0 .. 6."""
+
+    bos, sep, eos, pad = 7, 8, 9, 10
+    vocab_size = 11
+
+    def prompt_ids(self, text):
+        return [self.bos, *("abcdefg".index(letter) for letter in text), self.sep]
+
+    def decode(self, ids):
+        return "".join("abcdefg"[i] for i in ids if i < 7)
+
+
+CONFIG = GPTConfig(vocab_size=Letters.vocab_size, n_ctx=12, n_layer=2, n_head=2, d_model=8)
+
+
+def make_params(*, seed=0, dtype=np.float64, heads=("value_head",), config=CONFIG):
+    """A model whose every parameter matters: the usual start plus noise on all leaves."""
+    rng = np.random.default_rng(seed)
+    C = config.d_model
+    params = {"transformer": init_transformer(config, rng=rng, dtype=np.float64)}
+    params.update({head: {"w": np.zeros((C, 1)), "b": np.zeros(1)} for head in heads})
+    return tree_map(lambda a: (a + 0.3 * rng.standard_normal(a.shape)).astype(dtype), params)
+
+
+def make_ids(lengths, *, seed=0, low=0, high=7):
+    """One list of random letters for each length."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(low, high, size=n).tolist() for n in lengths]
+
+
+def make_batch(prompts=(3, 1, 4, 2), responses=(2, 5, 1, 4), *, seed=0, dtype=np.float64):
+    """Prompts and responses of the given numbers of letters, padded."""
+    ids = make_ids([*prompts, *responses], seed=seed)
+    n = len(prompts)
+    return pad_batch(ids[:n], ids[n:], pad_id=Letters.pad, config=CONFIG, dtype=dtype)
+
+
+@st.composite
+def ragged(draw, *, max_B=3, max_T=5):
+    """(rng, mask): responses of 1 to T tokens, padded on the right."""
+    B, T = draw(st.integers(1, max_B)), draw(st.integers(1, max_T))
+    lengths = draw(st.lists(st.integers(1, T), min_size=B, max_size=B))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return rng, (np.arange(T) < np.array(lengths)[:, None]).astype(np.float64)
+
+
+def with_junk(x, mask, *, junk=(np.nan, np.inf, -np.inf, 1e30)):
+    """A copy of x whose padding holds the worst there is."""
+    x = x.copy()
+    x[mask == 0] = np.resize(junk, int((mask == 0).sum()))
+    return x
+
+
+def moved(value, move):
+    """`value` with every array in it, through dicts, lists and tuples, given to `move`."""
+    if isinstance(value, np.ndarray):
+        return move(value)
+    if isinstance(value, dict):
+        return {key: moved(item, move) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(item, move) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item, move) for item in value)
+    return value
+
+
+def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
+    """Sample, score, learn once on `device`; everything comes back to the host.
+
+    Returns:
+        response ids, mask, parameters after the update (flat), metrics.
+    """
+
+    def on_device(tree):
+        return tree_map(lambda array: to_device(array, device), tree)
+
+    policy = on_device(make_params(seed=1, dtype=dtype))
+    reference = on_device(make_params(seed=2, dtype=dtype, heads=()))
+    optimizer = Optimizer(policy, settings.optimizer, total_steps=8)
+    samples = sample_responses(
+        optimizer.params,
+        ["abc", "d", "ga", "bbbb", "", "ce"],
+        tokenizer=Letters(),
+        config=CONFIG,
+        max_prompt_tokens=6,
+        max_response_tokens=5,
+        rng=np.random.default_rng(3),
+        temperature=settings.temperature,
+        device=device,
+    )
+    samples = samples._replace(
+        batch=samples.batch._replace(mask=samples.batch.mask.astype(dtype)),
+    )
+    rollout = score_rollout(
+        optimizer.params,
+        reference,
+        samples,
+        score=lambda prompts, responses, prompt_ids, response_ids: np.array(
+            [t.count("a") - 0.1 * len(ids) for t, ids in zip(responses, response_ids, strict=True)]
+        ),
+        config=CONFIG,
+        temperature=settings.temperature,
+        keep_ref_logits=KL_MODES[settings.kl_mode].in_loss in ("full", "rao_blackwell"),
+        micro_batch_size=settings.micro_batch_size,
+        device=device,
+    )
+    experience, metrics = make_experience(
+        rollout, settings=settings, kl_coef=kl_coef, stop_id=Letters.eos
+    )
+    metrics |= ppo_update(
+        optimizer,
+        experience,
+        config=CONFIG,
+        settings=settings,
+        kl_coef=kl_coef,
+        rng=np.random.default_rng(4),
+    )
+    mask = to_host(rollout.batch.response_mask)
+    return samples.response_ids, mask, to_host(optimizer.flat), metrics
