@@ -35,7 +35,7 @@ def expm1_minus(x: Array) -> Array:
     """exp(x) - 1 - x without cancellation: a series below |x| = 0.01, expm1 above."""
     xp = get_xp(x)
     small = (x.real < 1e-2) & (x.real > -1e-2)
-    series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x / 120)))
+    series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720))))
     return xp.where(small, series, xp.expm1(x) - x)
 
 
