@@ -8,6 +8,10 @@ from tiny import ragged, with_junk
 from tolerances import DIFFERENT, ENUMERATION, LOOPS, assert_close
 
 from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
+from minirlhf.rlhf.kl import KL_MODES, kl_estimate
+from minirlhf.train.batches import Batch
+from minirlhf.train.ppo import PPOConfig, make_experience
+from minirlhf.train.rollout import Rollout, Samples
 
 GAMMAS = st.sampled_from([0.0, 0.5, 0.99, 1.0])
 LAMBDAS = st.sampled_from([0.0, 0.5, 0.95, 1.0])
@@ -166,6 +170,101 @@ def test_an_empty_mask_gives_0():
 def test_one_token_is_whitened_to_0():
     white, scale = masked_whiten(np.array([[3.0]]), mask=np.ones((1, 1)))
     assert white.tolist() == [[0.0]] and scale == pytest.approx(1e-4)
+
+
+# -- what PPO holds constant ---------------------------------------------------------------------
+
+STOP = 9
+MASK = np.array([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+TOKENS = np.array([[1, 2, 3, 4], [5, STOP, 0, 0], [6, 1, STOP, STOP]])  # the first one is cut off
+
+
+def make_rollout(*, junk=0.0):
+    """Three responses after a prompt of two tokens; all padding holds `junk`."""
+    rng = np.random.default_rng(0)
+    old_logp, ref_logp, values, entropy, kl_full = (
+        np.where(MASK > 0, x, junk) for x in rng.standard_normal((5, *MASK.shape))
+    )
+    tokens = np.concatenate([np.ones((3, 2), dtype=int), TOKENS], axis=1)
+    batch = Batch(tokens, np.concatenate([np.ones((3, 2)), MASK], axis=1), 2)
+    samples = Samples(["x"] * 3, ["y"] * 3, [[1, 1]] * 3, [[1]] * 3, batch)
+    score = np.array([1.0, -2.0, 0.5])
+    return Rollout(samples, old_logp, ref_logp, None, values, entropy, kl_full, score)
+
+
+def experience_of(rollout, *, kl_coef=0.3, **settings):
+    return make_experience(rollout, settings=PPOConfig(**settings), kl_coef=kl_coef, stop_id=STOP)
+
+
+@pytest.mark.parametrize("kl_mode", KL_MODES)
+def test_experience(kl_mode):
+    """Rewards, GAE, whitening in this order: returns are taken before the whitening."""
+    rollout, estimator = make_rollout(), KL_MODES[kl_mode].in_reward
+    got, metrics = experience_of(rollout, kl_mode=kl_mode)
+    score = rollout.score
+    kl_token = kl_estimate(rollout.old_logp - rollout.ref_logp, estimator or "k1")
+    rewards = token_rewards(score, kl_token, mask=MASK, kl_coef=0.3 if estimator else 0.0)
+    advantages, returns = gae(rewards, rollout.values, mask=MASK, gamma=1.0, lam=0.95)
+    white, scale = masked_whiten(advantages, mask=MASK)
+    assert_close(got.advantages, white)
+    assert_close(got.returns, returns)
+    assert_close(got.kl_loss_coef * scale, 1.0)  # a penalty in the loss is divided as they are
+    assert scale > 1.1
+    for name in ("old_logp", "ref_logp"):
+        assert_close(getattr(got, name), getattr(rollout, name), 0.0)
+    assert_close(got.old_values, rollout.values, 0.0)
+    plain, _ = experience_of(rollout, kl_mode=kl_mode, whiten_advantages=False, gamma=0.9, lam=0.5)
+    assert_close(plain.advantages, gae(rewards, rollout.values, mask=MASK, gamma=0.9, lam=0.5)[0])
+    assert plain.kl_loss_coef == 1.0
+    # The penalty is summed over each response: nats a response, not a token.
+    penalty = ((rollout.old_logp - rollout.ref_logp) * MASK).sum(axis=1)
+    assert metrics["objective/kl"] == pytest.approx(penalty.mean())
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.3 * penalty.mean())
+    assert metrics["objective/rlhf_reward"] == pytest.approx(score.mean() - 0.3 * penalty.mean())
+    assert metrics["objective/scores"] == pytest.approx(score.mean())
+    assert metrics["val/num_eos_tokens"] == 2
+    assert metrics["response_length/mean"] == 3
+
+
+def test_a_missing_stop_token_costs_and_padding_is_none():
+    """The first response has no stop token; the third one's padding looks like one."""
+    rollout = make_rollout()
+    plain, fined = (
+        experience_of(rollout, missing_eos_penalty=c, whiten_advantages=False)[0]
+        for c in (0.0, 5.0)
+    )
+    # gamma = 1: the return of the last token is its reward.
+    assert_close((plain.returns - fined.returns)[:, 0] > 0, [True, False, False])
+    assert (plain.returns - fined.returns)[0, 3] == pytest.approx(5.0)
+    unstopped = rollout.samples.batch._replace(tokens=rollout.batch.tokens.copy())
+    unstopped.tokens[2, 4] = 1  # now only its padding reads STOP
+    rollout = rollout._replace(samples=rollout.samples._replace(batch=unstopped))
+    fined, metrics = experience_of(rollout, missing_eos_penalty=5.0, whiten_advantages=False)
+    assert (plain.returns - fined.returns)[2, 2] == pytest.approx(5.0)
+    assert metrics["val/num_eos_tokens"] == 1
+
+
+def test_scores_are_cut_and_rewards_are_whitened_without_their_mean():
+    rollout = make_rollout()
+    settings = {"whiten_advantages": False, "lam": 1.0, "kl_coef": 0.0}
+    cut, metrics = experience_of(rollout, score_clip=0.75, **settings)
+    assert_close(cut.returns[:, 0], [0.75, -0.75, 0.5])
+    assert metrics["objective/scores"] == pytest.approx(rollout.score.mean())  # as it was given
+    assert metrics["objective/rlhf_reward"] == pytest.approx(0.5 / 3)
+    white, _ = experience_of(rollout, whiten_rewards=True, **settings)
+    rewards = token_rewards(rollout.score, 0 * MASK, mask=MASK, kl_coef=0.0)
+    rewards, _ = masked_whiten(rewards, mask=MASK, shift_mean=False)
+    assert_close(white.returns[:, 0], rewards.sum(axis=1))
+
+
+@pytest.mark.parametrize("junk", [1e6, np.nan])
+def test_padding_changes_no_experience_and_no_metric(junk):
+    for settings in ({}, {"whiten_rewards": True, "aggregation": "seq-mean-token-mean"}):
+        clean, metrics = experience_of(make_rollout(), **settings)
+        dirty, dirty_metrics = experience_of(make_rollout(junk=junk), **settings)
+        assert dirty_metrics == metrics
+        for name in ("advantages", "returns", "weights", "kl_loss_coef"):
+            assert_close(getattr(dirty, name), getattr(clean, name), 0.0)
 
 
 # -- the bias of GAE, by enumeration -------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, that they repeat, that an interruption changes nothing."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -586,6 +587,18 @@ def test_evaluation_tosses_the_same_coins_for_every_policy(finished):
         assert samples.responses == result.policy_samples.responses
     same = {**tree_copy(reference), "value_head": policy["value_head"]}
     assert run.evaluate(same, reference, score)[1].responses == result.reference_samples.responses
+
+
+def test_evaluation_is_at_the_temperature_of_training(finished):
+    run = pipeline.open_saved_run(finished[0])
+    policy, reference = pipeline.load_models(run)
+    score = run.score_with(pipeline.reward_stage(run, reference))
+    entropy = []
+    for temperature in (0.2, 1.0):
+        config = changed(run.config, {"ppo.temperature": temperature})
+        at = dataclasses.replace(run, config=config)
+        entropy.append(at.evaluate(policy, reference, score)[0]["entropy"])
+    assert entropy[0] < 0.9 * entropy[1]
 
 
 def test_more_evaluation_prompts_than_there_are_go_round(tmp_path, names):

@@ -41,7 +41,9 @@ from minirlhf.rlhf.objectives import (
     cross_entropy_forward,
     token_weights,
 )
+from minirlhf.train import ppo
 from minirlhf.train.batches import Batch, pad_batch, row_slices
+from minirlhf.train.optimizer import Optimizer, OptimizerConfig
 from minirlhf.train.policy import (
     policy_backward,
     policy_forward,
@@ -52,6 +54,7 @@ from minirlhf.train.ppo import (
     Experience,
     PPOConfig,
     minibatch_gradients,
+    ppo_update,
     update_metrics,
 )
 from minirlhf.tree import tree_items, tree_map
@@ -511,6 +514,71 @@ def test_micro_batches_change_nothing(mode, kl_mode):
         assert_close(got[1], loss)
         assert_close(got[2], logp)
         assert got[3] == pytest.approx(parts)
+
+
+def optimizer_and_experience(**settings):
+    optimizer = Optimizer(
+        make_params(), OptimizerConfig(schedule="constant", **settings), total_steps=8
+    )
+    return optimizer, make_experience_of(make_batch(), on_policy=True)
+
+
+def test_a_learning_rate_of_0_leaves_every_ratio_at_1():
+    optimizer, experience = optimizer_and_experience(learning_rate=0.0)
+    metrics = ppo_update(
+        optimizer,
+        experience,
+        config=CONFIG,
+        settings=PPOConfig(epochs=3, minibatches=1, batch_size=4, kl_mode="loss_rb"),
+        kl_coef=0.3,
+        rng=np.random.default_rng(0),
+    )
+    assert metrics["policy/updates"] == 3
+    assert metrics["policy/clipfrac_avg"] == metrics["policy/clamped_log_ratios"] == 0
+    assert metrics["policy/approxkl_avg"] < 1e-28  # rows in another order: rounding
+    assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-14)
+
+
+@pytest.mark.parametrize(("target_kl", "updates"), [(0.0, 8), (1e-12, 2), (1e3, 8)])
+def test_epochs_end_when_the_policy_has_moved_too_far(target_kl, updates):
+    """The first update finds k3 = 0, the second sees what the first has done."""
+    optimizer, experience = optimizer_and_experience(learning_rate=1e-3)
+    metrics = ppo_update(
+        optimizer,
+        experience,
+        config=CONFIG,
+        settings=PPOConfig(epochs=4, minibatches=2, batch_size=4, target_kl=target_kl),
+        kl_coef=0.0,
+        rng=np.random.default_rng(0),
+    )
+    assert metrics["policy/updates"] == updates
+
+
+def test_every_epoch_sees_every_response_once(monkeypatch):
+    seen = []
+    optimizer, experience = optimizer_and_experience(learning_rate=1e-3)
+    inner = ppo.minibatch_gradients
+
+    def spy(params, minibatch, **constants):
+        seen.append(minibatch.old_logp[:, 0].tolist())
+        mask = minibatch.batch.response_mask  # weights are made anew for these rows
+        assert_close(minibatch.weights, mask / mask.sum())
+        return inner(params, minibatch, **constants)
+
+    monkeypatch.setattr(ppo, "minibatch_gradients", spy)
+    ppo_update(
+        optimizer,
+        experience,
+        config=CONFIG,
+        settings=PPOConfig(epochs=5, minibatches=2, batch_size=4),
+        kl_coef=0.0,
+        rng=np.random.default_rng(0),
+    )
+    everyone = sorted(experience.old_logp[:, 0].tolist())
+    assert [len(rows) for rows in seen] == [2, 2] * 5
+    epochs = [seen[i] + seen[i + 1] for i in range(0, 10, 2)]
+    assert all(sorted(order) == everyone for order in epochs)
+    assert len({tuple(order) for order in epochs}) > 1  # in a new order
 
 
 def test_row_slices():

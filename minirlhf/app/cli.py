@@ -158,7 +158,7 @@ def resume(arguments: list[str]) -> int:
 def _show(run: Run) -> int:
     with np.errstate(all="ignore"):  # what is not finite is looked for at every update
         result = pipeline.run_stages(run)
-    console = Console()
+    console = _console()
     print_result(result, run.world, console)
     console.print(f"curves: {save_curves(run.folder)}", soft_wrap=True)
     console.print(f"run folder: {run.folder}", soft_wrap=True)
@@ -169,6 +169,7 @@ def score(arguments: list[str]) -> int:
     """minirlhf score RUN --prompt X --response Y."""
     options = parse(ScoreOptions, "score", arguments)
     run, policy, reference = _open_finished(options.run)
+    _refuse_to_cut(run, prompt=options.prompt, response=options.response)
     batch = pad_batch(
         [run.prompt_ids(options.prompt)],
         [run.response_ids(options.response)],
@@ -184,7 +185,7 @@ def score(arguments: list[str]) -> int:
     logp64, ref_logp64 = (to_host(a).astype(np.float64) for a in (logp, ref_logp))
     table, _ = penalty_table(pieces, logp64[0], ref_logp64[0])
     penalty = summed_penalty(logp64, ref_logp64, mask=batch.response_mask.astype(np.float64))[0]
-    console = Console()
+    console = _console()
     console.print(table)
     console.print(f"log Pr_theta(y|x) - log Pr_ref(y|x) = {penalty:+.4f} nats", soft_wrap=True)
     scoring = run.score_with(pipeline.reward_stage(run, reference))
@@ -215,6 +216,7 @@ def sample(arguments: list[str]) -> int:
             f"got {options.n}, {options.temperature}, {options.top_k} and {options.top_p}"
         )
     run, policy, reference = _open_finished(options.run)
+    _refuse_to_cut(run, prompt=options.prompt)
     table = Table(title=f"replies to {options.prompt!r}", show_lines=True)
     table.add_column("reference", ratio=1)
     table.add_column("policy", ratio=1)
@@ -231,7 +233,7 @@ def sample(arguments: list[str]) -> int:
         columns.append([_with_gold(run, options.prompt, reply) for reply in samples.responses])
     for row in zip(*columns, strict=True):
         table.add_row(*row)
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
@@ -246,6 +248,24 @@ def _open_finished(folder: Path) -> tuple[Run, Tree, Tree]:
     run = pipeline.open_saved_run(folder, device="cpu", say=lambda line: None)
     policy, reference = pipeline.load_models(run)
     return run, policy, reference
+
+
+def _refuse_to_cut(run: Run, *, prompt: str, response: str = "") -> None:
+    """Training cuts texts that are too long; numbers that a person asked for are of the whole."""
+    for name, ids, limit in (
+        ("prompt", run.tokenizer.prompt_ids(prompt), run.max_prompt_tokens),
+        ("response", run.tokenizer.response_ids(response), run.max_response_tokens),
+    ):
+        if len(ids) > limit:
+            raise InputError(
+                f"{name}: expected at most {limit} tokens, as in training; got {len(ids)}: "
+                f"shorten it, or train with a larger --max-{name}-tokens"
+            )
+
+
+def _console() -> Console:
+    """Standard output; brackets and colons in texts of the user mean themselves."""
+    return Console(markup=False, emoji=False)
 
 
 def _gold(run: Run, prompt: str, reply: str) -> float | None:
