@@ -10,7 +10,7 @@ from tolerances import DIFFERENT, ENUMERATION, LOOPS, assert_close
 from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
 from minirlhf.rlhf.kl import KL_MODES, kl_estimate
 from minirlhf.train.batches import Batch
-from minirlhf.train.ppo import PPOConfig, make_experience
+from minirlhf.train.ppo import PPOConfig, make_experience, rollout_metrics
 from minirlhf.train.rollout import Rollout, Samples
 
 GAMMAS = st.sampled_from([0.0, 0.5, 0.99, 1.0])
@@ -193,7 +193,9 @@ def make_rollout(*, junk=0.0):
 
 
 def experience_of(rollout, *, kl_coef=0.3, **settings):
-    return make_experience(rollout, settings=PPOConfig(**settings), kl_coef=kl_coef, stop_id=STOP)
+    known = {"settings": PPOConfig(**settings), "kl_coef": kl_coef, "stop_id": STOP}
+    experience = make_experience(rollout, **known)
+    return experience, rollout_metrics(rollout, experience, **known)
 
 
 @pytest.mark.parametrize("kl_mode", KL_MODES)
@@ -208,14 +210,14 @@ def test_experience(kl_mode):
     white, scale = masked_whiten(advantages, mask=MASK)
     assert_close(got.advantages, white)
     assert_close(got.returns, returns)
-    assert_close(got.kl_loss_coef * scale, 1.0)  # a penalty in the loss is divided as they are
+    assert_close(got.kl_loss_coef * scale, 0.3)  # a penalty in the loss is divided as they are
     assert scale > 1.1
     for name in ("old_logp", "ref_logp"):
         assert_close(getattr(got, name), getattr(rollout, name), 0.0)
     assert_close(got.old_values, rollout.values, 0.0)
     plain, _ = experience_of(rollout, kl_mode=kl_mode, whiten_advantages=False, gamma=0.9, lam=0.5)
     assert_close(plain.advantages, gae(rewards, rollout.values, mask=MASK, gamma=0.9, lam=0.5)[0])
-    assert plain.kl_loss_coef == 1.0
+    assert plain.kl_loss_coef == 0.3
     # The penalty is summed over each response: nats a response, not a token.
     penalty = ((rollout.old_logp - rollout.ref_logp) * MASK).sum(axis=1)
     assert metrics["objective/kl"] == pytest.approx(penalty.mean())

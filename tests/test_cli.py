@@ -208,7 +208,7 @@ def test_resume_goes_on_and_shows_the_same(capsys, tmp_path, names, monkeypatch)
     assert differences(outcome(config.out), outcome(tmp_path / "parts")) == []
 
     def tables(text):
-        return text[: text.index("training time")]
+        return text[: text.index("training time in this session")]
 
     assert tables(resumed) == tables(whole)
 

@@ -318,12 +318,11 @@ def test_float32_stays_float32_and_near_float64():
 @pytest.mark.parametrize("kl_mode", KL_MODES)
 def test_ppo_stays_float32(kl_mode):
     settings = PPOConfig(kl_mode=kl_mode, ent_coef=0.1, value_clip_eps=0.2, dual_clip=3.0)
-    gradients, loss, logp, _ = minibatch_gradients(
+    gradients, loss, logp, *_ = minibatch_gradients(
         PARAMS[np.float32],
         make_experience_of(make_batch(dtype=np.float32), np.float32),
         config=CONFIG,
         settings=settings,
-        kl_coef=0.3,
     )
     assert np.isfinite(loss) and logp.dtype == np.float32
     assert {leaf.dtype for _, leaf in tree_items(gradients)} == {np.dtype(np.float32)}
@@ -392,12 +391,11 @@ def test_logits_of_ten_thousand_stay_finite(dtype, kl_mode):
     assert np.abs(out.logits).max() > 1e4 and out.logp.min() < -1e4
     assert np.isfinite(out.logp).all()
     assert np.isfinite(entropy_forward(out.logits)[0]).all()
-    gradients, loss, _, _ = minibatch_gradients(
+    gradients, loss, *_ = minibatch_gradients(
         params,
         make_experience_of(batch, dtype),  # of the moderate policy: ratios beyond exp
         config=CONFIG,
         settings=PPOConfig(kl_mode=kl_mode, ent_coef=0.1),
-        kl_coef=0.1,
     )
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for _, leaf in tree_items(gradients))
@@ -470,10 +468,10 @@ def test_the_first_ratio_is_exactly_1(dtype):
     assert_close(again.logp - policy(batch, dtype).logp, np.zeros_like(again.logp), SAME_FORWARD)
     experience = make_experience_of(batch, dtype, on_policy=True)
     settings = PPOConfig()
-    _, _, logp, _ = minibatch_gradients(
-        PARAMS[dtype], experience, config=CONFIG, settings=settings, kl_coef=0.1
+    _, _, logp, values, _ = minibatch_gradients(
+        PARAMS[dtype], experience, config=CONFIG, settings=settings
     )
-    metrics = update_metrics(logp, experience, settings)
+    metrics = update_metrics(logp, values, experience, settings)
     assert metrics["policy/approxkl_avg"] == metrics["policy/kl_old_k3_token"] == 0.0
     assert (metrics["policy/clipfrac_avg"], metrics["val/ratio"]) == (0.0, 1.0)
 
@@ -504,16 +502,16 @@ def test_micro_batches_change_nothing(mode, kl_mode):
             experience,
             config=CONFIG,
             settings=replace(settings, micro_batch_size=size),
-            kl_coef=0.3,
         )
 
-    gradients, loss, logp, parts = run(0)
+    gradients, loss, logp, values, parts = run(0)
     for size in (1, 2, 3):
         got = run(size)
         assert_trees_close(got[0], gradients, MICRO_BATCH[np.float64])
         assert_close(got[1], loss)
         assert_close(got[2], logp)
-        assert got[3] == pytest.approx(parts)
+        assert_close(got.values, values)
+        assert got.parts == pytest.approx(parts)
 
 
 def optimizer_and_experience(**settings):
@@ -530,7 +528,6 @@ def test_a_learning_rate_of_0_leaves_every_ratio_at_1():
         experience,
         config=CONFIG,
         settings=PPOConfig(epochs=3, minibatches=1, batch_size=4, kl_mode="loss_rb"),
-        kl_coef=0.3,
         rng=np.random.default_rng(0),
     )
     assert metrics["policy/updates"] == 3
@@ -548,7 +545,6 @@ def test_epochs_end_when_the_policy_has_moved_too_far(target_kl, updates):
         experience,
         config=CONFIG,
         settings=PPOConfig(epochs=4, minibatches=2, batch_size=4, target_kl=target_kl),
-        kl_coef=0.0,
         rng=np.random.default_rng(0),
     )
     assert metrics["policy/updates"] == updates
@@ -571,7 +567,6 @@ def test_every_epoch_sees_every_response_once(monkeypatch):
         experience,
         config=CONFIG,
         settings=PPOConfig(epochs=5, minibatches=2, batch_size=4),
-        kl_coef=0.0,
         rng=np.random.default_rng(0),
     )
     everyone = sorted(experience.old_logp[:, 0].tolist())

@@ -8,7 +8,7 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.ppo import make_experience, ppo_update
+from minirlhf.train.ppo import make_experience, ppo_update, rollout_metrics
 from minirlhf.train.rollout import sample_responses, score_rollout
 from minirlhf.tree import tree_map
 
@@ -120,15 +120,14 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
         micro_batch_size=settings.micro_batch_size,
         device=device,
     )
-    experience, metrics = make_experience(
-        rollout, settings=settings, kl_coef=kl_coef, stop_id=Letters.eos
-    )
+    known = {"settings": settings, "kl_coef": kl_coef, "stop_id": Letters.eos}
+    experience = make_experience(rollout, **known)
+    metrics = rollout_metrics(rollout, experience, **known)
     metrics |= ppo_update(
         optimizer,
         experience,
         config=CONFIG,
         settings=settings,
-        kl_coef=kl_coef,
         rng=np.random.default_rng(4),
     )
     mask = to_host(rollout.batch.response_mask)

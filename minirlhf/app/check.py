@@ -438,14 +438,14 @@ def make_reward(draw: Draw) -> Case:
 
 
 @functools.wraps(ppo.ppo_loss_forward)
-def ppo_loss_held(params, *, held, experience, config, settings, kl_coef):
+def ppo_loss_held(params, *, held, experience, config, settings):
     """ppo_loss, with `kl_loss_held` for its penalty where `held` is given."""
-    constants = {"experience": experience, "settings": settings}
     loss, cache = ppo.ppo_loss_forward(
-        params, config=config, kl_coef=kl_coef if held is None else 0.0, **constants
+        params, experience=experience, config=config, settings=settings
     )
     if held is not None:
         e, temperature = experience, settings.temperature
+        loss = loss - e.kl_loss_coef * cache.parts["loss/kl_avg"]
         out, _ = policy.policy_forward(
             params, batch=e.batch, config=config, temperature=temperature
         )
@@ -460,14 +460,8 @@ def ppo_loss_held(params, *, held, experience, config, settings, kl_coef):
             weights=e.weights,
             temperature=temperature,
         )
-        loss = loss + kl_coef * e.kl_loss_coef * kl_loss
-    return loss, (cache, {**constants, "kl_coef": kl_coef})
-
-
-@functools.wraps(ppo.ppo_loss_backward)
-def undo_ppo_loss_held(dloss, cache):
-    loss_cache, constants = cache
-    return ppo.ppo_loss_backward(dloss, loss_cache, **constants)
+        loss = loss + e.kl_loss_coef * kl_loss
+    return loss, cache
 
 
 def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOConfig) -> Case:
@@ -491,11 +485,11 @@ def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOCon
         advantages=draw.normal(*shape),
         returns=returns,
         weights=objectives.token_weights(batch.response_mask, mode=settings.aggregation),
-        kl_loss_coef=np.array(0.7),
+        kl_loss_coef=np.array(0.21),
     )
     held = out if holds_something(settings.kl_mode) else None
     constants = {"experience": experience, "config": config, "settings": settings}
-    return [params], {**constants, "kl_coef": 0.3, "held": held}
+    return [params], {**constants, "held": held}
 
 
 def full_settings(kl_mode: str, **changes: Any) -> PPOConfig:
@@ -582,7 +576,7 @@ TABLE = [
     *[kl_loss_row(kl_mode) for kl_mode in KL_MODES],
     Row(policy_as_one_array, policy_from_one_array, make_policy),
     row(policy, "reward", make_reward),
-    Row(ppo_loss_held, undo_ppo_loss_held, make_ppo_loss),
+    Row(ppo_loss_held, ppo.ppo_loss_backward, make_ppo_loss),
 ]
 
 
@@ -637,9 +631,8 @@ def whole_ppo(kl_mode: str, draw: Draw):
     batch = drawn_batch(draw, config, B=4, P=3, R=4)
     settings = full_settings(kl_mode, micro_batch_size=draw.pick((0, 1, 3)))
     (params,), constants = drawn_ppo_case(draw, config, batch, settings)
-    gradients, *_ = ppo.minibatch_gradients(
-        params, constants["experience"], config=config, settings=settings, kl_coef=0.3
-    )
+    experience = constants["experience"]
+    gradients, *_ = ppo.minibatch_gradients(params, experience, config=config, settings=settings)
     return lambda params: ppo_loss_held(params, **constants)[0], params, gradients
 
 

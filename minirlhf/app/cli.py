@@ -15,7 +15,7 @@ from rich.text import Text
 from minirlhf import __version__
 from minirlhf.app.check import check_command
 from minirlhf.app.progress import track
-from minirlhf.app.report import penalty_table, print_result, save_curves
+from minirlhf.app.report import penalty_table, print_result, printable, save_curves
 from minirlhf.backend import keep_freed_memory, to_host
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import summed_penalty
@@ -280,7 +280,7 @@ def _gold(run: Run, prompt: str, reply: str) -> float | None:
 
 def _with_gold(run: Run, prompt: str, reply: str) -> Text:
     gold = _gold(run, prompt, reply)
-    text = Text(reply)
+    text = Text(printable(reply))
     if gold is not None:
         text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
     return text

@@ -38,12 +38,9 @@ def print_result(result: Result, world: World, console: Console, *, n_samples: i
             )
     console.print(table)
     console.print(samples_table(result, world, n_samples))
-    seconds = {name: f"{value:.0f} s" for name, value in result.seconds.items()}
-    console.print(
-        "training time "
-        + ", ".join(f"{name} {value}" for name, value in seconds.items())
-        + f"; {sum(result.seconds.values()):.0f} s in all"
-    )
+    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    total = sum(result.seconds.values())
+    console.print(f"training time in this session: {stages}; {total:.0f} s in all")
 
 
 def samples_table(result: Result, world: World, n: int) -> Table:
@@ -53,7 +50,7 @@ def samples_table(result: Result, world: World, n: int) -> Table:
         table.add_column(column, ratio=1)
 
     def cell(prompt: str, reply: str) -> Text:
-        text = Text(reply)
+        text = Text(printable(reply))
         if world.gold is not None:
             gold = world.gold(prompt, reply)
             text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
@@ -67,8 +64,13 @@ def samples_table(result: Result, world: World, n: int) -> Table:
             strict=True,
         )
     )[:n]:
-        table.add_row(Text(prompt), cell(prompt, before), cell(prompt, after))
+        table.add_row(Text(printable(prompt)), cell(prompt, before), cell(prompt, after))
     return table
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which an untrained policy may write, as a replacement."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def save_curves(folder: Path) -> Path:

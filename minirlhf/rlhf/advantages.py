@@ -32,7 +32,7 @@ def token_rewards(score: Array, kl_token: Array, *, mask: Array, kl_coef: float)
     if not bool((mask > 0).any(axis=1).all()):
         raise ValueError("token_rewards: expected at least one token in every response")
     xp = get_xp(score, kl_token, mask)
-    rewards = xp.where(mask > 0, -kl_coef * kl_token, 0.0)
+    rewards = -kl_coef * xp.where(mask > 0, kl_token, 0.0)
     last = (xp.arange(mask.shape[1]) * (mask > 0)).max(axis=1)  # (B,)
     rewards[xp.arange(mask.shape[0]), last] += score
     return rewards

@@ -125,10 +125,11 @@ def full_kl_forward(
         kl_token (B, T) [nats], cache.
     """
     xp = get_xp(logits, ref_logits)
-    log_ratio = log_softmax(logits, temperature=temperature)
-    probs = xp.exp(log_ratio)
-    log_ratio -= log_softmax(ref_logits, temperature=temperature)
-    log_ratio = xp.where(probs.real > 0, log_ratio, 0.0)
+    log_p = log_softmax(logits, temperature=temperature)
+    log_q = log_softmax(ref_logits, temperature=temperature)
+    probs = xp.exp(log_p)
+    possible = probs.real > 0  # 0 log 0 = 0, also at logits of -inf
+    log_ratio = xp.where(possible, log_p, 0.0) - xp.where(possible, log_q, 0.0)
     kl_token = (probs * log_ratio).sum(axis=-1)
     return kl_token, FullKLCache(probs, log_ratio, kl_token, temperature)
 

@@ -117,9 +117,9 @@ class Optimizer:
     def state_tree(self) -> Tree:
         """What a checkpoint must hold, as host arrays."""
         return {
-            "flat": to_host(self.flat),
-            "mean": to_host(self.state.mean),
-            "var": to_host(self.state.var),
+            "flat": to_host(self.flat).copy(),
+            "mean": to_host(self.state.mean).copy(),
+            "var": to_host(self.state.var).copy(),
             "step": np.array(self.state.step),
         }
 

@@ -29,10 +29,17 @@ from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train import checkpoint
+from minirlhf.train.batches import row_slices
 from minirlhf.train.config import TrainConfig, load_config, save_config
 from minirlhf.train.evaluate import evaluate, gold_of
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
-from minirlhf.train.ppo import PPOConfig, make_experience, next_kl_coef, ppo_update
+from minirlhf.train.ppo import (
+    PPOConfig,
+    make_experience,
+    next_kl_coef,
+    ppo_update,
+    rollout_metrics,
+)
 from minirlhf.train.reward_model import (
     Pair,
     RewardModel,
@@ -436,7 +443,8 @@ def reward_stage(run: Run, reference: Tree) -> RewardModel:
                 gold_difference=gold_difference,
                 device=run.config.device,
             )
-            run.log.metrics(settings.epochs, "reward_model", metrics)
+            updates = settings.epochs * len(row_slices(len(pairs), settings.batch_size))
+            run.log.metrics(updates, "reward_model", metrics)
             run.say(
                 f"reward model: accuracy {metrics['heldout/accuracy']:.3f} on {len(heldout)} "
                 f"held-out pairs, calibration error {metrics['heldout/calibration_error']:.3f}"
@@ -569,9 +577,9 @@ def ppo_iteration(
         micro_batch_size=settings.micro_batch_size,
         device=run.config.device,
     )
-    experience, metrics = make_experience(
-        rollout, settings=settings, kl_coef=kl_coef, stop_id=run.tokenizer.eos
-    )
+    known = {"settings": settings, "kl_coef": kl_coef, "stop_id": run.tokenizer.eos}
+    experience = make_experience(rollout, **known)
+    metrics = rollout_metrics(rollout, experience, **known)
     if run.world.gold is not None:
         metrics["objective/gold"] = float(np.mean(gold_of(samples, run.world)))
     metrics |= ppo_update(
@@ -579,7 +587,6 @@ def ppo_iteration(
         experience,
         config=run.gpt,
         settings=settings,
-        kl_coef=kl_coef,
         rng=run.rng["shuffle"],
     )
     kl_coef = next_kl_coef(kl_coef, kl_seq=metrics["objective/kl"], settings=settings)

@@ -22,7 +22,12 @@ from minirlhf.rlhf.kl import (
     kl_estimate,
     summed_penalty,
 )
-from minirlhf.rlhf.logprobs import EntropyCache, entropy_backward, entropy_forward
+from minirlhf.rlhf.logprobs import (
+    EntropyCache,
+    entropy_backward,
+    entropy_forward,
+    sequence_logprob_forward,
+)
 from minirlhf.rlhf.objectives import (
     AGGREGATIONS,
     KLLossCache,
@@ -41,7 +46,7 @@ from minirlhf.rlhf.objectives import (
 )
 from minirlhf.train.batches import Batch, row_slices
 from minirlhf.train.optimizer import Optimizer, OptimizerConfig
-from minirlhf.train.policy import PolicyCache, policy_backward, policy_forward
+from minirlhf.train.policy import PolicyCache, PolicyOutput, policy_backward, policy_forward
 from minirlhf.train.ranges import check_numbers
 from minirlhf.train.rollout import Rollout
 from minirlhf.tree import Tree, tree_add
@@ -145,7 +150,7 @@ class Experience(NamedTuple):
     advantages: Array
     returns: Array
     weights: Array  # of each token in the loss
-    kl_loss_coef: Array | float  # weight of a penalty in the loss [advantage units per nat]
+    kl_loss_coef: Array | float  # beta in the units of the (whitened) advantages, per nat
 
     def rows(self, index) -> "Experience":
         """The sequences that `index` picks; the weights stay as they are."""
@@ -163,20 +168,21 @@ class PPOLossCache(NamedTuple):
     kl: KLLossCache | None
     entropy: EntropyCache | None
     entropy_sum: WeightedSumCache | None
-    logp: Array  # (B, R) kept for the metrics
+    settings: PPOConfig
+    kl_loss_coef: Array | float
+    out: PolicyOutput  # kept for the metrics
     parts: dict[str, Array]  # the terms of the loss
 
 
 def ppo_loss_forward(
-    params: Tree, *, experience: Experience, config: GPTConfig, settings: PPOConfig, kl_coef: float
+    params: Tree, *, experience: Experience, config: GPTConfig, settings: PPOConfig
 ) -> tuple[Array, PPOLossCache]:
-    """loss = L_clip + vf_coef L_V - ent_coef H + beta L_KL, each a weighted sum over tokens.
+    """loss = L_clip + vf_coef L_V + beta L_KL - ent_coef H, each a weighted sum over tokens.
 
     L_KL is there only if `kl_mode` puts the penalty into the loss.
 
     Args:
         params: {"transformer": ..., "value_head": ...}.
-        kl_coef: beta; `experience.kl_loss_coef` scales it to the units of the advantages.
     Returns:
         loss (), cache.
     """
@@ -212,61 +218,73 @@ def ppo_loss_forward(
             weights=e.weights,
             temperature=s.temperature,
         )
-        loss = loss + kl_coef * e.kl_loss_coef * kl_loss
+        loss = loss + e.kl_loss_coef * kl_loss
         parts["loss/kl_avg"] = kl_loss
     if s.ent_coef:
         entropy, entropy_cache = entropy_forward(out.logits, temperature=s.temperature)
         bonus, entropy_sum = weighted_sum_forward(entropy, weights=e.weights)
         loss = loss - s.ent_coef * bonus
-    cache = PPOLossCache(policy, clip, value, kl, entropy_cache, entropy_sum, out.logp, parts)
-    return loss, cache
+    terms = (policy, clip, value, kl, entropy_cache, entropy_sum)
+    return loss, PPOLossCache(*terms, s, e.kl_loss_coef, out, parts)
 
 
-def ppo_loss_backward(
-    dloss: Array | float,
-    cache: PPOLossCache,
-    *,
-    experience: Experience,
-    settings: PPOConfig,
-    kl_coef: float,
-) -> Tree:
+def ppo_loss_backward(dloss: Array | float, cache: PPOLossCache) -> Tree:
     """dL/dparams: the terms of the loss undone, added up on logits, log-probs and values."""
     dlogp = ppo_clip_backward(dloss, cache.clip)
-    dvalues = value_loss_backward(dloss * settings.vf_coef, cache.value)
+    dvalues = value_loss_backward(dloss * cache.settings.vf_coef, cache.value)
     dlogits = None
     if cache.kl is not None:
-        dlogits, dlogp_kl = kl_loss_backward(dloss * kl_coef * experience.kl_loss_coef, cache.kl)
+        dlogits, dlogp_kl = kl_loss_backward(dloss * cache.kl_loss_coef, cache.kl)
         dlogp += dlogp_kl
     if cache.entropy is not None:
-        dentropy = weighted_sum_backward(-dloss * settings.ent_coef, cache.entropy_sum)
+        dentropy = weighted_sum_backward(-dloss * cache.settings.ent_coef, cache.entropy_sum)
         dlogits_entropy = entropy_backward(dentropy, cache.entropy)
         dlogits = dlogits_entropy if dlogits is None else dlogits + dlogits_entropy
     return policy_backward(dlogits, dlogp, dvalues, cache.policy)
 
 
+def ended(rollout: Rollout, stop_id: int) -> Array:
+    """(B,) boolean: did the response reach its stop token?"""
+    return ((rollout.batch.responses == stop_id) & (rollout.batch.response_mask > 0)).any(axis=1)
+
+
+def final_score(rollout: Rollout, *, settings: PPOConfig, stop_id: int) -> Array:
+    """(B,) the score less the penalty for a missing stop token, then cut to [-c, c]."""
+    xp = get_xp(rollout.score)
+    missing = 1.0 - ended(rollout, stop_id).astype(rollout.score.dtype)
+    score = rollout.score - settings.missing_eos_penalty * missing
+    return (
+        xp.clip(score, -settings.score_clip, settings.score_clip) if settings.score_clip else score
+    )
+
+
 def make_experience(
     rollout: Rollout, *, settings: PPOConfig, kl_coef: float, stop_id: int
-) -> tuple[Experience, dict[str, float]]:
-    """Rewards, advantages and returns of a rollout, and the metrics that describe it.
+) -> Experience:
+    """Token rewards, advantages and returns of a rollout.
 
-    The penalty enters the reward with the rollout's log-probs and is constant over the epochs.
+    A penalty in the reward uses the rollout's log-probs and is constant over the epochs. One in
+    the loss stands beside the advantages, so its beta is divided by what whitening divides them by.
+
+    Args:
+        kl_coef: beta [reward units per nat].
     """
-    xp = get_xp(rollout.old_logp)
     s, mask = settings, rollout.batch.response_mask
-    stopped = ((rollout.batch.responses == stop_id) & (mask > 0)).any(axis=1)  # (B,)
-    score = rollout.score - s.missing_eos_penalty * (1.0 - stopped.astype(mask.dtype))
-    if s.score_clip:
-        score = xp.clip(score, -s.score_clip, s.score_clip)
     estimator = KL_MODES[s.kl_mode].in_reward
     kl_token = kl_estimate(rollout.old_logp - rollout.ref_logp, estimator or "k1")
-    rewards = token_rewards(score, kl_token, mask=mask, kl_coef=kl_coef if estimator else 0.0)
+    rewards = token_rewards(
+        final_score(rollout, settings=s, stop_id=stop_id),
+        kl_token,
+        mask=mask,
+        kl_coef=kl_coef if estimator else 0.0,
+    )
     if s.whiten_rewards:
         rewards, _ = masked_whiten(rewards, mask=mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask=mask, gamma=s.gamma, lam=s.lam)
     scale = 1.0
     if s.whiten_advantages:
         advantages, scale = masked_whiten(advantages, mask=mask)
-    experience = Experience(
+    return Experience(
         batch=rollout.batch,
         old_logp=rollout.old_logp,
         ref_logp=rollout.ref_logp,
@@ -275,79 +293,100 @@ def make_experience(
         advantages=advantages,
         returns=returns,
         weights=token_weights(mask, mode=s.aggregation),
-        kl_loss_coef=1.0 / scale,
+        kl_loss_coef=kl_coef / scale,
     )
-    penalty = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask)
-    non_score = -kl_coef * float(penalty.mean())
-    lengths = mask.sum(axis=1)
-    value_error = masked_mean((rollout.values - returns) ** 2, mask=mask)
-    returns_var = float(masked_var(returns, mask=mask))
+
+
+def rollout_metrics(
+    rollout: Rollout, experience: Experience, *, settings: PPOConfig, kl_coef: float, stop_id: int
+) -> dict[str, float]:
+    """What a batch of samples was like, by the field's names; `objective/kl` is kl_seq [nats]."""
+    mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
+    penalty = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean()
+    score = final_score(rollout, settings=settings, stop_id=stop_id).mean()
+    error = masked_mean((values - returns) * (values - returns), mask=mask)
+    returns_var = masked_var(returns, mask=mask)
     metrics = {
-        "objective/kl": penalty.mean(),
-        "objective/kl_full_seq": xp.where(mask > 0, rollout.kl_full, 0.0).sum(axis=1).mean(),
+        "objective/kl": penalty,
+        "objective/kl_full_seq": sequence_logprob_forward(rollout.kl_full, mask=mask)[0].mean(),
         "objective/kl_coef": kl_coef,
-        "objective/entropy": -xp.where(mask > 0, rollout.old_logp, 0.0).sum(axis=1).mean(),
-        "objective/non_score_reward": non_score,
+        "objective/entropy": -sequence_logprob_forward(rollout.old_logp, mask=mask)[0].mean(),
+        "objective/non_score_reward": -kl_coef * penalty,
         "objective/scores": rollout.score.mean(),
         "objective/scores_sd": rollout.score.std(),
-        "objective/rlhf_reward": float(score.mean()) + non_score,
+        "objective/rlhf_reward": score - kl_coef * penalty,
         "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
-        "ppo/val/mean": masked_mean(rollout.values, mask=mask),
-        "ppo/val/var": masked_var(rollout.values, mask=mask),
-        "ppo/val/error": value_error,
-        "ppo/val/var_explained": 1.0 - float(value_error) / max(returns_var, 1e-12),
+        "ppo/val/mean": masked_mean(values, mask=mask),
+        "ppo/val/var": masked_var(values, mask=mask),
+        "ppo/val/error": error,
+        "ppo/val/var_explained": 1.0 - error / max(float(returns_var), 1e-12),
         "ppo/returns/mean": masked_mean(returns, mask=mask),
         "ppo/returns/var": returns_var,
-        "val/num_eos_tokens": stopped.sum(),
-        "response_length/mean": lengths.mean(),
+        "val/num_eos_tokens": ended(rollout, stop_id).sum(),
+        "response_length/mean": mask.sum(axis=1).mean(),
     }
-    return experience, {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+class MinibatchGradient(NamedTuple):
+    gradients: Tree
+    loss: float
+    logp: Array  # (B, R) of the current policy
+    values: Array  # (B, R)
+    parts: dict[str, float]  # terms of the loss
 
 
 def minibatch_gradients(
-    params: Tree, experience: Experience, *, config: GPTConfig, settings: PPOConfig, kl_coef: float
-) -> tuple[Tree, float, Array, dict[str, float]]:
-    """Gradient of one minibatch, summed over micro-batches.
+    params: Tree, experience: Experience, *, config: GPTConfig, settings: PPOConfig
+) -> MinibatchGradient:
+    """Loss and gradient of one minibatch, summed over micro-batches.
 
     The weights of the tokens were made for the whole minibatch, so losses and gradients of its
     parts add up to those of the whole, whatever the lengths of the responses.
-
-    Returns:
-        gradients, loss, logp (B, R) of the current policy, terms of the loss.
     """
-    gradients, loss, logp, parts = None, 0.0, [], {"val/clipfrac_avg": 0.0}
-    real = experience.weights > 0
+    gradients, loss, logp, values = None, 0.0, [], []
+    parts: dict[str, float] = {}
     for rows in row_slices(experience.weights.shape[0], settings.micro_batch_size):
-        part = experience.rows(rows)
         value, cache = ppo_loss_forward(
-            params, experience=part, config=config, settings=settings, kl_coef=kl_coef
+            params, experience=experience.rows(rows), config=config, settings=settings
         )
-        dparams = ppo_loss_backward(1.0, cache, experience=part, settings=settings, kl_coef=kl_coef)
+        dparams = ppo_loss_backward(1.0, cache)
         gradients = dparams if gradients is None else tree_add(gradients, dparams)
         loss += float(value)
-        logp.append(cache.logp)
+        logp.append(cache.out.logp)
+        values.append(cache.out.values)
         for name, term in cache.parts.items():
             parts[name] = parts.get(name, 0.0) + float(term)
-        if settings.value_clip_eps:  # where the clipped error is the larger one, no slope is left
-            clipped = (cache.value.slope == 0) & real[rows]
-            parts["val/clipfrac_avg"] += float(clipped.sum()) / float(real.sum())
-    return gradients, loss, get_xp(*logp).concatenate(logp), parts
+    xp = get_xp(*logp)
+    return MinibatchGradient(gradients, loss, xp.concatenate(logp), xp.concatenate(values), parts)
 
 
-def update_metrics(logp: Array, experience: Experience, settings: PPOConfig) -> dict[str, float]:
-    """How far one update's policy is from the one that sampled, over real tokens."""
-    mask = experience.batch.response_mask
-    log_ratio = logp - experience.old_logp
+def update_metrics(
+    logp: Array, values: Array, experience: Experience, settings: PPOConfig
+) -> dict[str, float]:
+    """How far one update's policy and values are from those that sampled, over real tokens."""
+    xp = get_xp(logp, values)
+    e, mask = experience, experience.batch.response_mask
+    log_ratio = logp - e.old_logp
     clamped, inside = clamp_log_ratio(log_ratio)
-    ratio = get_xp(logp).exp(clamped)
+    ratio = xp.exp(clamped)
     low, high = settings.clip_range
-    outside = ((experience.advantages >= 0) & (ratio > 1 + high)) | (
-        (experience.advantages < 0) & (ratio < 1 - low)
-    )
+    above, below = ratio > 1 + high, ratio < 1 - low
+    clipped = {
+        "ppo": ((e.advantages >= 0) & above) | ((e.advantages < 0) & below),
+        "book": above,
+        "none": xp.zeros_like(above),
+    }[settings.clip]
+    eps = settings.value_clip_eps or float("inf")
+    moved = values - e.old_values
+    edge = e.old_values + xp.clip(moved, -eps, eps)
+    larger = xp.abs(edge - e.returns) > xp.abs(values - e.returns)
+    value_clipped = (xp.abs(moved) > eps) & larger
     metrics = {
         "policy/approxkl_avg": masked_mean(0.5 * log_ratio * log_ratio, mask=mask),
         "policy/kl_old_k3_token": masked_mean(kl_estimate(log_ratio, "k3"), mask=mask),
-        "policy/clipfrac_avg": masked_mean(outside.astype(logp.dtype), mask=mask),
+        "policy/clipfrac_avg": masked_mean(clipped.astype(logp.dtype), mask=mask),
+        "val/clipfrac_avg": masked_mean(value_clipped.astype(logp.dtype), mask=mask),
         "val/ratio": masked_mean(ratio, mask=mask),
         "val/ratio_var": masked_var(ratio, mask=mask),
         "policy/clamped_log_ratios": ((mask > 0) & ~inside).sum(),
@@ -361,7 +400,6 @@ def ppo_update(
     *,
     config: GPTConfig,
     settings: PPOConfig,
-    kl_coef: float,
     rng: np.random.Generator,
 ) -> dict[str, float]:
     """Epochs x minibatches of updates on one batch of experience; means of their metrics.
@@ -369,29 +407,26 @@ def ppo_update(
     Each epoch goes through the responses in a new order. With target_kl the epochs end early once
     the policy has moved 1.5 target_kl away from the one that sampled.
     """
-    B = experience.weights.shape[0]
-    size = -(-B // settings.minibatches)
+    xp = get_xp(experience.weights)
+    constant = experience.weights.size / settings.minibatches
     history: list[dict[str, float]] = []
     for _ in range(settings.epochs):
-        order = rng.permutation(B)
-        for rows in row_slices(B, size):
-            minibatch = experience.rows(get_xp(experience.weights).asarray(order[rows]))
-            minibatch = minibatch._replace(
-                weights=token_weights(
-                    minibatch.batch.response_mask,
-                    mode=settings.aggregation,
-                    constant=experience.weights.size / settings.minibatches,
-                )
-            )
+        order = rng.permutation(experience.weights.shape[0])
+        for rows in np.array_split(order, settings.minibatches):
+            minibatch = experience.rows(xp.asarray(rows))
+            mask = minibatch.batch.response_mask
+            weights = token_weights(mask, mode=settings.aggregation, constant=constant)
+            minibatch = minibatch._replace(weights=weights)
             learning_rate = optimizer.learning_rate
-            gradients, loss, logp, parts = minibatch_gradients(
-                optimizer.params, minibatch, config=config, settings=settings, kl_coef=kl_coef
+            step = minibatch_gradients(
+                optimizer.params, minibatch, config=config, settings=settings
             )
-            grad_norm = optimizer.step(gradients, loss=loss)
-            metrics = update_metrics(logp, minibatch, settings)
-            history.append({**metrics, **parts, "grad_norm": grad_norm, "lr": learning_rate})
-            k3 = metrics["policy/kl_old_k3_token"]
-            if settings.target_kl and k3 > 1.5 * settings.target_kl:
+            grad_norm = optimizer.step(step.gradients, loss=step.loss)
+            metrics = update_metrics(step.logp, step.values, minibatch, settings)
+            metrics |= {**step.parts, "grad_norm": grad_norm, "lr": learning_rate}
+            history.append(metrics)
+            moved = metrics["policy/kl_old_k3_token"]
+            if settings.target_kl and moved > 1.5 * settings.target_kl:
                 return _mean(history)
     return _mean(history)
 

@@ -70,7 +70,10 @@ def sample_responses(
         params: {"transformer": ...}.
     """
     ids = [prompt_ids(tokenizer, p, max_tokens=max_prompt_tokens) for p in prompts]
-    batch = pad_batch(ids, [[] for _ in ids], pad_id=tokenizer.pad, config=config, device=device)
+    dtype = params["transformer"]["wte"].dtype
+    batch = pad_batch(
+        ids, [[] for _ in ids], pad_id=tokenizer.pad, config=config, dtype=dtype, device=device
+    )
     out = generate(
         params["transformer"],
         tokens=batch.tokens,

@@ -191,7 +191,7 @@ def value_errors(values, old_values, returns, eps):
     return errors / 2
 
 
-def ppo_loss(p, experience, settings, *, kl_coef, constant):
+def ppo_loss(p, experience, settings, *, constant):
     """PPO's loss of one minibatch. Constants arrive as arrays, padding may hold anything finite."""
     e, s = experience, settings
     tokens, mask = torch.tensor(e.batch.tokens), torch.tensor(e.batch.mask)
@@ -218,7 +218,7 @@ def ppo_loss(p, experience, settings, *, kl_coef, constant):
         penalty = kl_loss(
             logits, ref_logits, logp, old_logp, ref_logp, kept, s.kl_mode, s.aggregation, constant
         )
-        loss = loss + kl_coef * float(e.kl_loss_coef) * penalty
+        loss = loss + float(e.kl_loss_coef) * penalty
     if s.ent_coef:
         loss = loss - s.ent_coef * mean(Categorical(logits=logits).entropy())
     return loss
@@ -298,7 +298,7 @@ def experience_at(params, *, temperature, aggregation, seed=0):
         advantages=signs * rng.uniform(0.5, 2.0, (B, R)),
         returns=out.values + rng.standard_normal((B, R)),
         weights=token_weights(mask, mode=aggregation),
-        kl_loss_coef=1.3,
+        kl_loss_coef=1.3 * KL_COEF,
     )
     junk = {  # what stands at padding must not matter
         name: np.where(mask > 0, getattr(experience, name), 5.0 * rng.standard_normal((B, R)))
@@ -324,14 +324,10 @@ def assert_ppo_parity(settings):
     experience = experience_at(
         params, temperature=settings.temperature, aggregation=settings.aggregation
     )
-    ours, cache = ppo_loss_forward(
-        params, experience=experience, config=CONFIG, settings=settings, kl_coef=KL_COEF
-    )
-    gradients = ppo_loss_backward(
-        1.0, cache, experience=experience, settings=settings, kl_coef=KL_COEF
-    )
+    ours, cache = ppo_loss_forward(params, experience=experience, config=CONFIG, settings=settings)
+    gradients = ppo_loss_backward(1.0, cache)
     p = leaves_of(params)
-    theirs = ppo_loss(p, experience, settings, kl_coef=KL_COEF, constant=experience.weights.size)
+    theirs = ppo_loss(p, experience, settings, constant=experience.weights.size)
     assert_close(ours, theirs.detach(), LOSS_RTOL, "loss")
     assert_gradients_agree(gradients, p, theirs)
     return experience, cache
@@ -368,21 +364,17 @@ def test_each_part_of_the_loss_alone(kl_mode):
     params = model(1, head="value_head")
     experience = experience_at(params, temperature=1.7, aggregation="token-mean", seed=1)
     experience = experience._replace(advantages=np.zeros_like(experience.advantages))
-    ours, cache = ppo_loss_forward(
-        params, experience=experience, config=CONFIG, settings=settings, kl_coef=KL_COEF
-    )
-    gradients = ppo_loss_backward(
-        1.0, cache, experience=experience, settings=settings, kl_coef=KL_COEF
-    )
+    ours, cache = ppo_loss_forward(params, experience=experience, config=CONFIG, settings=settings)
+    gradients = ppo_loss_backward(1.0, cache)
     p = leaves_of(params)
-    theirs = ppo_loss(p, experience, settings, kl_coef=KL_COEF, constant=None)
+    theirs = ppo_loss(p, experience, settings, constant=None)
     assert_close(ours, theirs.detach(), LOSS_RTOL, "loss")
     for name in ("w", "b"):  # nothing asks for a value here: 0 on both sides, which is no evidence
         del p[f"value_head.{name}"]
         assert not gradients["value_head"][name].any()
     del gradients["value_head"]
     frozen = {f"value_head.{name}": torch.tensor(params["value_head"][name]) for name in ("w", "b")}
-    theirs = ppo_loss({**p, **frozen}, experience, settings, kl_coef=KL_COEF, constant=None)
+    theirs = ppo_loss({**p, **frozen}, experience, settings, constant=None)
     assert_gradients_agree(gradients, p, theirs)
 
 
@@ -393,12 +385,10 @@ def test_log_ratios_beyond_the_limit():
     experience = experience_at(params, temperature=1.0, aggregation="token-mean")
     for column, shift in ((0, 25.0), (1, -25.0)):  # log-ratios of 25 and -25
         experience.old_logp[:, column] = -2.0 - shift
-    ours, cache = ppo_loss_forward(
-        params, experience=experience, config=CONFIG, settings=settings, kl_coef=0.0
-    )
-    gradients = ppo_loss_backward(1.0, cache, experience=experience, settings=settings, kl_coef=0.0)
+    ours, cache = ppo_loss_forward(params, experience=experience, config=CONFIG, settings=settings)
+    gradients = ppo_loss_backward(1.0, cache)
     p = leaves_of(params)
-    theirs = ppo_loss(p, experience, settings, kl_coef=0.0, constant=None)
+    theirs = ppo_loss(p, experience, settings, constant=None)
     assert abs(theirs) > 1e6  # e^20 is in it
     assert_close(ours, theirs.detach(), LOSS_RTOL, "loss")
     assert_gradients_agree(gradients, p, theirs)
@@ -414,11 +404,9 @@ def test_micro_batches_add_up_to_the_whole(kl_mode, aggregation):
     experience = experience_at(
         params, temperature=settings.temperature, aggregation=aggregation, seed=2
     )
-    gradients, ours, _, _ = minibatch_gradients(
-        params, experience, config=CONFIG, settings=settings, kl_coef=KL_COEF
-    )
+    gradients, ours, *_ = minibatch_gradients(params, experience, config=CONFIG, settings=settings)
     p = leaves_of(params)
-    theirs = ppo_loss(p, experience, settings, kl_coef=KL_COEF, constant=experience.weights.size)
+    theirs = ppo_loss(p, experience, settings, constant=experience.weights.size)
     assert_close(ours, theirs.detach(), LOSS_RTOL, "loss")
     assert_gradients_agree(gradients, p, theirs)
 
@@ -475,7 +463,7 @@ def torch_experience(rollout, settings, *, kl_coef, stop_id):
         advantages=((advantages - mean) / scale).numpy(),
         returns=returns.numpy(),
         weights=np.empty_like(rollout.old_logp),  # not read: ppo_loss works from the mask
-        kl_loss_coef=1 / float(scale),
+        kl_loss_coef=kl_coef / float(scale),
     )
 
 
@@ -517,13 +505,12 @@ def test_a_whole_ppo_iteration_is_a_torch_training_loop(kl_mode, aggregation, en
     rollout = rollout_of(policy, reference, rng)
 
     optimizer = Optimizer(policy, settings.optimizer, total_steps=total_steps)
-    experience, _ = make_experience(rollout, settings=settings, kl_coef=kl_coef, stop_id=stop_id)
+    experience = make_experience(rollout, settings=settings, kl_coef=kl_coef, stop_id=stop_id)
     metrics = ppo_update(
         optimizer,
         experience,
         config=CONFIG,
         settings=settings,
-        kl_coef=kl_coef,
         rng=np.random.default_rng(11),
     )
 
@@ -544,7 +531,7 @@ def test_a_whole_ppo_iteration_is_a_torch_training_loop(kl_mode, aggregation, en
         for rows in (order[:4], order[4:]):
             minibatch = constants.rows(rows)
             constant = constants.weights.size / settings.minibatches
-            loss = ppo_loss(p, minibatch, settings, kl_coef=kl_coef, constant=constant)
+            loss = ppo_loss(p, minibatch, settings, constant=constant)
             peer.zero_grad()
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(p.values(), 0.3)))

@@ -64,7 +64,13 @@ from minirlhf.rlhf.objectives import (  # noqa: E402
     weighted_sum_forward,
 )
 from minirlhf.train.batches import Batch  # noqa: E402
-from minirlhf.train.ppo import Experience, PPOConfig, make_experience, update_metrics  # noqa: E402
+from minirlhf.train.ppo import (  # noqa: E402
+    Experience,
+    PPOConfig,
+    make_experience,
+    rollout_metrics,
+    update_metrics,
+)
 from minirlhf.train.reward_model import RewardModel, calibration_error, normalized  # noqa: E402
 from minirlhf.train.rollout import Rollout, Samples  # noqa: E402
 
@@ -312,6 +318,7 @@ def test_the_metrics_of_an_update():
     settings = PPOConfig(clip_eps=0.2, clip_eps_high=0.3)
     ours = update_metrics(
         with_junk(logp),
+        junk,
         Experience(
             batch=batch,
             old_logp=with_junk(old_logp),
@@ -367,7 +374,9 @@ def test_the_experience_of_a_rollout(whiten_rewards):
     settings = PPOConfig(
         whiten_rewards=whiten_rewards, missing_eos_penalty=penalty, score_clip=1.5, gamma=0.98
     )
-    experience, ours = make_experience(rollout, settings=settings, kl_coef=kl_coef, stop_id=stop_id)
+    known = {"settings": settings, "kl_coef": kl_coef, "stop_id": stop_id}
+    experience = make_experience(rollout, **known)
+    ours = rollout_metrics(rollout, experience, **known)
 
     log_ratio = rows(old_logp - ref_logp)
     stopped = [0, 2, 3]
@@ -384,7 +393,7 @@ def test_the_experience_of_a_rollout(whiten_rewards):
     advantages = [(a - mean) * torch.rsqrt(var + 1e-8) for a in raw]
     assert_close(experience.returns, padded(returns))
     assert_close(experience.advantages, padded(advantages))
-    assert_close(experience.kl_loss_coef, torch.rsqrt(var + 1e-8))
+    assert_close(experience.kl_loss_coef, kl_coef * torch.rsqrt(var + 1e-8))
 
     kl_seq = torch.stack([d.sum() for d in log_ratio])
     all_values, all_returns = torch.cat(rows(values)), torch.cat(returns)
