@@ -10,12 +10,17 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from minirlhf import __version__
 from minirlhf.app.check import check_command
 from minirlhf.app.progress import track
-from minirlhf.app.report import penalty_table, print_result, printable, save_curves
+from minirlhf.app.report import (
+    gold_or_none,
+    penalty_table,
+    print_result,
+    reply_cell,
+    save_curves,
+)
 from minirlhf.backend import keep_freed_memory, to_host
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import summed_penalty
@@ -201,7 +206,7 @@ def score(arguments: list[str]) -> int:
         f"{proxy - beta * penalty:+.4f}",
         soft_wrap=True,
     )
-    gold = _gold(run, options.prompt, options.response)
+    gold = gold_or_none(run.world, options.prompt, options.response)
     if gold is not None:
         console.print(f"gold reward {gold:+.2f}")
     return 0
@@ -230,7 +235,9 @@ def sample(arguments: list[str]) -> int:
             top_k=options.top_k,
             top_p=options.top_p,
         )
-        columns.append([_with_gold(run, options.prompt, reply) for reply in samples.responses])
+        columns.append(
+            [reply_cell(run.world, options.prompt, reply) for reply in samples.responses]
+        )
     for row in zip(*columns, strict=True):
         table.add_row(*row)
     _console().print(table)
@@ -266,24 +273,6 @@ def _refuse_to_cut(run: Run, *, prompt: str, response: str = "") -> None:
 def _console() -> Console:
     """Standard output; brackets and colons in texts of the user mean themselves."""
     return Console(markup=False, emoji=False)
-
-
-def _gold(run: Run, prompt: str, reply: str) -> float | None:
-    """The gold reward, or None where the world has none for this prompt."""
-    if run.world.gold is None:
-        return None
-    try:
-        return run.world.gold(prompt, reply)
-    except ValueError:  # a prompt outside the world's grammar
-        return None
-
-
-def _with_gold(run: Run, prompt: str, reply: str) -> Text:
-    gold = _gold(run, prompt, reply)
-    text = Text(printable(reply))
-    if gold is not None:
-        text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
-    return text
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str, list[str]]:

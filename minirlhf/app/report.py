@@ -49,13 +49,6 @@ def samples_table(result: Result, world: World, n: int) -> Table:
     for column in ("prompt", "reference", "policy"):
         table.add_column(column, ratio=1)
 
-    def cell(prompt: str, reply: str) -> Text:
-        text = Text(printable(reply))
-        if world.gold is not None:
-            gold = world.gold(prompt, reply)
-            text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
-        return text
-
     for prompt, before, after in list(
         zip(
             result.prompts,
@@ -64,8 +57,26 @@ def samples_table(result: Result, world: World, n: int) -> Table:
             strict=True,
         )
     )[:n]:
-        table.add_row(Text(printable(prompt)), cell(prompt, before), cell(prompt, after))
+        cells = (reply_cell(world, prompt, reply) for reply in (before, after))
+        table.add_row(Text(printable(prompt)), *cells)
     return table
+
+
+def gold_or_none(world: World, prompt: str, reply: str) -> float | None:
+    """The gold reward, or None where the world has none for this prompt."""
+    try:
+        return world.gold(prompt, reply) if world.gold else None
+    except ValueError:  # a prompt that the world does not know
+        return None
+
+
+def reply_cell(world: World, prompt: str, reply: str) -> Text:
+    """A reply, and its gold reward below it in green or red."""
+    text = Text(printable(reply))
+    gold = gold_or_none(world, prompt, reply)
+    if gold is not None:
+        text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
+    return text
 
 
 def printable(text: str) -> str:
