@@ -5,19 +5,56 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
 
 from minirlhf.disk import read_text, write_whole
 from minirlhf.errors import InputError
-from minirlhf.train.ppo import PPOConfig
+from minirlhf.rlhf.kl import KL_MODES
+from minirlhf.rlhf.objectives import AGGREGATIONS
 from minirlhf.train.ranges import check_numbers
-from minirlhf.train.reward_model import RewardModelConfig
-from minirlhf.train.sft import SFTConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup: int = 0
+    """Updates over which the learning rate rises."""
+    floor: float = 0.0
+    """Last learning rate as a share of the highest."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradient."""
+    beta2: float = 0.999
+    """Decay of the mean of its square."""
+    eps: float = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; biases and layer norms are spared."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this global norm; 0 leaves it as it is."""
+    form: Literal["torch", "tf"] = "torch"
+    """Where eps stands: as in PyTorch, or as in TensorFlow 1."""
+
+    def __post_init__(self):
+        check_numbers(
+            self,
+            "optimizer.",
+            at_least_0=("learning_rate", "warmup", "weight_decay", "max_grad_norm"),
+            above_0=("eps",),
+            shares=("floor",),
+            decays=("beta1", "beta2"),
+        )
 
 
 @dataclass(frozen=True)
@@ -37,6 +74,150 @@ class ModelConfig:
             raise InputError(
                 f"model.n_head: expected a divisor of d_model = {self.d_model}; got {self.n_head}"
             )
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on demonstrations."""
+
+    steps: int = 850
+    """Updates."""
+    batch_size: int = 32
+    """Demonstrations an update."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=3e-3, warmup=30, floor=0.05, beta2=0.98, eps=1e-8, weight_decay=0.01
+        )
+    )
+
+    def __post_init__(self):
+        check_numbers(self, "sft.", at_least_0=("steps",), at_least_1=("batch_size",))
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Bradley-Terry reward model."""
+
+    init: Literal["scratch", "reference"] = "scratch"
+    """Start from random weights, or from the reference's (then n_layer is the reference's)."""
+    n_layer: int = 1
+    """Blocks of a model from scratch."""
+    n_pairs: int = 1500
+    """Pairs of reference samples that the annotator compares (a world without given pairs)."""
+    n_heldout_pairs: int = 400
+    """Further pairs, on held-out prompts, for the accuracy."""
+    n_normalize: int = 1024
+    """Reference samples that set mean 0 and sd 1 of the score."""
+    epochs: int = 4
+    """Passes over the pairs."""
+    batch_size: int = 64
+    """Pairs an update."""
+    margin: float = 0.0
+    """Score difference that the loss asks for."""
+    label_smoothing: float = 0.0
+    """Share of labels assumed to be flipped."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
+    )
+
+    def __post_init__(self):
+        check_numbers(
+            self,
+            "reward_model.",
+            at_least_1=(
+                *("n_layer", "n_pairs", "n_heldout_pairs", "n_normalize"),
+                *("epochs", "batch_size"),
+            ),
+            at_least_0=("margin",),
+            shares=("label_smoothing",),
+        )
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO with the summed KL penalty."""
+
+    iterations: int = 30
+    """Batches of fresh samples."""
+    batch_size: int = 128
+    """Prompts, and responses, an iteration."""
+    epochs: int = 4
+    """Passes over each batch."""
+    minibatches: int = 2
+    """Updates a pass."""
+    micro_batch_size: int = 0
+    """Responses in one forward and backward; bounds memory, changes no result. 0: the minibatch."""
+    temperature: float = 1.0
+    """Of sampling and of every log-prob [> 0]."""
+    kl_coef: Annotated[float, tyro.conf.arg(aliases=["--beta"])] = 0.2
+    """beta, weight of the penalty [units of the normalised score per nat]."""
+    kl_mode: Literal[tuple(KL_MODES)] = "reward_k1"  # type: ignore[valid-type]
+    """Where the penalty stands and which estimator it uses."""
+    kl_target: float = 0.0
+    """Wanted kl_seq [nats per response]: adapts kl_coef. 0: kl_coef stays fixed."""
+    kl_horizon: float = 10000.0
+    """Episodes over which an adaptive kl_coef may change by up to 20 %."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0, variance 1 over the batch's tokens."""
+    whiten_rewards: bool = False
+    """Token rewards to variance 1 (the mean stays)."""
+    clip: Literal["ppo", "book", "none"] = "ppo"
+    """Clipped surrogate: PPO's, the one-sided min(ratio, 1+e) of a textbook, or none."""
+    clip_eps: float = 0.2
+    """e below 1, and above it unless clip_eps_high is set."""
+    clip_eps_high: float = 0.0
+    """e above 1 (clip-higher). 0: as clip_eps."""
+    dual_clip: float = 0.0
+    """c > 1: bounds the objective from below by c A where A < 0. 0: off."""
+    value_clip_eps: float = 0.0
+    """Clips the value's move from the rollout's [reward units]. 0: off."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Literal[AGGREGATIONS] = "token-mean"  # type: ignore[valid-type]
+    """How token losses become one number."""
+    target_kl: float = 0.0
+    """Ends the epochs when mean k3 to the old policy exceeds 1.5 of it [nats per token]. 0: off."""
+    missing_eos_penalty: float = 0.0
+    """Taken off the score of a response without its stop token [score units]."""
+    score_clip: float = 0.0
+    """Cuts the score to [-c, c] [score units]. 0: off."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, beta2=0.95)
+    )
+
+    def __post_init__(self):
+        check_numbers(
+            self,
+            "ppo.",
+            at_least_1=("iterations", "batch_size", "epochs", "minibatches"),
+            at_least_0=(
+                *("micro_batch_size", "kl_coef", "kl_target", "clip_eps", "clip_eps_high"),
+                *("dual_clip", "value_clip_eps", "vf_coef", "ent_coef", "target_kl"),
+                *("missing_eos_penalty", "score_clip"),
+            ),
+            above_0=("temperature", "kl_horizon"),
+            shares=("gamma", "lam"),
+        )
+        if self.minibatches > self.batch_size:
+            raise InputError(
+                f"ppo.minibatches: expected at most batch_size = {self.batch_size}; "
+                f"got {self.minibatches}"
+            )
+        if self.dual_clip and self.dual_clip <= 1:
+            raise InputError(
+                f"ppo.dual_clip: expected 0 (off) or more than 1; got {self.dual_clip}"
+            )
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(e_low, e_high)."""
+        return self.clip_eps, self.clip_eps_high or self.clip_eps
 
 
 @dataclass(frozen=True)

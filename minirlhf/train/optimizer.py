@@ -1,8 +1,5 @@
 """One optimiser for all three stages: parameters in one flat buffer, clip, schedule, AdamW."""
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
 from minirlhf.backend import get_xp, to_host
@@ -15,44 +12,8 @@ from minirlhf.nn.adam import (
     init_adamw,
     scheduled_lr,
 )
-from minirlhf.train.ranges import check_numbers
+from minirlhf.train.config import OptimizerConfig
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map, tree_pack
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its learning rate."""
-
-    learning_rate: float = 1e-3
-    """Highest learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
-    warmup: int = 0
-    """Updates over which the learning rate rises."""
-    floor: float = 0.0
-    """Last learning rate as a share of the highest."""
-    beta1: float = 0.9
-    """Decay of the mean of the gradient."""
-    beta2: float = 0.999
-    """Decay of the mean of its square."""
-    eps: float = 1e-5
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled decay of matrices; biases and layer norms are spared."""
-    max_grad_norm: float = 1.0
-    """The gradient is scaled down to this global norm; 0 leaves it as it is."""
-    form: Literal["torch", "tf"] = "torch"
-    """Where eps stands: as in PyTorch, or as in TensorFlow 1."""
-
-    def __post_init__(self):
-        check_numbers(
-            self,
-            "optimizer.",
-            at_least_0=("learning_rate", "warmup", "weight_decay", "max_grad_norm"),
-            above_0=("eps",),
-            shares=("floor",),
-            decays=("beta1", "beta2"),
-        )
 
 
 class NonFiniteError(InputError):

@@ -5,14 +5,11 @@ One iteration:  sample  ->  score  ->  token rewards  ->  advantages  ->  epochs
     maximise E_{y ~ pi_theta} [ r(x, y) - beta sum_t (log pi_theta(y_t|.) - log pi_ref(y_t|.)) ]
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import tyro
 
 from minirlhf.backend import Array, get_xp
-from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
 from minirlhf.rlhf.kl import (
@@ -29,7 +26,6 @@ from minirlhf.rlhf.logprobs import (
     sequence_logprob_forward,
 )
 from minirlhf.rlhf.objectives import (
-    AGGREGATIONS,
     KLLossCache,
     PPOClipCache,
     ValueLossCache,
@@ -45,98 +41,11 @@ from minirlhf.rlhf.objectives import (
     weighted_sum_forward,
 )
 from minirlhf.train.batches import Batch, row_slices
-from minirlhf.train.optimizer import Optimizer, OptimizerConfig
+from minirlhf.train.config import PPOConfig
+from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import PolicyCache, PolicyOutput, policy_backward, policy_forward
-from minirlhf.train.ranges import check_numbers
 from minirlhf.train.rollout import Rollout
 from minirlhf.tree import Tree, tree_add
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """PPO with the summed KL penalty."""
-
-    iterations: int = 30
-    """Batches of fresh samples."""
-    batch_size: int = 128
-    """Prompts, and responses, an iteration."""
-    epochs: int = 4
-    """Passes over each batch."""
-    minibatches: int = 2
-    """Updates a pass."""
-    micro_batch_size: int = 0
-    """Responses in one forward and backward; bounds memory, changes no result. 0: the minibatch."""
-    temperature: float = 1.0
-    """Of sampling and of every log-prob [> 0]."""
-    kl_coef: Annotated[float, tyro.conf.arg(aliases=["--beta"])] = 0.2
-    """beta, weight of the penalty [units of the normalised score per nat]."""
-    kl_mode: Literal[tuple(KL_MODES)] = "reward_k1"  # type: ignore[valid-type]
-    """Where the penalty stands and which estimator it uses."""
-    kl_target: float = 0.0
-    """Wanted kl_seq [nats per response]: adapts kl_coef. 0: kl_coef stays fixed."""
-    kl_horizon: float = 10000.0
-    """Episodes over which an adaptive kl_coef may change by up to 20 %."""
-    gamma: float = 1.0
-    """Discount."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    whiten_advantages: bool = True
-    """Advantages to mean 0, variance 1 over the batch's tokens."""
-    whiten_rewards: bool = False
-    """Token rewards to variance 1 (the mean stays)."""
-    clip: Literal["ppo", "book", "none"] = "ppo"
-    """Clipped surrogate: PPO's, the one-sided min(ratio, 1+e) of a textbook, or none."""
-    clip_eps: float = 0.2
-    """e below 1, and above it unless clip_eps_high is set."""
-    clip_eps_high: float = 0.0
-    """e above 1 (clip-higher). 0: as clip_eps."""
-    dual_clip: float = 0.0
-    """c > 1: bounds the objective from below by c A where A < 0. 0: off."""
-    value_clip_eps: float = 0.0
-    """Clips the value's move from the rollout's [reward units]. 0: off."""
-    vf_coef: float = 0.1
-    """Weight of the value loss."""
-    ent_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    aggregation: Literal[AGGREGATIONS] = "token-mean"  # type: ignore[valid-type]
-    """How token losses become one number."""
-    target_kl: float = 0.0
-    """Ends the epochs when mean k3 to the old policy exceeds 1.5 of it [nats per token]. 0: off."""
-    missing_eos_penalty: float = 0.0
-    """Taken off the score of a response without its stop token [score units]."""
-    score_clip: float = 0.0
-    """Cuts the score to [-c, c] [score units]. 0: off."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, beta2=0.95)
-    )
-
-    def __post_init__(self):
-        check_numbers(
-            self,
-            "ppo.",
-            at_least_1=("iterations", "batch_size", "epochs", "minibatches"),
-            at_least_0=(
-                *("micro_batch_size", "kl_coef", "kl_target", "clip_eps", "clip_eps_high"),
-                *("dual_clip", "value_clip_eps", "vf_coef", "ent_coef", "target_kl"),
-                *("missing_eos_penalty", "score_clip"),
-            ),
-            above_0=("temperature", "kl_horizon"),
-            shares=("gamma", "lam"),
-        )
-        if self.minibatches > self.batch_size:
-            raise InputError(
-                f"ppo.minibatches: expected at most batch_size = {self.batch_size}; "
-                f"got {self.minibatches}"
-            )
-        if self.dual_clip and self.dual_clip <= 1:
-            raise InputError(
-                f"ppo.dual_clip: expected 0 (off) or more than 1; got {self.dual_clip}"
-            )
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """(e_low, e_high)."""
-        return self.clip_eps, self.clip_eps_high or self.clip_eps
 
 
 class Experience(NamedTuple):

@@ -1,7 +1,6 @@
 """Stage 2: a reward model from preferences between two responses to one prompt."""
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,9 +10,9 @@ from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
 from minirlhf.train.batches import pad_batch, row_slices
-from minirlhf.train.optimizer import Optimizer, OptimizerConfig
+from minirlhf.train.config import RewardModelConfig
+from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
-from minirlhf.train.ranges import check_numbers
 from minirlhf.train.run_log import RunLog
 from minirlhf.tree import Tree
 
@@ -36,45 +35,6 @@ class RewardModel(NamedTuple):
     config: GPTConfig
     mean: float = 0.0
     sd: float = 1.0
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """Bradley-Terry reward model."""
-
-    init: Literal["scratch", "reference"] = "scratch"
-    """Start from random weights, or from the reference's (then n_layer is the reference's)."""
-    n_layer: int = 1
-    """Blocks of a model from scratch."""
-    n_pairs: int = 1500
-    """Pairs of reference samples that the annotator compares (a world without given pairs)."""
-    n_heldout_pairs: int = 400
-    """Further pairs, on held-out prompts, for the accuracy."""
-    n_normalize: int = 1024
-    """Reference samples that set mean 0 and sd 1 of the score."""
-    epochs: int = 4
-    """Passes over the pairs."""
-    batch_size: int = 64
-    """Pairs an update."""
-    margin: float = 0.0
-    """Score difference that the loss asks for."""
-    label_smoothing: float = 0.0
-    """Share of labels assumed to be flipped."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
-    )
-
-    def __post_init__(self):
-        check_numbers(
-            self,
-            "reward_model.",
-            at_least_1=(
-                *("n_layer", "n_pairs", "n_heldout_pairs", "n_normalize"),
-                *("epochs", "batch_size"),
-            ),
-            at_least_0=("margin",),
-            shares=("label_smoothing",),
-        )
 
 
 def train_reward_model(

@@ -1,7 +1,5 @@
 """Stage 1, supervised fine-tuning: imitate the demonstrations. The result is the reference."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from minirlhf.errors import InputError
@@ -12,31 +10,13 @@ from minirlhf.rlhf.objectives import (
     token_weights,
 )
 from minirlhf.train.batches import Batch, pad_batch
-from minirlhf.train.optimizer import Optimizer, OptimizerConfig
+from minirlhf.train.config import SFTConfig
+from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.train.ranges import check_numbers
 from minirlhf.train.run_log import RunLog
 from minirlhf.tree import Tree
 
 Example = tuple[list[int], list[int]]  # prompt ids, response ids
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning on demonstrations."""
-
-    steps: int = 850
-    """Updates."""
-    batch_size: int = 32
-    """Demonstrations an update."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=3e-3, warmup=30, floor=0.05, beta2=0.98, eps=1e-8, weight_decay=0.01
-        )
-    )
-
-    def __post_init__(self):
-        check_numbers(self, "sft.", at_least_0=("steps",), at_least_1=("batch_size",))
 
 
 def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tuple[float, Tree]:
