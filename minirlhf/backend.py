@@ -43,6 +43,18 @@ def get_xp(*arrays: Array) -> ModuleType:
     return xp
 
 
+def check_same_shape(where: str, **arrays: Array) -> None:
+    """Refuse arrays that differ in shape: broadcasting would turn them into a wrong number.
+
+    Raises:
+        ValueError: they differ; the message begins with `where`.
+    """
+    shapes = [array.shape for array in arrays.values()]
+    if any(shape != shapes[0] for shape in shapes):
+        names, got = ", ".join(arrays), ", ".join(map(str, shapes))
+        raise ValueError(f"{where}: expected {names} of one shape; got {got}")
+
+
 def _adopt(array: Array) -> ModuleType:
     """Register cupy when the first of its arrays appears; refuse anything else."""
     if type(array).__module__.partition(".")[0] == "cupy" and "cupy" in sys.modules:

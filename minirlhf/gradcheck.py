@@ -72,16 +72,30 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def relative_error(analytic: np.ndarray, numeric: np.ndarray, tolerance: float) -> np.ndarray:
-    """|a - n| / (|n| + s), s = 0.01 (0.1 for differences) of the argument's largest entry, or of 1.
+def relative_error(analytic: np.ndarray, numeric: np.ndarray, scale: float) -> np.ndarray:
+    """|a - n| / (|n| + scale). nan counts as infinitely wrong.
 
-    The absolute term s matters where an entry is 0 by cancellation, as the gradient of the key
-    bias of an attention layer is. nan counts as infinitely wrong.
+    The absolute term matters where an entry is 0 by cancellation, as the gradient of the key bias
+    of an attention layer is. `absolute_term` says how large it is.
     """
-    share = 0.01 if tolerance < 1e-8 else 0.1
-    scale = share * max(1.0, float(np.abs(numeric).max(initial=0.0)))
     error = np.abs(analytic - numeric) / (np.abs(numeric) + scale)
     return np.where(np.isnan(error), np.inf, error)
+
+
+def absolute_term(numerics: list[Tree], size: float, tolerance: float) -> float:
+    """0.01 (0.1 for differences) of the largest entry of all arguments, and what rounding costs.
+
+    A complex step errs by eps |f|, a difference by eps |f| / h. A largest entry below 0.01 counts
+    as 0.01, since numbers of size 1 inside f round too: scale a loss that is far smaller up.
+
+    Args:
+        numerics: the numeric gradient of every argument.
+        size: |f|, the sum of |out * dout|.
+    """
+    is_step = tolerance == COMPLEX_TOLERANCE
+    largest = max((np.abs(n).max(initial=0.0) for _, n in tree_items(numerics)), default=0.0)
+    rounding = 4 * np.finfo(np.float64).eps * size / (1.0 if is_step else CENTRAL_H)
+    return (0.01 if is_step else 0.1) * max(0.01, float(largest)) + rounding / tolerance
 
 
 def check_pair(
@@ -139,15 +153,14 @@ def check_pair(
 
     f = lambda args: (np.asarray(forward(*args, **constants)[0]) * dout).sum()  # noqa: E731
     values = lambda args: np.asarray(forward(*args, **constants)[0])  # noqa: E731
-    findings = []
-    for i, label in enumerate(labels):
-        numeric = central_difference(values, list(arrays), i, dout)
-        findings += _compare("central difference", label, gradients[i], numeric, CENTRAL_TOLERANCE)
-        if smooth:
-            numeric = complex_step(f, list(arrays), i)
-            findings += _compare("complex step", label, gradients[i], numeric, COMPLEX_TOLERANCE)
+    args, indices = list(arrays), range(len(arrays))
+    size = float(np.abs(np.asarray(out) * dout).sum())
+    numerics = [central_difference(values, args, i, dout) for i in indices]
+    findings = _compare("central difference", labels, gradients, numerics, size, CENTRAL_TOLERANCE)
     if smooth:
-        findings += dot_product(f, list(arrays), gradients, rng=rng)
+        numerics = [complex_step(f, args, i) for i in indices]
+        findings += _compare("complex step", labels, gradients, numerics, size, COMPLEX_TOLERANCE)
+        findings += dot_product(f, args, gradients, size=size, rng=rng)
     report = Report(name, findings)
     if raises and not report.ok:
         raise GradientError(str(report))
@@ -200,15 +213,24 @@ def directional_derivative(f: Callable, args: list[Tree], direction: list[Tree])
 
 
 def dot_product(
-    f: Callable, args: list[Tree], gradients: list[Tree], *, rng: np.random.Generator
+    f: Callable,
+    args: list[Tree],
+    gradients: list[Tree],
+    *,
+    size: float,
+    rng: np.random.Generator,
 ) -> list[Finding]:
-    """<dout, J u> by one complex step against <J^T dout, u> from the backward, for one random u."""
+    """<dout, J u> by one complex step against <J^T dout, u> from the backward, for one random u.
+
+    The error is relative to the sum of the sizes of all products g * u.
+    """
     direction = tree_map(lambda a: rng.standard_normal(a.shape), args)
     numeric = directional_derivative(f, args, direction)
     products = tree_map(lambda g, u: float((g * u).sum()), gradients, direction)
     analytic = sum(value for _, value in tree_items(products))
-    size = sum(abs(value) for _, value in tree_items(products))
-    error = abs(analytic - numeric) / max(1e-2, size, abs(numeric))
+    total = sum(float(np.abs(value)) for _, value in tree_items(products))
+    scale = total + absolute_term([], size, COMPLEX_TOLERANCE)
+    error = abs(analytic - numeric) / scale if np.isfinite(total) else float("inf")
     return [
         Finding("dot product", "all", (), analytic, numeric, _nan_is_inf(error), COMPLEX_TOLERANCE)
     ]
@@ -338,15 +360,22 @@ def _leafwise(one: Callable, f: Callable, args: list[Tree], i: int) -> Tree:
 
 
 def _compare(
-    method: str, label: str, analytic: Tree, numeric: Tree, tolerance: float
+    method: str,
+    labels: list[str],
+    analytic: list[Tree],
+    numeric: list[Tree],
+    size: float,
+    tolerance: float,
 ) -> list[Finding]:
+    """The worst entry of every leaf of every argument."""
+    scale = absolute_term(numeric, size, tolerance)
     findings = []
-    for (path, a), (_, n) in zip(tree_items(analytic), tree_items(numeric), strict=True):
+    by_label = [dict(zip(labels, trees, strict=True)) for trees in (analytic, numeric)]
+    for (where, a), (_, n) in zip(*map(tree_items, by_label), strict=True):
         if n.size == 0:
             continue
-        error = relative_error(a, n, tolerance)
+        error = relative_error(a, n, scale)
         entry = np.unravel_index(int(np.argmax(error)), error.shape)
-        where = f"{label}.{path}" if path else label
         findings.append(
             Finding(
                 method,

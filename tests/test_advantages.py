@@ -8,7 +8,16 @@ from tiny import ragged, with_junk
 from tolerances import DIFFERENT, ENUMERATION, LOOPS, assert_close
 
 from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
-from minirlhf.rlhf.kl import KL_MODES, kl_estimate
+from minirlhf.rlhf.kl import (
+    KL_MODES,
+    full_kl_forward,
+    future_kl,
+    kl_estimate,
+    sequence_kl_loss_forward,
+    token_kl_loss_forward,
+)
+from minirlhf.rlhf.logprobs import sequence_logprob_forward
+from minirlhf.rlhf.objectives import cross_entropy_forward
 from minirlhf.train.batches import Batch
 from minirlhf.train.ppo import PPOConfig, make_experience, rollout_metrics
 from minirlhf.train.rollout import Rollout, Samples
@@ -100,7 +109,7 @@ def test_dtypes_stay(dtype):
 
 def test_errors_name_what_was_expected_and_what_came():
     x = np.zeros((2, 3))
-    with pytest.raises(ValueError, match=r"gae: .* one shape \(B, T\); got \(2, 3\), \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"gae: .* one shape; got \(2, 3\), \(2, 2\)"):
         gae(x, x[:, :2], mask=x)
     with pytest.raises(ValueError, match=r"expected score \(B,\).*; got \(3,\), \(2, 3\)"):
         token_rewards(np.zeros(3), x, mask=x, kl_coef=0.1)
@@ -218,11 +227,13 @@ def test_experience(kl_mode):
     plain, _ = experience_of(rollout, kl_mode=kl_mode, whiten_advantages=False, gamma=0.9, lam=0.5)
     assert_close(plain.advantages, gae(rewards, rollout.values, mask=MASK, gamma=0.9, lam=0.5)[0])
     assert plain.kl_loss_coef == 0.3
-    # The penalty is summed over each response: nats a response, not a token.
+    # The penalty is summed over each response: nats a response, not a token. What the reward holds
+    # of it is the mode's estimate, or nothing.
     penalty = ((rollout.old_logp - rollout.ref_logp) * MASK).sum(axis=1)
     assert metrics["objective/kl"] == pytest.approx(penalty.mean())
-    assert metrics["objective/non_score_reward"] == pytest.approx(-0.3 * penalty.mean())
-    assert metrics["objective/rlhf_reward"] == pytest.approx(score.mean() - 0.3 * penalty.mean())
+    given = -0.3 * (kl_token * MASK).sum(axis=1).mean() if estimator else 0.0
+    assert metrics["objective/non_score_reward"] == pytest.approx(given)
+    assert metrics["objective/rlhf_reward"] == pytest.approx(score.mean() + given)
     assert metrics["objective/scores"] == pytest.approx(score.mean())
     assert metrics["val/num_eos_tokens"] == 2
     assert metrics["response_length/mean"] == 3
@@ -257,6 +268,42 @@ def test_scores_are_cut_and_rewards_are_whitened_without_their_mean():
     rewards = token_rewards(rollout.score, 0 * MASK, mask=MASK, kl_coef=0.0)
     rewards, _ = masked_whiten(rewards, mask=MASK, shift_mean=False)
     assert_close(white.returns[:, 0], rewards.sum(axis=1))
+
+
+def test_beta_in_the_loss_is_divided_by_all_that_whitening_divides_by():
+    """With lam = 1 and V = 0 the penalty in the reward and the one in the loss keep one beta."""
+    rollout = make_rollout()
+    got, _ = experience_of(rollout, kl_mode="reward_and_loss_k3", whiten_rewards=True)
+    kl_token = kl_estimate(rollout.old_logp - rollout.ref_logp, "k3")
+    rewards = token_rewards(rollout.score, kl_token, mask=MASK, kl_coef=0.3)
+    rewards, reward_scale = masked_whiten(rewards, mask=MASK, shift_mean=False)
+    advantages, _ = gae(rewards, rollout.values, mask=MASK, gamma=1.0, lam=0.95)
+    _, advantage_scale = masked_whiten(advantages, mask=MASK)
+    assert_close(got.kl_loss_coef, 0.3 / (reward_scale * advantage_scale))
+    assert abs(reward_scale - 1) > 0.1
+
+
+def test_the_penalty_for_a_missing_stop_token_is_not_cut():
+    rollout = make_rollout()  # the first response has none, and a score of 1
+    settings = {"score_clip": 0.75, "missing_eos_penalty": 2.0, "whiten_advantages": False}
+    got, _ = experience_of(rollout, kl_coef=0.0, lam=1.0, **settings)
+    assert got.returns[0, 0] == pytest.approx(0.75 - 2.0)
+
+
+def test_broadcasting_is_refused():
+    x, row = np.ones((2, 3)), np.ones((1, 3))
+    for call in (
+        lambda: masked_mean(x, mask=np.ones(3)),
+        lambda: masked_whiten(x, mask=row),
+        lambda: cross_entropy_forward(x, weights=row),
+        lambda: token_kl_loss_forward(x, old_logp=x, ref_logp=x, weights=row, estimator="k2"),
+        lambda: sequence_kl_loss_forward(x, old_logp=x, ref_logp=row, weights=x, estimator="k2"),
+        lambda: full_kl_forward(x, ref_logits=row),
+        lambda: future_kl(x, mask=row),
+        lambda: sequence_logprob_forward(x, mask=row),
+    ):
+        with pytest.raises(ValueError, match=r"of one shape; got \("):
+            call()
 
 
 @pytest.mark.parametrize("junk", [1e6, np.nan])

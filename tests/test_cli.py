@@ -1,6 +1,7 @@
 """The command line: what a person types, what they get, and its exit status."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from tiny_run import (
     refusal,
     tiny_config,
     write_names,
+    write_pairs,
 )
 
 import minirlhf
@@ -34,7 +36,7 @@ from minirlhf.app.report import penalty_table
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import transformer_forward
 from minirlhf.train import pipeline
-from minirlhf.train.checkpoint import load_model
+from minirlhf.train.checkpoint import load_model, load_state
 from minirlhf.train.config import TrainConfig, load_config, save_config
 from minirlhf.train.tokens import load_tokenizer
 
@@ -76,6 +78,7 @@ def test_no_command_shows_all_commands(capsys, arguments):
     status, out, err = call(capsys, *arguments)
     assert status == 0 and err == ""
     assert all(f"minirlhf {command}" in out for command in COMMANDS)
+    assert "MINIRLHF_TRACEBACK=1" in out
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["-V"], ["version"]])
@@ -96,13 +99,13 @@ def test_help_of_each_command(capsys, command):
     assert f"minirlhf {command}" in words(out)
     expected = {
         "train": ["--config", *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig()))],
-        "resume": ["Run folder"],
+        "resume": ["Run folder", "PPO goes on from its last checkpoint", "start again"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "check": ["--seed"],
     }[command]
     for option in expected:
-        assert option in out or option.rpartition(".")[2] in out, option
+        assert option in words(out) or option.rpartition(".")[2] in out, option
 
 
 def test_the_installed_program_is_this_one():
@@ -279,6 +282,42 @@ def test_score_prints_the_objective_of_training(capsys, desk):
     assert re.search(r"gold reward [+-]\d", said)
 
 
+def test_score_uses_the_beta_that_training_arrived_at(capsys, tmp_path, names):
+    """An adaptive one ends elsewhere than where the configuration lets it start."""
+    config = tiny_config(
+        tmp_path / "run", corpus=names, reward=VOWELS, ppo__kl_target=0.01, ppo__kl_horizon=50.0
+    )
+    pipeline.train(config)
+    _, meta = load_state(config.out / "checkpoint")
+    assert abs(meta["kl_coef"] - config.ppo.kl_coef) > 0.005
+    _, out, _ = call(capsys, "score", config.out, "--prompt", "k", "--response", "alo")
+    assert float(re.search(r"with beta = ([\d.]+):", words(out)).group(1)) == pytest.approx(
+        meta["kl_coef"], rel=1e-5
+    )
+    shutil.rmtree(config.out / "checkpoint")
+    _, out, _ = call(capsys, "score", config.out, "--prompt", "k", "--response", "alo")
+    assert "with beta = 0.2:" in words(out)
+
+
+@pytest.mark.parametrize("source", [{"reward": VOWELS}, {"pairs": "pairs.jsonl"}])
+def test_a_run_outlives_its_files(capsys, tmp_path, monkeypatch, source):
+    """To score and to sample takes what lies in the folder."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs("pairs.jsonl")
+    config = tiny_config(tmp_path / "run", corpus=write_names(tmp_path / "names.txt"), **source)
+    pipeline.train(config)
+    commands = (
+        ("score", config.out, "--prompt", "k", "--response", "alo"),
+        ("sample", config.out, "--prompt", "k"),
+    )
+    before = [call(capsys, *command)[:2] for command in commands]
+    assert [status for status, _ in before] == [0, 0]
+    for name in ("names.txt", "pairs.jsonl"):
+        (tmp_path / name).unlink()
+    assert [call(capsys, *command)[:2] for command in commands] == before
+    assert "expected a file; found none" in refusal(capsys, "resume", config.out)
+
+
 def test_a_prompt_outside_the_worlds_grammar_has_no_gold_and_no_traceback(capsys, desk):
     status, out, _ = call(capsys, "score", desk, "--prompt", "Tell me", "--response", "no")
     assert status == 0 and "gold" not in out
@@ -296,13 +335,27 @@ def test_score_refuses_what_it_would_have_to_cut(capsys, desk):
 
 def test_penalty_table_sums_its_tokens():
     logp, ref_logp = np.array([-1.0, -2.5, -0.5]), np.array([-1.5, -2.0, -3.0])
-    table, penalty = penalty_table(["[a]", " b", "\\n"], logp, ref_logp)
-    assert penalty == 2.5  # 0.5 - 0.5 + 2.5
-    console = Console(width=80, file=open(os.devnull, "w"), record=True, markup=False)
+    text = as_text(penalty_table(["[a]", " b", "\\n"], logp, ref_logp), width=80)
+    assert "[a]" in text and "-4.0000" in text and "-6.5000" in text
+    assert "+2.5000" in text.splitlines()[-2]  # 0.5 - 0.5 + 2.5
+
+
+def test_penalty_table_in_a_narrow_terminal_cuts_no_number():
+    logp, ref_logp = np.array([-10.125, -0.5, -99.0]), np.array([-11.0, -123.4567, -1.0])
+    text = as_text(penalty_table([" a-long-token", "b", " c"], logp, ref_logp), width=40)
+    assert "\u2026" not in text and max(map(len, text.splitlines())) <= 40
+    for number in ("-10.1250", "-123.4567", "+122.9567", "-109.6250", "-135.4567", "+25.8317"):
+        assert number in text, number
+    rows = (line.split("\u2502")[1] for line in text.splitlines() if "\u2502" in line)
+    tokens = "".join(cell.strip() for cell in rows)
+    assert tokens == "a-long-tokenbcsum"  # folded, all of it
+
+
+def as_text(table, *, width):
+    """What a terminal of this width shows."""
+    console = Console(width=width, file=io.StringIO(), markup=False)
     console.print(table)
-    console.file.close()
-    text = console.export_text()
-    assert "[a]" in text and "+2.5000" in text and "-4.0000" in text and "-6.5000" in text
+    return console.file.getvalue()
 
 
 # --- sample
@@ -340,10 +393,23 @@ def test_the_most_likely_token_needs_no_coins(capsys, desk, greedy):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--n", "0"], ["--temperature", "-1"], ["--top-k", "-1"], ["--top-p", "0"], ["--top-p", "2"]],
+    [
+        *(
+            ["--n", "0"],
+            ["--temperature", "-1"],
+            ["--temperature", "nan"],
+            ["--temperature", "inf"],
+        ),
+        *(["--top-k", "-1"], ["--top-p", "0"], ["--top-p", "2"], ["--top-p", "nan"]),
+    ],
 )
 def test_sample_refuses_what_cannot_be(capsys, desk, flags):
     assert "sample: expected" in refusal(capsys, "sample", desk, "--prompt", PROMPT, *flags)
+
+
+@pytest.mark.parametrize("command", [["check"], ["sample", "run", "--prompt", "k"]])
+def test_a_negative_seed_is_refused(capsys, command):
+    assert "--seed: expected at least 0; got -1" in refusal(capsys, *command, "--seed", "-1")
 
 
 @pytest.mark.parametrize("prompt", ["[red]k", "[/red]k", "[link=x]", ":smile: k", "\\[k", "%s {}"])
@@ -355,6 +421,15 @@ def test_what_the_user_writes_is_no_markup(capsys, desk, prompt):
 
 
 # --- check
+
+
+def test_ctrl_c_in_a_check_speaks_of_no_run(capsys, monkeypatch):
+    def interrupted(*, seed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check_command", interrupted)
+    status, _, err = call(capsys, "check")
+    assert status == 130 and err == "minirlhf: interrupted\n"
 
 
 @pytest.mark.parametrize("verdict", [0, 1])
@@ -401,6 +476,28 @@ def test_as_a_program_without_a_terminal(tmp_path, names):
     assert "\x1b" not in done.stdout + done.stderr and "Warning" not in done.stderr
     assert re.search(r"^PPO: 3/3, .*/s, .* s left$", done.stderr, re.MULTILINE)
     assert (tmp_path / "runs/names-0/policy/model.safetensors").exists()
+
+
+def test_a_terminal_that_knows_only_ascii_gets_question_marks(desk):
+    done = subprocess.run(
+        *(
+            [
+                sys.executable,
+                "-m",
+                "minirlhf",
+                "sample",
+                str(desk),
+                "--prompt",
+                "\u00e9",
+                "--n",
+                "1",
+            ],
+        ),
+        env=environment(PYTHONPATH=str(ROOT), PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"replies to '?'" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")

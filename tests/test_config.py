@@ -17,7 +17,7 @@ from tiny_run import as_flags, changed, leaves, tiny_config
 from minirlhf.app.cli import parse
 from minirlhf.errors import InputError
 from minirlhf.train import config as config_module
-from minirlhf.train.config import TrainConfig, load_config, save_config, to_toml
+from minirlhf.train.config import RewardModelConfig, TrainConfig, load_config, save_config, to_toml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -48,8 +48,8 @@ def other_value(path, value):
         return 32
     if path == "model.n_head":
         return 2
-    if path == "ppo.dual_clip":
-        return 3.0
+    if path in ("ppo.dual_clip", "max_prompt_tokens", "max_response_tokens"):
+        return type(value)(3)  # the least above 0 that makes sense
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
@@ -189,7 +189,7 @@ IMPOSSIBLE = {
     "reward_model.epochs": 0,
     "reward_model.batch_size": 0,
     "reward_model.margin": math.inf,
-    "reward_model.label_smoothing": 1.5,
+    "reward_model.label_smoothing": 0.5,
     "ppo.iterations": 0,
     "ppo.batch_size": 0,
     "ppo.epochs": 0,
@@ -240,6 +240,23 @@ def test_impossible_numbers_are_refused_and_named(path):
     assert path.split(".")[-1] in message and "expected" in message and "\n" not in message
     with pytest.raises(InputError):  # nan is never in a range
         changed(TrainConfig(), {path: math.nan})
+
+
+def test_a_prompt_and_a_response_need_room():
+    for name, least in (("max_prompt_tokens", 3), ("max_response_tokens", 2)):
+        for value in (0, least, least + 1):
+            assert dict(leaves(changed(TrainConfig(), {name: value})))[name] == value
+        for value in range(1, least):
+            with pytest.raises(InputError, match=f"{name}: expected at least {least}"):
+                changed(TrainConfig(), {name: value})
+
+
+def test_labels_may_be_flipped_less_than_half_of_the_time():
+    for value in (0.0, 0.49):
+        assert RewardModelConfig(label_smoothing=value).label_smoothing == value
+    for value in (-0.1, 0.5, 1.0):
+        with pytest.raises(InputError, match="label_smoothing: expected at least 0"):
+            RewardModelConfig(label_smoothing=value)
 
 
 def test_more_minibatches_than_responses_are_refused():

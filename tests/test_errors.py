@@ -32,7 +32,7 @@ from minirlhf.train import optimizer as optimizer_module
 from minirlhf.train import pipeline
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.checkpoint import load_state, save_state
-from minirlhf.train.config import load_config, save_config
+from minirlhf.train.config import RewardModelConfig, load_config, save_config
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import PPOConfig
 
@@ -260,6 +260,11 @@ DAMAGES = [
     ("checkpoint", delete, ("resume",)),
     ("tiktoken.json", scribble, ("resume",)),
     ("tiktoken.json", delete, LOOK),
+    ("world.json", scribble, ("resume",)),
+    ("world.json", edit_json(sha256=None), ("resume",)),
+    ("world.json", edit_json(joiner=None), LOOK),
+    ("world.json", edit_json(max_prompt_tokens="24"), LOOK),
+    ("world.json", delete, LOOK),
     ("config.toml", scribble, ("resume",)),
     ("config.toml", delete, ("resume",)),
     ("metrics.jsonl", cut, ("resume",)),
@@ -446,7 +451,8 @@ def test_nan_in_a_loss(texts, tmp_path, capsys, monkeypatch):
         "sft_loss_and_gradients",
         lambda *args: (float("inf"), original(*args)[1]),
     )
-    assert "the loss (inf)" in refusal(capsys, *scratch(texts, tmp_path))
+    message = refusal(capsys, *scratch(texts, tmp_path))
+    assert "supervised fine-tuning step 0: " in message and "the loss (inf)" in message
     assert not (tmp_path / "new/reference").exists()  # no half-trained model passes for a whole
 
 
@@ -476,6 +482,8 @@ def test_divergence_of_the_other_stages(texts, tmp_path, capsys, stage):
         config = changed(config, {"corpus": str(texts / "names.txt"), "reward": VOWELS})
     message = refusal(capsys, "train", *as_flags(config))
     assert "transformer." in message
+    title = {"sft": "supervised fine-tuning", "reward_model": "reward model"}[stage]
+    assert message.startswith(f"{title} step ")
     folder = {"sft": "reference", "reward_model": "reward_model"}[stage]
     assert not (tmp_path / "new" / folder).exists()
 
@@ -495,7 +503,8 @@ def test_a_diverged_run_is_saved_by_another_learning_rate(texts, tmp_path, capsy
 
 def test_in_a_process_of_its_own_nothing_else_is_said(texts, tmp_path):
     """No warnings of NumPy beside the sentence, and no traceback."""
-    flags = scratch(texts, tmp_path, ppo__optimizer__learning_rate=1e30)
+    default = RewardModelConfig()
+    flags = scratch(texts, tmp_path, ppo__optimizer__learning_rate=1e30, reward_model=default)
     done = subprocess.run(
         [sys.executable, "-m", "minirlhf", *flags], capture_output=True, text=True
     )

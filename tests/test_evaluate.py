@@ -1,5 +1,6 @@
 """The columns of the final table, by hand; padding never enters one of them."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIG, Letters, make_batch, make_params, with_junk
+from tiny_run import tiny_config, write_names
 
+from minirlhf.train import pipeline
+from minirlhf.train import rollout as rollout_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.evaluate import (
     distinct_2,
@@ -128,10 +132,49 @@ def test_gold_and_the_users_reward_are_means_over_responses():
         gold=lambda prompt, response: len(prompt) + 10 * len(response),
         reward=lambda text: text.count("c"),
     )
-    found = response_metrics(rollout, world=world, stop_id=EOS)
+    rollout = rollout._replace(score=np.array([-1.0, 0.5]))  # of the rewards 0 and 3
+    found = response_metrics(rollout, world=world, stop_id=EOS, score_mean=2.0, score_sd=2.0)
     assert gold_of(rollout.samples, world) == [23.0, 13.0]
     assert found["gold"] == 18.0
-    assert found["reward"] == 1.5  # "abc ab" has one c, "abc c" two: the prompt is read too
+    assert found["reward"] == 1.5
+
+
+def test_the_users_reward_is_asked_once_a_reply(tmp_path):
+    """It may be slow. The table's mean is that of what it answered."""
+    config = tiny_config(
+        tmp_path / "run",
+        corpus=write_names(tmp_path / "names.txt"),
+        reward="minirlhf.worlds.rewards:vowel_share",
+    )
+    run, answers = pipeline.open_run(config), []
+    reward = run.world.reward
+
+    def counted(text):
+        answers.append(reward(text))
+        return answers[-1]
+
+    run.world = dataclasses.replace(run.world, reward=counted)
+    reference = {"transformer": pipeline.reference_stage(run)}
+    score = run.score_with(pipeline.reward_stage(run, reference))
+    answers.clear()
+    head = {"w": np.zeros((8, 1), np.float32), "b": np.zeros(1, np.float32)}
+    metrics, _ = run.evaluate({**reference, "value_head": head}, reference, score)
+    assert len(answers) == config.eval_prompts
+    assert metrics["reward"] == pytest.approx(np.mean(answers), abs=1e-6)
+
+
+@pytest.mark.parametrize("size, rows", [(0, {4}), (3, {3, 1})])
+def test_micro_batches_bound_its_memory_too(monkeypatch, size, rows):
+    seen, original = set(), rollout_module.policy_forward
+
+    def look(params, *, batch, **constants):
+        seen.add(batch.tokens.shape[0])
+        return original(params, batch=batch, **constants)
+
+    monkeypatch.setattr(rollout_module, "policy_forward", look)
+    policy = make_params(seed=1, dtype=np.float32)
+    evaluated(policy, {"transformer": policy["transformer"]}, micro_batch_size=size)
+    assert seen == rows
 
 
 @given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=4), min_size=1, max_size=4))
@@ -160,9 +203,9 @@ def test_padding_never_enters(responses):
 # --- sampling for it
 
 
-def evaluated(policy, reference, *, seed=0, prompts=("abc", "d", "ga", "bbbb"), scores=None):
-    def score(prompts, responses, prompt_ids, response_ids):
-        return np.array([float(len(ids)) for ids in response_ids])
+def evaluated(policy, reference, *, seed=0, prompts=("abc", "d", "ga", "bbbb"), **more):
+    def score(samples):
+        return np.array([float(len(ids)) for ids in samples.response_ids])
 
     return evaluate(
         policy,
@@ -176,6 +219,7 @@ def evaluated(policy, reference, *, seed=0, prompts=("abc", "d", "ga", "bbbb"), 
         max_response_tokens=6,
         temperature=0.8,
         seed=seed,
+        **more,
     )
 
 

@@ -16,6 +16,7 @@ from minirlhf.worlds.files import (
     _cut_end,
     _cut_front,
     _split_prompts,
+    absolute_reward,
     corpus_world,
     load_reward,
     read_pairs,
@@ -192,8 +193,51 @@ def test_about_15_percent_of_many_prompts_are_held_out():
     assert heldout != other
 
 
-def test_a_single_prompt_is_in_both_lists():
+def test_a_single_prompt_is_in_both_lists(tmp_path):
     assert _split_prompts({"a": 3}, np.random.default_rng(0)) == (["a"], ["a"])
+    corpus = write(tmp_path / "c.txt", "one two\none three\n")
+    assert [n for n in world_of(corpus).notes if "one prompt in all" in n]
+    corpus = write(tmp_path / "c.txt", "one two\ntwo three\n")
+    assert not world_of(corpus).notes
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.integers(1, 50), min_size=1),
+    st.integers(0, 2**32 - 1),
+    st.data(),
+)
+def test_a_prompt_of_the_pairs_is_always_trained_on(weights, seed, data):
+    judged = data.draw(st.sets(st.sampled_from(sorted(weights)), min_size=1, max_size=3))
+    train, heldout = _split_prompts(weights, np.random.default_rng(seed), judged)
+    assert judged & set(train) and heldout
+    assert set(train) | set(heldout) == set(weights)
+    assert len(weights) == 1 or not set(train) & set(heldout)
+    plain = _split_prompts(weights, np.random.default_rng(seed))
+    if judged & set(plain[0]):
+        assert (train, heldout) == plain  # nothing else changes
+
+
+def test_pairs_of_one_prompt_beside_a_corpus_are_trained_on(tmp_path):
+    corpus = write(tmp_path / "c.txt", "\n".join(f"p{i} text {i}" for i in range(12)))
+    pairs = write_jsonl(tmp_path / "p.jsonl", {"prompt": "p3", "chosen": "a", "rejected": "b"})
+    for seed in range(20):
+        world = world_of(corpus, pairs_path=pairs, reward=None, rng=np.random.default_rng(seed))
+        assert "p3" in world.train_prompts and world.heldout_prompts
+
+
+def test_demonstrations_of_heldout_prompts_are_kept_apart(tmp_path):
+    corpus = write(tmp_path / "c.txt", "\n".join(f"p{i % 7} text {i}" for i in range(30)))
+    world = world_of(corpus)
+    assert {p for p, _ in world.heldout_demonstrations} == set(world.heldout_prompts)
+    assert {p for p, _ in world.demonstrations} == set(world.train_prompts)
+    assert len(world.demonstrations) + len(world.heldout_demonstrations) == 30
+
+
+def test_a_reward_in_a_file_is_named_absolutely(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_reward("mine.py:f") == f"{tmp_path / 'mine.py'}:f"
+    assert absolute_reward("package.module:f") == "package.module:f"
+    assert absolute_reward("") == ""
 
 
 # --- pairs

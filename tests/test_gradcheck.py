@@ -11,6 +11,7 @@ from minirlhf.app import check
 from minirlhf.app.check import TABLE, WHOLE_LOSSES, Draw, check_command, make_block
 from minirlhf.gradcheck import (
     GradientError,
+    absolute_term,
     argument_names,
     arrays,
     central_difference,
@@ -540,12 +541,45 @@ def test_numeric_derivatives_of_a_known_function(x, seed):
 
 
 def test_relative_error_by_hand():
-    # |1.1 - 1| / (1 + 0.01 * 1); zero where equal; never smaller than infinite for nan
-    error = relative_error(np.array([1.1, 0.0, math.nan]), np.array([1.0, 0.0, 0.0]), 1e-10)
+    # |1.1 - 1| / (1 + 0.01); zero where equal; never smaller than infinite for nan
+    error = relative_error(np.array([1.1, 0.0, math.nan]), np.array([1.0, 0.0, 0.0]), 0.01)
     np.testing.assert_allclose(error, [0.1 / 1.01, 0.0, math.inf])
-    # a difference quotient is allowed s = 0.1 of the largest entry: 0.5 / (2 + 0.4), 1 / (4 + 0.4)
-    error = relative_error(np.array([2.5, 5.0]), np.array([2.0, 4.0]), 1e-6)
-    np.testing.assert_allclose(error, [0.5 / 2.4, 1 / 4.4])
+
+
+def test_the_absolute_term_by_hand():
+    numerics = [np.array([0.5, -4.0]), {"w": np.array([2.0])}]
+    assert absolute_term(numerics, 0.0, 1e-10) == pytest.approx(0.01 * 4)  # largest of all
+    assert absolute_term(numerics, 0.0, 1e-6) == pytest.approx(0.1 * 4)
+    assert absolute_term([np.zeros(2)], 0.0, 1e-10) == pytest.approx(0.01 * 0.01)
+    eps = np.finfo(np.float64).eps
+    assert absolute_term([], 3.0, 1e-10) == pytest.approx(1e-4 + 4 * eps * 3 / 1e-10)
+    assert absolute_term([], 3.0, 1e-6) == pytest.approx(1e-3 + 4 * eps * 3 / 6e-6 / 1e-6)
+
+
+def absolute_loss(x):
+    return 1e-8 * np.abs(x).sum(), x
+
+
+def tiny_square(x):
+    return 1e-13 * (x * x).sum(), x
+
+
+def small_mean(x):
+    return (x * x).mean() / 1e6, x
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "smooth"),
+    [
+        (absolute_loss, lambda dout, x: -dout * 1e-8 * np.sign(x), False),  # the wrong sign
+        (tiny_square, lambda dout, x: dout * 0 * x, True),  # nothing at all
+        (small_mean, lambda dout, x: dout * 1.1 * 2 * x / x.size / 1e6, False),  # 10 % too much
+    ],
+)
+def test_errors_in_small_gradients_are_found(forward, backward, smooth):
+    x = np.array([0.7, -1.3, 2.1])
+    with pytest.raises(GradientError):
+        check_pair(forward, backward, x, dout=np.array(1.0), smooth=smooth)
 
 
 def test_argument_names_come_from_the_signature():

@@ -165,9 +165,11 @@ def test_clamps_are_counted_and_everything_stays_finite():
     k3 = kl_estimate(log_ratio, "k3")
     assert np.isfinite(k3).all()
     assert k3[0] == k3[2] == pytest.approx(math.exp(20) - 21)
-    assert k3[-1] == k3[-3] == pytest.approx(19 + math.exp(-20))
+    # Upwards exp(-log_ratio) dies out by itself: k3 = log_ratio - 1 and pulls back for ever.
+    assert k3[-3] == pytest.approx(19 + math.exp(-20)) and k3[-1] == 1e4 - 1
     slope = kl_estimate_slope(log_ratio, "k3")
-    assert (slope[~inside] == 0).all() and (slope[[2, 3, 5, 6]] != 0).all()
+    assert slope[0] == slope[1] == 0 and slope[2] != 0
+    assert slope[-1] == 1 and slope[-2] == pytest.approx(1.0)
     # k1 and k2 need no clamp, so the penalty in the reward is never cut.
     assert kl_estimate(log_ratio, "k1")[0] == -1e4
     assert kl_estimate(log_ratio, "k2")[0] == 5e7
@@ -432,3 +434,14 @@ def test_adaptive_coefficient_refuses(wrong):
     settings = {"kl_seq": 1.0, "target": 6.0, "horizon": 1e4, "n_episodes": 1, **wrong}
     with pytest.raises(ValueError, match="expected target > 0 and horizon > 0"):
         adaptive_kl_coef(0.2, **settings)
+
+
+@pytest.mark.parametrize(("old", "new"), [((0.6, 0.4), (0.98, 0.02)), ((0.98, 0.02), (0.6, 0.4))])
+def test_the_distance_that_ends_the_epochs_is_the_kl_from_old(old, new):
+    """policy/kl_old_k3_token, weighted by old's probabilities, is KL(old || theta) exactly."""
+    old, new = np.log(old), np.log(new)
+    kl = (np.exp(old) * (old - new)).sum()
+    k3 = kl_estimate(-(new - old), "k3")  # as update_metrics has it: log_ratio = logp - old_logp
+    assert (np.exp(old) * k3).sum() == pytest.approx(kl)
+    inverted = kl_estimate(new - old, "k3")  # mean: chi-squared minus KL
+    assert abs((np.exp(old) * inverted).sum() / kl - 1) > 0.5

@@ -28,9 +28,11 @@ from minirlhf.disk import write_whole
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import adaptive_kl_coef
 from minirlhf.train import pipeline
+from minirlhf.train.batches import pad_batch
 from minirlhf.train.checkpoint import load_config as load_model_entries
 from minirlhf.train.checkpoint import load_model, load_state
-from minirlhf.train.config import load_config
+from minirlhf.train.config import TrainConfig, load_config, save_config
+from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import PPOConfig
 from minirlhf.train.run_log import RunLog, read_jsonl
 from minirlhf.train.tokens import load_tokenizer, train_tokenizer
@@ -67,7 +69,8 @@ def test_a_run_leaves_all_its_files(finished):
     out, _, _ = finished
     model = {"config.json", "model.safetensors"}
     expected = {
-        *("config.toml", "tiktoken.json", "metrics.jsonl", "samples.jsonl", "result.json"),
+        *("config.toml", "world.json", "tiktoken.json", "result.json"),
+        *("metrics.jsonl", "samples.jsonl"),
         *("checkpoint/state.safetensors", "policy/heads.safetensors"),
         "reward_model/heads.safetensors",
         *(f"{name}/{file}" for name in ("reference", "reward_model", "policy") for file in model),
@@ -138,11 +141,28 @@ def test_metrics_agree_with_each_other(finished):
         assert row["objective/kl_full_seq"] >= 0  # a KL of distributions, while k1 may be below 0
 
 
-def test_samples_are_logged_with_their_gold_reward(finished):
+def test_samples_are_logged_with_their_gold_reward_and_the_numbers_of_the_objective(finished):
     out, _, _ = finished
     samples = read_jsonl(out / "samples.jsonl")
     assert {row["step"] for row in samples} == {0, 1, 2}
-    assert all(row.keys() == {"step", "prompt", "response", "gold"} for row in samples)
+    assert all(
+        row.keys() == {"step", "prompt", "response", "score", "kl_seq", "gold"} for row in samples
+    )
+    assert all(row["kl_seq"] == 0 for row in samples if row["step"] == 0)  # still the reference
+    assert all(row["kl_seq"] != 0 for row in samples if row["step"] > 0)
+
+
+def test_the_score_and_kl_seq_of_a_sample_are_those_of_its_response(tmp_path, monkeypatch):
+    """All samples of an iteration are logged here, so their means are the metrics."""
+    monkeypatch.setattr(pipeline, "SAMPLES_LOGGED", 12)
+    pipeline.train(tiny_config(tmp_path / "run"))
+    samples = read_jsonl(tmp_path / "run/samples.jsonl")
+    for row in metrics(tmp_path / "run", "ppo"):
+        logged = [sample for sample in samples if sample["step"] == row["step"]]
+        assert len(logged) == 12 and len({sample["score"] for sample in logged}) > 1
+        for column, name in (("score", "objective/scores"), ("kl_seq", "objective/kl")):
+            mean = np.mean([sample[column] for sample in logged])
+            assert mean == pytest.approx(row[name], abs=1e-5)
 
 
 def test_the_final_table_compares_reference_and_policy(finished):
@@ -280,8 +300,8 @@ def crash_at(monkeypatch, owner, name, count, *, after):
         (pipeline, "ppo_update", 4),
         (RunLog, "metrics", 14),
         (RunLog, "samples", 3),
-        (pipeline, "write_whole", 1),
-        *[(os, "replace", count) for count in range(3, 10)],  # each file and folder gets its name
+        (pipeline, "write_whole", 2),  # the first is the world's digest
+        *[(os, "replace", count) for count in range(4, 11)],  # each file and folder gets its name
     ],
 )
 def test_it_may_stop_at_any_moment(tmp_path, uninterrupted, monkeypatch, owner, name, count, after):
@@ -296,7 +316,7 @@ def test_it_may_stop_at_any_moment(tmp_path, uninterrupted, monkeypatch, owner, 
     assert not [name for name in files_under(tmp_path / "run") if name.startswith(".")]
 
 
-@pytest.mark.parametrize("count", range(3, 6))
+@pytest.mark.parametrize("count", range(4, 7))
 def test_it_may_stop_while_it_scales_ones_own_reward(tmp_path, names, monkeypatch, count):
     config = tiny_config(tmp_path / "whole", corpus=names, reward=VOWELS)
     pipeline.train(config)
@@ -344,6 +364,170 @@ def test_a_finished_run_resumed_changes_nothing(finished, tmp_path):
     assert before.keys() == after.keys()
     assert again.policy_samples.responses == result.policy_samples.responses
     assert differences(outcome(out), outcome(copy)) == []
+
+
+# --- the texts that a run began with
+
+
+def test_a_run_is_resumed_from_any_directory(tmp_path, monkeypatch):
+    """The folder names its files by absolute paths, a reward in a file too."""
+    write_names(tmp_path / "names.txt")
+    (tmp_path / "mine.py").write_text("def reward(text):\n    return text.count('a')\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path / "run", corpus="names.txt", reward="mine.py:reward")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config, track=interrupted_after("PPO", 1))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pipeline.resume(tmp_path / "run")
+    stored = load_config(tmp_path / "run/config.toml")
+    assert stored.corpus == str(tmp_path / "names.txt")
+    assert stored.reward == f"{tmp_path / 'mine.py'}:reward"
+    monkeypatch.chdir(tmp_path)
+    pairs = tiny_config(tmp_path / "other", pairs=os.path.basename(write_pairs("pairs.jsonl")))
+    assert pipeline.open_run(pairs).config.pairs == str(tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("change", ["corpus", "pairs", "seed"])
+def test_other_texts_are_refused_on_resume(tmp_path, change):
+    config = tiny_config(
+        tmp_path / "run",
+        corpus=write_names(tmp_path / "names.txt"),
+        pairs=write_pairs(tmp_path / "pairs.jsonl"),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config, track=interrupted_after("PPO", 1))
+    if change == "seed":  # which splits the prompts
+        stored = load_config(config.out / "config.toml")
+        save_config(config.out / "config.toml", changed(stored, {"seed": 1}))
+    else:
+        path = tmp_path / {"corpus": "names.txt", "pairs": "pairs.jsonl"}[change]
+        path.write_text(path.read_text().replace("go", "ga").replace("ka", "ke"))
+    before = files_under(config.out)
+    with pytest.raises(InputError, match=r"world.json: expected the texts that the run began with"):
+        pipeline.resume(config.out)
+    assert files_under(config.out) == before
+
+
+def test_a_run_is_looked_at_without_touching_its_folder(finished, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    (copy / "samples.jsonl").unlink()
+    with open(copy / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 2, "sta')
+    before = files_under(copy)
+    run = pipeline.open_saved_run(copy)
+    _, reference = pipeline.load_models(run)
+    pipeline.reward_stage(run, reference)
+    assert files_under(copy) == before
+
+
+# --- what is cut, dropped, ignored or shared is said
+
+
+def test_what_the_limits_on_tokens_cut_is_said_once(tmp_path):
+    said = []
+    config = tiny_config(
+        tmp_path / "run",
+        pairs=write_pairs(tmp_path / "pairs.jsonl"),
+        max_prompt_tokens=4,
+        max_response_tokens=2,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config, say=said.append, track=interrupted_after("PPO", 0))
+    world, tokenizer = pipeline.build_world(config, world_stream()), load_tokenizer(config.out)
+    prompts = world.train_prompts + world.heldout_prompts
+    replies = [reply for _, *both in world.pairs for reply in both]
+    for what, texts, ids, limit in (
+        ("prompts", prompts, tokenizer.prompt_ids, 4),
+        ("demonstrations", [r for _, r in world.demonstrations], tokenizer.response_ids, 2),
+        ("replies in pairs", replies, tokenizer.response_ids, 2),
+    ):
+        cut = sum(len(ids(text)) > limit for text in texts)
+        assert cut > 0
+        line = f"cut {cut} of {len(texts)} {what} to {limit} tokens"
+        assert len([s for s in said if s.startswith(line)]) == 1, said
+
+
+def test_what_is_whole_is_not_said_to_be_cut(finished, tmp_path):
+    said = []
+    config = tiny_config(
+        tmp_path / "run", pairs=write_pairs(tmp_path / "pairs.jsonl"), max_response_tokens=0
+    )
+    pipeline.train(config, say=said.append)
+    assert not [line for line in said if line.startswith("cut")]
+
+
+def world_stream():
+    """The random stream of a tiny run's world."""
+    return np.random.default_rng(0).spawn(len(pipeline.STREAMS))[0]
+
+
+def write_long_pairs(path, shared, different):
+    """Pairs whose replies have the first word in common, and pairs that differ at once."""
+    rows = [
+        {"prompt": f"p{i}", "chosen": "good good good", "rejected": "good good bad"}
+        for i in range(shared)
+    ] + [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(different)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_pairs_that_are_equal_after_the_cut_are_dropped(tmp_path):
+    said = []
+    pairs = write_long_pairs(tmp_path / "pairs.jsonl", shared=8, different=12)
+    config = tiny_config(tmp_path / "run", pairs=pairs, max_response_tokens=2, vocab_size=270)
+    pipeline.train(config, say=said.append)
+    assert "dropped 8 of 20 pairs that are equal in their first 2 tokens" in said
+
+
+def test_no_pairs_that_differ_are_refused(tmp_path):
+    pairs = write_long_pairs(tmp_path / "pairs.jsonl", shared=8, different=0)
+    config = tiny_config(tmp_path / "run", pairs=pairs, max_response_tokens=2, vocab_size=270)
+    with pytest.raises(InputError, match=r"pairs: expected .* first 2 tokens; got none"):
+        pipeline.train(config)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"corpus": "", "reward": "", "corpus_unit": "line"}, "--corpus-unit"),
+        ({"encoding": "gpt2"}, "--vocab-size"),
+        ({"reward_model.epochs": 5}, "--reward-model.*"),
+        ({"reward_model.optimizer.eps": 1e-3}, "--reward-model.*"),
+        ({"pairs": "p.jsonl", "reward": "", "reward_model.n_pairs": 7}, "--reward-model.n-pairs"),
+        ({"reward_model.n_normalize": 7}, None),
+        ({"corpus_unit": "line"}, None),
+        ({"reward": "", "corpus": "", "reward_model.epochs": 5, "vocab_size": 400}, None),
+    ],
+)
+def test_options_that_change_nothing_are_said(changes, said):
+    base = TrainConfig(corpus="c.txt", reward=VOWELS, vocab_size=300)
+    notes = pipeline.unused_options(changed(base, changes))
+    assert [said in note for note in notes] == ([True] if said else [])
+
+
+def test_such_a_note_is_shown(tmp_path, names):
+    said = []
+    pipeline.open_run(tiny_config(tmp_path / "run", corpus=names, reward=VOWELS), say=said.append)
+    assert any("--reward-model" in line for line in said)
+
+
+def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
+    config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, sft__batch_size=3)
+    run = pipeline.open_run(config)
+    reference = {"transformer": pipeline.reference_stage(run)}
+    *steps, heldout = metrics(config.out, "sft")
+    assert len(steps) == heldout["step"] == 6
+    prompts = {prompt for prompt, _ in run.world.heldout_demonstrations}
+    assert prompts and prompts <= set(run.world.heldout_prompts)
+    total = count = 0
+    for prompt, response in run.world.heldout_demonstrations:  # one at a time
+        batch = pad_batch(
+            [run.prompt_ids(prompt)], [run.response_ids(response)], pad_id=0, config=run.gpt
+        )
+        logp = policy_forward(reference, batch=batch, config=run.gpt)[0].logp
+        total, count = total - logp.sum(), count + logp.size
+    assert heldout["heldout/loss_sft"] == pytest.approx(total / count, abs=1e-5)
 
 
 # --- forks: the same reference and reward model, other settings of PPO

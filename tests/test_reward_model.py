@@ -23,11 +23,12 @@ from minirlhf.train.reward_model import (
     calibration_error,
     normalized,
     pair_metrics,
+    reward_model_loss_and_gradients,
     score_responses,
     train_reward_model,
 )
 from minirlhf.train.run_log import RunLog, read_jsonl
-from minirlhf.tree import tree_copy, tree_items
+from minirlhf.tree import tree_copy, tree_items, tree_leaves, tree_map
 
 PAD = Letters.pad
 A, EOS = 0, Letters.eos
@@ -84,6 +85,27 @@ def test_it_learns_a_preference_and_orders_pairs_it_has_not_seen(tmp_path):
     assert [row["step"] for row in rows] == list(range(8 * 6))
     assert rows[0]["loss/reward_model"] == pytest.approx(math.log(2), abs=0.2)  # no idea yet
     assert rows[-1]["loss/reward_model"] < 0.2 and rows[-1]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("changes", [{}, {"margin": 0.5}, {"label_smoothing": 0.2}])
+def test_the_gradient_is_that_of_the_loss(changes):
+    """Along one direction through all parameters, in float64."""
+    params = make_params(heads=("reward_head",))
+    pairs, settings = toy_pairs(5, seed=2), RewardModelConfig(**changes)
+    rng = np.random.default_rng(3)
+    direction = tree_map(lambda a: rng.standard_normal(a.shape), params)
+
+    def at(h):
+        there = tree_map(lambda a, d: a + h * d, params, direction)
+        metrics, gradients = reward_model_loss_and_gradients(
+            there, pairs, config=CONFIG, settings=settings, pad_id=PAD
+        )
+        return metrics["loss/reward_model"], gradients
+
+    leaves = zip(tree_leaves(at(0.0)[1]), tree_leaves(direction), strict=True)
+    slope = sum(float((gradient * move).sum()) for gradient, move in leaves)
+    rise = at(1e-5)[0] - at(-1e-5)[0]
+    assert abs(slope) > 0.01 and rise / 2e-5 == pytest.approx(slope, rel=1e-6)
 
 
 def test_it_does_not_write_to_what_it_starts_from(tmp_path):

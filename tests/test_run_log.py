@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -82,6 +83,22 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="expected a run folder"):
         RunLog(tmp_path / "file")
+
+
+def test_what_a_position_counts_is_on_the_disk(tmp_path, monkeypatch):
+    """Else a power cut could leave a checkpoint that is ahead of its log."""
+    log, synced, original = RunLog(tmp_path), {}, os.fsync
+
+    def fsync(handle):
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    log.metrics(1, "ppo", {})
+    log.samples(1, [{"prompt": "a"}])
+    position = log.position()
+    for path in (log.metrics_path, log.samples_path):
+        assert synced[path.stat().st_ino] == position[path.name] == path.stat().st_size > 0
 
 
 def test_rewind_drops_what_came_after_the_checkpoint(tmp_path):

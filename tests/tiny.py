@@ -111,8 +111,11 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
         optimizer.params,
         reference,
         samples,
-        score=lambda prompts, responses, prompt_ids, response_ids: np.array(
-            [t.count("a") - 0.1 * len(ids) for t, ids in zip(responses, response_ids, strict=True)]
+        score=lambda samples: np.array(
+            [
+                text.count("a") - 0.1 * len(ids)
+                for text, ids in zip(samples.responses, samples.response_ids, strict=True)
+            ]
         ),
         config=CONFIG,
         temperature=settings.temperature,

@@ -29,6 +29,7 @@ from minirlhf.train.batches import pad_batch
 from minirlhf.train.config import TrainConfig, load_config
 from minirlhf.train.pipeline import Run
 from minirlhf.train.policy import policy_forward
+from minirlhf.train.rollout import Samples
 from minirlhf.tree import Tree
 
 USAGE = """\
@@ -40,13 +41,17 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
   minirlhf check                  check every gradient of the package
 
-minirlhf COMMAND --help shows the options of a command.
+minirlhf COMMAND --help shows the options of a command. With MINIRLHF_TRACEBACK=1 in the environment
+a refusal shows where in the program it came from.
 """
 
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """Go on with a run from its last checkpoint, bit for bit."""
+    """Go on with an interrupted run; its result is that of a run that was never interrupted.
+
+    PPO goes on from its last checkpoint; the other stages (supervised fine-tuning, reward model)
+    start again if they were not finished."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
@@ -96,6 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit status 0: done; 1: a check failed; 2: the input was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
+    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show becomes a "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = run_command(arguments)
     except InputError as error:
@@ -104,7 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"minirlhf: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("minirlhf: interrupted; `minirlhf resume RUN` goes on", file=sys.stderr)
+        goes_on = "; `minirlhf resume RUN` goes on" if arguments[0] in ("train", "resume") else ""
+        print(f"minirlhf: interrupted{goes_on}", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader of our output has gone: `minirlhf check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -175,12 +183,9 @@ def score(arguments: list[str]) -> int:
     options = parse(ScoreOptions, "score", arguments)
     run, policy, reference = _open_finished(options.run)
     _refuse_to_cut(run, prompt=options.prompt, response=options.response)
-    batch = pad_batch(
-        [run.prompt_ids(options.prompt)],
-        [run.response_ids(options.response)],
-        pad_id=run.tokenizer.pad,
-        config=run.gpt,
-    )
+    prompt_ids = run.prompt_ids(options.prompt)
+    response_ids = run.response_ids(options.response)
+    batch = pad_batch([prompt_ids], [response_ids], pad_id=run.tokenizer.pad, config=run.gpt)
     temperature = run.config.ppo.temperature
     logp, ref_logp = (
         policy_forward(params, batch=batch, config=run.gpt, temperature=temperature)[0].logp
@@ -188,19 +193,14 @@ def score(arguments: list[str]) -> int:
     )
     pieces = run.tokenizer.pieces(batch.responses[0].tolist())
     logp64, ref_logp64 = (to_host(a).astype(np.float64) for a in (logp, ref_logp))
-    table, _ = penalty_table(pieces, logp64[0], ref_logp64[0])
     penalty = summed_penalty(logp64, ref_logp64, mask=batch.response_mask.astype(np.float64))[0]
     console = _console()
-    console.print(table)
+    console.print(penalty_table(pieces, logp64[0], ref_logp64[0]))
     console.print(f"log Pr_theta(y|x) - log Pr_ref(y|x) = {penalty:+.4f} nats", soft_wrap=True)
     scoring = run.score_with(pipeline.reward_stage(run, reference))
-    proxy = scoring(
-        [options.prompt],
-        [options.response],
-        [run.prompt_ids(options.prompt)],
-        [run.response_ids(options.response)],
-    )[0]
-    beta = run.config.ppo.kl_coef
+    samples = Samples([options.prompt], [options.response], [prompt_ids], [response_ids], batch)
+    proxy = scoring(samples)[0]
+    beta = pipeline.last_kl_coef(run)
     console.print(
         f"score {proxy:+.4f}; with beta = {beta:g}: score - beta * Penalty = "
         f"{proxy - beta * penalty:+.4f}",
@@ -215,11 +215,14 @@ def score(arguments: list[str]) -> int:
 def sample(arguments: list[str]) -> int:
     """minirlhf sample RUN --prompt X."""
     options = parse(SampleOptions, "sample", arguments)
-    if options.n < 1 or options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+    if not (
+        options.n >= 1 and options.top_k >= 0 and 0 < options.top_p <= 1
+    ) or not 0 <= options.temperature < float("inf"):
         raise InputError(
-            "sample: expected n >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
+            "sample: expected n >= 1, a finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
             f"got {options.n}, {options.temperature}, {options.top_k} and {options.top_p}"
         )
+    _refuse_negative(options.seed)
     run, policy, reference = _open_finished(options.run)
     _refuse_to_cut(run, prompt=options.prompt)
     table = Table(title=f"replies to {options.prompt!r}", show_lines=True)
@@ -247,14 +250,20 @@ def sample(arguments: list[str]) -> int:
 def check(arguments: list[str]) -> int:
     """minirlhf check."""
     options = parse(CheckOptions, "check", arguments)
+    _refuse_negative(options.seed)
     return check_command(seed=options.seed)
 
 
 def _open_finished(folder: Path) -> tuple[Run, Tree, Tree]:
     """A run with its policy and its reference, on the CPU."""
-    run = pipeline.open_saved_run(folder, device="cpu", say=lambda line: None)
+    run = pipeline.open_saved_run(folder, device="cpu", look=True)
     policy, reference = pipeline.load_models(run)
     return run, policy, reference
+
+
+def _refuse_negative(seed: int) -> None:
+    if seed < 0:
+        raise InputError(f"--seed: expected at least 0; got {seed}: choose such a number")
 
 
 def _refuse_to_cut(run: Run, *, prompt: str, response: str = "") -> None:

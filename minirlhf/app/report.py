@@ -112,25 +112,28 @@ def save_curves(folder: Path) -> Path:
     return path
 
 
-def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> tuple[Table, float]:
-    """Token by token: log pi_theta, log pi_ref, their difference; the sum is the penalty.
+def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> Table:
+    """Token by token: log pi_theta, log pi_ref, their difference; the last row is the sum [nats].
 
-    Returns:
-        the table, Penalty = sum_t (logp_t - ref_logp_t) [nats].
+    Where the terminal is narrow the tokens are folded; the numbers are never cut.
     """
-    table = Table(title="Penalty = sum over tokens of  log pi_theta - log pi_ref  [nats]")
-    table.add_column("token")
-    for column in ("log pi_theta", "log pi_ref", "difference"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title="Penalty = sum over tokens of  log pi_theta - log pi_ref  [nats]",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("token", overflow="fold", min_width=1)
+    for column in ("log\npi_theta", "log\npi_ref", "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
     difference = logp - ref_logp
     for piece, ours, theirs, d in zip(pieces, logp, ref_logp, difference, strict=True):
         style = "red" if d > 0.5 else "blue" if d < -0.5 else ""
         table.add_row(
             Text(repr(piece)[1:-1]), f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style)
         )
-    penalty = float(difference.sum())
     table.add_section()
     table.add_row(
-        "sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}", Text(f"{penalty:+.4f}", "bold")
+        *("sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}"),
+        Text(f"{difference.sum():+.4f}", "bold"),
     )
-    return table, penalty
+    return table

@@ -35,9 +35,9 @@ def sampling_logprobs(
     Raises:
         ValueError: a setting is out of range.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            "sampling: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
+            "sampling: expected a finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
             f"got {temperature}, {top_k} and {top_p}"
         )
     xp = get_xp(logits)
@@ -45,8 +45,7 @@ def sampling_logprobs(
     if temperature == 0:
         best = xp.argmax(logits, axis=-1)[..., None] == xp.arange(V)
         return xp.where(best, 0.0, -xp.inf).astype(logits.dtype)
-    z = logits / temperature
-    z -= z.max(axis=-1, keepdims=True)
+    z = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # 0 stays 0, however cold
     if 0 < top_k < V:
         kth = xp.sort(z, axis=-1)[..., V - top_k : V - top_k + 1]
         z = xp.where(z >= kth, z, -xp.inf)

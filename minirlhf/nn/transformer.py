@@ -45,6 +45,8 @@ from minirlhf.tree import Tree
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """The sizes of a transformer."""
+
     vocab_size: int  # V
     n_ctx: int  # learned positions: the longest sequence, padding not counted
     n_layer: int = 2  # L

@@ -4,7 +4,7 @@ Everything here is a constant for the policy's gradient. Arrays are (B, T) over 
 with mask 1 at real tokens (the stop token included) and 0 at the padding on the right.
 """
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, check_same_shape, get_xp
 
 
 def token_rewards(score: Array, kl_token: Array, *, mask: Array, kl_coef: float) -> Array:
@@ -58,11 +58,7 @@ def gae(
         ValueError: the shapes differ.
     Tested by: tests/test_equations.py::test_gae
     """
-    if not rewards.shape == values.shape == mask.shape:
-        raise ValueError(
-            "gae: expected rewards, values and mask of one shape (B, T); "
-            f"got {rewards.shape}, {values.shape} and {mask.shape}"
-        )
+    check_same_shape("gae", rewards=rewards, values=values, mask=mask)
     xp = get_xp(rewards, values, mask)
     values = xp.where(mask > 0, values, 0.0)
     rewards = xp.where(mask > 0, rewards, 0.0)
@@ -84,7 +80,10 @@ def masked_mean(x: Array, *, mask: Array) -> Array:
         mask: the same shape.
     Returns:
         (), in x's dtype.
+    Raises:
+        ValueError: x and mask differ in shape.
     """
+    check_same_shape("masked_mean", x=x, mask=mask)
     xp = get_xp(x, mask)
     count = xp.maximum((mask > 0).sum(), 1).astype(x.dtype)
     return xp.where(mask > 0, x, 0.0).sum() / count

@@ -12,10 +12,10 @@ that sampled. They are two snapshots, never one.
 
 from typing import NamedTuple
 
-from minirlhf.backend import Array, get_xp
-from minirlhf.rlhf.logprobs import log_softmax
+from minirlhf.backend import Array, check_same_shape, get_xp
+from minirlhf.rlhf.logprobs import log_softmax, response_sum
 
-LOG_RATIO_LIMIT = 20.0  # |log ratio| above this is cut before exp, and counted
+LOG_RATIO_LIMIT = 20.0  # exp sees no larger log-ratio; the metrics count how many were cut
 
 
 def clamp_log_ratio(log_ratio: Array) -> tuple[Array, Array]:
@@ -49,30 +49,43 @@ def kl_estimate(log_ratio: Array, estimator: str) -> Array:
     Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
 
     Args:
-        log_ratio: (B, T) per token, or (B,) per sequence [nats]. k3 is cut at |log_ratio| = 20.
+        log_ratio: (B, T) per token, or (B,) per sequence [nats]. Below -20 k3 stays at k3(-20).
     Returns:
         the same shape [nats].
+    Raises:
+        ValueError: another estimator.
     """
     if estimator == "k1":
         return log_ratio.copy()
     if estimator == "k2":
         return 0.5 * log_ratio * log_ratio
     if estimator == "k3":
-        return expm1_minus(-clamp_log_ratio(log_ratio)[0])
+        return expm1_minus(-_cut_for_k3(log_ratio)[0])
     raise ValueError(f"kl_estimate: expected k1, k2 or k3; got {estimator!r}")
 
 
 def kl_estimate_slope(log_ratio: Array, estimator: str) -> Array:
-    """d estimate / d log_ratio: 1, log_ratio, 1 - exp(-log_ratio) (0 where k3 was cut)."""
+    """d estimate / d log_ratio: 1, log_ratio, 1 - exp(-log_ratio) (0 where k3 is cut).
+
+    Raises:
+        ValueError: another estimator.
+    """
     xp = get_xp(log_ratio)
     if estimator == "k1":
         return xp.ones_like(log_ratio)
     if estimator == "k2":
         return log_ratio.copy()
     if estimator == "k3":
-        clamped, inside = clamp_log_ratio(log_ratio)
-        return xp.where(inside, -xp.expm1(-clamped), 0.0)
+        cut, inside = _cut_for_k3(log_ratio)
+        return xp.where(inside, -xp.expm1(-cut), 0.0)
     raise ValueError(f"kl_estimate: expected k1, k2 or k3; got {estimator!r}")
+
+
+def _cut_for_k3(log_ratio: Array) -> tuple[Array, Array]:
+    """log_ratio cut from below, where exp(-log_ratio) grows, and where it was not cut."""
+    xp = get_xp(log_ratio)
+    inside = ~(log_ratio.real < -LOG_RATIO_LIMIT)
+    return xp.where(inside, log_ratio, -LOG_RATIO_LIMIT), inside
 
 
 def summed_penalty(logp: Array, ref_logp: Array, *, mask: Array) -> Array:
@@ -91,13 +104,8 @@ def summed_penalty(logp: Array, ref_logp: Array, *, mask: Array) -> Array:
         ValueError: the shapes differ.
     Tested by: tests/test_equations.py::test_summed_penalty_is_the_sequence_log_ratio
     """
-    if logp.shape != ref_logp.shape or logp.shape != mask.shape:
-        raise ValueError(
-            "summed_penalty: expected logp, ref_logp and mask of one shape (B, T); "
-            f"got {logp.shape}, {ref_logp.shape} and {mask.shape}"
-        )
-    xp = get_xp(logp, ref_logp, mask)
-    return xp.where(mask > 0, logp - ref_logp, 0.0).sum(axis=-1)
+    check_same_shape("summed_penalty", logp=logp, ref_logp=ref_logp, mask=mask)
+    return response_sum(logp - ref_logp, mask=mask)
 
 
 # -- the full-vocabulary KL, from logits ---------------------------------------------------------
@@ -121,9 +129,13 @@ def full_kl_forward(
     Args:
         logits: (B, T, V) of pi.
         ref_logits: (B, T, V) of ref, constant.
+        temperature: tau > 0, of both.
     Returns:
         kl_token (B, T) [nats], cache.
+    Raises:
+        ValueError: the shapes differ, or the temperature is not positive.
     """
+    check_same_shape("full_kl", logits=logits, ref_logits=ref_logits)
     xp = get_xp(logits, ref_logits)
     log_p = log_softmax(logits, temperature=temperature)
     log_q = log_softmax(ref_logits, temperature=temperature)
@@ -156,6 +168,7 @@ def future_kl(kl_token: Array, *, mask: Array) -> Array:
     Returns:
         (B, T) [nats], to be held constant.
     """
+    check_same_shape("future_kl", kl_token=kl_token, mask=mask)
     xp = get_xp(kl_token, mask)
     kept = xp.where(mask > 0, kl_token, 0.0)
     return kept[:, ::-1].cumsum(axis=1)[:, ::-1] - kept
@@ -189,7 +202,12 @@ def token_kl_loss_forward(
         ratio: "none" (rho = 1) or "both" (rho_t = exp(logp_t - old_logp_t), differentiated too).
     Returns:
         loss () [nats times the weights' unit], cache.
+    Raises:
+        ValueError: the shapes differ, or another estimator or ratio.
     """
+    check_same_shape(
+        "token_kl_loss", logp=logp, old_logp=old_logp, ref_logp=ref_logp, weights=weights
+    )
     xp = get_xp(logp, old_logp, ref_logp, weights)
     log_ratio = logp - ref_logp
     value, slope = kl_estimate(log_ratio, estimator), kl_estimate_slope(log_ratio, estimator)
@@ -231,14 +249,19 @@ def sequence_kl_loss_forward(
             (the same number, held constant).
     Returns:
         loss (), cache.
+    Raises:
+        ValueError: the shapes differ, or another estimator or ratio.
     """
+    check_same_shape(
+        "sequence_kl_loss", logp=logp, old_logp=old_logp, ref_logp=ref_logp, weights=weights
+    )
     xp = get_xp(logp, old_logp, ref_logp, weights)
     mask = weights > 0
     seq_weights = weights.max(axis=-1)  # (B,)
-    log_ratio = xp.where(mask, logp - ref_logp, 0.0).sum(axis=-1)
+    log_ratio = response_sum(logp - ref_logp, mask=mask)
     value, slope = kl_estimate(log_ratio, estimator), kl_estimate_slope(log_ratio, estimator)
     if ratio in ("both", "stop"):
-        clamped, inside = clamp_log_ratio(xp.where(mask, logp - old_logp, 0.0).sum(axis=-1))
+        clamped, inside = clamp_log_ratio(response_sum(logp - old_logp, mask=mask))
         rho = xp.exp(clamped)
         through_rho = xp.where(inside, value, 0.0) if ratio == "both" else 0.0
         value, slope = rho * value, rho * (through_rho + slope)

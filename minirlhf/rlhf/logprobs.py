@@ -7,7 +7,7 @@ those of the distribution that was sampled, or the ratio is not 1 at the first s
 
 from typing import NamedTuple
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, check_same_shape, get_xp
 
 
 def log_softmax(logits: Array, *, temperature: float = 1.0) -> Array:
@@ -15,9 +15,14 @@ def log_softmax(logits: Array, *, temperature: float = 1.0) -> Array:
 
     Args:
         logits: (..., V).
+        temperature: tau > 0.
     Returns:
         (..., V) log-probabilities [nats], new memory.
+    Raises:
+        ValueError: the temperature is not positive.
     """
+    if not temperature > 0:
+        raise ValueError(f"log_softmax: expected temperature > 0; got {temperature}")
     xp = get_xp(logits)
     z = logits / temperature
     z -= z.real.max(axis=-1, keepdims=True)
@@ -45,7 +50,7 @@ def token_logprobs_forward(
     Raises:
         ValueError: shapes do not fit, or the temperature is not positive.
     """
-    if logits.shape[:-1] != targets.shape or temperature <= 0:
+    if logits.shape[:-1] != targets.shape or not temperature > 0:
         raise ValueError(
             "token_logprobs: expected logits (B, T, V), targets (B, T) and temperature > 0; "
             f"got {logits.shape}, {targets.shape} and {temperature}"
@@ -78,6 +83,16 @@ def token_logprobs_backward(dlogp: Array, cache: TokenLogprobsCache) -> Array:
     return dlogits
 
 
+def response_sum(x: Array, *, mask: Array) -> Array:
+    """sum_t mask_t x_t of each response, (B, T) -> (B,). Padding may hold anything, inf included.
+
+    Raises:
+        ValueError: x and mask differ in shape.
+    """
+    check_same_shape("response_sum", x=x, mask=mask)
+    return get_xp(x, mask).where(mask > 0, x, 0.0).sum(axis=-1)
+
+
 class SequenceLogprobCache(NamedTuple):
     mask: Array  # (B, T) borrowed
 
@@ -91,8 +106,7 @@ def sequence_logprob_forward(logp: Array, *, mask: Array) -> tuple[Array, Sequen
     Returns:
         seq_logp (B,) [nats], cache.
     """
-    xp = get_xp(logp, mask)
-    return xp.where(mask > 0, logp, 0.0).sum(axis=-1), SequenceLogprobCache(mask)
+    return response_sum(logp, mask=mask), SequenceLogprobCache(mask)
 
 
 def sequence_logprob_backward(dseq_logp: Array, cache: SequenceLogprobCache) -> Array:
@@ -112,6 +126,7 @@ def entropy_forward(logits: Array, *, temperature: float = 1.0) -> tuple[Array, 
 
     Args:
         logits: (B, T, V).
+        temperature: tau > 0.
     Returns:
         entropy (B, T) [nats], cache.
     """

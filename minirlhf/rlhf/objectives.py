@@ -7,7 +7,7 @@ cutting it into micro-batches and adding up their losses and gradients changes n
 
 from typing import NamedTuple
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, check_same_shape, get_xp
 from minirlhf.rlhf.kl import (
     KL_MODES,
     FullKLCache,
@@ -37,7 +37,8 @@ def token_weights(mask: Array, *, mode: str = "token-mean", constant: float | No
     token-mean               1 / M                      every token counts alike (the default)
     seq-mean-token-mean      1 / (N length)             every response counts alike (GRPO)
     seq-mean-token-sum       1 / N                      mean over responses of sums over tokens
-    seq-mean-token-sum-norm  1 / constant               a fixed denominator (Dr. GRPO, 2503.20783)
+    seq-mean-token-sum-norm  1 / constant               a fixed denominator (Dr. GRPO, 2503.20783);
+                                                        PPO takes N x the model's positions
 
     Args:
         mask: (B, T) 1 at response tokens.
@@ -72,7 +73,10 @@ def weighted_sum_forward(x: Array, *, weights: Array) -> tuple[Array, WeightedSu
 
     Returns:
         (), cache.
+    Raises:
+        ValueError: x and weights differ in shape.
     """
+    check_same_shape("weighted_sum", x=x, weights=weights)
     xp = get_xp(x, weights)
     return (weights * xp.where(weights == 0, 0.0, x)).sum(), WeightedSumCache(weights)
 
@@ -142,13 +146,17 @@ def bradley_terry_forward(
     Returns:
         loss () [nats per pair], cache.
     Raises:
-        ValueError: shapes differ or there is no pair.
+        ValueError: shapes differ, there is no pair, or s is out of range.
     Tested by: tests/test_equations.py::test_bradley_terry_fixture
     """
     if score_chosen.shape != score_rejected.shape or score_chosen.size == 0:
         raise ValueError(
             "bradley_terry: expected score_chosen and score_rejected of one shape (B,), B > 0; "
             f"got {score_chosen.shape} and {score_rejected.shape}"
+        )
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"bradley_terry: expected label_smoothing in [0, 0.5); got {label_smoothing}"
         )
     get_xp(score_chosen, score_rejected)
     s = label_smoothing
@@ -243,6 +251,7 @@ def plackett_luce_backward(dloss: Array, cache: PlackettLuceCache) -> Array:
 
 class PPOClipCache(NamedTuple):
     slope: Array  # (B, T) d obj_t / d logp_t
+    clipped: Array  # (B, T) boolean: obj does not follow the ratio
     weights: Array  # (B, T) borrowed
 
 
@@ -276,11 +285,9 @@ def ppo_clip_forward(
         ValueError: shapes differ, or a setting is out of range.
     Tested by: tests/test_equations.py::test_ppo_clip
     """
-    if not logp.shape == old_logp.shape == advantages.shape == weights.shape:
-        raise ValueError(
-            "ppo_clip: expected logp, old_logp, advantages and weights of one shape (B, T); "
-            f"got {logp.shape}, {old_logp.shape}, {advantages.shape} and {weights.shape}"
-        )
+    check_same_shape(
+        "ppo_clip", logp=logp, old_logp=old_logp, advantages=advantages, weights=weights
+    )
     low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
     floor_allowed = dual_clip is None or dual_clip > 1
     if clip not in ("ppo", "book", "none") or min(low, high) < 0 or not floor_allowed:
@@ -309,7 +316,7 @@ def ppo_clip_forward(
         moves = moves & ~floored
     slope = xp.where(moves & (weights > 0), ratio * advantages, 0.0)
     loss = -(weights * xp.where(weights > 0, obj, 0.0)).sum()
-    return loss, PPOClipCache(slope, weights)
+    return loss, PPOClipCache(slope, ~moves, weights)
 
 
 def ppo_clip_backward(dloss: Array, cache: PPOClipCache) -> Array:
@@ -349,11 +356,9 @@ def value_loss_forward(
         ValueError: shapes differ.
     Tested by: tests/test_equations.py::test_value_loss
     """
-    if not values.shape == old_values.shape == returns.shape == weights.shape:
-        raise ValueError(
-            "value_loss: expected values, old_values, returns and weights of one shape (B, T); "
-            f"got {values.shape}, {old_values.shape}, {returns.shape} and {weights.shape}"
-        )
+    check_same_shape(
+        "value_loss", values=values, old_values=old_values, returns=returns, weights=weights
+    )
     xp = get_xp(values, old_values, returns, weights)
     error = values - returns
     if clip_eps is not None:
@@ -407,9 +412,14 @@ def kl_loss_forward(
         old_logp, ref_logp: (B, T), constant.
         ref_logits: (B, T, V), constant; None unless full or rao_blackwell.
         weights: (B, T) from `token_weights`.
+        temperature: tau > 0.
     Returns:
         loss () [nats times the weights' unit], cache.
+    Raises:
+        ValueError: another kl_mode, or shapes that do not fit.
     """
+    if kl_mode not in KL_MODES:
+        raise ValueError(f"kl_loss: expected one of {', '.join(KL_MODES)}; got {kl_mode!r}")
     mode = KL_MODES[kl_mode]
     sampled = full = future = None
     if mode.in_loss in ("token", "sequence"):

@@ -15,6 +15,8 @@ import numpy as np
 from minirlhf.backend import Array, to_device
 from minirlhf.nn.transformer import GPTConfig, check_tokens
 
+Ids = list[int]
+
 
 class Batch(NamedTuple):
     tokens: Array  # (B, P+R)

@@ -115,7 +115,7 @@ class RewardModelConfig:
     margin: float = 0.0
     """Score difference that the loss asks for."""
     label_smoothing: float = 0.0
-    """Share of labels assumed to be flipped."""
+    """Share of labels assumed to be flipped [0 to below 0.5]."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
     )
@@ -128,9 +128,13 @@ class RewardModelConfig:
                 *("n_layer", "n_pairs", "n_heldout_pairs", "n_normalize"),
                 *("epochs", "batch_size"),
             ),
-            at_least_0=("margin",),
-            shares=("label_smoothing",),
+            at_least_0=("margin", "label_smoothing"),
         )
+        if self.label_smoothing >= 0.5:  # from there on the loss prefers what was rejected
+            raise InputError(
+                "reward_model.label_smoothing: expected at least 0 and less than 0.5; "
+                f"got {self.label_smoothing}: choose such a number"
+            )
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,8 @@ class PPOConfig:
     """Where the penalty stands and which estimator it uses."""
     kl_target: float = 0.0
     """Wanted kl_seq [nats per response]: adapts kl_coef. 0: kl_coef stays fixed."""
-    kl_horizon: float = 10000.0
-    """Episodes over which an adaptive kl_coef may change by up to 20 %."""
+    kl_horizon: float = 1280.0
+    """Episodes over which an adaptive kl_coef may change by up to 20 %: ten default batches."""
     gamma: float = 1.0
     """Discount."""
     lam: float = 0.95
@@ -182,9 +186,9 @@ class PPOConfig:
     aggregation: Literal[AGGREGATIONS] = "token-mean"  # type: ignore[valid-type]
     """How token losses become one number."""
     target_kl: float = 0.0
-    """Ends the epochs when mean k3 to the old policy exceeds 1.5 of it [nats per token]. 0: off."""
+    """No further update once mean KL(old || policy) exceeds 1.5 of it [nats per token]. 0: off."""
     missing_eos_penalty: float = 0.0
-    """Taken off the score of a response without its stop token [score units]."""
+    """Taken off the (cut) score of a response without its stop token [score units]."""
     score_clip: float = 0.0
     """Cuts the score to [-c, c] [score units]. 0: off."""
     optimizer: OptimizerConfig = field(
@@ -208,6 +212,11 @@ class PPOConfig:
             raise InputError(
                 f"ppo.minibatches: expected at most batch_size = {self.batch_size}; "
                 f"got {self.minibatches}"
+            )
+        if self.kl_target and not self.kl_coef:
+            raise InputError(
+                "ppo.kl_target: expected kl_coef > 0 with it, because the controller multiplies "
+                "kl_coef; got 0: start from a larger kl_coef"
             )
         if self.dual_clip and self.dual_clip <= 1:
             raise InputError(
@@ -246,9 +255,9 @@ class TrainConfig:
     vocab_size: int = 768
     """Ids of the encoding that is trained."""
     max_prompt_tokens: int = 0
-    """Longest prompt; 0: what the world suggests."""
+    """Longest prompt, at least 3; 0: what the world suggests."""
     max_response_tokens: int = 0
-    """Longest response, the stop token included; 0: what the world suggests."""
+    """Longest response, at least 2, the stop token included; 0: what the world suggests."""
     eval_prompts: int = 256
     """Held-out prompts of the final table."""
     eval_every: int = 10
@@ -269,6 +278,15 @@ class TrainConfig:
                 *("seed", "threads", "max_prompt_tokens", "max_response_tokens", "eval_every"),
             ),
         )
+        for name, least, why in (
+            ("max_prompt_tokens", 3, "a start, a token, a separator"),
+            ("max_response_tokens", 2, "a token and the stop token"),
+        ):
+            if 0 < getattr(self, name) < least:
+                raise InputError(
+                    f"{name}: expected at least {least} ({why}), or 0; got {getattr(self, name)}: "
+                    "choose such a number"
+                )
 
 
 def to_toml(config: Any, prefix: str = "") -> str:

@@ -24,7 +24,14 @@ def distinct_2(responses: list[list[int]]) -> float:
     return len(counts) / counts.total() if counts else 0.0
 
 
-def response_metrics(rollout: Rollout, *, world: World, stop_id: int) -> dict[str, float]:
+def response_metrics(
+    rollout: Rollout,
+    *,
+    world: World,
+    stop_id: int,
+    score_mean: float = 0.0,
+    score_sd: float = 1.0,
+) -> dict[str, float]:
     """The columns of the final table, means over responses.
 
     proxy      normalised score that training maximises [reward units]
@@ -33,6 +40,9 @@ def response_metrics(rollout: Rollout, *, world: World, stop_id: int) -> dict[st
     kl_seq     sum_t log pi - log pi_ref [nats per response]
     entropy    of the next token [nats per token]
     length     tokens, the stop token included
+
+    Args:
+        score_mean, score_sd: score = (reward - score_mean) / score_sd.
     """
     samples = rollout.samples
     mask = to_host(rollout.batch.response_mask) > 0
@@ -54,8 +64,7 @@ def response_metrics(rollout: Rollout, *, world: World, stop_id: int) -> dict[st
     if world.gold is not None:
         metrics["gold"] = float(np.mean(gold_of(samples, world)))
     if world.reward is not None:
-        texts = map(world.full_text, samples.prompts, samples.responses)
-        metrics["reward"] = float(np.mean([world.reward(text) for text in texts]))
+        metrics["reward"] = metrics["proxy"] * score_sd + score_mean
     return metrics
 
 
@@ -80,12 +89,17 @@ def evaluate(
     max_response_tokens: int,
     temperature: float,
     seed: int,
+    score_mean: float = 0.0,
+    score_sd: float = 1.0,
+    micro_batch_size: int = 0,
     device: str = "cpu",
 ) -> tuple[dict[str, float], Samples]:
     """Sample one response a prompt and measure it; the same seed gives two policies the same coins.
 
     Args:
         policy, reference: {"transformer": ..., "value_head": ...} and {"transformer": ...}.
+        score_mean, score_sd: as `response_metrics`.
+        micro_batch_size: responses in one forward; bounds memory. 0: all.
     """
     samples = sample_responses(
         policy,
@@ -105,6 +119,10 @@ def evaluate(
         score=score,
         config=config,
         temperature=temperature,
+        micro_batch_size=micro_batch_size,
         device=device,
     )
-    return response_metrics(rollout, world=world, stop_id=tokenizer.eos), samples
+    metrics = response_metrics(
+        rollout, world=world, stop_id=tokenizer.eos, score_mean=score_mean, score_sd=score_sd
+    )
+    return metrics, samples

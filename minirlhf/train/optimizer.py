@@ -28,6 +28,7 @@ class Optimizer:
         self.total_steps = total_steps
         self.flat, self.params = tree_pack(params)
         self.state = init_adamw(self.flat)
+        self.skipped = 0  # updates that the schedule counts although they were not made
         self._decay = config.weight_decay * decay_mask(params) if config.weight_decay else 0.0
 
     @property
@@ -35,7 +36,7 @@ class Optimizer:
         """Learning rate of the next update."""
         c = self.config
         return scheduled_lr(
-            self.state.step,
+            self.state.step + self.skipped,
             peak=c.learning_rate,
             total=self.total_steps,
             warmup=c.warmup,
@@ -75,6 +76,10 @@ class Optimizer:
             raise NonFiniteError(_what_overflowed(self.params))
         return norm
 
+    def skip(self, n_updates: int) -> None:
+        """Let the learning rate go on as if n_updates had been made."""
+        self.skipped += n_updates
+
     def state_tree(self) -> Tree:
         """What a checkpoint must hold, as host arrays."""
         return {
@@ -82,12 +87,14 @@ class Optimizer:
             "mean": to_host(self.state.mean).copy(),
             "var": to_host(self.state.var).copy(),
             "step": np.array(self.state.step),
+            "skipped": np.array(self.skipped),
         }
 
     def load_state_tree(self, tree: Tree) -> None:
         """Go on from a checkpoint's `state_tree`."""
         xp = get_xp(self.flat)
         self.flat[...] = xp.asarray(tree["flat"])
+        self.skipped = int(tree["skipped"])
         self.state = AdamWState(int(tree["step"]), xp.array(tree["mean"]), xp.array(tree["var"]))
 
 

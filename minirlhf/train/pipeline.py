@@ -1,6 +1,7 @@
 """The whole way: text -> reference -> reward model -> policy, into one run folder.
 
     config.toml                      what was asked for, resolved
+    world.json                       limits, and the digest of the texts that it trains on
     tiktoken.json                    the encoding
     reference/ reward_model/ policy/ models in Hugging Face GPT-2 layout
     checkpoint/                      the state of PPO, to go on from bit for bit
@@ -11,26 +12,29 @@ Every stage draws from a random stream of its own, so a stage that is read back 
 leaves the others' numbers as they are: that is what makes `resume` exact.
 """
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirlhf.backend import array_module, to_device
+from minirlhf.backend import array_module, to_device, to_host
 from minirlhf.disk import parse_object, read_text, settled, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.rlhf.kl import KL_MODES
+from minirlhf.rlhf.kl import KL_MODES, summed_penalty
 from minirlhf.train import checkpoint
 from minirlhf.train.batches import row_slices
-from minirlhf.train.config import TrainConfig, load_config, save_config
+from minirlhf.train.config import RewardModelConfig, TrainConfig, load_config, save_config
 from minirlhf.train.evaluate import evaluate, gold_of
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.ppo import (
@@ -49,15 +53,15 @@ from minirlhf.train.reward_model import (
     train_reward_model,
 )
 from minirlhf.train.rollout import (
+    Rollout,
     Samples,
-    ScoreFunction,
     prompt_ids,
     response_ids,
     sample_responses,
     score_rollout,
 )
 from minirlhf.train.run_log import RunLog
-from minirlhf.train.sft import train_sft
+from minirlhf.train.sft import sft_loss, train_sft
 from minirlhf.train.tokens import (
     Tokenizer,
     load_tokenizer,
@@ -66,7 +70,13 @@ from minirlhf.train.tokens import (
     train_tokenizer,
 )
 from minirlhf.tree import Tree, tree_copy, tree_map
-from minirlhf.worlds.files import corpus_world, load_reward, split_pairs
+from minirlhf.worlds.files import (
+    TextPair,
+    absolute_reward,
+    corpus_world,
+    load_reward,
+    split_pairs,
+)
 from minirlhf.worlds.support import make_world
 from minirlhf.worlds.world import World
 
@@ -100,7 +110,6 @@ class Run:
     tokenizer: Tokenizer
     gpt: GPTConfig
     rng: dict[str, np.random.Generator]
-    log: RunLog
     track: Callable[[Iterable, str], Iterable]
     say: Callable[[str], None]
     seconds: dict[str, float]
@@ -108,6 +117,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.config.out
+
+    @cached_property
+    def log(self) -> RunLog:
+        """Opened by the first stage that writes: to look at a run changes nothing in its folder."""
+        return RunLog(self.folder)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -148,30 +162,12 @@ class Run:
             **cut,
         )
 
-    def score_with(self, model: RewardModel) -> ScoreFunction:
-        """The normalised score: of the reward model, or of the user's own reward."""
-        if self.world.reward is not None:
-
-            def score(prompts, responses, prompt_ids, response_ids):
-                texts = map(self.world.full_text, prompts, responses)
-                raw = np.array([self.world.reward(text) for text in texts], dtype=np.float64)
-                return (raw - model.mean) / model.sd
-
-        else:
-
-            def score(prompts, responses, prompt_ids, response_ids):
-                return score_responses(
-                    model,
-                    prompt_ids,
-                    response_ids,
-                    pad_id=self.tokenizer.pad,
-                    device=self.config.device,
-                )
-
-        return score
+    def score_with(self, model: RewardModel) -> "Score":
+        """What PPO maximises of this run's samples."""
+        return Score(self.world, model, self.tokenizer.pad, self.config.device)
 
     def evaluate(
-        self, policy: Tree, reference: Tree, score: ScoreFunction
+        self, policy: Tree, reference: Tree, score: "Score"
     ) -> tuple[dict[str, float], Samples]:
         """Held-out metrics, always with the same coins: two calls compare like with like."""
         prompts = self.world.heldout_prompts
@@ -188,8 +184,33 @@ class Run:
             max_response_tokens=self.max_response_tokens,
             temperature=self.config.ppo.temperature,
             seed=self.config.seed + 1_000_003,
+            score_mean=score.model.mean,
+            score_sd=score.model.sd,
+            micro_batch_size=self.config.ppo.micro_batch_size,
             device=self.config.device,
         )
+
+
+class Score(NamedTuple):
+    """The normalised score of samples: of the reward model, or of the user's own reward."""
+
+    world: World
+    model: RewardModel
+    pad_id: int
+    device: str
+
+    def __call__(self, samples: Samples) -> np.ndarray:
+        if self.world.reward is None:
+            return score_responses(
+                self.model,
+                samples.prompt_ids,
+                samples.response_ids,
+                pad_id=self.pad_id,
+                device=self.device,
+            )
+        texts = map(self.world.full_text, samples.prompts, samples.responses)
+        raw = np.array([self.world.reward(text) for text in texts], dtype=np.float64)
+        return (raw - self.model.mean) / self.model.sd
 
 
 def build_world(config: TrainConfig, rng: np.random.Generator) -> World:
@@ -216,11 +237,16 @@ def open_run(
     track: Callable[[Iterable, str], Iterable] = no_progress,
     say: Callable[[str], None] = lambda line: None,
     resume: bool = False,
+    look: bool = False,
 ) -> Run:
-    """World, encoding, random streams and log of a run; writes config.toml and tiktoken.json.
+    """World, encoding and random streams of a run; a new one gets its folder.
 
+    Args:
+        resume: the run lies in its folder already.
+        look:   ... and is only sampled from and scored with, for which its texts are not read.
     Raises:
-        InputError: the folder already holds a run (and resume is False).
+        InputError: the folder already holds a run (and resume is False), or its texts have changed
+            since it began (and resume is True).
     """
     array_module(config.device)  # refuse a device that is not there before anything is written
     if config.out is None:
@@ -232,7 +258,8 @@ def open_run(
         )
     streams = np.random.default_rng(config.seed).spawn(len(STREAMS))
     rng = dict(zip(STREAMS, streams, strict=True))
-    world = build_world(config, rng["world"])
+    look = look and bool(config.corpus or config.pairs)  # the support world needs no files
+    world = _stored_world(config) if look else build_world(config, rng["world"])
     for note in world.notes:
         say(note)
     if resume:
@@ -252,11 +279,68 @@ def open_run(
         n_head=config.model.n_head,
         d_model=config.model.d_model,
     )
-    log = RunLog(config.out)
+    if resume and not look:
+        _same_world(config.out, world)
     if not resume:
+        for note in unused_options(config):
+            say(note)
+        config = _with_absolute_paths(config)
+    run = Run(config, world, tokenizer, gpt, rng, track, say, {})
+    if not resume:
+        _ = run.log  # refuses a folder that cannot be written
         save_tokenizer(tokenizer, config.out)
+        _save_world(config.out, world)
         save_config(config.out / "config.toml", config)
-    return Run(config, world, tokenizer, gpt, rng, log, track, say, {})
+    return run
+
+
+def unused_options(config: TrainConfig) -> list[str]:
+    """Options unlike their default that change nothing beside the others, one sentence each."""
+    default = TrainConfig()
+
+    def turned(*names: str, of: Any = config, beside: Any = default) -> bool:
+        return any(getattr(of, name) != getattr(beside, name) for name in names)
+
+    of_model = {"of": config.reward_model, "beside": default.reward_model}
+    learning = [f.name for f in fields(RewardModelConfig) if f.name != "n_normalize"]
+    notes = []
+    if turned("corpus_unit") and (not config.corpus or config.corpus.endswith(".jsonl")):
+        notes.append("--corpus-unit changes nothing without a corpus of plain text")
+    if config.encoding and turned("vocab_size"):
+        notes.append("--vocab-size changes nothing beside --encoding")
+    if config.reward and turned(*learning, **of_model):
+        notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
+    if config.pairs and turned("n_pairs", "n_heldout_pairs", **of_model):
+        notes.append("--reward-model.n-pairs and n-heldout-pairs change nothing beside --pairs")
+    return notes
+
+
+def cut_notes(run: Run) -> list[str]:
+    """What the limits on tokens cut off, one sentence each."""
+    world, tokenizer = run.world, run.tokenizer
+    pairs = world.pairs or []
+    texts = {  # what -> (texts, whole ids of one, limit, what is said further)
+        "prompts": (
+            set(world.train_prompts + world.heldout_prompts),
+            *(tokenizer.prompt_ids, run.max_prompt_tokens),
+            "see --max-prompt-tokens",
+        ),
+        "demonstrations": (
+            [response for _, response in world.demonstrations],
+            *(tokenizer.response_ids, run.max_response_tokens),
+            "without a stop token; see --max-response-tokens",
+        ),
+        "replies in pairs": (
+            [reply for _, chosen, rejected in pairs for reply in (chosen, rejected)],
+            *(tokenizer.response_ids, run.max_response_tokens),
+            "without a stop token; see --max-response-tokens",
+        ),
+    }
+    notes = []
+    for what, (items, ids_of, limit, further) in texts.items():
+        if cut := sum(len(ids_of(text)) > limit for text in items):
+            notes.append(f"cut {cut} of {len(items)} {what} to {limit} tokens, {further}")
+    return notes
 
 
 def next_folder(config: TrainConfig) -> Path:
@@ -311,16 +395,17 @@ def fork_run(
         InputError: `folder` has no reference and reward model yet, or `out` exists.
     """
     folder, out = Path(folder), Path(out)
-    shared = ("tiktoken.json", "reference", "reward_model")
+    shared = ("tiktoken.json", "world.json", "reference", "reward_model")
     missing = [name for name in shared if not (folder / name).exists()]
     if missing or out.exists():
         came = f"{out}, which exists" if out.exists() else f"no {missing[0]} in {folder}"
         raise InputError(f"fork: expected a run with its reward model and a new folder; got {came}")
     config = load_config(folder / "config.toml")
     out.mkdir(parents=True)
-    for name in shared[1:]:
+    for name in shared[:2]:
+        shutil.copy2(folder / name, out)
+    for name in shared[2:]:
         shutil.copytree(folder / name, out / name)
-    shutil.copy2(folder / shared[0], out)
     every = config.eval_every if eval_every is None else eval_every
     save_config(out / "config.toml", replace(config, out=out, ppo=ppo, eval_every=every))
     return out
@@ -345,8 +430,18 @@ def load_models(run: Run) -> tuple[Tree, Tree]:
     return policy, {"transformer": reference_stage(run)}
 
 
+def last_kl_coef(run: Run) -> float:
+    """beta as training left it: where it is adaptive, not the configured one."""
+    folder = run.folder / "checkpoint"
+    if not checkpoint.has_state(folder):
+        return run.config.ppo.kl_coef
+    return checkpoint.load_state(folder)[1].get("kl_coef", run.config.ppo.kl_coef)
+
+
 def run_stages(run: Run) -> Result:
     """The stages in order; a stage whose result lies in the folder is not run again."""
+    for note in cut_notes(run):
+        run.say(note)
     with threadpool_limits(limits=run.config.threads or None):
         result = _run_stages(run)
     write_whole(run.folder / "result.json", _result_json(result))
@@ -389,18 +484,26 @@ def reference_stage(run: Run) -> Tree:
         _same_model(folder, gpt, run.gpt)
         return run.on_device(params)
     _begin(run, "sft", folder, before=("reward_model", "checkpoint", "policy"))
-    examples = [(run.prompt_ids(p), run.response_ids(r)) for p, r in run.world.demonstrations]
+    settings = run.config.sft
+    examples, heldout = (
+        [(run.prompt_ids(p), run.response_ids(r)) for p, r in demonstrations]
+        for demonstrations in (run.world.demonstrations, run.world.heldout_demonstrations)
+    )
+    known = {"config": run.gpt, "pad_id": run.tokenizer.pad, "device": run.config.device}
     transformer = train_sft(
         run.on_device(init_transformer(run.gpt, rng=run.rng["init"])),
         examples,
-        config=run.gpt,
-        settings=run.config.sft,
-        pad_id=run.tokenizer.pad,
+        settings=settings,
         rng=run.rng["sft"],
         log=run.log,
         track=run.track,
-        device=run.config.device,
+        **known,
     )
+    if heldout:
+        loss = sft_loss(
+            {"transformer": transformer}, heldout, batch_size=settings.batch_size, **known
+        )
+        run.log.metrics(settings.steps, "sft", {"heldout/loss_sft": loss})
     checkpoint.save_model(folder, transformer, run.gpt, meta=_token_meta(run))
     return transformer
 
@@ -417,69 +520,86 @@ def reward_stage(run: Run, reference: Tree) -> RewardModel:
     if _saved(folder) if run.world.reward is None else (folder / "scale.json").exists():
         return _load_reward_model(run, folder, gpt)
     _begin(run, "reward_model", folder, before=("checkpoint", "policy"))
-    if run.world.reward is not None:
-        model = RewardModel({}, gpt)
-    else:
-        pairs, heldout, gold_difference = preference_pairs(run, reference)
-        start = reference["transformer"]
-        if settings.init == "scratch":
-            start = run.on_device(init_transformer(gpt, rng=run.rng["reward_init"]))
-        model = train_reward_model(
-            start,
-            pairs,
-            config=gpt,
-            settings=settings,
-            pad_id=run.tokenizer.pad,
-            rng=run.rng["reward_model"],
-            log=run.log,
-            track=run.track,
-            device=run.config.device,
-        )
-        if heldout:
-            metrics = pair_metrics(
-                model,
-                heldout,
-                pad_id=run.tokenizer.pad,
-                gold_difference=gold_difference,
-                device=run.config.device,
-            )
-            updates = settings.epochs * len(row_slices(len(pairs), settings.batch_size))
-            run.log.metrics(updates, "reward_model", metrics)
-            run.say(
-                f"reward model: accuracy {metrics['heldout/accuracy']:.3f} on {len(heldout)} "
-                f"held-out pairs, calibration error {metrics['heldout/calibration_error']:.3f}"
-                + (
-                    f", {metrics['heldout/gold_accuracy']:.3f} against the gold order"
-                    if "heldout/gold_accuracy" in metrics
-                    else ""
-                )
-            )
+    model = RewardModel({}, gpt)
+    if run.world.reward is None:
+        model = learn_preferences(run, reference, gpt)
     rng = run.rng["normalize"]
-    prompts = _draw(run.world.train_prompts, settings.n_normalize, rng)
-    samples = run.sample(reference, prompts, rng)
-    raw = run.score_with(model)(
-        samples.prompts, samples.responses, samples.prompt_ids, samples.response_ids
-    )
-    model = normalized(model, raw)
+    samples = run.sample(reference, _draw(run.world.train_prompts, settings.n_normalize, rng), rng)
+    model = normalized(model, run.score_with(model)(samples))
     _save_reward_model(run, folder, model)
     return model
+
+
+def learn_preferences(run: Run, reference: Tree, gpt: GPTConfig) -> RewardModel:
+    """A reward model trained on pairs, not yet normalised; its held-out accuracy is logged."""
+    settings = run.config.reward_model
+    pairs, heldout, gold_difference = preference_pairs(run, reference)
+    start = reference["transformer"]
+    if settings.init == "scratch":
+        start = run.on_device(init_transformer(gpt, rng=run.rng["reward_init"]))
+    known = {"pad_id": run.tokenizer.pad, "device": run.config.device}
+    model = train_reward_model(
+        start,
+        pairs,
+        config=gpt,
+        settings=settings,
+        rng=run.rng["reward_model"],
+        log=run.log,
+        track=run.track,
+        **known,
+    )
+    if heldout:
+        metrics = pair_metrics(model, heldout, gold_difference=gold_difference, **known)
+        updates = settings.epochs * len(row_slices(len(pairs), settings.batch_size))
+        run.log.metrics(updates, "reward_model", metrics)
+        run.say(_accuracy_line(metrics, len(heldout)))
+    return model
+
+
+def _accuracy_line(metrics: dict[str, float], n: int) -> str:
+    line = (
+        f"reward model: accuracy {metrics['heldout/accuracy']:.3f} on {n} held-out pairs, "
+        f"calibration error {metrics['heldout/calibration_error']:.3f}"
+    )
+    if "heldout/gold_accuracy" in metrics:
+        line += f", {metrics['heldout/gold_accuracy']:.3f} against the gold order"
+    return line
 
 
 def preference_pairs(run: Run, reference: Tree) -> tuple[list[Pair], list[Pair], Any]:
     """Pairs to learn from, held-out pairs, and the held-out difference of gold (or None).
 
     Given pairs are split by prompt; otherwise the annotator compares two reference samples.
+
+    Raises:
+        InputError: no given pair of a training prompt differs within the limit on tokens.
     """
     if run.world.pairs is not None:
-        train, heldout = split_pairs(run.world.pairs, train_prompts=run.world.train_prompts)
-        as_ids = lambda t: Pair(run.prompt_ids(t[0]), *map(run.response_ids, t[1:]))  # noqa: E731
-        return [as_ids(t) for t in train], [as_ids(t) for t in heldout], None
+        parts = split_pairs(run.world.pairs, train_prompts=run.world.train_prompts)
+        train, heldout = (_differing_pairs(run, part) for part in parts)
+        if dropped := len(run.world.pairs) - len(train) - len(heldout):
+            run.say(
+                f"dropped {dropped} of {len(run.world.pairs)} pairs that are equal in their first "
+                f"{run.max_response_tokens} tokens"
+            )
+        if not train:
+            raise InputError(
+                "pairs: expected pairs to train on that differ in their first "
+                f"{run.max_response_tokens} tokens; got none: raise --max-response-tokens"
+            )
+        return train, heldout, None
     settings = run.config.reward_model
     train, _ = annotated_pairs(run, reference, run.world.train_prompts, settings.n_pairs)
     heldout, difference = annotated_pairs(
         run, reference, run.world.heldout_prompts, settings.n_heldout_pairs
     )
     return train, heldout, difference
+
+
+def _differing_pairs(run: Run, pairs: list[TextPair]) -> list[Pair]:
+    """The pairs as ids, without those that no longer differ where they are cut."""
+    ids = [Pair(run.prompt_ids(p), run.response_ids(c), run.response_ids(r)) for p, c, r in pairs]
+    return [pair for pair in ids if pair.chosen != pair.rejected]
 
 
 def annotated_pairs(
@@ -506,7 +626,7 @@ def annotated_pairs(
     return pairs, np.array(difference) if gold else None
 
 
-def ppo_stage(run: Run, reference: Tree, score: ScoreFunction) -> Tree:
+def ppo_stage(run: Run, reference: Tree, score: Score) -> Tree:
     """Stage 3: PPO from the reference, with checkpoints.
 
     Raises:
@@ -528,7 +648,7 @@ def ppo_stage(run: Run, reference: Tree, score: ScoreFunction) -> Tree:
     for iteration in run.track(range(first, settings.iterations), "PPO"):
         started = time.perf_counter()
         try:
-            metrics, samples, kl_coef = ppo_iteration(run, optimizer, reference, score, kl_coef)
+            metrics, rollout, kl_coef = ppo_iteration(run, optimizer, reference, score, kl_coef)
         except NonFiniteError as error:
             kept = run.folder / "checkpoint"
             last = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
@@ -540,7 +660,7 @@ def ppo_stage(run: Run, reference: Tree, score: ScoreFunction) -> Tree:
             heldout, _ = run.evaluate(optimizer.params, reference, score)
             metrics |= {f"eval/{name}": value for name, value in heldout.items()}
         run.log.metrics(iteration, "ppo", metrics)
-        run.log.samples(iteration, _sample_rows(run, samples))
+        run.log.samples(iteration, _sample_rows(run, rollout))
         if done % run.config.checkpoint_every == 0 or done == settings.iterations:
             _save_ppo_state(run, optimizer, done, kl_coef)
     policy = optimizer.params
@@ -555,12 +675,12 @@ def ppo_stage(run: Run, reference: Tree, score: ScoreFunction) -> Tree:
 
 
 def ppo_iteration(
-    run: Run, optimizer: Optimizer, reference: Tree, score: ScoreFunction, kl_coef: float
-) -> tuple[dict[str, float], Samples, float]:
+    run: Run, optimizer: Optimizer, reference: Tree, score: Score, kl_coef: float
+) -> tuple[dict[str, float], Rollout, float]:
     """Sample, score, learn.
 
     Returns:
-        metrics, the samples, the next kl_coef.
+        metrics, the rollout, the next kl_coef.
     """
     settings = run.config.ppo
     prompts = _draw(run.world.train_prompts, settings.batch_size, run.rng["prompts"])
@@ -590,17 +710,20 @@ def ppo_iteration(
         rng=run.rng["shuffle"],
     )
     kl_coef = next_kl_coef(kl_coef, kl_seq=metrics["objective/kl"], settings=settings)
-    return metrics, samples, kl_coef
+    return metrics, rollout, kl_coef
 
 
 # -- what lies in the run folder -----------------------------------------------------------------
 
 
 def _begin(run: Run, stage: str, folder: Path, *, before: tuple[str, ...]) -> None:
-    """Start a stage from nothing; its folder must not be what is missing from a later state.
+    """Start a stage whose `folder` does not exist yet, with an empty log of its own.
 
+    Args:
+        before: folders of later stages. If one of them exists, this stage was once finished and
+            its folder has been lost: to run it again would not fit what was made from it.
     Raises:
-        InputError: one of the folders `before` which this stage comes is there.
+        InputError: one of the folders `before` exists.
     """
     for name in before:
         if _saved(run.folder / name):
@@ -609,6 +732,52 @@ def _begin(run: Run, stage: str, folder: Path, *, before: tuple[str, ...]) -> No
                 "nothing in it: restore it, or train again in another folder"
             )
     run.log.restart(stage)
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """So that `resume` finds the files from any directory."""
+    return replace(
+        config,
+        corpus=config.corpus and os.path.abspath(config.corpus),
+        pairs=config.pairs and os.path.abspath(config.pairs),
+        reward=absolute_reward(config.reward),
+    )
+
+
+def _digest(world: World) -> str:
+    """SHA-256 of all texts that training reads."""
+    texts = (world.demonstrations, world.train_prompts, world.heldout_prompts, world.pairs)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+_KEPT = ("name", "joiner", "max_prompt_tokens", "max_response_tokens")  # fields of a world
+
+
+def _stored_world(config: TrainConfig) -> World:
+    """What sampling and scoring need of a world of files, which may be gone by now."""
+    path = config.out / "world.json"
+    stored = parse_object(read_text(path), str(path))
+    kept = {name: stored.get(name) for name in _KEPT}
+    kinds = [type(value) for value in kept.values()]
+    if kinds != [str, str, int, int]:
+        raise InputError(f"{path}: expected {', '.join(_KEPT)}; got {kept}: restore the file")
+    reward = load_reward(config.reward) if config.reward else None
+    return World(demonstrations=[], train_prompts=[], heldout_prompts=[], reward=reward, **kept)
+
+
+def _save_world(folder: Path, world: World) -> None:
+    kept = {name: getattr(world, name) for name in _KEPT}
+    content = {**kept, "sha256": _digest(world)}
+    write_whole(folder / "world.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _same_world(folder: Path, world: World) -> None:
+    path = folder / "world.json"
+    if parse_object(read_text(path), str(path)).get("sha256") != _digest(world):
+        raise InputError(
+            f"{path}: expected the texts that the run began with; the corpus, the pairs or the "
+            "seed have changed: restore them, or train in a new folder"
+        )
 
 
 def _save_ppo_state(run: Run, optimizer: Optimizer, done: int, kl_coef: float) -> None:
@@ -719,12 +888,14 @@ def _result_json(result: Result) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _sample_rows(run: Run, samples: Samples) -> list[dict[str, Any]]:
+def _sample_rows(run: Run, rollout: Rollout) -> list[dict[str, Any]]:
+    """The first samples with the two numbers of the objective: score and kl_seq [nats]."""
+    samples = rollout.samples
+    kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=rollout.batch.response_mask)
+    columns = (samples.prompts, samples.responses, to_host(rollout.score), to_host(kl_seq))
     rows = []
-    for prompt, response in list(zip(samples.prompts, samples.responses, strict=True))[
-        :SAMPLES_LOGGED
-    ]:
-        row = {"prompt": prompt, "response": response}
+    for prompt, response, score, kl in list(zip(*columns, strict=True))[:SAMPLES_LOGGED]:
+        row = {"prompt": prompt, "response": response, "score": score, "kl_seq": kl}
         if run.world.gold is not None:
             row["gold"] = float(run.world.gold(prompt, response))
         rows.append(row)

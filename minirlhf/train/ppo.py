@@ -14,6 +14,7 @@ from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
 from minirlhf.rlhf.kl import (
     KL_MODES,
+    LOG_RATIO_LIMIT,
     adaptive_kl_coef,
     clamp_log_ratio,
     kl_estimate,
@@ -23,7 +24,7 @@ from minirlhf.rlhf.logprobs import (
     EntropyCache,
     entropy_backward,
     entropy_forward,
-    sequence_logprob_forward,
+    response_sum,
 )
 from minirlhf.rlhf.objectives import (
     KLLossCache,
@@ -49,7 +50,10 @@ from minirlhf.tree import Tree, tree_add
 
 
 class Experience(NamedTuple):
-    """A rollout, or rows of it, with everything the loss holds constant. Arrays are (B, R)."""
+    """A rollout, or rows of it, with everything the loss holds constant. Arrays are (B, R).
+
+    The weights are those of the whole batch; `ppo_update` makes them anew for each minibatch.
+    """
 
     batch: Batch
     old_logp: Array
@@ -63,11 +67,10 @@ class Experience(NamedTuple):
 
     def rows(self, index) -> "Experience":
         """The sequences that `index` picks; the weights stay as they are."""
-        picked = {
-            name: None if getattr(self, name) is None else getattr(self, name)[index]
-            for name in self._fields[1:-1]
-        }
-        return Experience(self.batch.rows(index), **picked, kl_loss_coef=self.kl_loss_coef)
+        constant = ("batch", "kl_loss_coef")
+        arrays = {name: a for name, a in self._asdict().items() if name not in constant}
+        picked = {name: a if a is None else a[index] for name, a in arrays.items()}
+        return self._replace(batch=self.batch.rows(index), **picked)
 
 
 class PPOLossCache(NamedTuple):
@@ -158,12 +161,19 @@ def ended(rollout: Rollout, stop_id: int) -> Array:
 
 
 def final_score(rollout: Rollout, *, settings: PPOConfig, stop_id: int) -> Array:
-    """(B,) the score less the penalty for a missing stop token, then cut to [-c, c]."""
-    xp = get_xp(rollout.score)
-    missing = 1.0 - ended(rollout, stop_id).astype(rollout.score.dtype)
-    score = rollout.score - settings.missing_eos_penalty * missing
+    """(B,) the score cut to [-c, c], less the penalty for a missing stop token."""
+    xp, c = get_xp(rollout.score), settings.score_clip
+    score = xp.clip(rollout.score, -c, c) if c else rollout.score
+    missing = 1.0 - ended(rollout, stop_id).astype(score.dtype)
+    return score - settings.missing_eos_penalty * missing
+
+
+def penalty_in_reward(rollout: Rollout, settings: PPOConfig) -> Array:
+    """(B, R) the KL estimate that `kl_mode` puts into the reward [nats]; 0 if it puts none."""
+    log_ratio = rollout.old_logp - rollout.ref_logp
+    estimator = KL_MODES[settings.kl_mode].in_reward
     return (
-        xp.clip(score, -settings.score_clip, settings.score_clip) if settings.score_clip else score
+        kl_estimate(log_ratio, estimator) if estimator else get_xp(log_ratio).zeros_like(log_ratio)
     )
 
 
@@ -173,26 +183,21 @@ def make_experience(
     """Token rewards, advantages and returns of a rollout.
 
     A penalty in the reward uses the rollout's log-probs and is constant over the epochs. One in
-    the loss stands beside the advantages, so its beta is divided by what whitening divides them by.
+    the loss stands beside the advantages: its beta is divided by whatever whitening divided the
+    rewards and the advantages by, so that beta means the same in both places.
 
     Args:
         kl_coef: beta [reward units per nat].
     """
     s, mask = settings, rollout.batch.response_mask
-    estimator = KL_MODES[s.kl_mode].in_reward
-    kl_token = kl_estimate(rollout.old_logp - rollout.ref_logp, estimator or "k1")
-    rewards = token_rewards(
-        final_score(rollout, settings=s, stop_id=stop_id),
-        kl_token,
-        mask=mask,
-        kl_coef=kl_coef if estimator else 0.0,
-    )
+    score = final_score(rollout, settings=s, stop_id=stop_id)
+    rewards = token_rewards(score, penalty_in_reward(rollout, s), mask=mask, kl_coef=kl_coef)
+    reward_scale = advantage_scale = 1.0
     if s.whiten_rewards:
-        rewards, _ = masked_whiten(rewards, mask=mask, shift_mean=False)
+        rewards, reward_scale = masked_whiten(rewards, mask=mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, mask=mask, gamma=s.gamma, lam=s.lam)
-    scale = 1.0
     if s.whiten_advantages:
-        advantages, scale = masked_whiten(advantages, mask=mask)
+        advantages, advantage_scale = masked_whiten(advantages, mask=mask)
     return Experience(
         batch=rollout.batch,
         old_logp=rollout.old_logp,
@@ -202,7 +207,7 @@ def make_experience(
         advantages=advantages,
         returns=returns,
         weights=token_weights(mask, mode=s.aggregation),
-        kl_loss_coef=kl_coef / scale,
+        kl_loss_coef=kl_coef / (reward_scale * advantage_scale),
     )
 
 
@@ -211,19 +216,22 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What a batch of samples was like, by the field's names; `objective/kl` is kl_seq [nats]."""
     mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
-    penalty = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean()
+    penalty = penalty_in_reward(rollout, settings)
+    non_score_reward = -kl_coef * response_sum(penalty, mask=mask).mean()
     score = final_score(rollout, settings=settings, stop_id=stop_id).mean()
+    cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)
     error = masked_mean((values - returns) * (values - returns), mask=mask)
     returns_var = masked_var(returns, mask=mask)
     metrics = {
-        "objective/kl": penalty,
-        "objective/kl_full_seq": sequence_logprob_forward(rollout.kl_full, mask=mask)[0].mean(),
+        "objective/kl": summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean(),
+        "objective/kl_full_seq": response_sum(rollout.kl_full, mask=mask).mean(),
+        "objective/clamped_log_ratios": cut.sum(),
         "objective/kl_coef": kl_coef,
-        "objective/entropy": -sequence_logprob_forward(rollout.old_logp, mask=mask)[0].mean(),
-        "objective/non_score_reward": -kl_coef * penalty,
+        "objective/entropy": -response_sum(rollout.old_logp, mask=mask).mean(),
+        "objective/non_score_reward": non_score_reward,
         "objective/scores": rollout.score.mean(),
         "objective/scores_sd": rollout.score.std(),
-        "objective/rlhf_reward": score - kl_coef * penalty,
+        "objective/rlhf_reward": score + non_score_reward,
         "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
         "ppo/val/mean": masked_mean(values, mask=mask),
         "ppo/val/var": masked_var(values, mask=mask),
@@ -242,6 +250,7 @@ class MinibatchGradient(NamedTuple):
     loss: float
     logp: Array  # (B, R) of the current policy
     values: Array  # (B, R)
+    clipped: Array  # (B, R) boolean: the objective does not follow the ratio
     parts: dict[str, float]  # terms of the loss
 
 
@@ -253,8 +262,8 @@ def minibatch_gradients(
     The weights of the tokens were made for the whole minibatch, so losses and gradients of its
     parts add up to those of the whole, whatever the lengths of the responses.
     """
-    gradients, loss, logp, values = None, 0.0, [], []
-    parts: dict[str, float] = {}
+    gradients, loss, parts = None, 0.0, {}
+    arrays: dict[str, list[Array]] = {"logp": [], "values": [], "clipped": []}
     for rows in row_slices(experience.weights.shape[0], settings.micro_batch_size):
         value, cache = ppo_loss_forward(
             params, experience=experience.rows(rows), config=config, settings=settings
@@ -262,40 +271,39 @@ def minibatch_gradients(
         dparams = ppo_loss_backward(1.0, cache)
         gradients = dparams if gradients is None else tree_add(gradients, dparams)
         loss += float(value)
-        logp.append(cache.out.logp)
-        values.append(cache.out.values)
+        arrays["logp"].append(cache.out.logp)
+        arrays["values"].append(cache.out.values)
+        arrays["clipped"].append(cache.clip.clipped)
         for name, term in cache.parts.items():
             parts[name] = parts.get(name, 0.0) + float(term)
-    xp = get_xp(*logp)
-    return MinibatchGradient(gradients, loss, xp.concatenate(logp), xp.concatenate(values), parts)
+    xp = get_xp(*arrays["logp"])
+    joined = {name: xp.concatenate(pieces) for name, pieces in arrays.items()}
+    return MinibatchGradient(gradients, loss, **joined, parts=parts)
 
 
 def update_metrics(
-    logp: Array, values: Array, experience: Experience, settings: PPOConfig
+    step: MinibatchGradient, experience: Experience, settings: PPOConfig
 ) -> dict[str, float]:
-    """How far one update's policy and values are from those that sampled, over real tokens."""
-    xp = get_xp(logp, values)
+    """How far the policy and its values are from those that sampled, over real tokens.
+
+    policy/kl_old_k3_token is an unbiased estimate of KL(old || theta): the samples are old's, so
+    its log-ratio is old_logp - logp.
+    """
     e, mask = experience, experience.batch.response_mask
-    log_ratio = logp - e.old_logp
+    xp = get_xp(step.logp, step.values, mask)
+    log_ratio = step.logp - e.old_logp
     clamped, inside = clamp_log_ratio(log_ratio)
     ratio = xp.exp(clamped)
-    low, high = settings.clip_range
-    above, below = ratio > 1 + high, ratio < 1 - low
-    clipped = {
-        "ppo": ((e.advantages >= 0) & above) | ((e.advantages < 0) & below),
-        "book": above,
-        "none": xp.zeros_like(above),
-    }[settings.clip]
     eps = settings.value_clip_eps or float("inf")
-    moved = values - e.old_values
+    moved = step.values - e.old_values
     edge = e.old_values + xp.clip(moved, -eps, eps)
-    larger = xp.abs(edge - e.returns) > xp.abs(values - e.returns)
+    larger = xp.abs(edge - e.returns) > xp.abs(step.values - e.returns)
     value_clipped = (xp.abs(moved) > eps) & larger
     metrics = {
         "policy/approxkl_avg": masked_mean(0.5 * log_ratio * log_ratio, mask=mask),
-        "policy/kl_old_k3_token": masked_mean(kl_estimate(log_ratio, "k3"), mask=mask),
-        "policy/clipfrac_avg": masked_mean(clipped.astype(logp.dtype), mask=mask),
-        "val/clipfrac_avg": masked_mean(value_clipped.astype(logp.dtype), mask=mask),
+        "policy/kl_old_k3_token": masked_mean(kl_estimate(-log_ratio, "k3"), mask=mask),
+        "policy/clipfrac_avg": masked_mean(step.clipped.astype(mask.dtype), mask=mask),
+        "val/clipfrac_avg": masked_mean(value_clipped.astype(mask.dtype), mask=mask),
         "val/ratio": masked_mean(ratio, mask=mask),
         "val/ratio_var": masked_var(ratio, mask=mask),
         "policy/clamped_log_ratios": ((mask > 0) & ~inside).sum(),
@@ -313,11 +321,12 @@ def ppo_update(
 ) -> dict[str, float]:
     """Epochs x minibatches of updates on one batch of experience; means of their metrics.
 
-    Each epoch goes through the responses in a new order. With target_kl the epochs end early once
-    the policy has moved 1.5 target_kl away from the one that sampled.
+    Each epoch goes through the responses in a new order. With target_kl no further update is made
+    once the policy has moved 1.5 target_kl away from the one that sampled; the learning rate goes
+    on as if all had been made.
     """
-    xp = get_xp(experience.weights)
-    constant = experience.weights.size / settings.minibatches
+    xp, n_updates = get_xp(experience.weights), settings.epochs * settings.minibatches
+    constant = experience.weights.shape[0] / settings.minibatches * config.n_ctx
     history: list[dict[str, float]] = []
     for _ in range(settings.epochs):
         order = rng.permutation(experience.weights.shape[0])
@@ -326,17 +335,17 @@ def ppo_update(
             mask = minibatch.batch.response_mask
             weights = token_weights(mask, mode=settings.aggregation, constant=constant)
             minibatch = minibatch._replace(weights=weights)
-            learning_rate = optimizer.learning_rate
             step = minibatch_gradients(
                 optimizer.params, minibatch, config=config, settings=settings
             )
-            grad_norm = optimizer.step(step.gradients, loss=step.loss)
-            metrics = update_metrics(step.logp, step.values, minibatch, settings)
-            metrics |= {**step.parts, "grad_norm": grad_norm, "lr": learning_rate}
-            history.append(metrics)
+            metrics = update_metrics(step, minibatch, settings)
             moved = metrics["policy/kl_old_k3_token"]
             if settings.target_kl and moved > 1.5 * settings.target_kl:
+                optimizer.skip(n_updates - len(history))
                 return _mean(history)
+            learning_rate = optimizer.learning_rate
+            grad_norm = optimizer.step(step.gradients, loss=step.loss)
+            history.append({**metrics, **step.parts, "grad_norm": grad_norm, "lr": learning_rate})
     return _mean(history)
 
 

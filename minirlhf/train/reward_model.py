@@ -9,14 +9,13 @@ from minirlhf.errors import InputError
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
-from minirlhf.train.batches import pad_batch, row_slices
+from minirlhf.train.batches import Ids, pad_batch, row_slices
 from minirlhf.train.config import RewardModelConfig
-from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
 from minirlhf.train.run_log import RunLog
 from minirlhf.tree import Tree
 
-Ids = list[int]
 SCORING_ROWS = 256  # responses scored in one forward
 
 
@@ -35,6 +34,42 @@ class RewardModel(NamedTuple):
     config: GPTConfig
     mean: float = 0.0
     sd: float = 1.0
+
+
+def reward_model_loss_and_gradients(
+    params: Tree,
+    pairs: list[Pair],
+    *,
+    config: GPTConfig,
+    settings: RewardModelConfig,
+    pad_id: int,
+    device: str = "cpu",
+) -> tuple[dict[str, float], Tree]:
+    """Mean of -log sigma(score_chosen - score_rejected), and its gradient.
+
+    Returns:
+        metrics (loss, accuracy, mean margin), gradients.
+    """
+    n = len(pairs)
+    batch = pad_batch(
+        [p.prompt for p in pairs] * 2,
+        [p.chosen for p in pairs] + [p.rejected for p in pairs],
+        pad_id=pad_id,
+        config=config,
+        device=device,
+    )
+    score, cache = reward_forward(params, batch=batch, config=config)
+    chosen, rejected = score[:n], score[n:]
+    loss, loss_cache = bradley_terry_forward(
+        chosen, rejected, margin=settings.margin, label_smoothing=settings.label_smoothing
+    )
+    dscore = get_xp(score).concatenate(bradley_terry_backward(1.0, loss_cache))
+    metrics = {
+        "loss/reward_model": float(loss),
+        "accuracy": float((chosen > rejected).mean()),
+        "margin": float((chosen - rejected).mean()),
+    }
+    return metrics, reward_backward(dscore, cache)
 
 
 def train_reward_model(
@@ -57,58 +92,40 @@ def train_reward_model(
         RewardModel, not yet normalised.
     Raises:
         InputError: there are no pairs.
+        NonFiniteError: the loss diverged; names the step.
     """
     if not pairs:
-        raise InputError("reward model: expected preference pairs; got none: give --pairs a file")
+        raise InputError(
+            "reward model: expected preference pairs; got none: give --pairs a file, or train a "
+            "reference whose replies differ"
+        )
     wte = transformer["wte"]
     head = init_scalar_head(
         config.d_model, std=(config.d_model + 1) ** -0.5, rng=rng, dtype=wte.dtype
     )
     head = {key: get_xp(wte).asarray(value) for key, value in head.items()}
-    per_epoch = len(row_slices(len(pairs), settings.batch_size))
-    total = settings.epochs * per_epoch
-    optimizer = Optimizer(
-        {"transformer": transformer, "reward_head": head}, settings.optimizer, total_steps=total
-    )
-    steps = iter(track(range(total), "reward model"))
-    for _ in range(settings.epochs):
-        order = rng.permutation(len(pairs))
-        for rows in row_slices(len(pairs), settings.batch_size):
-            step = next(steps)
-            chosen = [pairs[i] for i in order[rows]]
-            batch = pad_batch(
-                [p.prompt for p in chosen] * 2,
-                [p.chosen for p in chosen] + [p.rejected for p in chosen],
-                pad_id=pad_id,
-                config=config,
-                device=device,
-            )
-            score, cache = reward_forward(optimizer.params, batch=batch, config=config)
-            n = len(chosen)
-            loss, loss_cache = bradley_terry_forward(
-                score[:n],
-                score[n:],
-                margin=settings.margin,
-                label_smoothing=settings.label_smoothing,
-            )
-            dchosen, drejected = bradley_terry_backward(1.0, loss_cache)
-            dscore = get_xp(score).concatenate([dchosen, drejected])
-            accuracy = float((score[:n] > score[n:]).mean())
-            learning_rate = optimizer.learning_rate
-            grad_norm = optimizer.step(reward_backward(dscore, cache), loss=float(loss))
-            log.metrics(
-                step,
-                "reward_model",
-                {
-                    "loss/reward_model": float(loss),
-                    "accuracy": accuracy,
-                    "margin": float((score[:n] - score[n:]).mean()),
-                    "lr": learning_rate,
-                    "grad_norm": grad_norm,
-                },
-            )
-    for _ in steps:  # let the progress bar see its end
-        pass
+    batches = [
+        order[rows]
+        for order in (rng.permutation(len(pairs)) for _ in range(settings.epochs))
+        for rows in row_slices(len(pairs), settings.batch_size)
+    ]
+    params = {"transformer": transformer, "reward_head": head}
+    optimizer = Optimizer(params, settings.optimizer, total_steps=len(batches))
+    for step in track(range(len(batches)), "reward model"):
+        metrics, gradients = reward_model_loss_and_gradients(
+            optimizer.params,
+            [pairs[i] for i in batches[step]],
+            config=config,
+            settings=settings,
+            pad_id=pad_id,
+            device=device,
+        )
+        metrics["lr"] = optimizer.learning_rate
+        try:
+            metrics["grad_norm"] = optimizer.step(gradients, loss=metrics["loss/reward_model"])
+        except NonFiniteError as error:
+            raise NonFiniteError(f"reward model step {step}: {error}") from error
+        log.metrics(step, "reward_model", metrics)
     return RewardModel(optimizer.params, config)
 
 

@@ -11,14 +11,10 @@ from minirlhf.nn.sampling import generate
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import full_kl_forward
 from minirlhf.rlhf.logprobs import entropy_forward
-from minirlhf.train.batches import Batch, pad_batch, row_slices
+from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.tokens import Tokenizer
 from minirlhf.tree import Tree
-
-Ids = list[int]
-# (prompt texts, response texts, prompt ids, response ids) -> (B,) scores on the host
-ScoreFunction = Callable[[list[str], list[str], list[Ids], list[Ids]], np.ndarray]
 
 
 class Samples(NamedTuple):
@@ -29,6 +25,9 @@ class Samples(NamedTuple):
     prompt_ids: list[Ids]
     response_ids: list[Ids]  # with the stop token if the response reached it
     batch: Batch
+
+
+ScoreFunction = Callable[[Samples], np.ndarray]  # (B,) normalised scores on the host
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, max_tokens: int) -> Ids:
@@ -149,9 +148,7 @@ def score_rollout(
         for name, array in part.items():
             columns.setdefault(name, []).append(array)
     joined = {name: xp.concatenate(parts) for name, parts in columns.items()}
-    scores = score(
-        samples.prompts, samples.responses, samples.prompt_ids, samples.response_ids
-    ).astype(joined["values"].dtype)
+    scores = score(samples).astype(joined["values"].dtype)
     return Rollout(
         samples=samples,
         ref_logits=joined.pop("ref_logits", None),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,16 @@ class RunLog:
         _append(self.samples_path, [_line({"step": step}, sample) for sample in samples])
 
     def position(self) -> dict[str, int]:
-        """Sizes of the files [bytes], for the checkpoint: `rewind` returns to this moment."""
-        return {path.name: path.stat().st_size for path in (self.metrics_path, self.samples_path)}
+        """Sizes of the files [bytes], for the checkpoint: `rewind` returns to this moment.
+
+        Up to there they are on the disk: no power cut leaves a checkpoint with a shorter log.
+        """
+        sizes = {}
+        for path in (self.metrics_path, self.samples_path):
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        return sizes
 
     def restart(self, stage: str) -> None:
         """Drop the lines that `stage` wrote before it was interrupted: it begins again.

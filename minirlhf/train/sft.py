@@ -9,9 +9,9 @@ from minirlhf.rlhf.objectives import (
     cross_entropy_forward,
     token_weights,
 )
-from minirlhf.train.batches import Batch, pad_batch
+from minirlhf.train.batches import Batch, pad_batch, row_slices
 from minirlhf.train.config import SFTConfig
-from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
 from minirlhf.train.run_log import RunLog
 from minirlhf.tree import Tree
@@ -26,6 +26,30 @@ def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tup
     loss, loss_cache = cross_entropy_forward(out.logp, weights=weights)
     dlogp = cross_entropy_backward(1.0, loss_cache)
     return float(loss), policy_backward(None, dlogp, None, cache)
+
+
+def sft_loss(
+    params: Tree,
+    examples: list[Example],
+    *,
+    config: GPTConfig,
+    batch_size: int,
+    pad_id: int,
+    device: str = "cpu",
+) -> float:
+    """Mean cross-entropy of the response tokens of all examples [nats per token].
+
+    Args:
+        params: {"transformer": ...}.
+    """
+    total = tokens = 0.0
+    for rows in row_slices(len(examples), batch_size):
+        prompts, responses = zip(*examples[rows], strict=True)
+        batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
+        logp = policy_forward(params, batch=batch, config=config)[0].logp
+        total -= float((logp * batch.response_mask).sum())
+        tokens += float(batch.response_mask.sum())
+    return total / tokens
 
 
 def train_sft(
@@ -49,10 +73,12 @@ def train_sft(
         trained parameters.
     Raises:
         InputError: there are no examples.
-        NonFiniteError: the loss diverged.
+        NonFiniteError: the loss diverged; names the step.
     """
     if not examples:
-        raise InputError("sft: expected demonstrations; got none: give a corpus that has some")
+        raise InputError(
+            "sft: expected demonstrations of training prompts; got none: give a corpus with more"
+        )
     optimizer = Optimizer(
         {"transformer": transformer}, settings.optimizer, total_steps=settings.steps
     )
@@ -62,6 +88,9 @@ def train_sft(
         batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
         loss, gradients = sft_loss_and_gradients(optimizer.params, batch, config)
         learning_rate = optimizer.learning_rate
-        grad_norm = optimizer.step(gradients, loss=loss)
+        try:
+            grad_norm = optimizer.step(gradients, loss=loss)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"supervised fine-tuning step {step}: {error}") from error
         log.metrics(step, "sft", {"loss/sft": loss, "lr": learning_rate, "grad_norm": grad_norm})
     return optimizer.params["transformer"]

@@ -25,7 +25,7 @@ from minirlhf.disk import parse_object, read_text, shorten
 from minirlhf.errors import InputError
 from minirlhf.worlds.world import World
 
-Pair = tuple[str, str, str]  # prompt, chosen, rejected
+TextPair = tuple[str, str, str]  # prompt, chosen, rejected
 
 HELDOUT_PROMPTS = 0.15  # of the distinct prompts
 HELDOUT_EXAMPLES = 0.2  # at most this share of the examples goes with them
@@ -46,7 +46,7 @@ def corpus_world(
 
     15 % of the distinct prompts are held out, and with them their demonstrations, but never more
     than 20 % of the examples unless one prompt has more than that (26 first letters of names are
-    few prompts). A single prompt is in both lists.
+    few prompts). At least one prompt of the pairs is trained on. A single prompt is in both lists.
 
     Args:
         path:       corpus; None: the chosen replies of the pairs are the demonstrations.
@@ -78,13 +78,17 @@ def corpus_world(
         examples, joiner = read_corpus(path, unit=unit, notes=notes)
     examples = _unique(_cut_examples(examples, limits, notes), notes)
     weights = Counter(prompt for prompt, *_ in [*examples, *(pairs or [])])
-    train_prompts, heldout_prompts = _split_prompts(weights, rng)
+    judged = {prompt for prompt, *_ in pairs or []}
+    train_prompts, heldout_prompts = _split_prompts(weights, rng, judged)
+    if train_prompts == heldout_prompts:
+        notes.append("there is one prompt in all: it is trained on and evaluated on")
     train = set(train_prompts)
     return World(
         name=Path(path or pairs_path).stem,
         demonstrations=[example for example in examples if example[0] in train],
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
+        heldout_demonstrations=[example for example in examples if example[0] not in train],
         pairs=pairs,
         reward=load_reward(reward) if isinstance(reward, str) else reward,
         joiner=joiner,
@@ -94,7 +98,9 @@ def corpus_world(
     )
 
 
-def split_pairs(pairs: list[Pair], *, train_prompts: list[str]) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(
+    pairs: list[TextPair], *, train_prompts: list[str]
+) -> tuple[list[TextPair], list[TextPair]]:
     """(train, held-out): a pair belongs where its prompt does."""
     train = set(train_prompts)
     return [p for p in pairs if p[0] in train], [p for p in pairs if p[0] not in train]
@@ -168,7 +174,7 @@ def _split_example(text: str, joiner: str) -> tuple[str, str]:
 # --- preference pairs
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
+def read_pairs(path: str | Path) -> list[TextPair]:
     r"""(prompt, chosen, rejected) of every line, without outer white space.
 
     A line without "prompt" holds two whole dialogues, as in HH-RLHF; their prompt goes up to and
@@ -196,7 +202,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
-def _split_dialogues(chosen: str, rejected: str, where: str) -> Pair:
+def _split_dialogues(chosen: str, rejected: str, where: str) -> TextPair:
     end = os.path.commonprefix([chosen, rejected]).rfind(_TURN)
     if end < 0:
         raise InputError(
@@ -279,7 +285,7 @@ def _cut_examples(examples: list, limits: tuple[int, int], notes: list[str]) -> 
     return cut
 
 
-def _cut_pairs(pairs: list[Pair], limits: tuple[int, int], notes: list[str]) -> list[Pair]:
+def _cut_pairs(pairs: list[TextPair], limits: tuple[int, int], notes: list[str]) -> list[TextPair]:
     """The pairs cut to the limits, without those that no longer differ."""
     cut = _cut_examples(pairs, limits, notes)
     kept = [pair for pair in cut if pair[1] != pair[2]]
@@ -300,8 +306,15 @@ def _unique(examples: list[tuple[str, str]], notes: list[str]) -> list[tuple[str
     return unique
 
 
-def _split_prompts(weights: dict[str, int], rng: Generator) -> tuple[list[str], list[str]]:
-    """(train, held-out) prompts; weights: how many examples each has."""
+def _split_prompts(
+    weights: dict[str, int], rng: Generator, judged: frozenset[str] | set[str] = frozenset()
+) -> tuple[list[str], list[str]]:
+    """(train, held-out) prompts.
+
+    Args:
+        weights: how many examples each has.
+        judged:  prompts of pairs, of which at least one has to be among those of training.
+    """
     prompts = list(weights)
     if len(prompts) == 1:
         return prompts, list(prompts)
@@ -313,6 +326,10 @@ def _split_prompts(weights: dict[str, int], rng: Generator) -> tuple[list[str], 
             heldout.add(prompts[i])
             budget -= weights[prompts[i]]
     heldout = heldout or {min(prompts, key=weights.__getitem__)}
+    if judged and judged <= heldout:
+        heldout.remove(next(prompt for prompt in prompts if prompt in judged))
+        others = [prompt for prompt in prompts if prompt not in judged]
+        heldout = heldout or {min(others, key=weights.__getitem__)}
     return [p for p in prompts if p not in heldout], [p for p in prompts if p in heldout]
 
 
@@ -350,6 +367,12 @@ class UserReward:
                 f"{shorten(repr(value))}: correct the function"
             )
         return float(number)
+
+
+def absolute_reward(where: str) -> str:
+    """The same function, named so that it is found from any directory if it lies in a file."""
+    source, _, name = where.rpartition(":")
+    return f"{os.path.abspath(source)}:{name}" if source.endswith(".py") else where
 
 
 def load_reward(where: str) -> UserReward:

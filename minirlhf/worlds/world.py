@@ -1,7 +1,7 @@
 """A world: where prompts, demonstrations and rewards come from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from numpy.random import Generator
 
@@ -19,6 +19,7 @@ class World:
     demonstrations: list[tuple[str, str]]  # (prompt, response), what SFT imitates
     train_prompts: list[str]
     heldout_prompts: list[str]  # disjoint from train_prompts, unless there is one prompt in all
+    heldout_demonstrations: list[tuple[str, str]] = field(default_factory=list)  # of those prompts
     gold: Callable[[str, str], float] | None = None  # (prompt, response) -> true reward
     annotate: Callable[[str, str, str, Generator], bool] | None = None  # (prompt, a, b, rng): a?
     pairs: list[tuple[str, str, str]] | None = None  # (prompt, chosen, rejected)

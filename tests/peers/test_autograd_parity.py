@@ -442,10 +442,10 @@ def torch_experience(rollout, settings, *, kl_coef, stop_id):
         n = int(kept[i].sum())
         d = torch.tensor(rollout.old_logp[i, :n] - rollout.ref_logp[i, :n])
         rewards = -kl_coef * estimate(d, in_reward) if in_reward else torch.zeros(n).double()
-        score = rollout.score[i]
+        score = max(-s.score_clip, min(s.score_clip, rollout.score[i]))
         if stop_id not in batch.responses[i, :n]:
             score = score - s.missing_eos_penalty
-        rewards[-1] += max(-s.score_clip, min(s.score_clip, score))
+        rewards[-1] += score
         values = torch.tensor(rollout.values[i, :n])
         td = rewards + s.gamma * F.pad(values[1:], (0, 1)) - values
         power = torch.arange(n) - torch.arange(n)[:, None]  # [t, i] = i - t
@@ -530,7 +530,7 @@ def test_a_whole_ppo_iteration_is_a_torch_training_loop(kl_mode, aggregation, en
         order = order_rng.permutation(8)
         for rows in (order[:4], order[4:]):
             minibatch = constants.rows(rows)
-            constant = constants.weights.size / settings.minibatches
+            constant = len(rows) * CONFIG.n_ctx
             loss = ppo_loss(p, minibatch, settings, constant=constant)
             peer.zero_grad()
             loss.backward()

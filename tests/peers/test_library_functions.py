@@ -66,6 +66,7 @@ from minirlhf.rlhf.objectives import (  # noqa: E402
 from minirlhf.train.batches import Batch  # noqa: E402
 from minirlhf.train.ppo import (  # noqa: E402
     Experience,
+    MinibatchGradient,
     PPOConfig,
     make_experience,
     rollout_metrics,
@@ -308,7 +309,7 @@ def test_aggregation():
 
 
 def test_the_metrics_of_an_update():
-    """approxkl = mean (logp - old)^2 / 2; clipfrac: the share where the clipped loss is larger."""
+    """approxkl = mean (logp - old)^2 / 2; clipfrac: the share of tokens that the loss clipped."""
     old_logp, logp = noise(*MASK.shape, seed=1), noise(*MASK.shape, seed=1)
     logp = logp + noise(*MASK.shape, seed=2, scale=0.3)
     advantages = noise(*MASK.shape, seed=3)
@@ -316,9 +317,10 @@ def test_the_metrics_of_an_update():
     batch = Batch(tokens, np.concatenate([np.ones((6, 1)), MASK], axis=1), 1)
     junk = with_junk(np.zeros_like(MASK))
     settings = PPOConfig(clip_eps=0.2, clip_eps_high=0.3)
+    clipped = np.zeros_like(MASK, dtype=bool)
+    clipped[:, 0] = True
     ours = update_metrics(
-        with_junk(logp),
-        junk,
+        MinibatchGradient({}, 0.0, with_junk(logp), junk, clipped, {}),
         Experience(
             batch=batch,
             old_logp=with_junk(old_logp),
@@ -332,13 +334,12 @@ def test_the_metrics_of_an_update():
         ),
         settings,
     )
-    d, A = torch.cat(rows(logp - old_logp)), torch.cat(rows(advantages))
+    d = torch.cat(rows(logp - old_logp))
     ratio = d.exp()
-    clipped_wins = -A * ratio.clamp(0.8, 1.3) > -A * ratio
     theirs = {
         "policy/approxkl_avg": 0.5 * (d**2).mean(),
-        "policy/kl_old_k3_token": ((-d).exp() - 1 + d).mean(),
-        "policy/clipfrac_avg": clipped_wins.double().mean(),
+        "policy/kl_old_k3_token": (ratio - 1 - d).mean(),  # samples of old: its k3 has -d
+        "policy/clipfrac_avg": torch.cat(rows(clipped)).double().mean(),
         "val/ratio": ratio.mean(),
         "val/ratio_var": ratio.var(correction=0),
         "policy/clamped_log_ratios": torch.tensor(0),
@@ -380,12 +381,14 @@ def test_the_experience_of_a_rollout(whiten_rewards):
 
     log_ratio = rows(old_logp - ref_logp)
     stopped = [0, 2, 3]
-    final = [min(1.5, max(-1.5, s - penalty * (i not in stopped))) for i, s in enumerate(score)]
+    final = [min(1.5, max(-1.5, s)) - penalty * (i not in stopped) for i, s in enumerate(score)]
     rewards = [-kl_coef * d for d in log_ratio]
     for r, s in zip(rewards, final, strict=True):
         r[-1] += s
+    divided_by = 1.0
     if whiten_rewards:
         var, mean = torch.var_mean(torch.cat(rewards), correction=0)
+        divided_by = torch.sqrt(var + 1e-8)
         rewards = [(r - mean) * torch.rsqrt(var + 1e-8) + mean for r in rewards]
     raw = [loop_gae(r, v, 0.98, 0.95) for r, v in zip(rewards, rows(values), strict=True)]
     returns = [a + v for a, v in zip(raw, rows(values), strict=True)]
@@ -393,7 +396,7 @@ def test_the_experience_of_a_rollout(whiten_rewards):
     advantages = [(a - mean) * torch.rsqrt(var + 1e-8) for a in raw]
     assert_close(experience.returns, padded(returns))
     assert_close(experience.advantages, padded(advantages))
-    assert_close(experience.kl_loss_coef, kl_coef * torch.rsqrt(var + 1e-8))
+    assert_close(experience.kl_loss_coef, kl_coef * torch.rsqrt(var + 1e-8) / divided_by)
 
     kl_seq = torch.stack([d.sum() for d in log_ratio])
     all_values, all_returns = torch.cat(rows(values)), torch.cat(returns)
