@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from minirlhf.backend import get_xp
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.objectives import (
@@ -47,8 +48,9 @@ def sft_loss(
         prompts, responses = zip(*examples[rows], strict=True)
         batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
         logp = policy_forward(params, batch=batch, config=config)[0].logp
-        total -= float((logp * batch.response_mask).sum())
-        tokens += float(batch.response_mask.sum())
+        mask = batch.response_mask
+        total -= float(get_xp(logp).where(mask > 0, logp, 0.0).sum())
+        tokens += float(mask.sum())
     return total / tokens
 
 
