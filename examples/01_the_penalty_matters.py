@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 
 from minirlhf.backend import keep_freed_memory
 from minirlhf.train.config import TrainConfig, load_config
-from minirlhf.train.pipeline import fork_run, resume, train
+from minirlhf.train.pipeline import resume, train
 from minirlhf.train.ppo import PPOConfig
+from minirlhf.train.run import fork_run
 from minirlhf.train.run_log import read_jsonl
 
 DEFAULT = PPOConfig().kl_coef

@@ -20,6 +20,7 @@ from minirlhf.rlhf.advantages import gae, masked_whiten
 from minirlhf.rlhf.kl import KL_MODES, summed_penalty
 from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
 from minirlhf.train import pipeline
+from minirlhf.train import run as run_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.config import ModelConfig, TrainConfig
 from minirlhf.train.optimizer import OptimizerConfig
@@ -39,7 +40,7 @@ def cuda_is_the_stand_in(monkeypatch):
         return fakegpu if device == "cuda" else array_module(device)
 
     monkeypatch.setattr(backend, "array_module", pretend)
-    monkeypatch.setattr(pipeline, "array_module", pretend)
+    monkeypatch.setattr(run_module, "array_module", pretend)
 
 
 def there(value):

@@ -12,6 +12,7 @@ from tiny_run import tiny_config, write_names
 
 from minirlhf.train import pipeline
 from minirlhf.train import rollout as rollout_module
+from minirlhf.train import run as run_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.evaluate import (
     distinct_2,
@@ -146,7 +147,7 @@ def test_the_users_reward_is_asked_once_a_reply(tmp_path):
         corpus=write_names(tmp_path / "names.txt"),
         reward="minirlhf.worlds.rewards:vowel_share",
     )
-    run, answers = pipeline.open_run(config), []
+    run, answers = run_module.open_run(config), []
     reward = run.world.reward
 
     def counted(text):

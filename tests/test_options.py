@@ -27,6 +27,7 @@ from tolerances import BATCH_COMPOSITION
 from minirlhf.backend import cuda_is_available, get_xp
 from minirlhf.errors import InputError
 from minirlhf.train import pipeline, ppo
+from minirlhf.train import run as run_module
 from minirlhf.train.config import TrainConfig, load_config
 from minirlhf.train.tokens import train_tokenizer
 
@@ -208,7 +209,7 @@ def observed(config, patch):
     patch.setattr(pipeline.checkpoint, "save_state", count)
     patch.setattr(ppo, "policy_forward", look)
     patch.setattr(
-        pipeline,
+        run_module,
         "load_tokenizer_by_name",
         lambda name: train_tokenizer(["kalo mitru brisen"] * 3, vocab_size=265),
     )
@@ -302,18 +303,18 @@ def test_micro_batches_bound_memory_and_change_no_result(run):
 
 def test_out_is_where_the_run_lies(tmp_path, files):
     config = changed(tiny_config(tmp_path / "a/b"), files["names"])
-    pipeline.open_run(config)
+    run_module.open_run(config)
     assert load_config(tmp_path / "a/b/config.toml") == config
 
 
 def test_device_chooses_the_array_module(tmp_path, files):
     config = changed(tiny_config(tmp_path / "run", device="cuda"), files["names"])
     if cuda_is_available():
-        array = pipeline.open_run(config).on_device({"w": np.zeros(2)})["w"]
+        array = run_module.open_run(config).on_device({"w": np.zeros(2)})["w"]
         assert get_xp(array).__name__ == "cupy"
     else:
         with pytest.raises(InputError, match="--device cuda"):
-            pipeline.open_run(config)
+            run_module.open_run(config)
         assert not (tmp_path / "run").exists()
 
 
@@ -338,7 +339,7 @@ def test_threads_are_limited_while_the_stages_run(tmp_path, files, monkeypatch, 
 def test_the_corpus_and_the_pairs_are_read(tmp_path, files):
     names, pairs = files["names"], files["pairs"]
     opened = {
-        name: pipeline.open_run(changed(tiny_config(tmp_path / name), chosen)).world
+        name: run_module.open_run(changed(tiny_config(tmp_path / name), chosen)).world
         for name, chosen in {
             "names": names,
             "pairs": pairs,
@@ -354,7 +355,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, files):
     names, pairs = files["names"], files["pairs"]
     for choice in ({"corpus": names["corpus"]}, {"reward": VOWELS, "pairs": pairs["pairs"]}):
         with pytest.raises(InputError, match="expected either"):
-            pipeline.open_run(changed(tiny_config(tmp_path / "run"), choice))
+            run_module.open_run(changed(tiny_config(tmp_path / "run"), choice))
     assert not (tmp_path / "run").exists()
 
 
@@ -369,7 +370,7 @@ def test_early_stop_skips_updates(run):
 
 def test_the_world_suggests_lengths_where_none_are_set(tmp_path, files):
     config = changed(tiny_config(tmp_path / "run"), {**files["names"], "max_response_tokens": 0})
-    opened = pipeline.open_run(config)
+    opened = run_module.open_run(config)
     world = opened.world
     assert opened.gpt.n_ctx == world.max_prompt_tokens + world.max_response_tokens
     assert opened.max_response_tokens == world.max_response_tokens > 0

@@ -27,7 +27,8 @@ from tolerances import BATCH_COMPOSITION
 from minirlhf.disk import write_whole
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import adaptive_kl_coef
-from minirlhf.train import pipeline
+from minirlhf.train import pipeline, run_folder
+from minirlhf.train import run as run_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.checkpoint import load_config as load_model_entries
 from minirlhf.train.checkpoint import load_model, load_state
@@ -154,7 +155,7 @@ def test_samples_are_logged_with_their_gold_reward_and_the_numbers_of_the_object
 
 def test_the_score_and_kl_seq_of_a_sample_are_those_of_its_response(tmp_path, monkeypatch):
     """All samples of an iteration are logged here, so their means are the metrics."""
-    monkeypatch.setattr(pipeline, "SAMPLES_LOGGED", 12)
+    monkeypatch.setattr(run_folder, "SAMPLES_LOGGED", 12)
     pipeline.train(tiny_config(tmp_path / "run"))
     samples = read_jsonl(tmp_path / "run/samples.jsonl")
     for row in metrics(tmp_path / "run", "ppo"):
@@ -202,7 +203,7 @@ def test_without_out_runs_are_numbered(tmp_path, monkeypatch, names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/names-1").mkdir(parents=True)
     config = changed(tiny_config("x", corpus=names, reward=VOWELS), {"out": None})
-    opened = [pipeline.open_run(config).folder.name for _ in range(3)]
+    opened = [run_module.open_run(config).folder.name for _ in range(3)]
     assert opened == ["names-0", "names-2", "names-3"]
 
 
@@ -300,7 +301,7 @@ def crash_at(monkeypatch, owner, name, count, *, after):
         (pipeline, "ppo_update", 4),
         (RunLog, "metrics", 14),
         (RunLog, "samples", 3),
-        (pipeline, "write_whole", 2),  # the first is the world's digest
+        (pipeline, "write_whole", 1),
         *[(os, "replace", count) for count in range(4, 11)],  # each file and folder gets its name
     ],
 )
@@ -385,7 +386,7 @@ def test_a_run_is_resumed_from_any_directory(tmp_path, monkeypatch):
     assert stored.reward == f"{tmp_path / 'mine.py'}:reward"
     monkeypatch.chdir(tmp_path)
     pairs = tiny_config(tmp_path / "other", pairs=os.path.basename(write_pairs("pairs.jsonl")))
-    assert pipeline.open_run(pairs).config.pairs == str(tmp_path / "pairs.jsonl")
+    assert run_module.open_run(pairs).config.pairs == str(tmp_path / "pairs.jsonl")
 
 
 @pytest.mark.parametrize("change", ["corpus", "pairs", "seed"])
@@ -415,7 +416,7 @@ def test_a_run_is_looked_at_without_touching_its_folder(finished, tmp_path):
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 2, "sta')
     before = files_under(copy)
-    run = pipeline.open_saved_run(copy)
+    run = run_module.open_saved_run(copy)
     _, reference = pipeline.load_models(run)
     pipeline.reward_stage(run, reference)
     assert files_under(copy) == before
@@ -434,7 +435,7 @@ def test_what_the_limits_on_tokens_cut_is_said_once(tmp_path):
     )
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config, say=said.append, track=interrupted_after("PPO", 0))
-    world, tokenizer = pipeline.build_world(config, world_stream()), load_tokenizer(config.out)
+    world, tokenizer = run_module.build_world(config, world_stream()), load_tokenizer(config.out)
     prompts = world.train_prompts + world.heldout_prompts
     replies = [reply for _, *both in world.pairs for reply in both]
     for what, texts, ids, limit in (
@@ -459,7 +460,7 @@ def test_what_is_whole_is_not_said_to_be_cut(finished, tmp_path):
 
 def world_stream():
     """The random stream of a tiny run's world."""
-    return np.random.default_rng(0).spawn(len(pipeline.STREAMS))[0]
+    return np.random.default_rng(0).spawn(len(run_module.STREAMS))[0]
 
 
 def write_long_pairs(path, shared, different):
@@ -502,19 +503,19 @@ def test_no_pairs_that_differ_are_refused(tmp_path):
 )
 def test_options_that_change_nothing_are_said(changes, said):
     base = TrainConfig(corpus="c.txt", reward=VOWELS, vocab_size=300)
-    notes = pipeline.unused_options(changed(base, changes))
+    notes = run_module.unused_options(changed(base, changes))
     assert [said in note for note in notes] == ([True] if said else [])
 
 
 def test_such_a_note_is_shown(tmp_path, names):
     said = []
-    pipeline.open_run(tiny_config(tmp_path / "run", corpus=names, reward=VOWELS), say=said.append)
+    run_module.open_run(tiny_config(tmp_path / "run", corpus=names, reward=VOWELS), say=said.append)
     assert any("--reward-model" in line for line in said)
 
 
 def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, sft__batch_size=3)
-    run = pipeline.open_run(config)
+    run = run_module.open_run(config)
     reference = {"transformer": pipeline.reference_stage(run)}
     *steps, heldout = metrics(config.out, "sft")
     assert len(steps) == heldout["step"] == 6
@@ -536,9 +537,9 @@ def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
 def test_a_fork_shares_all_but_ppo(finished, tmp_path):
     out, _, _ = finished
     ppo = load_config(out / "config.toml").ppo
-    pipeline.resume(pipeline.fork_run(out, tmp_path / "same", ppo=ppo))
+    pipeline.resume(run_module.fork_run(out, tmp_path / "same", ppo=ppo))
     other = changed(ppo, {"kl_coef": 5.0})
-    pipeline.resume(pipeline.fork_run(out, tmp_path / "other", ppo=other, eval_every=0))
+    pipeline.resume(run_module.fork_run(out, tmp_path / "other", ppo=other, eval_every=0))
     original, same = outcome(out), outcome(tmp_path / "same")
     assert differences(original, same) == ["metrics", "metrics of reward_model", "metrics of sft"]
     assert metrics(tmp_path / "same", "sft") == []  # those stages did not run again
@@ -552,11 +553,11 @@ def test_a_fork_shares_all_but_ppo(finished, tmp_path):
 def test_a_fork_needs_a_reward_model_and_a_new_folder(finished, tmp_path):
     out, _, _ = finished
     with pytest.raises(InputError, match="exists"):
-        pipeline.fork_run(out, tmp_path, ppo=PPOConfig())
+        run_module.fork_run(out, tmp_path, ppo=PPOConfig())
     half = shutil.copytree(out, tmp_path / "half")
     shutil.rmtree(half / "reward_model")
     with pytest.raises(InputError, match="no reward_model"):
-        pipeline.fork_run(half, tmp_path / "new", ppo=PPOConfig())
+        run_module.fork_run(half, tmp_path / "new", ppo=PPOConfig())
     assert not (tmp_path / "new").exists()
 
 
@@ -565,7 +566,7 @@ def test_a_fork_needs_a_reward_model_and_a_new_folder(finished, tmp_path):
 
 def open_ready(config):
     """A run whose reference and reward model are there: (run, reference, score)."""
-    run = pipeline.open_run(config)
+    run = run_module.open_run(config)
     reference = {"transformer": pipeline.reference_stage(run)}
     return run, reference, run.score_with(pipeline.reward_stage(run, reference))
 
@@ -652,7 +653,7 @@ def test_the_penalty_holds_the_policy_near_the_reference(tmp_path, names):
     )
     free = pipeline.train(config).policy
     near = changed(config.ppo, {"kl_coef": 20.0})
-    held = pipeline.resume(pipeline.fork_run(config.out, tmp_path / "held", ppo=near)).policy
+    held = pipeline.resume(run_module.fork_run(config.out, tmp_path / "held", ppo=near)).policy
     assert free["kl_full_seq"] > 10 * held["kl_full_seq"] > 0
     assert free["kl_seq"] > 1.0
     assert free["reward"] > held["reward"]
@@ -714,7 +715,7 @@ def test_a_known_encoding_is_loaded_once_by_its_name(tmp_path, names, monkeypatc
         asked.append(name)
         return train_tokenizer(["kalomi trusen brinova"] * 3, vocab_size=270)
 
-    monkeypatch.setattr(pipeline, "load_tokenizer_by_name", stand_in)
+    monkeypatch.setattr(run_module, "load_tokenizer_by_name", stand_in)
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, encoding="stand_in")
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config, track=interrupted_after("PPO", 1))
@@ -727,7 +728,7 @@ def test_notes_about_the_corpus_are_said(tmp_path):
     (tmp_path / "names.txt").write_text("kalo\nmitru\nsenbri\nkalo\nnova\nmika\n")
     said = []
     config = tiny_config(tmp_path / "run", corpus=str(tmp_path / "names.txt"), reward=VOWELS)
-    pipeline.open_run(config, say=said.append)
+    run_module.open_run(config, say=said.append)
     assert [line for line in said if "occur twice" in line]
 
 
@@ -762,7 +763,7 @@ def test_stages_draw_from_streams_of_their_own(tmp_path, names):
 
 def test_evaluation_tosses_the_same_coins_for_every_policy(finished):
     out, result, _ = finished
-    run = pipeline.open_saved_run(out)
+    run = run_module.open_saved_run(out)
     policy, reference = pipeline.load_models(run)
     score = run.score_with(pipeline.reward_stage(run, reference))
     for _ in range(2):  # an evaluation before it changes nothing
@@ -774,7 +775,7 @@ def test_evaluation_tosses_the_same_coins_for_every_policy(finished):
 
 
 def test_evaluation_is_at_the_temperature_of_training(finished):
-    run = pipeline.open_saved_run(finished[0])
+    run = run_module.open_saved_run(finished[0])
     policy, reference = pipeline.load_models(run)
     score = run.score_with(pipeline.reward_stage(run, reference))
     entropy = []
@@ -806,10 +807,10 @@ def test_a_run_that_was_never_opened_leaves_its_folder_free(tmp_path, monkeypatc
 
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS)
     with monkeypatch.context() as patch:
-        crash_at(patch, pipeline, "save_config", 1, after=False)
+        crash_at(patch, run_module, "save_config", 1, after=False)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.open_run(config)
-    pipeline.open_run(config)
+            run_module.open_run(config)
+    run_module.open_run(config)
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):

@@ -13,9 +13,9 @@ from tolerances import BATCH_COMPOSITION
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import init_transformer
 from minirlhf.train import pipeline, reward_model
+from minirlhf.train import run as run_module
 from minirlhf.train.checkpoint import load_model
 from minirlhf.train.optimizer import OptimizerConfig
-from minirlhf.train.pipeline import no_progress
 from minirlhf.train.reward_model import (
     Pair,
     RewardModel,
@@ -27,6 +27,7 @@ from minirlhf.train.reward_model import (
     score_responses,
     train_reward_model,
 )
+from minirlhf.train.run import no_progress
 from minirlhf.train.run_log import RunLog, read_jsonl
 from minirlhf.tree import tree_copy, tree_items, tree_leaves, tree_map
 
@@ -309,7 +310,7 @@ def pairs(tmp_path_factory):
 def frozen(out, pairs, **changes):
     """A run whose reward model learns nothing, so that it shows what it starts from."""
     changes = {"reward_model__optimizer__learning_rate": 0.0, **changes}
-    run = pipeline.open_run(tiny_config(out, pairs=pairs, model__n_layer=2, **changes))
+    run = run_module.open_run(tiny_config(out, pairs=pairs, model__n_layer=2, **changes))
     reference = {"transformer": pipeline.reference_stage(run)}
     return pipeline.reward_stage(run, reference), reference["transformer"]
 
@@ -336,10 +337,10 @@ def test_from_scratch_it_has_its_own_size_and_weights(tmp_path, pairs):
 def test_the_stored_model_scores_as_the_one_in_memory(tmp_path, pairs):
     """What `resume` reads back: the weights and the scale."""
     config = tiny_config(tmp_path / "run", pairs=pairs)
-    run = pipeline.open_run(config)
+    run = run_module.open_run(config)
     reference = {"transformer": pipeline.reference_stage(run)}
     model = pipeline.reward_stage(run, reference)
-    again = pipeline.reward_stage(pipeline.open_saved_run(config.out), reference)
+    again = pipeline.reward_stage(run_module.open_saved_run(config.out), reference)
     assert (again.mean, again.sd, again.config) == (model.mean, model.sd, model.config)
     prompts, responses = [[1, 2], [3]], [[4, 5, 6], [7]]
     ours, theirs = (score_responses(m, prompts, responses, pad_id=0) for m in (model, again))

@@ -11,9 +11,9 @@ import pytest
 from minirlhf.app.cli import main
 from minirlhf.train.config import ModelConfig, TrainConfig
 from minirlhf.train.optimizer import OptimizerConfig
-from minirlhf.train.pipeline import no_progress
 from minirlhf.train.ppo import PPOConfig
 from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.run import no_progress
 from minirlhf.train.run_log import read_jsonl
 from minirlhf.train.sft import SFTConfig
 from minirlhf.tree import tree_items

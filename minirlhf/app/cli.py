@@ -27,9 +27,10 @@ from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.train import pipeline
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.config import TrainConfig, load_config
-from minirlhf.train.pipeline import Run
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.rollout import Samples
+from minirlhf.train.run import Run, open_run, open_saved_run
+from minirlhf.train.run_folder import last_kl_coef
 from minirlhf.tree import Tree
 
 USAGE = """\
@@ -159,13 +160,13 @@ def train(arguments: list[str]) -> int:
         description=(TrainConfig.__doc__ or "")
         + "\n\n--config FILE reads a TOML file like a run's config.toml; flags overrule it.",
     )
-    return _show(pipeline.open_run(config, track=track, say=_say))
+    return _show(open_run(config, track=track, say=_say))
 
 
 def resume(arguments: list[str]) -> int:
     """minirlhf resume RUN."""
     options = parse(ResumeOptions, "resume", arguments)
-    return _show(pipeline.open_saved_run(options.run, track=track, say=_say))
+    return _show(open_saved_run(options.run, track=track, say=_say))
 
 
 def _show(run: Run) -> int:
@@ -200,7 +201,7 @@ def score(arguments: list[str]) -> int:
     scoring = run.score_with(pipeline.reward_stage(run, reference))
     samples = Samples([options.prompt], [options.response], [prompt_ids], [response_ids], batch)
     proxy = scoring(samples)[0]
-    beta = pipeline.last_kl_coef(run)
+    beta = last_kl_coef(run)
     console.print(
         f"score {proxy:+.4f}; with beta = {beta:g}: score - beta * Penalty = "
         f"{proxy - beta * penalty:+.4f}",
@@ -256,7 +257,7 @@ def check(arguments: list[str]) -> int:
 
 def _open_finished(folder: Path) -> tuple[Run, Tree, Tree]:
     """A run with its policy and its reference, on the CPU."""
-    run = pipeline.open_saved_run(folder, device="cpu", look=True)
+    run = open_saved_run(folder, device="cpu", look=True)
     policy, reference = pipeline.load_models(run)
     return run, policy, reference
 
