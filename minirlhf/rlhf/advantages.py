@@ -72,6 +72,37 @@ def gae(
     return advantages, advantages + values
 
 
+def rloo_advantages(seq_reward: Array, *, group: Array, mask: Array) -> Array:
+    """A_i = R_i - mean of the other R_j of the same prompt, the same at every token of response i.
+
+    REINFORCE with a leave-one-out baseline: = G/(G-1) (R_i - mean R) for G responses to a prompt.
+    Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740.
+
+    Args:
+        seq_reward: (B,) R = score - beta kl_seq of each response [reward units].
+        group: (B,) which prompt a response answers: integers in [0, B).
+        mask: (B, T).
+    Returns:
+        (B, T) [reward units], 0 at padding.
+    Raises:
+        ValueError: shapes do not fit, or a prompt has a single response.
+    Tested by: tests/test_equations.py::test_rloo
+    """
+    if seq_reward.shape != mask.shape[:1] or group.shape != mask.shape[:1]:
+        raise ValueError(
+            "rloo: expected seq_reward (B,), group (B,) and mask (B, T); "
+            f"got {seq_reward.shape}, {group.shape} and {mask.shape}"
+        )
+    xp = get_xp(seq_reward, group, mask)
+    total, count = xp.zeros_like(seq_reward), xp.zeros_like(seq_reward)
+    xp.add.at(total, group, seq_reward)
+    xp.add.at(count, group, xp.ones_like(seq_reward))
+    if not bool((count[group] > 1).all()):
+        raise ValueError("rloo: expected at least two responses to every prompt; one has one")
+    others = (total[group] - seq_reward) / (count[group] - 1)
+    return xp.where(mask > 0, (seq_reward - others)[:, None], 0.0)
+
+
 def masked_mean(x: Array, *, mask: Array) -> Array:
     """sum(mask x) / sum(mask); 0 where the mask is empty. Padding may hold anything, inf included.
 

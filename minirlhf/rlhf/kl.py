@@ -278,7 +278,7 @@ def sequence_kl_loss_backward(dloss: Array, cache: SequenceKLCache) -> Array:
 class KLMode(NamedTuple):
     """One placement of the penalty: what enters the reward, what enters the loss."""
 
-    in_reward: str | None  # estimator of the per-token penalty in the reward, stop-gradient
+    in_reward: str | None  # k1, k2, k3 or "full": the penalty per token in the reward, a constant
     in_loss: str | None  # "token", "sequence", "full", "rao_blackwell"
     estimator: str | None = None  # of the loss
     ratio: str = "none"  # importance ratio old -> theta in the loss
@@ -297,6 +297,7 @@ KL_MODES = {
     "loss_k3_tok": KLMode(None, "token", "k3", gradient="forward KL token by token (GRPO)"),
     "loss_k3_seq": KLMode(None, "sequence", "k3", gradient="grad KL(ref || pi_theta)"),
     "reward_and_loss_k3": KLMode("k3", "token", "k3", gradient="g"),
+    "reward_and_loss_full": KLMode("full", "full", gradient="g"),
     "loss_full": KLMode(None, "full", gradient="partial"),
     "loss_rb": KLMode(None, "rao_blackwell", gradient="g"),
     "loss_rho_k1": KLMode(None, "sequence", "k1", "both", gradient="g, also off-policy"),
@@ -304,6 +305,24 @@ KL_MODES = {
     "loss_rho_k3": KLMode(None, "sequence", "k3", "both", gradient="g, also off-policy"),
     "loss_rho_k3_tok": KLMode(None, "token", "k3", "both", gradient="partial, at old prefixes"),
 }
+
+
+def penalty_in_reward(kl_mode: str, *, log_ratio: Array, kl_full: Array) -> Array:
+    """The penalty per token that `kl_mode` puts into the reward; 0 if it puts none there.
+
+    Args:
+        log_ratio: (B, T) old_logp - ref_logp of the sampled tokens [nats].
+        kl_full: (B, T) KL(old(.|s_t) || ref(.|s_t)) over the whole vocabulary [nats].
+    Returns:
+        (B, T) [nats].
+    Raises:
+        ValueError: the shapes differ.
+    """
+    check_same_shape("penalty_in_reward", log_ratio=log_ratio, kl_full=kl_full)
+    estimator = KL_MODES[kl_mode].in_reward
+    if estimator is None:
+        return get_xp(log_ratio).zeros_like(log_ratio)
+    return kl_full.copy() if estimator == "full" else kl_estimate(log_ratio, estimator)
 
 
 # -- the coefficient -----------------------------------------------------------------------------

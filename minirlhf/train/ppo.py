@@ -18,6 +18,7 @@ from minirlhf.rlhf.kl import (
     adaptive_kl_coef,
     clamp_log_ratio,
     kl_estimate,
+    penalty_in_reward,
     summed_penalty,
 )
 from minirlhf.rlhf.logprobs import (
@@ -168,13 +169,10 @@ def final_score(rollout: Rollout, *, settings: PPOConfig, stop_id: int) -> Array
     return score - settings.missing_eos_penalty * missing
 
 
-def penalty_in_reward(rollout: Rollout, settings: PPOConfig) -> Array:
-    """(B, R) the KL estimate that `kl_mode` puts into the reward [nats]; 0 if it puts none."""
+def rollout_penalty(rollout: Rollout, settings: PPOConfig) -> Array:
+    """(B, R) what `kl_mode` takes off the reward of each token, before beta [nats]."""
     log_ratio = rollout.old_logp - rollout.ref_logp
-    estimator = KL_MODES[settings.kl_mode].in_reward
-    return (
-        kl_estimate(log_ratio, estimator) if estimator else get_xp(log_ratio).zeros_like(log_ratio)
-    )
+    return penalty_in_reward(settings.kl_mode, log_ratio=log_ratio, kl_full=rollout.kl_full)
 
 
 def make_experience(
@@ -191,7 +189,7 @@ def make_experience(
     """
     s, mask = settings, rollout.batch.response_mask
     score = final_score(rollout, settings=s, stop_id=stop_id)
-    rewards = token_rewards(score, penalty_in_reward(rollout, s), mask=mask, kl_coef=kl_coef)
+    rewards = token_rewards(score, rollout_penalty(rollout, s), mask=mask, kl_coef=kl_coef)
     reward_scale = advantage_scale = 1.0
     if s.whiten_rewards:
         rewards, reward_scale = masked_whiten(rewards, mask=mask, shift_mean=False)
@@ -216,7 +214,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What a batch of samples was like, by the field's names; `objective/kl` is kl_seq [nats]."""
     mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
-    penalty = penalty_in_reward(rollout, settings)
+    penalty = rollout_penalty(rollout, settings)
     non_score_reward = -kl_coef * response_sum(penalty, mask=mask).mean()
     score = final_score(rollout, settings=settings, stop_id=stop_id).mean()
     cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)

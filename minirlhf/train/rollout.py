@@ -69,9 +69,45 @@ def sample_responses(
         params: {"transformer": ...}.
     """
     ids = [prompt_ids(tokenizer, p, max_tokens=max_prompt_tokens) for p in prompts]
+    batch, responses = sample_ids(
+        params,
+        ids,
+        stop_id=tokenizer.eos,
+        pad_id=tokenizer.pad,
+        config=config,
+        max_response_tokens=max_response_tokens,
+        rng=rng,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        device=device,
+    )
+    texts = [tokenizer.decode(r) for r in responses]
+    return Samples(list(prompts), texts, ids, responses, batch)
+
+
+def sample_ids(
+    params: Tree,
+    prompts: list[Ids],
+    *,
+    stop_id: int,
+    pad_id: int,
+    config: GPTConfig,
+    max_response_tokens: int,
+    rng: np.random.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    device: str = "cpu",
+) -> tuple[Batch, list[Ids]]:
+    """`sample_responses` for prompts that are ids already.
+
+    Returns:
+        prompts and responses as one batch, and the responses without their padding.
+    """
     dtype = params["transformer"]["wte"].dtype
     batch = pad_batch(
-        ids, [[] for _ in ids], pad_id=tokenizer.pad, config=config, dtype=dtype, device=device
+        prompts, [[] for _ in prompts], pad_id=pad_id, config=config, dtype=dtype, device=device
     )
     out = generate(
         params["transformer"],
@@ -79,8 +115,8 @@ def sample_responses(
         mask=batch.mask,
         config=config,
         max_new=max_response_tokens,
-        stop_id=tokenizer.eos,
-        pad_id=tokenizer.pad,
+        stop_id=stop_id,
+        pad_id=pad_id,
         rng=rng,
         temperature=temperature,
         top_k=top_k,
@@ -88,9 +124,7 @@ def sample_responses(
     )
     batch = Batch(out.tokens, out.mask, batch.prompt_len).trimmed()
     tokens, mask = to_host(batch.responses), to_host(batch.response_mask) > 0
-    responses = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
-    texts = [tokenizer.decode(r) for r in responses]
-    return Samples(list(prompts), texts, ids, responses, batch)
+    return batch, [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
 
 class Rollout(NamedTuple):

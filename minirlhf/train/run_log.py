@@ -12,6 +12,13 @@ from minirlhf.disk import parse_object, read_bytes
 from minirlhf.errors import InputError
 
 
+class NoLog:
+    """In the place of a RunLog where nothing is to be left behind."""
+
+    def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
+        """Forget the values."""
+
+
 class RunLog:
     """Appends to the two files of a run folder; every line is in the file when the call returns.
 

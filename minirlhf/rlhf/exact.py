@@ -1,0 +1,538 @@
+"""The exact answer: every response of a small world, its probability, the optimum, the gradient.
+
+All responses are the paths through a tree of prefixes. A policy is one row of log-probs for each
+prefix, wherever it comes from: a table, or a transformer evaluated once at each prefix. Then
+
+    J(pi) = E_{y ~ pi} [ r(y) - beta (log pi(y) - log pi_ref(y)) ]
+
+is a finite sum, and so are its maximum, its gradient, and the variance of anything sampled. Where a
+world has several prompts each is the root of a tree of its own, and E is the mean over them too.
+
+N prefixes (nodes), M responses (leaves), V tokens, T tokens in the longest response. In nats.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import Array, check_same_shape, get_xp, to_device
+
+MOST_LEAVES = 20_000_000  # more responses than that do not fit into the memory of a laptop
+
+
+class PrefixTree(NamedTuple):
+    """Node n is a prefix that a policy has to continue; the prompts themselves come first.
+
+    Token a after prefix n leads to a longer prefix, or it ends the response: (n, a) is a leaf.
+    """
+
+    parent: Array  # (N,) the prefix without its last token; of a prompt: itself
+    token: Array  # (N,) the last token; of a prompt: 0, not used
+    leaf_node: Array  # (M,) the prefix that a response ends with,
+    leaf_token: Array  # (M,) and the last token after it
+    levels: tuple[slice, ...]  # the nodes of 0, 1, ... T-1 tokens
+    vocab_size: int  # V
+
+    @property
+    def n_prompts(self) -> int:
+        return self.levels[0].stop
+
+    @property
+    def n_nodes(self) -> int:
+        return self.levels[-1].stop
+
+    def to(self, device: str) -> "PrefixTree":
+        """A copy on "cpu" or "cuda"."""
+        fields = ("parent", "token", "leaf_node", "leaf_token")
+        return self._replace(**{name: to_device(getattr(self, name), device) for name in fields})
+
+
+def grow_tree(
+    goes_on: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    n_prompts: int = 1,
+) -> PrefixTree:
+    """The tree of all prefixes that `goes_on` lets live, level by level; made on the host.
+
+    Args:
+        goes_on: (prompt (n,), tokens (n, t)) -> (n, V) boolean: is the prefix with one more token
+            itself to be continued? Where not, and wherever max_tokens is reached, it is a response.
+        max_tokens: T.
+    Raises:
+        ValueError: a size is too small, or there are more than MOST_LEAVES responses.
+    """
+    if vocab_size < 2 or max_tokens < 1 or n_prompts < 1:
+        raise ValueError(
+            "grow_tree: expected vocab_size >= 2, max_tokens >= 1 and n_prompts >= 1; "
+            f"got {vocab_size}, {max_tokens} and {n_prompts}"
+        )
+    prompt, tokens = np.arange(n_prompts), np.zeros((n_prompts, 0), dtype=np.int64)
+    parents, last_tokens = [np.arange(n_prompts)], [np.zeros(n_prompts, dtype=np.int64)]
+    leaf_nodes, leaf_tokens, levels, n_leaves = [], [], [], 0
+    for t in range(max_tokens):
+        start = levels[-1].stop if levels else 0
+        levels.append(slice(start, start + len(tokens)))
+        lives = np.zeros((len(tokens), vocab_size), dtype=bool)
+        if t < max_tokens - 1:
+            lives |= goes_on(prompt, tokens)
+        n_leaves += int((~lives).sum())
+        if n_leaves + int(lives.sum()) > MOST_LEAVES:
+            raise ValueError(
+                f"grow_tree: expected at most {MOST_LEAVES:,} responses; {vocab_size} tokens and "
+                f"{max_tokens} steps have more: make either smaller"
+            )
+        for (node, token), nodes, ends in (
+            (np.nonzero(~lives), leaf_nodes, leaf_tokens),
+            (np.nonzero(lives), parents, last_tokens),
+        ):
+            nodes.append(start + node)
+            ends.append(token)
+        node, token = np.nonzero(lives)
+        prompt, tokens = prompt[node], np.concatenate([tokens[node], token[:, None]], axis=1)
+    arrays = (np.concatenate(a) for a in (parents, last_tokens, leaf_nodes, leaf_tokens))
+    return PrefixTree(*arrays, tuple(levels), vocab_size)
+
+
+def enumerate_responses(
+    *, vocab_size: int, max_tokens: int, stop_id: int | None = None, n_prompts: int = 1
+) -> PrefixTree:
+    """Every response of up to T tokens: it ends with the stop token, or after T tokens.
+
+    With a stop token M = (V-1)^T + sum_{t<T} (V-1)^t and N = sum_{t<T} (V-1)^t for each prompt;
+    without one (None) M = V^T.
+
+    Raises:
+        ValueError: as `grow_tree`, or the stop token is not in the vocabulary.
+    """
+    if stop_id is not None and not 0 <= stop_id < vocab_size:
+        raise ValueError(f"enumerate: expected stop_id in [0, {vocab_size}); got {stop_id}")
+    lives = np.arange(vocab_size) != (-1 if stop_id is None else stop_id)
+    return grow_tree(
+        lambda prompt, tokens: np.broadcast_to(lives, (len(tokens), vocab_size)),
+        vocab_size=vocab_size,
+        max_tokens=max_tokens,
+        n_prompts=n_prompts,
+    )
+
+
+class Responses(NamedTuple):
+    """The leaves as a right-padded batch, in the order of `tree.leaf_node`."""
+
+    prompt: Array  # (M,) index of the prompt
+    nodes: Array  # (M, T) the prefix that predicts token t; 0 at padding
+    tokens: Array  # (M, T) the tokens; 0 at padding
+    mask: Array  # (M, T) 1 at real tokens, the last one included
+
+
+def all_responses(tree: PrefixTree, *, dtype=np.float64) -> Responses:
+    """Each leaf as the path that leads to it."""
+    xp = get_xp(tree.parent)
+    M, T = tree.leaf_node.shape[0], len(tree.levels)
+    depth = xp.zeros(tree.n_nodes, dtype=tree.parent.dtype)
+    for t, level in enumerate(tree.levels):
+        depth[level] = t
+    nodes, tokens = (xp.zeros((M, T), dtype=tree.parent.dtype) for _ in range(2))
+    node, token, row = tree.leaf_node, tree.leaf_token, xp.arange(M)
+    for _ in range(T):  # from the last token to the first; the first is then written again
+        nodes[row, depth[node]] = node
+        tokens[row, depth[node]] = token
+        at_prompt = depth[node] == 0
+        token = xp.where(at_prompt, token, tree.token[node])
+        node = tree.parent[node]
+    mask = xp.arange(T) <= depth[tree.leaf_node][:, None]
+    return Responses(node, nodes, tokens, mask.astype(dtype))
+
+
+# -- probabilities -------------------------------------------------------------------------------
+
+
+def prefix_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
+    """log Pr(s) = -log(n_prompts) + sum_t log pi(s_t | s_<t): how likely a policy gets to s.
+
+    Args:
+        log_probs: (N, V) log pi(a|s), a row for each prefix.
+    Returns:
+        (N,) [nats].
+    Raises:
+        ValueError: log_probs does not have the tree's shape.
+    """
+    _check_rows(tree, log_probs=log_probs)
+    xp = get_xp(log_probs, tree.parent)
+    reach = xp.zeros(tree.n_nodes, dtype=log_probs.dtype)
+    reach[tree.levels[0]] = -math.log(tree.n_prompts)
+    for level in tree.levels[1:]:
+        parent, token = tree.parent[level], tree.token[level]
+        reach[level] = reach[parent] + log_probs[parent, token]
+    return reach
+
+
+def response_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
+    """log Pr(x, y) of every response, the even choice of the prompt included.
+
+    Returns:
+        (M,) [nats]; exp of it sums to 1.
+    """
+    reach = prefix_logprobs(tree, log_probs)
+    return reach[tree.leaf_node] + log_probs[tree.leaf_node, tree.leaf_token]
+
+
+class ExactValue(NamedTuple):
+    """What a policy is worth: means over all its responses. Each () in the policy's dtype."""
+
+    objective: Array  # J = reward - beta kl_seq [reward units]
+    reward: Array  # E[r] [reward units]
+    kl_seq: Array  # KL(pi || pi_ref) of whole responses [nats]
+    entropy_seq: Array  # H of whole responses, given the prompt [nats]
+    flatness: Array  # Var(r - beta log_ratio) among the responses to one prompt: 0 at the optimum
+
+
+def evaluate_exactly(
+    tree: PrefixTree, log_probs: Array, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> ExactValue:
+    """J(pi) = sum_y pi(y) (r(y) - beta log_ratio(y)),  log_ratio = log pi(y) - log pi_ref(y).
+
+    Args:
+        log_probs, ref_log_probs: (N, V).
+        rewards: (M,) of each response.
+        kl_coef: beta [reward units per nat].
+    Raises:
+        ValueError: shapes do not fit the tree, or the reference never says what the policy says.
+    """
+    _check_rows(tree, log_probs=log_probs, ref_log_probs=ref_log_probs)
+    check_same_shape("evaluate_exactly", leaf_node=tree.leaf_node, rewards=rewards)
+    xp = get_xp(log_probs, ref_log_probs, rewards)
+    logp = response_logprobs(tree, log_probs)
+    p = xp.exp(logp)
+    log_ratio = _log_ratio(p, logp, response_logprobs(tree, ref_log_probs))
+    shaped = rewards - kl_coef * log_ratio
+    prompt = prompt_of_leaf(tree)
+    objective = xp.zeros(tree.n_prompts, dtype=p.dtype)  # of each prompt
+    xp.add.at(objective, prompt, p * shaped)
+    centred = shaped - tree.n_prompts * objective[prompt]
+    return ExactValue(
+        objective=objective.sum(),
+        reward=(p * rewards).sum(),
+        kl_seq=(p * log_ratio).sum(),
+        entropy_seq=-(p * xp.where(p.real > 0, logp, 0.0)).sum() - math.log(tree.n_prompts),
+        flatness=(p * centred * centred).sum(),
+    )
+
+
+# -- the optimum ---------------------------------------------------------------------------------
+
+
+class Optimum(NamedTuple):
+    log_probs: Array  # (N, V) log pi*(a|s)
+    values: Array  # (N,) V(s) = beta log E_ref[exp(r / beta) | s]; of a prompt: beta log Z
+    objective: Array  # () J* = beta log Z, the mean over prompts [reward units]
+
+
+def soft_optimum(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> Optimum:
+    """pi*(a|s) = ref(a|s) exp((Q - V)/beta),  V(s) = beta log sum_a ref(a|s) exp(Q(s, a)/beta).
+
+    Q(s, a) is V of the longer prefix, or the reward where a ends the response: one pass from the
+    leaves to the prompts (Rafailov et al. 2024, arXiv 2404.12358).
+
+    Args:
+        ref_log_probs: (N, V).
+        rewards: (M,).
+        kl_coef: beta > 0 [reward units per nat].
+    Raises:
+        ValueError: beta is not positive, or shapes do not fit the tree.
+    Tested by: tests/test_exact.py::test_tilt_and_soft_values_are_the_same_optimum
+    """
+    _check_rows(tree, ref_log_probs=ref_log_probs)
+    check_same_shape("soft_optimum", leaf_node=tree.leaf_node, rewards=rewards)
+    _check_positive(kl_coef)
+    xp = get_xp(ref_log_probs, rewards)
+    q = xp.zeros_like(ref_log_probs)  # (N, V)
+    q[tree.leaf_node, tree.leaf_token] = rewards
+    values = xp.zeros(tree.n_nodes, dtype=ref_log_probs.dtype)
+    for level in reversed(tree.levels):
+        z = ref_log_probs[level] + q[level] / kl_coef
+        top = z.real.max(axis=-1)  # subtracted, or exp(r / beta) overflows at a small beta
+        values[level] = kl_coef * (top + xp.log(xp.exp(z - top[:, None]).sum(axis=-1)))
+        if level.start > 0:
+            q[tree.parent[level], tree.token[level]] = values[level]
+    log_probs = ref_log_probs + (q - values[:, None]) / kl_coef
+    return Optimum(log_probs, values, values[tree.levels[0]].mean())
+
+
+def tilt(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> tuple[Array, Array]:
+    """The same optimum response by response: pi*(y|x) = ref(y|x) exp(r/beta) / Z(x).
+
+    Korbak et al. 2022, arXiv 2205.11275.
+
+    Returns:
+        log Pr*(x, y) (M,) [nats], log Z (n_prompts,).
+    Raises:
+        ValueError: as `soft_optimum`.
+    """
+    check_same_shape("tilt", leaf_node=tree.leaf_node, rewards=rewards)
+    _check_positive(kl_coef)
+    xp = get_xp(ref_log_probs, rewards)
+    logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
+    log_z = xp.zeros(tree.n_prompts, dtype=ref_log_probs.dtype)
+    prompt = prompt_of_leaf(tree)
+    for x in range(tree.n_prompts):
+        here = prompt == x
+        top = xp.where(here, logp.real, -xp.inf).max()
+        total = xp.exp(xp.where(here, logp - top, -xp.inf)).sum()
+        log_z[x] = top + xp.log(total) + math.log(tree.n_prompts)
+    return logp - log_z[prompt], log_z
+
+
+def optimality_gap(
+    tree: PrefixTree, log_probs: Array, optimum: Optimum, *, kl_coef: float
+) -> Array:
+    """gap(s) = beta Pr(s) KL(pi(.|s) || pi*(.|s)): what a policy loses at each prefix.
+
+    Summed over the prefixes it is J* - J(pi) = beta KL(pi || pi*), so it says *where* a policy is
+    still wrong.
+
+    Returns:
+        (N,) [reward units], >= 0.
+    """
+    xp = get_xp(log_probs, optimum.log_probs)
+    p = xp.exp(log_probs)
+    log_ratio = _log_ratio(p, log_probs, optimum.log_probs)
+    reach = xp.exp(prefix_logprobs(tree, log_probs))
+    return kl_coef * reach * (p * log_ratio).sum(axis=-1)
+
+
+def by_depth(tree: PrefixTree, x: Array) -> Array:
+    """Sums of x (N,) over the prefixes of 0, 1, ... T-1 tokens: (T,)."""
+    return get_xp(x).stack([x[level].sum() for level in tree.levels])
+
+
+# -- the gradient --------------------------------------------------------------------------------
+
+
+class PolicyValues(NamedTuple):
+    q: Array  # (N, V) Q(s, a): the penalty of a itself and everything after it
+    values: Array  # (N,) V(s) = sum_a pi(a|s) Q(s, a); the mean over prompts is J
+
+
+def policy_values(
+    tree: PrefixTree, log_probs: Array, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> PolicyValues:
+    """Q(s, a) = -beta log_ratio(s, a) + V(sa), or + r(y) where a ends the response.
+
+    The values of a policy under the reward with the penalty in it: what a critic should learn.
+
+    Args:
+        as `evaluate_exactly`.
+    """
+    _check_rows(tree, log_probs=log_probs, ref_log_probs=ref_log_probs)
+    check_same_shape("policy_values", leaf_node=tree.leaf_node, rewards=rewards)
+    xp = get_xp(log_probs, ref_log_probs, rewards)
+    p = xp.exp(log_probs)
+    q = -kl_coef * _log_ratio(p, log_probs, ref_log_probs)
+    q[tree.leaf_node, tree.leaf_token] += rewards
+    values = xp.zeros(tree.n_nodes, dtype=q.dtype)
+    for level in reversed(tree.levels):
+        values[level] = (p[level] * q[level]).sum(axis=-1)
+        if level.start > 0:
+            q[tree.parent[level], tree.token[level]] += values[level]
+    return PolicyValues(q, values)
+
+
+def objective_gradient(
+    tree: PrefixTree, log_probs: Array, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> Array:
+    """dJ/dz(s, a) = Pr(s) pi(a|s) (Q(s, a) - V(s)): the policy gradient theorem, in logits.
+
+    Sutton et al. 2000. The derivative of log_ratio itself adds E[grad log pi] = 0. A network's
+    backward turns it into dJ/dparams. With rewards 0 and beta = -1 it is the gradient of
+    KL(pi || pi_ref).
+
+    Args:
+        as `evaluate_exactly`.
+    Returns:
+        (N, V) [reward units].
+    Tested by: tests/test_exact.py::test_exact_gradient_in_logits
+    """
+    q, values = policy_values(tree, log_probs, ref_log_probs, rewards, kl_coef=kl_coef)
+    xp = get_xp(log_probs)
+    reach = xp.exp(prefix_logprobs(tree, log_probs))
+    return reach[:, None] * xp.exp(log_probs) * (q - values[:, None])
+
+
+# -- over-optimisation ---------------------------------------------------------------------------
+
+
+def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
+    """log Pr of the best of n draws: q(y) = ref(y) (F(r)^n - F-(r)^n) / (F(r) - F-(r)).
+
+    F is the distribution function of the reward under ref and F- its limit from the left; among
+    draws that tie for the best one is taken at random. KL(q || ref) <= log n - (n-1)/n
+    (Beirami et al. 2024, arXiv 2401.01879). For one prompt.
+
+    Args:
+        ref_logp: (M,) log Pr of every response under the reference [nats].
+        rewards: (M,); equal to nine digits counts as equal.
+        n: number of draws >= 1.
+    Returns:
+        (M,) [nats].
+    Raises:
+        ValueError: n < 1, or shapes differ.
+    """
+    check_same_shape("best_of_n", ref_logp=ref_logp, rewards=rewards)
+    if n < 1:
+        raise ValueError(f"best_of_n: expected n >= 1; got {n}")
+    xp = get_xp(ref_logp, rewards)
+    levels, group = xp.unique(xp.round(rewards, 9), return_inverse=True)  # in rising order
+    mass = xp.zeros(levels.shape[0], dtype=ref_logp.dtype)
+    xp.add.at(mass, group, xp.exp(ref_logp))
+    drawn = mass > 0
+    mass = xp.where(drawn, mass, 1.0)  # a group that is never drawn keeps the weight 1
+    cdf = xp.where(drawn, mass, 0.0).cumsum()
+    share = xp.where(drawn, xp.clip(mass / xp.where(cdf > 0, cdf, 1.0), 0.0, 1.0), 1.0)
+    # log (F^n - F-^n) - log (F - F-) = n log F + log(1 - (1 - share)^n) - log mass
+    others = xp.where(share < 1, share, 0.0)
+    wins = xp.where(share < 1, -xp.expm1(n * xp.log1p(-others)), 1.0)
+    weight = n * xp.log(xp.where(drawn, cdf, 1.0)) + xp.log(wins) - xp.log(mass)
+    return ref_logp + weight[group]
+
+
+class Curve(NamedTuple):
+    """Points along the family pi_beta ~ ref exp(r/beta); host arrays, one entry a beta."""
+
+    kl_coef: np.ndarray
+    kl_seq: np.ndarray  # KL(pi_beta || ref) [nats]
+    reward: np.ndarray  # E[r]: the most that any policy at this KL can have
+    gold: np.ndarray  # E[gold]
+
+
+def optimal_curve(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, gold: Array, kl_coefs
+) -> Curve:
+    """The frontier E*[r](KL), and what becomes of the gold reward along it.
+
+    Args:
+        rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
+        kl_coefs: values of beta > 0.
+    """
+    rows = []
+    for beta in kl_coefs:
+        optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=float(beta))
+        args = (tree, optimum.log_probs, ref_log_probs)
+        value = evaluate_exactly(*args, rewards, kl_coef=float(beta))
+        wanted = evaluate_exactly(*args, gold, kl_coef=0.0)
+        rows.append((float(beta), *map(float, (value.kl_seq, value.reward, wanted.reward))))
+    return Curve(*np.array(rows).T)
+
+
+def frontier_reward(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_seq: float
+) -> float:
+    """The largest E[r] of any policy with KL(pi || ref) <= kl_seq, by bisection on log beta.
+
+    Args:
+        kl_seq: > 0 [nats].
+    Raises:
+        ValueError: kl_seq is not positive.
+    """
+    _check_positive(kl_seq, "kl_seq")
+    low, high = math.log(1e-4), math.log(1e6)  # of beta; KL falls as beta grows
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        beta = math.exp(middle)
+        optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=beta)
+        value = evaluate_exactly(tree, optimum.log_probs, ref_log_probs, rewards, kl_coef=beta)
+        low, high = (middle, high) if float(value.kl_seq) > kl_seq else (low, middle)
+    return float(value.reward)
+
+
+class GaoFit(NamedTuple):
+    alpha: float
+    slope: float
+    r_squared: float
+    law: str  # "linear" or "log"
+
+    @property
+    def peak_kl(self) -> float:
+        """The KL at which the fitted gain is highest [nats]: d = alpha / (2 slope), or exp(..)."""
+        ratio = self.alpha / self.slope
+        return (0.5 * ratio if self.law == "linear" else math.exp(ratio - 1)) ** 2
+
+    def __call__(self, distance: np.ndarray) -> np.ndarray:
+        """The fitted gain of the gold reward at d = sqrt(KL)."""
+        return distance * (self.alpha - self.slope * _bend(distance, self.law))
+
+
+def fit_gao(kl_seq: np.ndarray, gain: np.ndarray, *, law: str) -> GaoFit:
+    """Least squares for R(d) = d (alpha - slope d) or d (alpha - slope log d),  d = sqrt(KL).
+
+    Gao, Schulman & Hilton 2022, arXiv 2210.10760: "linear" for best-of-n, "log" for RL, whose
+    slope is infinite at 0: fit it away from 0.
+
+    Args:
+        kl_seq: (n,) > 0 [nats].
+        gain: (n,) gold reward less the reference's.
+    Raises:
+        ValueError: another law, fewer than 3 points, or a KL that is not positive.
+    """
+    if law not in ("linear", "log") or len(kl_seq) < 3 or not (np.asarray(kl_seq) > 0).all():
+        raise ValueError(
+            'fit_gao: expected law "linear" or "log" and at least 3 points with kl_seq > 0; '
+            f"got {law!r} and {kl_seq}"
+        )
+    d = np.sqrt(kl_seq)
+    columns = np.stack([d, -d * _bend(d, law)], axis=1)
+    (alpha, slope), *_ = np.linalg.lstsq(columns, gain, rcond=None)
+    rest = ((gain - columns @ (alpha, slope)) ** 2).sum()
+    r_squared = 1.0 - rest / ((gain - np.mean(gain)) ** 2).sum()
+    return GaoFit(float(alpha), float(slope), float(r_squared), law)
+
+
+def _bend(distance: np.ndarray, law: str) -> np.ndarray:
+    return distance if law == "linear" else np.log(distance)
+
+
+def prompt_of_leaf(tree: PrefixTree) -> Array:
+    """(M,) index of the prompt that each response answers."""
+    xp = get_xp(tree.parent)
+    prompt = xp.zeros_like(tree.parent)
+    prompt[tree.levels[0]] = xp.arange(tree.n_prompts)
+    for level in tree.levels[1:]:
+        prompt[level] = prompt[tree.parent[level]]
+    return prompt[tree.leaf_node]
+
+
+def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
+    """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0.
+
+    Raises:
+        ValueError: something with p > 0 is impossible under the reference; the KL is infinite.
+    """
+    xp = get_xp(p, logp, ref_logp)
+    possible = p.real > 0
+    if bool((possible & (ref_logp.real == -xp.inf)).any()):
+        raise ValueError(
+            "exact: expected a policy that says only what its reference may say; it says more, "
+            "and the KL is infinite: take a reference without -inf"
+        )
+    return xp.where(possible, logp, 0.0) - xp.where(possible, ref_logp, 0.0)
+
+
+def _check_rows(tree: PrefixTree, **rows: Array) -> None:
+    for name, array in rows.items():
+        if array.shape != (tree.n_nodes, tree.vocab_size):
+            raise ValueError(
+                f"exact: expected {name} of shape {(tree.n_nodes, tree.vocab_size)}, one row for "
+                f"each prefix; got {array.shape}"
+            )
+
+
+def _check_positive(value: float, name: str = "kl_coef") -> None:
+    if not value > 0:
+        raise ValueError(f"exact: expected {name} > 0; got {value}")
