@@ -213,7 +213,10 @@ def test_experience(kl_mode):
     rollout, estimator = make_rollout(), KL_MODES[kl_mode].in_reward
     got, metrics = experience_of(rollout, kl_mode=kl_mode)
     score = rollout.score
-    kl_token = kl_estimate(rollout.old_logp - rollout.ref_logp, estimator or "k1")
+    if estimator == "full":
+        kl_token = rollout.kl_full
+    else:
+        kl_token = kl_estimate(rollout.old_logp - rollout.ref_logp, estimator or "k1")
     rewards = token_rewards(score, kl_token, mask=MASK, kl_coef=0.3 if estimator else 0.0)
     advantages, returns = gae(rewards, rollout.values, mask=MASK, gamma=1.0, lam=0.95)
     white, scale = masked_whiten(advantages, mask=MASK)

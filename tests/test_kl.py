@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import DIFFERENT, ENUMERATION, K3, LOOPS, PRINTED, assert_close
 
-from minirlhf.rlhf.advantages import gae, token_rewards
+from minirlhf.rlhf.exact import all_responses, enumerate_responses
+from minirlhf.rlhf.expected import gather_nodes, penalty_dlogits
 from minirlhf.rlhf.kl import (
     KL_MODES,
     LOG_RATIO_LIMIT,
@@ -24,12 +25,10 @@ from minirlhf.rlhf.kl import (
     kl_estimate_slope,
     summed_penalty,
 )
-from minirlhf.rlhf.logprobs import token_logprobs_backward, token_logprobs_forward
+from minirlhf.rlhf.logprobs import token_logprobs_forward
 from minirlhf.rlhf.objectives import (
     kl_loss_backward,
     kl_loss_forward,
-    ppo_clip_backward,
-    ppo_clip_forward,
 )
 
 ESTIMATORS = ("k1", "k2", "k3")
@@ -210,15 +209,10 @@ def test_unknown_estimators_are_refused(function):
 # -- gradients by enumeration --------------------------------------------------------------------
 
 V, T = 3, 3
-RESPONSES = np.array(list(np.ndindex(*[V] * T)))  # (27, T)
-NODES = sum(V**t for t in range(T))  # prefixes of 0 .. T-1 tokens
-NODE = np.array(  # (27, T): the row of logits that predicts token t of each response
-    [
-        [sum(V**i for i in range(t)) + int(sum(y[i] * V**i for i in range(t))) for t in range(T)]
-        for y in RESPONSES
-    ]
-)
-NO_PADDING = np.ones(RESPONSES.shape)
+TREE = enumerate_responses(vocab_size=V, max_tokens=T)
+ALL = all_responses(TREE)
+NODE, RESPONSES, NO_PADDING = ALL.nodes, ALL.tokens, ALL.mask  # (27, T) each
+NODES = TREE.n_nodes
 
 
 def make_table(seed):
@@ -303,25 +297,8 @@ EXPECTED = {
 
 def expected_gradient(kl_mode, sampler):
     """E_{y ~ sampler} of the penalty's gradient in the tables of logits, through the package."""
-    logits, ref_logits = THETA[NODE], REF[NODE]  # (27, T, V)
-    logp, logp_cache = token_logprobs_forward(logits, targets=RESPONSES)
-    ref_logp, _ = token_logprobs_forward(ref_logits, targets=RESPONSES)
-    old_logp, _ = token_logprobs_forward(sampler[NODE], targets=RESPONSES)
-    constants = {"old_logp": old_logp, "weights": NO_PADDING}  # weight 1 a response
-    _, cache = kl_loss_forward(
-        logits, logp, kl_mode=kl_mode, ref_logp=ref_logp, ref_logits=ref_logits, **constants
-    )
-    dlogits, dlogp = kl_loss_backward(1.0, cache)
-    if KL_MODES[kl_mode].in_reward:
-        penalty = kl_estimate(old_logp - ref_logp, KL_MODES[kl_mode].in_reward)
-        rewards = token_rewards(np.zeros(len(logp)), penalty, mask=NO_PADDING, kl_coef=1.0)
-        reward_to_go, _ = gae(rewards, np.zeros_like(rewards), mask=NO_PADDING, gamma=1.0, lam=1.0)
-        _, clip = ppo_clip_forward(logp, advantages=reward_to_go, clip="none", **constants)
-        dlogp = dlogp + ppo_clip_backward(1.0, clip)  # = - reward-to-go at ratio 1
-    dlogits = dlogits + token_logprobs_backward(dlogp, logp_cache)
-    total = np.zeros_like(THETA)
-    np.add.at(total, NODE, response_probs(sampler)[:, None, None] * dlogits)
-    return total
+    dlogits = penalty_dlogits(ALL, THETA, old_logits=sampler, ref_logits=REF, kl_mode=kl_mode)
+    return gather_nodes(TREE, ALL, dlogits, weights=response_probs(sampler))
 
 
 def difference(a, b):
