@@ -167,7 +167,7 @@ def kl_loss(logits, ref_logits, logp, old_logp, ref_logp, mask, kl_mode, mode, c
         later = torch.stack([kept[:, t + 1 :].sum(1) for t in range(kept.shape[1])], dim=1)
         kl_token = kl_token + (logp - logp.detach()) * later
     else:
-        assert kl_mode == "loss_full"
+        assert kl_mode in ("loss_full", "reward_and_loss_full")
     return aggregate(kl_token, mask, mode, constant)
 
 
