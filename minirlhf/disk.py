@@ -72,6 +72,14 @@ def parse_object(text: str, where: str) -> dict:
     return value
 
 
+def next_numbered_folder(name: str) -> Path:
+    """runs/NAME-N with the first N that is free."""
+    n = 0
+    while (folder := Path("runs") / f"{name}-{n}").exists():
+        n += 1
+    return folder
+
+
 def shorten(text: str, limit: int = 60) -> str:
     """The text on one line, cut with "..." if it is longer than `limit` characters."""
     text = " ".join(text.split())

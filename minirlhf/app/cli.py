@@ -1,4 +1,4 @@
-"""The command line: minirlhf train | resume | score | sample | check."""
+"""The command line: minirlhf train | resume | score | sample | exact | check."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from minirlhf import __version__
 from minirlhf.app.check import check_command
+from minirlhf.app.exact import ExactOptions, exact_command
 from minirlhf.app.progress import track
 from minirlhf.app.report import (
     gold_or_none,
@@ -40,6 +41,7 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf resume RUN             go on from the last checkpoint
   minirlhf score RUN --prompt .. --response ..    log pi_theta - log pi_ref, token by token
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
+  minirlhf exact                  the exact optimum, KL and gradients beside every estimate
   minirlhf check                  check every gradient of the package
 
 minirlhf COMMAND --help shows the options of a command. With MINIRLHF_TRACEBACK=1 in the environment
@@ -128,6 +130,7 @@ def run_command(arguments: list[str]) -> int:
         "resume": resume,
         "score": score,
         "sample": sample,
+        "exact": exact,
         "check": check,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -253,6 +256,11 @@ def check(arguments: list[str]) -> int:
     options = parse(CheckOptions, "check", arguments)
     _refuse_negative(options.seed)
     return check_command(seed=options.seed)
+
+
+def exact(arguments: list[str]) -> int:
+    """minirlhf exact."""
+    return exact_command(parse(ExactOptions, "exact", arguments))
 
 
 def _open_finished(folder: Path) -> tuple[Run, Tree, Tree]:

@@ -1,10 +1,12 @@
-"""The experiments of `minirlhf exact`: functions from settings to plain numbers, nothing sampled.
+"""The experiments of `minirlhf exact`: functions from settings to plain numbers.
 
-Two worlds are used. A random one (four tokens, four steps, two random transformers) for gradients
+Two worlds are used. A random one (four tokens, four steps, three random transformers) for gradients
 and their noise, one response after the other; and the tiny support desk for everything about
-optima. What has to be trained stands in `ground_truth.py`.
+optima. Nothing is sampled but where a policy is trained, and what it has become is then exact.
 """
 
+import dataclasses
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from minirlhf.rlhf.exact import (
     enumerate_responses,
     evaluate_exactly,
     fit_gao,
+    frontier_reward,
     objective_gradient,
     optimal_curve,
     policy_values,
@@ -36,6 +39,8 @@ from minirlhf.rlhf.expected import (
 from minirlhf.rlhf.kl import full_kl_backward, full_kl_forward
 from minirlhf.rlhf.logprobs import log_softmax, token_logprobs_backward, token_logprobs_forward
 from minirlhf.rlhf.objectives import ppo_clip_backward, ppo_clip_forward
+from minirlhf.train.config import PPOConfig
+from minirlhf.train.ground_truth import PPO, RLOO, make_ground_truth, train_on_world
 from minirlhf.train.tree_policy import tree_gradient, tree_logits
 from minirlhf.tree import Tree, tree_leaves, tree_map
 from minirlhf.worlds.world import TokenWorld
@@ -373,4 +378,99 @@ def overoptimisation(
         ],
         "best_of_n": rows,
         "fits": fits,
+    }
+
+
+# -- trained policies ----------------------------------------------------------------------------
+
+
+class TrainingRun(NamedTuple):
+    """One policy to be trained, and which experiment it belongs to."""
+
+    part: str
+    name: str
+    settings: PPOConfig
+    baseline: str = "critic"
+
+
+def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
+    """The settings with other values of some fields, and of some fields of their optimiser."""
+    tuned = dataclasses.replace(settings.optimizer, **(optimizer or {}))
+    return dataclasses.replace(settings, optimizer=tuned, **fields)
+
+
+def optimum_runs(*, iterations: int = 150, betas=(1.0, 0.5, 0.25)) -> list[TrainingRun]:
+    """PPO with two schedules, and one-step REINFORCE, for several beta."""
+    constant = {"learning_rate": 1e-3, "schedule": "constant"}
+    runs = []
+    for beta in betas:
+        ppo, rloo = (changed(s, kl_coef=beta, iterations=iterations) for s in (PPO, RLOO))
+        runs.append(TrainingRun("optimum", "PPO, linear decay", ppo))
+        runs.append(TrainingRun("optimum", "PPO, constant rate", changed(ppo, optimizer=constant)))
+        runs.append(TrainingRun("optimum", "one-step RLOO", rloo, "leave_one_out"))
+    return runs
+
+
+def placement_runs(*, iterations: int = 60, beta: float = 0.5) -> list[TrainingRun]:
+    """The same PPO with the penalty in other places."""
+    names = {
+        "reward_k1": "k1 in the reward",
+        "reward_and_loss_full": "full KL in reward and loss",
+        "loss_k2_tok": "k2 per token as loss",
+        "loss_k3_tok": "k3 per token as loss",
+        "loss_k1": "k1 as loss (as printed)",
+    }
+    return [
+        TrainingRun(
+            "placement", name, changed(PPO, kl_coef=beta, kl_mode=mode, iterations=iterations)
+        )
+        for mode, name in names.items()
+    ]
+
+
+def clip_runs(*, iterations: int = 40, beta: float = 0.5) -> list[TrainingRun]:
+    """Three forms of the clip where it has to work: large steps, many epochs, a constant rate."""
+    hard = {"learning_rate": 8e-3, "schedule": "constant"}
+    settings = changed(PPO, kl_coef=beta, iterations=iterations, epochs=8, optimizer=hard)
+    names = {"ppo": "PPO's clip", "book": "min(ratio, 1 + e) A (textbook)", "none": "no clip"}
+    return [
+        TrainingRun("clip", name, dataclasses.replace(settings, clip=clip))
+        for clip, name in names.items()
+    ]
+
+
+def overoptimisation_runs(*, iterations: int = 150, betas=(2.0, 0.1)) -> list[TrainingRun]:
+    """PPO with a beta on either side of those of `optimum_runs`."""
+    return [
+        TrainingRun(
+            "overoptimisation",
+            "PPO, linear decay",
+            changed(PPO, kl_coef=beta, iterations=iterations),
+        )
+        for beta in betas
+    ]
+
+
+def train_run(
+    run: TrainingRun, world: TokenWorld, reference: Tree, *, config: GPTConfig, seed: int
+) -> Row:
+    """Train one policy from the reference on; its history, and the frontier where it ended."""
+    started = time.perf_counter()
+    beta = run.settings.kl_coef
+    truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
+    settings = {"settings": run.settings, "seed": seed, "baseline": run.baseline}
+    history = train_on_world(truth, reference, **settings).history
+    seconds = time.perf_counter() - started
+    frontier = frontier_reward(
+        world.tree, truth.ref_log_probs, world.rewards, kl_seq=history[-1]["exact/kl_seq"]
+    )
+    return {
+        "part": run.part,
+        "name": run.name,
+        "kl_coef": beta,
+        "seed": seed,
+        "iterations": run.settings.iterations,
+        "seconds": seconds,
+        "frontier": frontier,
+        "history": history,
     }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minirlhf.backend import array_module, to_device
-from minirlhf.disk import parse_object, read_text, write_whole
+from minirlhf.disk import next_numbered_folder, parse_object, read_text, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.train.config import RewardModelConfig, TrainConfig, load_config, save_config
@@ -304,11 +304,7 @@ def fork_run(
 
 def next_folder(config: TrainConfig) -> Path:
     """runs/WORLD-N with the first N that is free."""
-    world = Path(config.corpus or config.pairs or "support").stem
-    n = 0
-    while (folder := Path("runs") / f"{world}-{n}").exists():
-        n += 1
-    return folder
+    return next_numbered_folder(Path(config.corpus or config.pairs or "support").stem)
 
 
 def unused_options(config: TrainConfig) -> list[str]:

@@ -1,0 +1,165 @@
+"""Pictures of the exact experiments: what `minirlhf exact` and the examples save."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+RIGHT, WRONG = "tab:green", "tab:red"
+BETA_COLOURS = {2.0: "tab:gray", 1.0: "tab:blue", 0.5: "tab:orange", 0.25: "tab:green"}
+
+
+def _colour(beta: float) -> str:
+    return BETA_COLOURS.get(beta, "tab:red")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_kl(rows: list[Row], path: Path) -> Path:
+    """Left: error of the expected gradient of every placement. Right: noise of one sample."""
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(rows))[::-1]
+    colours = [RIGHT if row["right"] else WRONG for row in rows]
+    left.barh(places, [max(row["error"], 1e-17) for row in rows], left=1e-17, color=colours)
+    left.set_xscale("log")
+    left.set_xlim(1e-17, 30)
+    labels = [f"{row['name']}  [y ~ {row['sampler']}]" for row in rows]
+    left.set_yticks(places, labels)
+    left.set_title("|E[estimate] − g| / |g|,  g = ∇KL(π‖ref), by enumeration", fontsize=9)
+    right.barh(places, [row["noise"] for row in rows], color=colours)
+    right.set_xscale("log")
+    right.set_title("noise of one sample: sd of the estimate / |g|", fontsize=9)
+    return _save(figure, path)
+
+
+def draw_advantages(gae: list[Row], surrogate: list[Row], path: Path) -> Path:
+    """GAE's bias and noise against lambda; PPO's surrogate as theta leaves old."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    bias, noise, cosines = figure.subplots(1, 3)
+    for value in dict.fromkeys(row["value"] for row in gae):
+        rows = [row for row in gae if row["value"] == value]
+        lams = [row["lam"] for row in rows]
+        bias.semilogy(lams, [max(row["bias"], 1e-17) for row in rows], "-o", ms=3, label=value)
+        noise.plot(lams, [row["noise"] for row in rows], "-o", ms=3, label=value)
+    bias.set_title("bias of the policy gradient / |∇J|", fontsize=9)
+    noise.set_title("noise of one sample / |∇J|", fontsize=9)
+    for axis in (bias, noise):
+        axis.set_xlabel("GAE's λ", fontsize=8)
+    bias.legend(title="value", fontsize=7, title_fontsize=7)
+    kl = [row["kl_old_seq"] for row in surrogate]
+    for name in ("clipped", "unclipped", "clip_fraction"):
+        style = ":" if name == "clip_fraction" else "-o"
+        label = name.replace("_", " ")
+        cosines.semilogx(kl, [row[name] for row in surrogate], style, ms=3, label=label)
+    cosines.set_title("cosine of the surrogate's gradient with ∇J(θ)", fontsize=9)
+    cosines.set_xlabel("KL(old‖θ) [nats per response]", fontsize=8)
+    cosines.legend(fontsize=7)
+    return _save(figure, path)
+
+
+def draw_flatness(rows: list[Row], path: Path) -> Path:
+    """Noise of one sample's policy gradient against the distance to the optimum."""
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    rows = [row for row in rows if row["gap"] > 1e-9]
+    gap = [row["gap"] for row in rows]
+    axis.loglog(gap, [row["k1"] for row in rows], "-o", label="sampled k1 in the reward")
+    axis.loglog(gap, [row["full"] for row in rows], "-s", label="whole-vocabulary KL")
+    axis.invert_xaxis()
+    axis.set_xlabel("J* − J  (the optimum is on the right)")
+    axis.set_ylabel("variance of one sample's gradient")
+    axis.set_title("at the optimum r − β·log-ratio is flat: the noise of k1 is gone", fontsize=9)
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def draw_optimum(runs: list[Row], path: Path) -> Path:
+    """1 - fraction and Var(r - beta log_ratio) over training, and where the rest is lost."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    gap, flat, depth = figure.subplots(1, 3)
+    styles = {"PPO, linear decay": "-", "PPO, constant rate": ":", "one-step RLOO": "--"}
+    labelled = set()
+    for run in runs:
+        key = (run["name"], run["kl_coef"])
+        label = None if key in labelled else f"{run['name']}, β = {run['kl_coef']:g}"
+        labelled.add(key)
+        x = [row["iteration"] for row in run["history"]]
+        look = {"ls": styles[run["name"]], "color": _colour(run["kl_coef"]), "lw": 1.2}
+        gap.semilogy(x, [1 - row["exact/fraction"] for row in run["history"]], **look)
+        flat.semilogy(x, [row["exact/flatness"] for row in run["history"]], **look, label=label)
+        lost = run["history"][-1]["exact/gap_by_depth"]
+        depth.semilogy(range(1, len(lost) + 1), np.maximum(lost, 1e-7), **look, marker=".")
+    gap.set_title("(J* − J) / (J* − E_ref r)", fontsize=9)
+    flat.set_title("Var(r − β·log-ratio): 0 at the optimum", fontsize=9)
+    depth.set_title("the same gap at the end, by token", fontsize=9)
+    for axis in (gap, flat):
+        axis.set_xlabel("iteration", fontsize=8)
+    depth.set_xlabel("position of the token", fontsize=8)
+    flat.legend(fontsize=6)
+    return _save(figure, path)
+
+
+def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
+    """The fraction of the optimum over training: a panel a group, a colour a name."""
+    figure = Figure(figsize=(5.5 * len(groups), 3.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(groups)))
+    for axis, (title, runs) in zip(axes, groups.items(), strict=True):
+        names = list(dict.fromkeys(run["name"] for run in runs))
+        for run in runs:
+            x = [row["iteration"] for row in run["history"]]
+            y = [row["exact/fraction"] for row in run["history"]]
+            first = run is next(r for r in runs if r["name"] == run["name"])
+            colour = f"C{names.index(run['name'])}"
+            axis.plot(x, y, color=colour, label=run["name"] if first else None)
+        axis.axhline(1.0, color="black", lw=0.8)
+        axis.set_yscale("symlog", linthresh=1.0)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("iteration", fontsize=8)
+        axis.set_ylabel("share of J* − E_ref r (1: optimum, 0: reference)", fontsize=8)
+        axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
+def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
+    """Proxy and gold against sqrt(KL): the frontier, best-of-n, and where PPO ended."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curve, drawn = result["curve"], result["best_of_n"]
+    for axis, key in ((left, "reward"), (right, "gold")):
+        start = [(0.0, result["reference"][key])]
+        for rows, style, name in (
+            (curve, "-", "optimum at this KL, π ∝ ref·exp(proxy/β)"),
+            (drawn, "--s", "best of n"),
+        ):
+            points = start + [(row["kl_seq"] ** 0.5, row[key]) for row in rows]
+            axis.plot(*zip(*sorted(points), strict=True), style, ms=3, label=name)
+        for run in runs:
+            end = run["history"][-1]
+            label = "PPO" if run is runs[0] else None
+            point = (end["exact/kl_seq"] ** 0.5, end[f"exact/{key}"])
+            axis.plot(*point, "o", color="tab:red", ms=5, label=label)
+            axis.annotate(f" β={run['kl_coef']:g}", point, fontsize=7)
+        axis.set_xlabel("√KL(π‖ref) [nats^½ per response]", fontsize=8)
+    left.set_title("proxy: what is maximised; nothing lies above the curve", fontsize=9)
+    right.set_title("gold: what is wanted; it falls again", fontsize=9)
+    d = np.linspace(0.05, curve[-1]["kl_seq"] ** 0.5, 200)
+    for fit in result["fits"]:
+        if fit["of"] == "tilt":
+            bend = d if fit["law"] == "linear" else np.log(d)
+            gain = d * (fit["alpha"] - fit["slope"] * bend)
+            label = f"Gao's law ({fit['law']}), R² = {fit['r_squared']:.3f}"
+            right.plot(d, result["reference"]["gold"] + gain, ":", lw=1, label=label)
+    low = min(row["gold"] for row in curve)
+    right.set_ylim(low - 0.3, max(row["gold"] for row in drawn) + 0.3)
+    left.legend(fontsize=7)
+    right.legend(fontsize=7)
+    return _save(figure, path)
