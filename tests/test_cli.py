@@ -48,7 +48,7 @@ else:
 ROOT = Path(minirlhf.__file__).parents[1]
 VOWELS = "minirlhf.worlds.rewards:vowel_share"
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "score", "sample", "check")
+COMMANDS = ("train", "resume", "score", "sample", "exact", "check")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,7 @@ def test_help_of_each_command(capsys, command):
         "resume": ["Run folder", "PPO goes on from its last checkpoint", "start again"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
+        "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
         "check": ["--seed"],
     }[command]
     for option in expected:

@@ -27,7 +27,14 @@ from minirlhf.nn.layers import (
     linear_forward,
 )
 from minirlhf.nn.transformer import positions_of, transformer_forward
-from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
+from minirlhf.rlhf.advantages import (
+    gae,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    rloo_advantages,
+    token_rewards,
+)
 from minirlhf.rlhf.kl import (
     full_kl_forward,
     future_kl,
@@ -384,6 +391,28 @@ def test_gae(case, gamma, lam):
     got = gae(with_junk(rewards, mask), with_junk(values, mask), mask=mask, gamma=gamma, lam=lam)
     assert_close(got[0], advantages)
     assert_close(got[1], returns)
+
+
+@given(ragged(max_B=6), st.integers(1, 3))
+def test_rloo(case, n_prompts):
+    """A_i = G/(G-1) (R_i - mean of R over the responses to the same prompt)."""
+    rng, mask = case
+    mask = np.repeat(mask, 2, axis=0)  # at least two responses to each prompt
+    group = np.arange(len(mask)) // 2 % n_prompts
+    reward = rng.standard_normal(len(mask))
+    expected = np.zeros(mask.shape)
+    for b, t in cells(mask):
+        same = [reward[i] for i in range(len(mask)) if group[i] == group[b]]
+        G = len(same)
+        expected[b, t] = G / (G - 1) * (reward[b] - sum(same) / G)
+    assert_close(rloo_advantages(reward, group=group, mask=mask), expected)
+
+
+def test_rloo_needs_a_second_response():
+    with pytest.raises(ValueError, match="at least two responses to every prompt"):
+        rloo_advantages(np.ones(3), group=np.array([0, 0, 1]), mask=np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"expected seq_reward \(B,\)"):
+        rloo_advantages(np.ones(2), group=np.array([0, 0, 1]), mask=np.ones((3, 2)))
 
 
 @given(ragged(), st.booleans())

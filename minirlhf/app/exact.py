@@ -58,26 +58,17 @@ class ExactOptions:
     processes: int = 2
     """Training runs side by side, one thread each."""
 
-    def __post_init__(self):
-        if not self.parts or not self.seeds or min(self.seeds, default=0) < 0:
-            raise InputError(
-                "exact: expected at least one part and one seed, none below 0; got "
-                f"{len(self.parts)} parts and seeds {list(self.seeds)}: name some"
-            )
-        if self.iterations < 1 or self.processes < 1:
-            raise InputError(
-                "exact: expected iterations >= 1 and processes >= 1; "
-                f"got {self.iterations} and {self.processes}: choose such numbers"
-            )
-
 
 def exact_command(options: ExactOptions) -> int:
     """Run the experiments, print their tables, write exact.json and the pictures.
 
     Returns:
         exit status: 0, or 1 if an identity that must hold to rounding did not.
+    Raises:
+        InputError: an option is out of its range, or the folder holds results already.
     """
     started = time.perf_counter()
+    _check_options(options)
     out = options.out or next_numbered_folder("exact")
     if (out / "exact.json").exists():
         raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
@@ -96,14 +87,24 @@ def exact_command(options: ExactOptions) -> int:
     return 0 if all(claims.values()) else 1
 
 
+def _check_options(options: ExactOptions) -> None:
+    if not options.parts or not options.seeds or min(options.seeds, default=0) < 0:
+        raise InputError(
+            "exact: expected at least one part and one seed, none below 0; got "
+            f"{len(options.parts)} parts and seeds {list(options.seeds)}: name some"
+        )
+    if options.iterations < 1 or options.processes < 1:
+        raise InputError(
+            "exact: expected iterations >= 1 and processes >= 1; "
+            f"got {options.iterations} and {options.processes}: choose such numbers"
+        )
+
+
 # -- running -------------------------------------------------------------------------------------
 
 
 def run_experiments(options: ExactOptions) -> Row:
-    """All numbers of the chosen parts, as exact.json holds them.
-
-    The long jobs are handed to processes first; each works with one thread.
-    """
+    """All numbers of the chosen parts, as exact.json holds them; each process has one thread."""
     analytic: dict[str, Callable[[], Any]] = {
         "kl": experiments.kl_gradient_table,
         "gae": experiments.gae_table,
@@ -118,8 +119,7 @@ def run_experiments(options: ExactOptions) -> Row:
         seeds = options.seeds if runs or "overoptimisation" in options.parts else ()
         fits = [pool.apply_async(_fit, (seed,)) for seed in seeds]
         references = dict(zip(seeds, _gather(fits, "fitting the references"), strict=True))
-        jobs = [(run, seed) for seed in seeds for run in runs]
-        jobs.sort(key=lambda job: -job[0].settings.iterations * job[0].settings.epochs)
+        jobs = [(run, seed) for run in runs for seed in seeds]
         training = [pool.apply_async(_train, (*job, references[job[1]])) for job in jobs]
         results: Row = dict(zip(wanted, [table.get() for table in tables], strict=True))
         results["runs"] = _gather(training, "training policies")
@@ -268,6 +268,8 @@ def show_tables(results: Row, console: Console) -> None:
         runs = of_part(results["runs"], part)
         if runs:
             console.print(runs_table(runs, title))
+        if part == "optimum" and runs:
+            console.print(depth_table(runs))
     if "overoptimisation" in results:
         console.print(overoptimisation_table(results["overoptimisation"][0], results["runs"]))
 
@@ -323,26 +325,49 @@ def flatness_table(rows: list[Row]) -> Table:
 
 def runs_table(runs: list[Row], title: str) -> Table:
     """Runs of the same name and beta in one line: mean, sd and least over the seeds."""
-    n_seeds = len({run["seed"] for run in runs})
-    heads = ("beta", "share of the optimum", "least", "KL", "gold", "Var(r - b lr)", "s a run")
-    table = _table(f"{title}; {n_seeds} seeds, {runs[0]['iterations']} iterations", "", *heads)
-    for name, beta in dict.fromkeys((run["name"], run["kl_coef"]) for run in runs):
-        same = [run for run in runs if (run["name"], run["kl_coef"]) == (name, beta)]
+    heads = ("beta", "share of J*", "least", "KL", "gold", "Var", "s a run")
+    table = _table(f"{title}; {_of_seeds(runs)}", "", *heads)
+    for name, beta, same in _by_name_and_beta(runs):
         ends = [run["history"][-1] for run in same]
-
-        def mean(key, ends=ends):
-            return float(np.mean([end[f"exact/{key}"] for end in ends]))
-
-        fractions = [end["exact/fraction"] for end in ends]
-        share = f"{np.mean(fractions):.4f} ± {np.std(fractions):.4f}"
-        seconds = np.mean([run["seconds"] for run in same])
-        table.add_row(
-            name,
-            *(f"{beta:g}", share, f"{min(fractions):.4f}"),
-            *(f"{mean('kl_seq'):.3f}", f"{mean('gold'):.3f}", f"{mean('flatness'):.1e}"),
-            f"{seconds:.0f}",
+        kl, gold, var = (
+            float(np.mean([end[f"exact/{key}"] for end in ends]))
+            for key in ("kl_seq", "gold", "flatness")
         )
+        shares = [end["exact/fraction"] for end in ends]
+        spread = f" ± {np.std(shares):.4f}" if len(shares) > 1 else ""
+        table.add_row(
+            *(name, f"{beta:g}", f"{np.mean(shares):.4f}{spread}", f"{min(shares):.4f}"),
+            *(f"{kl:.3f}", f"{gold:.3f}", f"{var:.1e}"),
+            f"{np.mean([run['seconds'] for run in same]):.0f}",
+        )
+    table.caption = (
+        "share of J*: (J - E_ref r) / (J* - E_ref r). Var: of r - beta log_ratio over responses, "
+        "0 at the optimum."
+    )
     return table
+
+
+def depth_table(runs: list[Row]) -> Table:
+    """Where J* - J is lost: its share at each token of the response."""
+    depths = len(runs[0]["history"][-1]["exact/gap_by_depth"])
+    title = f"where the rest is lost: (J* - J) / (J* - E_ref r) by token; {_of_seeds(runs)}"
+    table = _table(title, "", "beta", *(f"token {t + 1}" for t in range(depths)), "sum")
+    for name, beta, same in _by_name_and_beta(runs):
+        lost = np.mean([run["history"][-1]["exact/gap_by_depth"] for run in same], axis=0)
+        table.add_row(name, f"{beta:g}", *(f"{x:.5f}" for x in [*lost, lost.sum()]))
+    return table
+
+
+def _of_seeds(runs: list[Row]) -> str:
+    n = len({run["seed"] for run in runs})
+    return f"{n} seed{'s' * (n > 1)}, {runs[0]['iterations']} iterations"
+
+
+def _by_name_and_beta(runs: list[Row]) -> list[tuple[str, float, list[Row]]]:
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for run in runs:
+        groups.setdefault((run["name"], run["kl_coef"]), []).append(run)
+    return [(*key, same) for key, same in groups.items()]
 
 
 def overoptimisation_table(result: Row, runs: list[Row]) -> Table:

@@ -84,7 +84,7 @@ def draw_flatness(rows: list[Row], path: Path) -> Path:
 
 def draw_optimum(runs: list[Row], path: Path) -> Path:
     """1 - fraction and Var(r - beta log_ratio) over training, and where the rest is lost."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
     gap, flat, depth = figure.subplots(1, 3)
     styles = {"PPO, linear decay": "-", "PPO, constant rate": ":", "one-step RLOO": "--"}
     labelled = set()
@@ -104,27 +104,28 @@ def draw_optimum(runs: list[Row], path: Path) -> Path:
     for axis in (gap, flat):
         axis.set_xlabel("iteration", fontsize=8)
     depth.set_xlabel("position of the token", fontsize=8)
-    flat.legend(fontsize=6)
+    figure.legend(*flat.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return _save(figure, path)
 
 
 def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
-    """The fraction of the optimum over training: a panel a group, a colour a name."""
+    """The distance to the optimum over training: a panel a group, a colour a name."""
     figure = Figure(figsize=(5.5 * len(groups), 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(groups)))
     for axis, (title, runs) in zip(axes, groups.items(), strict=True):
         names = list(dict.fromkeys(run["name"] for run in runs))
-        for run in runs:
-            x = [row["iteration"] for row in run["history"]]
-            y = [row["exact/fraction"] for row in run["history"]]
-            first = run is next(r for r in runs if r["name"] == run["name"])
-            colour = f"C{names.index(run['name'])}"
-            axis.plot(x, y, color=colour, label=run["name"] if first else None)
+        for name in names:
+            same = [run for run in runs if run["name"] == name]
+            for run in same:
+                x = [row["iteration"] for row in run["history"]]
+                y = [1 - row["exact/fraction"] for row in run["history"]]
+                label = name if run is same[0] else None
+                axis.semilogy(x, y, color=f"C{names.index(name)}", label=label)
         axis.axhline(1.0, color="black", lw=0.8)
-        axis.set_yscale("symlog", linthresh=1.0)
+        axis.annotate("no better than the reference", (0, 1.0), fontsize=7, va="bottom")
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("iteration", fontsize=8)
-        axis.set_ylabel("share of J* − E_ref r (1: optimum, 0: reference)", fontsize=8)
+        axis.set_ylabel("(J* − J) / (J* − E_ref r)", fontsize=8)
         axis.legend(fontsize=7)
     return _save(figure, path)
 

@@ -1,0 +1,132 @@
+"""`minirlhf exact`: its tables, its files, its exit status."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_run import call, refusal
+
+from minirlhf.app import exact
+from minirlhf.app.exact import ExactOptions, check_claims, draw_pictures, exact_command, show_tables
+from minirlhf.train.experiments import kl_gradient_table
+
+ANALYTIC = ("kl", "gae", "surrogate", "flatness")
+
+
+def shown(results):
+    console = Console(width=120, record=True, file=io.StringIO())
+    show_tables(results, console)
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """One run of all that is trained, as short as it gets: two workers, one iteration."""
+    out = tmp_path_factory.mktemp("exact") / "run"
+    parts = ("kl", "optimum", "overoptimisation")
+    assert exact_command(ExactOptions(parts=parts, iterations=1, out=out)) == 0
+    return out, json.loads((out / "exact.json").read_text())
+
+
+def test_without_training_it_takes_seconds(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ("--parts", *ANALYTIC, "--processes", "1", "--out", out)
+    status, printed, _ = call(capsys, "exact", *flags)
+    assert status == 0
+    for text in ("k1 as loss (as printed)", "lambda 0.95", "cos, clipped", "FAILS", "holds:"):
+        assert (text in printed) == (text != "FAILS"), text
+    results = json.loads((out / "exact.json").read_text())
+    assert set(results) == {*ANALYTIC, "runs"} and results["runs"] == []
+    rows = kl_gradient_table()
+    assert [row["name"] for row in results["kl"]] == [row["name"] for row in rows]
+    assert [row["error"] for row in results["kl"]] == pytest.approx(
+        [row["error"] for row in rows], abs=1e-9
+    )
+    names = {path.name for path in out.iterdir()}
+    assert names == {"exact.json", "kl.png", "advantages.png", "flatness.png"}
+
+
+def test_training_is_measured_and_drawn(everything):
+    out, results = everything
+    assert {path.name for path in out.iterdir()} == {
+        *("exact.json", "kl.png", "optimum.png", "overoptimisation.png"),
+    }
+    runs = results["runs"]
+    assert len(runs) == 9 + 2
+    for run in runs:
+        assert [row["iteration"] for row in run["history"]] == [0, 1]
+        assert run["history"][-1]["exact/reward"] <= run["frontier"] + 1e-8
+        assert run["seconds"] > 0
+    text = shown(results)
+    for words in (
+        "PPO, linear decay",
+        "one-step RLOO",
+        "token 6",
+        "best of 16384",
+        "PPO, beta 0.1",
+    ):
+        assert words in text, words
+    assert all(check_claims(results).values())
+
+
+@pytest.mark.parametrize(
+    ("plant", "claim"),
+    [
+        (lambda r: r["kl"][0].update(error=1e-7), "right placements"),
+        (lambda r: r["kl"][1].update(error=1e-3), "wrong placements"),
+        (lambda r: r["runs"][3].update(frontier=-9.0), "frontier"),
+        (lambda r: r["runs"][0]["history"][-1].update({"exact/fraction": 0.5}), "by depth"),
+    ],
+)
+def test_a_claim_that_fails_is_seen(everything, plant, claim):
+    results = json.loads(json.dumps(everything[1]))
+    plant(results)
+    failed = [name for name, holds in check_claims(results).items() if not holds]
+    assert len(failed) == 1 and claim in failed[0]
+
+
+def test_a_failed_claim_is_the_exit_status(everything, tmp_path, monkeypatch, capsys):
+    results = json.loads(json.dumps(everything[1]))
+    results["kl"][0]["error"] = 0.5
+    monkeypatch.setattr(exact, "run_experiments", lambda options: results)
+    assert exact_command(ExactOptions(out=tmp_path / "x")) == 1
+    assert "FAILS: 8 right placements" in capsys.readouterr().out
+
+
+def test_several_seeds_give_means_and_the_least(everything, tmp_path):
+    results = json.loads(json.dumps(everything[1]))
+    again = json.loads(json.dumps(results["runs"]))
+    for run in again:
+        run["seed"] = 1
+        run["history"][-1]["exact/fraction"] += 0.5
+    runs = results["runs"] + again
+    table = exact.runs_table(exact.of_part(runs, "optimum"), "title")
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    first = runs[0]["history"][-1]["exact/fraction"]
+    assert "2 seeds, 1 iterations" in text
+    assert f"{first + 0.25:.4f} ± 0.2500" in text and f"{first:.4f}" in text
+    results["runs"] = runs
+    assert all(np.isfinite(path.stat().st_size) for path in draw_pictures(results, tmp_path))
+
+
+def test_a_folder_with_results_is_not_written_over(everything, capsys):
+    out, _ = everything
+    before = (out / "exact.json").read_bytes()
+    assert "expected a new folder" in refusal(capsys, "exact", "--parts", "flatness", "--out", out)
+    assert (out / "exact.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seeds", "-1"), "none below 0"),
+        (("--iterations", "0"), "iterations >= 1"),
+        (("--processes", "0"), "processes >= 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(capsys, flags, message):
+    assert message in refusal(capsys, "exact", *flags)
