@@ -183,6 +183,12 @@ def test_what_does_not_fit_is_refused(truth, reference, changes, baseline, messa
         )
 
 
+def test_rewards_that_cannot_be_improved_are_refused(reference):
+    flat = dataclasses.replace(WORLD, rewards=np.ones_like(WORLD.rewards))
+    with pytest.raises(ValueError, match="no better than the reference"):
+        make_ground_truth(flat, reference, config=CONFIG, kl_coef=BETA)
+
+
 def test_numbers_that_are_printed_as_exact_are_host_floats(truth, reference):
     for name, value in measure(truth, reference).items():
         values = value if isinstance(value, list) else [value]

@@ -119,7 +119,7 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
         ),
         config=CONFIG,
         temperature=settings.temperature,
-        keep_ref_logits=KL_MODES[settings.kl_mode].in_loss in ("full", "rao_blackwell"),
+        keep_ref_logits=KL_MODES[settings.kl_mode].needs_ref_logits,
         micro_batch_size=settings.micro_batch_size,
         device=device,
     )

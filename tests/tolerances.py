@@ -36,6 +36,14 @@ FLOAT32_FORWARD, FLOAT32_GRADIENT = 1e-5, 1e-4
 # what agrees does so to rounding. What does not agree differs by more than DIFFERENT.
 ENUMERATION, DIFFERENT = 1e-8, 1e-2
 
+# A derivative by the complex step, Im f(x + 1e-30 i) / 1e-30: nothing cancels, so it is as good as
+# f itself. By central differences at a relative step of 1e-5: rounding leaves 1e-11, and the cubic
+# term 1e-10 times a third derivative.
+COMPLEX_STEP, DIFFERENCES = 1e-10, 1e-6
+
+# The frontier is found by bisection on beta: its KL is right to 1e-15, times a slope of beta.
+FRONTIER = 1e-9
+
 # exp(x) - 1 - x, relative, worst at the seam |x| = 0.01: the series leaves out x^5 / 2520 there
 # (4e-14), and expm1(x) - x loses 2 / |x| of a rounding (1e-16 or 6e-8).
 K3 = {np.float64: 2e-13, np.float32: 5e-5}

@@ -342,7 +342,7 @@ def make_kl_loss(kl_mode: str, draw: Draw) -> Case:
     weights = drawn_weights(draw)
     logp, old_logp, ref_logp = drawn_logps(draw, weights)
     logits = scaled(draw, *weights.shape, draw.integer(1, 4), scales=LOGIT_SCALES)
-    whole = KL_MODES[kl_mode].in_loss in ("full", "rao_blackwell")
+    whole = KL_MODES[kl_mode].needs_ref_logits
     constants = {
         "kl_mode": kl_mode,
         "old_logp": old_logp,

@@ -284,11 +284,15 @@ def _table(title: str, *columns: str) -> Table:
 def kl_table(rows: list[Row]) -> Table:
     """Every placement: its error, cosine and noise against g = grad KL(pi || ref)."""
     title = "expected gradient of the penalty against g = grad KL(pi || ref), by enumeration"
-    table = _table(title, "placement", "y ~", "error", "cosine", "noise", "gives")
-    for row in rows:
-        verdict = Text(f"{row['error']:.1e}", "green" if row["right"] else "red")
-        numbers = (f"{row['cosine']:+.3f}", f"{row['noise']:.2f}")
-        table.add_row(row["name"], row["sampler"], verdict, *numbers, row["gives"])
+    table = _table(title, "placement", "error", "cosine", "noise", "gives")
+    samplers = {"theta": "on-policy", "old": "samples of old", "ref": "samples of the reference"}
+    for sampler, heading in samplers.items():
+        table.add_section()
+        table.add_row(Text(heading, "bold"))
+        for row in (row for row in rows if row["sampler"] == sampler):
+            error = Text(f"{row['error']:.1e}", "green" if row["right"] else "red")
+            numbers = (f"{row['cosine']:+.3f}", f"{row['noise']:.2f}")
+            table.add_row(f"  {row['name']}", error, *numbers, row["gives"])
     return table
 
 

@@ -25,17 +25,26 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def draw_kl(rows: list[Row], path: Path) -> Path:
     """Left: error of the expected gradient of every placement. Right: noise of one sample."""
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure = Figure(figsize=(11, 0.36 * len(names) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    places = np.arange(len(rows))[::-1]
-    colours = [RIGHT if row["right"] else WRONG for row in rows]
-    left.barh(places, [max(row["error"], 1e-17) for row in rows], left=1e-17, color=colours)
+    lanes = {"theta": (0.2, 1.0), "old": (-0.15, 0.6), "ref": (-0.42, 0.35)}  # offset, opacity
+    for sampler, (offset, opacity) in lanes.items():
+        same = [row for row in rows if row["sampler"] == sampler]
+        places = [offset - names.index(row["name"]) for row in same]
+        look = {
+            "color": [RIGHT if row["right"] else WRONG for row in same],
+            "height": 0.2 if sampler == "ref" else 0.34,
+            "alpha": opacity,
+            "label": {"theta": "on-policy", "old": "samples of old", "ref": "of ref"}[sampler],
+        }
+        left.barh(places, [max(row["error"], 1e-17) for row in same], left=1e-17, **look)
+        right.barh(places, [row["noise"] for row in same], **look)
     left.set_xscale("log")
     left.set_xlim(1e-17, 30)
-    labels = [f"{row['name']}  [y ~ {row['sampler']}]" for row in rows]
-    left.set_yticks(places, labels)
+    left.set_yticks([-i for i in range(len(names))], names)
     left.set_title("|E[estimate] − g| / |g|,  g = ∇KL(π‖ref), by enumeration", fontsize=9)
-    right.barh(places, [row["noise"] for row in rows], color=colours)
+    left.legend(fontsize=7)
     right.set_xscale("log")
     right.set_title("noise of one sample: sd of the estimate / |g|", fontsize=9)
     return _save(figure, path)

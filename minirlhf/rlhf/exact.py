@@ -29,7 +29,7 @@ class PrefixTree(NamedTuple):
     """
 
     parent: Array  # (N,) the prefix without its last token; of a prompt: itself
-    token: Array  # (N,) the last token; of a prompt: 0, not used
+    token: Array  # (N,) the last token; of a prompt: 0
     leaf_node: Array  # (M,) the prefix that a response ends with,
     leaf_token: Array  # (M,) and the last token after it
     levels: tuple[slice, ...]  # the nodes of 0, 1, ... T-1 tokens
@@ -76,15 +76,11 @@ def grow_tree(
     for t in range(max_tokens):
         start = levels[-1].stop if levels else 0
         levels.append(slice(start, start + len(tokens)))
+        _refuse_more_than_most(n_leaves + len(tokens) * vocab_size)  # each leads to a response
         lives = np.zeros((len(tokens), vocab_size), dtype=bool)
         if t < max_tokens - 1:
             lives |= goes_on(prompt, tokens)
         n_leaves += int((~lives).sum())
-        if n_leaves + int(lives.sum()) > MOST_LEAVES:
-            raise ValueError(
-                f"grow_tree: expected at most {MOST_LEAVES:,} responses; {vocab_size} tokens and "
-                f"{max_tokens} steps have more: make either smaller"
-            )
         for (node, token), nodes, ends in (
             (np.nonzero(~lives), leaf_nodes, leaf_tokens),
             (np.nonzero(lives), parents, last_tokens),
@@ -117,6 +113,14 @@ def enumerate_responses(
         max_tokens=max_tokens,
         n_prompts=n_prompts,
     )
+
+
+def _refuse_more_than_most(n_leaves: int) -> None:
+    if n_leaves > MOST_LEAVES:
+        raise ValueError(
+            f"exact: expected a world of at most {MOST_LEAVES:,} responses; it has at least "
+            f"{n_leaves:,}: take fewer tokens, steps or prompts"
+        )
 
 
 class Responses(NamedTuple):

@@ -284,6 +284,11 @@ class KLMode(NamedTuple):
     ratio: str = "none"  # importance ratio old -> theta in the loss
     gradient: str = ""  # the expected gradient of the penalty, on-policy unless stated
 
+    @property
+    def needs_ref_logits(self) -> bool:
+        """Does the loss compare whole distributions?"""
+        return self.in_loss in ("full", "rao_blackwell")
+
 
 # g = grad KL(pi_theta || ref), of whole sequences. "partial" ignores that early tokens move later
 # prefixes. Derivations and references: 2506.09477, 2510.01555, 2512.21852, 2504.10637.

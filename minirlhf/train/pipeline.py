@@ -371,7 +371,7 @@ def ppo_iteration(
         score=score,
         config=run.gpt,
         temperature=settings.temperature,
-        keep_ref_logits=KL_MODES[settings.kl_mode].in_loss in ("full", "rao_blackwell"),
+        keep_ref_logits=KL_MODES[settings.kl_mode].needs_ref_logits,
         micro_batch_size=settings.micro_batch_size,
         device=run.config.device,
     )

@@ -83,7 +83,10 @@ def gold_reward(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def chain_log_probs(tree: PrefixTree) -> np.ndarray:
-    """(N, V) log-probs of the Markov chain: the next token depends on the last one alone."""
+    """(N, V) log-probs of the Markov chain: the next token depends on the last one alone.
+
+    The tree has EOS (0) as the last token of its prompt, which is the chain's start.
+    """
     return CHAIN[tree.token]
 
 
