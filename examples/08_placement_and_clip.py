@@ -1,6 +1,6 @@
 """Does it matter for training where the penalty stands, and how the ratio is clipped?
 
-    python examples/08_placement_and_clip.py             # about a minute on two cores
+    python examples/08_placement_and_clip.py             # about 40 s on two cores
 
     J(pi) = E_pi[r] - beta KL(pi || ref),   fraction = (J - J(ref)) / (J* - J(ref))
 

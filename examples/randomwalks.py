@@ -1,6 +1,6 @@
 """trlX's randomwalks, with the exact optimum of the model beside what PPO makes of it.
 
-    python examples/randomwalks.py                       # about 1.5 minutes on two cores
+    python examples/randomwalks.py                       # about a minute on two cores
     python examples/randomwalks.py --graph-seed 1002     # the other graph of the benchmark
 
 21 letters on a directed graph; a prompt is a start letter, a response a walk to the goal `a` in as

@@ -52,7 +52,7 @@ class ExactOptions:
     seeds: tuple[int, ...] = (0,)
     """Each trains a reference of its own, and every policy from it."""
     iterations: int = 150
-    """Of the runs in optimum and overoptimisation."""
+    """Of the runs in optimum."""
     out: Path | None = None
     """Folder for exact.json and the pictures; default: runs/exact-N with the next free N."""
     processes: int = 2
@@ -138,7 +138,7 @@ def _training_runs(options: ExactOptions) -> list[experiments.TrainingRun]:
     if "clip" in options.parts:
         runs += experiments.clip_runs()
     if "overoptimisation" in options.parts:
-        runs += experiments.overoptimisation_runs(iterations=options.iterations)
+        runs += experiments.overoptimisation_runs()
     return runs
 
 

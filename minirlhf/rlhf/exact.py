@@ -447,7 +447,7 @@ def frontier_reward(
     """
     _check_positive(kl_seq, "kl_seq")
     low, high = math.log(1e-4), math.log(1e6)  # of beta; KL falls as beta grows
-    for _ in range(60):
+    for _ in range(45):
         middle = 0.5 * (low + high)
         beta = math.exp(middle)
         optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=beta)

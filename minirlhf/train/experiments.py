@@ -454,7 +454,7 @@ def clip_runs(*, iterations: int = 40, beta: float = 0.5) -> list[TrainingRun]:
     ]
 
 
-def overoptimisation_runs(*, iterations: int = 150, betas=(2.0, 0.1)) -> list[TrainingRun]:
+def overoptimisation_runs(*, iterations: int = 60, betas=(2.0, 0.1)) -> list[TrainingRun]:
     """PPO with a beta on either side of those of `optimum_runs`."""
     return [
         TrainingRun(
