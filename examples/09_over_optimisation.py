@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
-from minirlhf.app.exact import overoptimisation_table
+from minirlhf.app.exact import gao_table, overoptimisation_table
 from minirlhf.app.exact_pictures import draw_overoptimisation
 from minirlhf.backend import keep_freed_memory
 from minirlhf.rlhf.exact import frontier_reward
@@ -72,6 +72,7 @@ def main() -> None:
         ends = training.get()
 
     Console(width=110).print(overoptimisation_table(result, ends))
+    Console(width=110).print(gao_table(result["fits"]))
 
     curve, start = result["curve"], result["reference"]
     top = max(curve, key=lambda row: row["gold"])

@@ -121,6 +121,19 @@ def test_a_folder_with_results_is_not_written_over(everything, capsys):
     assert (out / "exact.json").read_bytes() == before
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "expected a folder to write to" in refusal(
+        capsys, "exact", "--out", tmp_path / "file" / "below"
+    )
+
+
+@pytest.mark.parametrize("part", ["gae", "surrogate"])
+def test_one_part_alone(part, tmp_path, capsys):
+    status, printed, _ = call(capsys, "exact", "--parts", part, "--out", tmp_path / "run")
+    assert status == 0 and "advantages.png" in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

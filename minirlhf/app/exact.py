@@ -3,6 +3,7 @@
 import functools
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,11 +70,8 @@ def exact_command(options: ExactOptions) -> int:
     """
     started = time.perf_counter()
     _check_options(options)
-    out = options.out or next_numbered_folder("exact")
-    if (out / "exact.json").exists():
-        raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
+    out = _new_folder(options.out or next_numbered_folder("exact"))
     results = run_experiments(options)
-    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "exact.json", (json.dumps(results, indent=1) + "\n").encode())
     console = Console()
     show_tables(results, console)
@@ -85,6 +83,18 @@ def exact_command(options: ExactOptions) -> int:
     spent = time.perf_counter() - started
     console.print(f"numbers: {out / 'exact.json'}; {spent:.0f} s in all", soft_wrap=True)
     return 0 if all(claims.values()) else 1
+
+
+def _new_folder(out: Path) -> Path:
+    if (out / "exact.json").exists():
+        raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: expected a folder to write to; got {error.strerror}: choose another"
+        ) from error
+    return out
 
 
 def _check_options(options: ExactOptions) -> None:
@@ -116,7 +126,7 @@ def run_experiments(options: ExactOptions) -> Row:
     with context.Pool(options.processes, initializer=_start_worker) as pool:
         wanted = [part for part in options.parts if part in analytic]
         tables = [pool.apply_async(analytic[part]) for part in wanted]
-        seeds = options.seeds if runs or "overoptimisation" in options.parts else ()
+        seeds = tuple(dict.fromkeys(options.seeds)) if runs else ()
         fits = [pool.apply_async(_fit, (seed,)) for seed in seeds]
         references = dict(zip(seeds, _gather(fits, "fitting the references"), strict=True))
         jobs = [(run, seed) for run in runs for seed in seeds]
@@ -147,6 +157,7 @@ def _gather(pending: list, title: str) -> list:
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers
     keep_freed_memory()
     threadpool_limits(1)
 
@@ -271,7 +282,9 @@ def show_tables(results: Row, console: Console) -> None:
         if part == "optimum" and runs:
             console.print(depth_table(runs))
     if "overoptimisation" in results:
-        console.print(overoptimisation_table(results["overoptimisation"][0], results["runs"]))
+        first = results["overoptimisation"][0]
+        console.print(overoptimisation_table(first, results["runs"]))
+        console.print(gao_table(first["fits"]))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -391,10 +404,15 @@ def overoptimisation_table(result: Row, runs: list[Row]) -> Table:
         rows.append((f"PPO, beta {run['kl_coef']:g}, seed {run['seed']}", *numbers))
     for name, *numbers in sorted(rows, key=lambda row: row[1]):
         table.add_row(name, *("" if x is None else f"{x:.3f}" for x in numbers))
-    for fit in result["fits"]:
+    return table
+
+
+def gao_table(fits: list[Row]) -> Table:
+    """Gao's laws for the gain in gold, as fitted."""
+    title = "Gao's laws for the gain in gold, d = sqrt(KL)"
+    table = _table(title, "of", "law", "a", "b", "R2", "KL at the peak")
+    for fit in fits:
         law = "d (a - b d)" if fit["law"] == "linear" else "d (a - b log d)"
-        table.caption = (table.caption or "") + (
-            f"\ngold gain of {fit['of']} as {law}, d = sqrt(KL): a {fit['alpha']:.3f}, "
-            f"b {fit['slope']:.3f}, R2 {fit['r_squared']:.3f}, peak at KL {fit['peak']:.2f}"
-        )
+        numbers = (f"{fit[name]:.3f}" for name in ("alpha", "slope", "r_squared"))
+        table.add_row(fit["of"], law, *numbers, f"{fit['peak']:.2f}")
     return table

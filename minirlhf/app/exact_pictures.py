@@ -63,7 +63,8 @@ def draw_advantages(gae: list[Row], surrogate: list[Row], path: Path) -> Path:
     noise.set_title("noise of one sample / |∇J|", fontsize=9)
     for axis in (bias, noise):
         axis.set_xlabel("GAE's λ", fontsize=8)
-    bias.legend(title="value", fontsize=7, title_fontsize=7)
+    if gae:
+        bias.legend(title="value", fontsize=7, title_fontsize=7)
     kl = [row["kl_old_seq"] for row in surrogate]
     for name in ("clipped", "unclipped", "clip_fraction"):
         style = ":" if name == "clip_fraction" else "-o"
@@ -71,7 +72,7 @@ def draw_advantages(gae: list[Row], surrogate: list[Row], path: Path) -> Path:
         cosines.semilogx(kl, [row[name] for row in surrogate], style, ms=3, label=label)
     cosines.set_title("cosine of the surrogate's gradient with ∇J(θ)", fontsize=9)
     cosines.set_xlabel("KL(old‖θ) [nats per response]", fontsize=8)
-    cosines.legend(fontsize=7)
+    cosines.legend(fontsize=7, loc="center left")
     return _save(figure, path)
 
 
@@ -92,29 +93,37 @@ def draw_flatness(rows: list[Row], path: Path) -> Path:
 
 
 def draw_optimum(runs: list[Row], path: Path) -> Path:
-    """1 - fraction and Var(r - beta log_ratio) over training, and where the rest is lost."""
+    """1 - fraction and Var(r - beta log_ratio) over training, and where the rest is lost.
+
+    A line is the geometric mean over the seeds.
+    """
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     gap, flat, depth = figure.subplots(1, 3)
     styles = {"PPO, linear decay": "-", "PPO, constant rate": ":", "one-step RLOO": "--"}
-    labelled = set()
-    for run in runs:
-        key = (run["name"], run["kl_coef"])
-        label = None if key in labelled else f"{run['name']}, β = {run['kl_coef']:g}"
-        labelled.add(key)
-        x = [row["iteration"] for row in run["history"]]
-        look = {"ls": styles[run["name"]], "color": _colour(run["kl_coef"]), "lw": 1.2}
-        gap.semilogy(x, [1 - row["exact/fraction"] for row in run["history"]], **look)
-        flat.semilogy(x, [row["exact/flatness"] for row in run["history"]], **look, label=label)
-        lost = run["history"][-1]["exact/gap_by_depth"]
-        depth.semilogy(range(1, len(lost) + 1), np.maximum(lost, 1e-7), **look, marker=".")
+    for name, beta in dict.fromkeys((run["name"], run["kl_coef"]) for run in runs):
+        histories = [r["history"] for r in runs if (r["name"], r["kl_coef"]) == (name, beta)]
+        x = [row["iteration"] for row in histories[0]]
+        look = {"ls": styles[name], "color": _colour(beta), "label": f"{name}, β = {beta:g}"}
+        lost = [[1 - row["exact/fraction"] for row in history] for history in histories]
+        gap.semilogy(x, _geometric_mean(lost), **look)
+        noise = [[row["exact/flatness"] for row in history] for history in histories]
+        flat.semilogy(x, _geometric_mean(noise), **look)
+        at_end = _geometric_mean([history[-1]["exact/gap_by_depth"] for history in histories])
+        depth.semilogy(range(1, len(at_end) + 1), at_end, **look, marker=".")
     gap.set_title("(J* − J) / (J* − E_ref r)", fontsize=9)
     flat.set_title("Var(r − β·log-ratio): 0 at the optimum", fontsize=9)
     depth.set_title("the same gap at the end, by token", fontsize=9)
     for axis in (gap, flat):
         axis.set_xlabel("iteration", fontsize=8)
     depth.set_xlabel("position of the token", fontsize=8)
-    figure.legend(*flat.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    handles = flat.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", fontsize=7)
     return _save(figure, path)
+
+
+def _geometric_mean(values: list[list[float]]) -> np.ndarray:
+    """Over the first axis; what is 0 to rounding counts as 1e-12."""
+    return np.exp(np.log(np.maximum(values, 1e-12)).mean(axis=0))
 
 
 def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
@@ -131,11 +140,13 @@ def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
                 label = name if run is same[0] else None
                 axis.semilogy(x, y, color=f"C{names.index(name)}", label=label)
         axis.axhline(1.0, color="black", lw=0.8)
-        axis.annotate("no better than the reference", (0, 1.0), fontsize=7, va="bottom")
+        axis.annotate(
+            "the reference", (1.0, 1.0), xycoords=("axes fraction", "data"), fontsize=7, ha="right"
+        )
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("iteration", fontsize=8)
         axis.set_ylabel("(J* − J) / (J* − E_ref r)", fontsize=8)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return _save(figure, path)
 
 
