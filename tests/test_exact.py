@@ -481,7 +481,7 @@ def bandits(draw, *, most=7):
 
 
 def to_the_power(n):
-    """F(top) is 1 to a few roundings, and is raised to the power n."""
+    """The naive formula raises an F that is off by a rounding to the power n."""
     return LOOPS * max(1.0, n / 100)
 
 
@@ -515,7 +515,7 @@ def test_best_of_n_against_its_formula_and_its_bounds(bandit, n):
             wins += q[y] * (below + 0.5 * tied)
     tolerance = to_the_power(n)
     assert_close(q, expected, tolerance)
-    assert_close(sum(q), 1.0, tolerance)
+    assert_close(sum(q), 1.0, LOOPS)
     assert (np.isneginf(got) >= np.isneginf(logp)).all()  # what is never drawn is never the best
     assert -tolerance <= kl <= math.log(n) - (n - 1) / n + tolerance
     assert 0.5 - tolerance <= wins <= n / (n + 1) + tolerance
@@ -535,7 +535,7 @@ def test_best_of_n_far_out():
         q = np.exp(best_of_n(logp, rewards, n=n))
         tolerance = to_the_power(n)
         assert_close(q[-1], -math.expm1(n * math.log1p(-1 / M)), tolerance)
-        assert_close(q.sum(), 1.0, tolerance)
+        assert_close(q.sum(), 1.0, LOOPS)
     kl = float(np.exp(best_of_n(logp, rewards, n=4)) @ (best_of_n(logp, rewards, n=4) - logp))
     assert kl == pytest.approx(math.log(4) - 3 / 4, abs=PRINTED)  # nearly continuous: the bound
 

@@ -403,6 +403,7 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
     # log (F^n - F-^n) - log (F - F-) = n log F + log(1 - (1 - share)^n) - log mass
     others = xp.where(share < 1, share, 0.0)
     wins = xp.where(share < 1, -xp.expm1(n * xp.log1p(-others)), 1.0)
+    cdf = cdf / cdf[-1]  # 1 at the top, and not nearly: it is raised to the power n
     weight = n * xp.log(xp.where(drawn, cdf, 1.0)) + xp.log(wins) - xp.log(mass)
     return ref_logp + weight[group]
 
