@@ -59,7 +59,7 @@ def train(graph_seed: int, seed: int, beta: float, iterations: int, reference: T
     config = small_transformer(world, n_layer=2)
     truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
     settings = changed(PPO, kl_coef=beta, iterations=iterations, optimizer=OPTIMIZER[beta])
-    trained = train_on_world(truth, reference, settings=settings, seed=seed)
+    trained = train_on_world(truth, settings=settings, seed=seed)
     end = trained.history[-1]
 
     tree, policy = world.tree, truth.log_probs(trained.params)

@@ -306,13 +306,13 @@ def test_tilt_and_soft_values_are_the_same_optimum(world):
     # J* - J = beta KL(pi || pi*), prefix by prefix
     J = evaluate_exactly(*world.args, kl_coef=beta).objective
     to_best = evaluate_exactly(tree, world.log_pi, best.log_probs, rewards, kl_coef=1.0).kl_seq
-    gap = optimality_gap(tree, world.log_pi, best, kl_coef=beta)
+    gap = optimality_gap(tree, world.log_pi, best)
     assert_close([beta * to_best, gap.sum(), by_depth(tree, gap).sum()], [best.objective - J] * 3)
     assert gap.min() >= -LOOPS and best.objective - J >= -LOOPS
     depths = [len(tokens) for _, tokens in prefixes(tree)]
     expected = np.bincount(depths, weights=gap, minlength=len(tree.levels))
     assert_close(by_depth(tree, gap), expected)
-    assert_close(optimality_gap(tree, best.log_probs, best, kl_coef=beta), np.zeros(tree.n_nodes))
+    assert_close(optimality_gap(tree, best.log_probs, best), np.zeros(tree.n_nodes))
 
 
 @given(worlds())
@@ -619,12 +619,12 @@ def everything_of(tree, log_pi, log_ref, rewards):
     best = soft_optimum(tree, log_ref, rewards, kl_coef=0.5)
     ref_logp = response_logprobs(tree, log_ref)
     args = (tree, log_pi, log_ref, rewards)
-    gap = optimality_gap(tree, log_pi, best, kl_coef=0.5)
+    gap = optimality_gap(tree, log_pi, best)
     return [
         list(all_responses(tree)),
         prefix_logprobs(tree, log_pi),
         prompt_of_leaf(tree),
-        list(best),
+        list(best[1:]),
         list(tilt(tree, log_ref, rewards, kl_coef=0.5)),
         list(evaluate_exactly(*args, kl_coef=0.5)),
         [gap, by_depth(tree, gap)],
@@ -744,16 +744,23 @@ def test_shapes_and_coefficients_are_checked():
         best_of_n(rewards, rewards, n=0)
 
 
+def never(log_probs, node, token):
+    """The same policy, which never says `token` after `node`."""
+    log_probs = log_probs.copy()
+    log_probs[node, token] = -np.inf
+    return log_rows(log_probs)
+
+
 def test_a_policy_that_says_more_than_its_reference_is_refused():
     tree, log_pi, log_ref, rewards, beta = make_world(HERE.tree)
-    log_ref[2, 0] = -np.inf
+    log_ref = never(log_ref, 2, 0)
     for call in (evaluate_exactly, policy_values, objective_gradient):
         with pytest.raises(ValueError, match="says more, and the KL is infinite"):
             call(tree, log_pi, log_ref, rewards, kl_coef=beta)
     best = soft_optimum(tree, log_ref, rewards, kl_coef=beta)
     with pytest.raises(ValueError, match="says more"):
-        optimality_gap(tree, log_pi, best, kl_coef=beta)
-    log_pi[2, 0] = -np.inf  # where neither goes nothing is lost
+        optimality_gap(tree, log_pi, best)
+    log_pi = never(log_pi, 2, 0)  # where neither goes nothing is lost
     assert np.isfinite(evaluate_exactly(tree, log_pi, log_ref, rewards, kl_coef=beta)).all()
 
 
@@ -761,8 +768,95 @@ def test_a_policy_that_says_more_than_its_reference_is_refused():
     ("kl_seq", "law"), [([1.0, 2.0], "log"), ([0.0, 1.0, 2.0], "linear"), ([1.0, 2.0, 3.0], "rl")]
 )
 def test_fits_are_checked(kl_seq, law):
-    with pytest.raises(ValueError, match=f"at least 3 points with kl_seq > 0; got '{law}'"):
-        fit_gao(np.array(kl_seq), np.ones(len(kl_seq)), law=law)
+    with pytest.raises(ValueError, match=f"at least 3 points with kl_seq > 0 .* got '{law}'"):
+        fit_gao(np.array(kl_seq), np.arange(len(kl_seq)), law=law)
+
+
+def test_gains_that_cannot_be_fitted_are_refused():
+    kl_seq = np.array([1.0, 2.0, 3.0])
+    for gain in (np.ones(3), np.arange(2.0)):
+        with pytest.raises(ValueError, match="gains that differ"):
+            fit_gao(kl_seq, gain, law="linear")
+
+
+@pytest.mark.parametrize(
+    ("gain", "law"),
+    [([-2.0, -3.41, -4.73], "linear"), ([1.0, 2.0, 4.0], "linear"), ([1, 4, 9], "log")],
+)
+def test_where_the_fit_has_no_peak_it_is_nan(gain, law):
+    kl_seq = np.array([1.0, 2.0, 3.0] if law == "linear" else [1.0, 4.0, 9.0])
+    assert math.isnan(fit_gao(kl_seq, np.array(gain), law=law).peak_kl)
+
+
+def test_logits_are_refused_where_log_probs_are_expected():
+    tree, log_pi, log_ref, rewards, beta = HERE
+    logits = log_pi + 1.0
+    for call in (evaluate_exactly, policy_values, objective_gradient):
+        with pytest.raises(ValueError, match="take log_softmax of logits"):
+            call(tree, logits, log_ref, rewards, kl_coef=beta)
+    with pytest.raises(ValueError, match="expected ref_log_probs to be log-probs"):
+        soft_optimum(tree, logits, rewards, kl_coef=beta)
+
+
+# -- large, small, single precision --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("beta", [1e-6, 1e-2, 1.0])
+def test_the_optimum_is_a_policy_whatever_the_size_of_the_rewards(size, beta):
+    tree, _, log_ref, rewards, _ = HERE
+    best = soft_optimum(tree, log_ref, size * rewards, kl_coef=beta)
+    assert_close(np.exp(best.log_probs).sum(axis=1), np.ones(tree.n_nodes))
+    value = evaluate_exactly(tree, best.log_probs, log_ref, size * rewards, kl_coef=beta)
+    assert value.objective <= best.objective + LOOPS * max(1.0, size)
+    logp, _ = tilt(tree, log_ref, size * rewards, kl_coef=beta)
+    assert np.exp(logp).sum() == pytest.approx(1.0, abs=LOOPS)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-3, 1e5])
+def test_frontier_and_best_of_n_do_not_depend_on_the_unit_of_the_reward(size):
+    tree, _, log_ref, rewards, _ = make_world(
+        enumerate_responses(vocab_size=3, max_tokens=3, stop_id=0)
+    )
+    for kl_seq in (0.1, 0.7):
+        frontier, scaled = (
+            frontier_reward(tree, log_ref, s * rewards, kl_seq=kl_seq) for s in (1.0, size)
+        )
+        assert scaled / size == pytest.approx(frontier, abs=FRONTIER)
+    ref_logp = response_logprobs(tree, log_ref)
+    plain, scaled = (best_of_n(ref_logp, s * rewards, n=16) for s in (1.0, size))
+    assert_close(scaled, plain)
+
+
+def test_the_frontier_ends_at_the_largest_reward():
+    tree, _, log_ref, rewards, _ = make_world(enumerate_responses(vocab_size=3, max_tokens=2))
+    assert frontier_reward(tree, log_ref, rewards, kl_seq=50.0) == pytest.approx(rewards.max())
+
+
+def test_the_objective_is_reward_less_penalty_also_in_single_precision():
+    tree = enumerate_responses(vocab_size=8, max_tokens=6, stop_id=0)  # 137,257 terms
+    _, log_pi, log_ref, rewards, beta = make_world(tree)
+    double = evaluate_exactly(tree, log_pi, log_ref, rewards, kl_coef=beta)
+    tables = (a.astype(np.float32) for a in (log_pi, log_ref, rewards))
+    single = evaluate_exactly(tree, *tables, kl_coef=beta)
+    assert single.objective == pytest.approx(single.reward - beta * single.kl_seq, abs=1e-6)
+    assert_close(np.array(single), np.array(double), FLOAT32_FORWARD)
+
+
+def test_a_complex_step_goes_through_the_rewards_too():
+    """dJ*/dr(y) = Pr*(y) and dJ/dr(y) = Pr(y)."""
+    tree, log_pi, log_ref, rewards, beta = HERE
+    moved = rewards.astype(complex)
+    moved[1] += 1e-30j
+    best = soft_optimum(tree, log_ref, moved, kl_coef=beta)
+    chance = np.exp(response_logprobs(tree, best.log_probs.real))[1]
+    assert best.objective.imag / 1e-30 == pytest.approx(chance, abs=COMPLEX_STEP)
+    chance = np.exp(response_logprobs(tree, log_pi))[1]
+    value = evaluate_exactly(tree, log_pi, log_ref, moved, kl_coef=beta)
+    assert value.objective.imag / 1e-30 == pytest.approx(chance, abs=COMPLEX_STEP)
+    values = policy_values(tree, log_pi, log_ref, moved, kl_coef=beta).values
+    root_mean = values[: tree.n_prompts].mean()
+    assert root_mean.imag / 1e-30 == pytest.approx(chance, abs=COMPLEX_STEP)
 
 
 def test_the_tables_of_these_tests_differ():

@@ -3,13 +3,13 @@
 import io
 import json
 
-import numpy as np
 import pytest
 from rich.console import Console
 from tiny_run import call, refusal
 
 from minirlhf.app import exact
 from minirlhf.app.exact import ExactOptions, check_claims, draw_pictures, exact_command, show_tables
+from minirlhf.app.exact_pictures import _geometric_mean
 from minirlhf.train.experiments import kl_gradient_table
 
 ANALYTIC = ("kl", "gae", "surrogate", "flatness")
@@ -111,7 +111,12 @@ def test_several_seeds_give_means_and_the_least(everything, tmp_path):
     assert "2 seeds, 1 iterations" in text
     assert f"{first + 0.25:.4f} ± 0.2500" in text and f"{first:.4f}" in text
     results["runs"] = runs
-    assert all(np.isfinite(path.stat().st_size) for path in draw_pictures(results, tmp_path))
+    assert all(path.stat().st_size > 5_000 for path in draw_pictures(results, tmp_path))
+
+
+def test_a_line_of_several_seeds_is_their_geometric_mean():
+    assert _geometric_mean([[1.0, 4.0], [1e-2, 1.0]]) == pytest.approx([0.1, 2.0])
+    assert _geometric_mean([[0.0], [1.0]]) == pytest.approx([1e-6])  # 0 is shown as 1e-12
 
 
 def test_a_folder_with_results_is_not_written_over(everything, capsys):

@@ -76,7 +76,7 @@ def test_where_the_scale_begins_and_ends(truth, reference):
 
 def test_ppo_reaches_the_optimum_and_stays_under_the_frontier(truth, reference):
     fast = changed(PPO, iterations=40, optimizer={"learning_rate": 4e-3})
-    trained = train_on_world(truth, reference, settings=fast, seed=0, measure_every=20)
+    trained = train_on_world(truth, settings=fast, seed=0, measure_every=20)
     start, middle, end = trained.history
     assert [row["iteration"] for row in trained.history] == [0, 20, 40]
     assert start["exact/fraction"] == pytest.approx(0.0, abs=LOOPS)
@@ -95,7 +95,7 @@ def test_ppo_reaches_the_optimum_and_stays_under_the_frontier(truth, reference):
 def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):
     settings = changed(RLOO, iterations=60, optimizer={"learning_rate": 6e-3})
     trained = train_on_world(
-        truth, reference, settings=settings, seed=0, baseline="leave_one_out", measure_every=60
+        truth, settings=settings, seed=0, baseline="leave_one_out", measure_every=60
     )
     assert last(trained)["exact/fraction"] > 0.98
     head = tree_leaves(trained.params["value_head"])
@@ -116,18 +116,18 @@ def test_where_the_penalty_stands_decides(reference):
 def test_a_seed_is_a_run_and_micro_batches_change_nothing(truth, reference):
     short = changed(PPO, iterations=2, batch_size=32)
     again = {"settings": short, "measure_every": 1}
-    a, b, c = (train_on_world(truth, reference, seed=s, **again) for s in (0, 0, 1))
+    a, b, c = (train_on_world(truth, seed=s, **again) for s in (0, 0, 1))
     assert a.history == b.history != c.history
     assert_trees_close(a.params, b.params, 0.0)
     small = dataclasses.replace(short, micro_batch_size=3)
-    d = train_on_world(truth, reference, settings=small, seed=0, measure_every=1)
+    d = train_on_world(truth, settings=small, seed=0, measure_every=1)
     for row, other in zip(a.history, d.history, strict=True):
         assert row["exact/objective"] == pytest.approx(other["exact/objective"], abs=1e-4)
 
 
 def test_the_reference_is_not_written_to(truth, reference):
     before = tree_map(np.copy, reference)
-    train_on_world(truth, reference, settings=changed(PPO, iterations=1), seed=0)
+    train_on_world(truth, settings=changed(PPO, iterations=1), seed=0)
     assert_trees_close(reference, before, 0.0)
 
 
@@ -174,13 +174,15 @@ def test_the_runs_differ_where_their_names_say_so():
     [
         ({"kl_coef": 0.4}, "critic", "the beta 0.5 of the ground truth; got 'critic' and 0.4"),
         ({}, "none", "expected baseline"),
+        ({"temperature": 0.5}, "critic", "expected temperature 1"),
+        ({"kl_target": 1.0}, "critic", r"a fixed beta \(kl_target 0\)"),
+        ({"gamma": 0.9}, "leave_one_out", "expected gamma 1"),
+        ({"whiten_rewards": True}, "leave_one_out", "rewards that are not whitened"),
     ],
 )
 def test_what_does_not_fit_is_refused(truth, reference, changes, baseline, message):
     with pytest.raises(ValueError, match=message):
-        train_on_world(
-            truth, reference, settings=changed(PPO, **changes), seed=0, baseline=baseline
-        )
+        train_on_world(truth, settings=changed(PPO, **changes), seed=0, baseline=baseline)
 
 
 def test_rewards_that_cannot_be_improved_are_refused(reference):

@@ -260,7 +260,7 @@ def test_identities_of_the_optimum_for_transformers(where, beta):
     assert_close(best.objective, beta * log_z.mean())
     J = evaluate_exactly(tree, log_pi, log_ref, rewards, kl_coef=beta).objective
     to_best = evaluate_exactly(tree, log_pi, best.log_probs, rewards, kl_coef=1.0).kl_seq
-    gap = optimality_gap(tree, log_pi, best, kl_coef=beta)
+    gap = optimality_gap(tree, log_pi, best)
     assert_close([gap.sum(), beta * to_best], [best.objective - J] * 2)
     assert best.objective - J > DIFFERENT**2
     at_best = evaluate_exactly(tree, best.log_probs, log_ref, rewards, kl_coef=beta)

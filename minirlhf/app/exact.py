@@ -33,7 +33,7 @@ Part = Literal[
     "kl", "gae", "surrogate", "flatness", "optimum", "placement", "clip", "overoptimisation"
 ]
 PARTS: tuple[Part, ...] = Part.__args__
-RIGHT, WRONG = 1e-8, 1e-2  # a right placement errs by less than the one, a wrong one by more
+EQUAL, DIFFERENT = 1e-8, 1e-2  # a right placement errs by less than the one, a wrong one by more
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,7 @@ def draw_pictures(results: Row, out: Path) -> list[Path]:
         paths.append(pictures.draw_runs(groups, out / "placement_and_clip.png"))
     if "overoptimisation" in results:
         path = out / "overoptimisation.png"
-        first = runs[0]["seed"] if runs else None
-        ends = [r for r in _linear(runs) if r["seed"] == first]
+        ends = _linear_of_first_seed(runs)
         paths.append(pictures.draw_overoptimisation(results["overoptimisation"][0], ends, path))
     return paths
 
@@ -226,9 +225,11 @@ def of_part(runs: list[Row], *parts: str) -> list[Row]:
     return [run for run in runs if run["part"] in parts]
 
 
-def _linear(runs: list[Row]) -> list[Row]:
+def _linear_of_first_seed(runs: list[Row]) -> list[Row]:
+    """Runs that can be laid over the exact curve of the first seed's reference."""
     chosen = of_part(runs, "optimum", "overoptimisation")
-    return [run for run in chosen if run["name"] == "PPO, linear decay"]
+    linear = [run for run in chosen if run["name"] == "PPO, linear decay"]
+    return [run for run in linear if run["seed"] == linear[0]["seed"]]
 
 
 def check_claims(results: Row) -> dict[str, bool]:
@@ -237,20 +238,22 @@ def check_claims(results: Row) -> dict[str, bool]:
     if "kl" in results:
         right = [row["error"] for row in results["kl"] if row["right"]]
         wrong = [row["error"] for row in results["kl"] if not row["right"]]
-        claims[f"{len(right)} right placements err by less than {RIGHT:g}"] = max(right) < RIGHT
-        claims[f"{len(wrong)} wrong placements err by more than {WRONG:g}"] = min(wrong) > WRONG
+        claims[f"{len(right)} right placements err by less than {EQUAL:g}"] = max(right) < EQUAL
+        claims[f"{len(wrong)} wrong placements err by more than {DIFFERENT:g}"] = (
+            min(wrong) > DIFFERENT
+        )
     if "gae" in results:
         unbiased = [row["bias"] for row in results["gae"] if row["lam"] == 1.0]
         unbiased += [row["bias"] for row in results["gae"] if row["value"] == "exact"]
-        claims["GAE is unbiased at lambda = 1, and with exact values"] = max(unbiased) < RIGHT
+        claims["GAE is unbiased at lambda = 1, and with exact values"] = max(unbiased) < EQUAL
     if "flatness" in results:
         at_optimum = results["flatness"][-1]
         claims["at the optimum k1's noise is 0 and the full KL's is not"] = (
-            at_optimum["k1"] < RIGHT and at_optimum["full"] > WRONG
+            at_optimum["k1"] < EQUAL and at_optimum["full"] > DIFFERENT
         )
     if results["runs"]:
         ends = [(run["history"][-1]["exact/reward"], run["frontier"]) for run in results["runs"]]
-        under = all(reward <= frontier + RIGHT for reward, frontier in ends)
+        under = all(reward <= frontier + EQUAL for reward, frontier in ends)
         claims[f"{len(ends)} trained policies lie under the exact frontier"] = under
         sums = [
             abs(sum(row["exact/gap_by_depth"]) - 1 + row["exact/fraction"])
@@ -283,7 +286,7 @@ def show_tables(results: Row, console: Console) -> None:
             console.print(depth_table(runs))
     if "overoptimisation" in results:
         first = results["overoptimisation"][0]
-        console.print(overoptimisation_table(first, results["runs"]))
+        console.print(overoptimisation_table(first, _linear_of_first_seed(results["runs"])))
         console.print(gao_table(first["fits"]))
 
 
@@ -388,8 +391,9 @@ def _by_name_and_beta(runs: list[Row]) -> list[tuple[str, float, list[Row]]]:
 
 
 def overoptimisation_table(result: Row, runs: list[Row]) -> Table:
-    """The exact curve, best-of-n and the ends of the PPO runs, in order of their KL."""
-    table = _table("over-optimisation", "", "KL", "proxy", "most at this KL", "gold")
+    """The exact curve, best-of-n and the ends of PPO runs from one reference, by their KL."""
+    seed = f", seed {runs[0]['seed']}" if runs else ""
+    table = _table(f"over-optimisation{seed}", "", "KL", "proxy", "most at this KL", "gold")
     rows = [
         (f"optimum, beta {row['kl_coef']:g}", row["kl_seq"], row["reward"], None, row["gold"])
         for row in result["curve"]
@@ -398,10 +402,10 @@ def overoptimisation_table(result: Row, runs: list[Row]) -> Table:
         (f"best of {row['n']}", row["kl_seq"], row["reward"], None, row["gold"])
         for row in result["best_of_n"]
     ]
-    for run in _linear(runs):
+    for run in runs:
         end = run["history"][-1]
         numbers = (end["exact/kl_seq"], end["exact/reward"], run["frontier"], end["exact/gold"])
-        rows.append((f"PPO, beta {run['kl_coef']:g}, seed {run['seed']}", *numbers))
+        rows.append((f"PPO, beta {run['kl_coef']:g}", *numbers))
     for name, *numbers in sorted(rows, key=lambda row: row[1]):
         table.add_row(name, *("" if x is None else f"{x:.3f}" for x in numbers))
     return table

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from minirlhf.rlhf.exact import GaoFit
+
 Row = dict[str, Any]
-RIGHT, WRONG = "tab:green", "tab:red"
+RIGHT_COLOUR, WRONG_COLOUR = "tab:green", "tab:red"
 BETA_COLOURS = {2.0: "tab:gray", 1.0: "tab:blue", 0.5: "tab:orange", 0.25: "tab:green"}
 
 
@@ -33,7 +35,7 @@ def draw_kl(rows: list[Row], path: Path) -> Path:
         same = [row for row in rows if row["sampler"] == sampler]
         places = [offset - names.index(row["name"]) for row in same]
         look = {
-            "color": [RIGHT if row["right"] else WRONG for row in same],
+            "color": [RIGHT_COLOUR if row["right"] else WRONG_COLOUR for row in same],
             "height": 0.2 if sampler == "ref" else 0.34,
             "alpha": opacity,
             "label": {"theta": "on-policy", "old": "samples of old", "ref": "of ref"}[sampler],
@@ -41,7 +43,7 @@ def draw_kl(rows: list[Row], path: Path) -> Path:
         left.barh(places, [max(row["error"], 1e-17) for row in same], left=1e-17, **look)
         right.barh(places, [row["noise"] for row in same], **look)
     left.set_xscale("log")
-    left.set_xlim(1e-17, 30)
+    left.set_xlim(1e-17, 3 * max(row["error"] for row in rows))
     left.set_yticks([-i for i in range(len(names))], names)
     left.set_title("|E[estimate] − g| / |g|,  g = ∇KL(π‖ref), by enumeration", fontsize=9)
     left.legend(fontsize=7)
@@ -175,8 +177,7 @@ def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
     d = np.linspace(0.05, curve[-1]["kl_seq"] ** 0.5, 200)
     for fit in result["fits"]:
         if fit["of"] == "tilt":
-            bend = d if fit["law"] == "linear" else np.log(d)
-            gain = d * (fit["alpha"] - fit["slope"] * bend)
+            gain = GaoFit(*(fit[name] for name in GaoFit._fields))(d)
             label = f"Gao's law ({fit['law']}), R² = {fit['r_squared']:.3f}"
             right.plot(d, result["reference"]["gold"] + gain, ":", lw=1, label=label)
     low = min(row["gold"] for row in curve)

@@ -80,7 +80,7 @@ def rloo_advantages(seq_reward: Array, *, group: Array, mask: Array) -> Array:
 
     Args:
         seq_reward: (B,) R = score - beta kl_seq of each response [reward units].
-        group: (B,) which prompt a response answers: integers in [0, B).
+        group: (B,) which prompt a response answers: one integer a prompt.
         mask: (B, T).
     Returns:
         (B, T) [reward units], 0 at padding.
@@ -94,6 +94,7 @@ def rloo_advantages(seq_reward: Array, *, group: Array, mask: Array) -> Array:
             f"got {seq_reward.shape}, {group.shape} and {mask.shape}"
         )
     xp = get_xp(seq_reward, group, mask)
+    _, group = xp.unique(group, return_inverse=True)  # 0, 1, ...
     total, count = xp.zeros_like(seq_reward), xp.zeros_like(seq_reward)
     xp.add.at(total, group, seq_reward)
     xp.add.at(count, group, xp.ones_like(seq_reward))

@@ -104,7 +104,7 @@ def enumerate_responses(
     Raises:
         ValueError: as `grow_tree`, or the stop token is not in the vocabulary.
     """
-    if stop_id is not None and not 0 <= stop_id < vocab_size:
+    if stop_id is not None and stop_id not in range(vocab_size):
         raise ValueError(f"enumerate: expected stop_id in [0, {vocab_size}); got {stop_id}")
     lives = np.arange(vocab_size) != (-1 if stop_id is None else stop_id)
     return grow_tree(
@@ -151,6 +151,16 @@ def all_responses(tree: PrefixTree, *, dtype=np.float64) -> Responses:
     return Responses(node, nodes, tokens, mask.astype(dtype))
 
 
+def prompt_of_leaf(tree: PrefixTree) -> Array:
+    """(M,) index of the prompt that each response answers."""
+    xp = get_xp(tree.parent)
+    prompt = xp.zeros_like(tree.parent)
+    prompt[tree.levels[0]] = xp.arange(tree.n_prompts)
+    for level in tree.levels[1:]:
+        prompt[level] = prompt[tree.parent[level]]
+    return prompt[tree.leaf_node]
+
+
 # -- probabilities -------------------------------------------------------------------------------
 
 
@@ -185,7 +195,7 @@ def response_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
 
 
 class ExactValue(NamedTuple):
-    """What a policy is worth: means over all its responses. Each () in the policy's dtype."""
+    """What a policy is worth: means over all its responses. Each ()."""
 
     objective: Array  # J = reward - beta kl_seq [reward units]
     reward: Array  # E[r] [reward units]
@@ -212,15 +222,16 @@ def evaluate_exactly(
     logp = response_logprobs(tree, log_probs)
     p = xp.exp(logp)
     log_ratio = _log_ratio(p, logp, response_logprobs(tree, ref_log_probs))
+    reward, kl_seq = (p * rewards).sum(), (p * log_ratio).sum()
     shaped = rewards - kl_coef * log_ratio
     prompt = prompt_of_leaf(tree)
-    objective = xp.zeros(tree.n_prompts, dtype=p.dtype)  # of each prompt
-    xp.add.at(objective, prompt, p * shaped)
-    centred = shaped - tree.n_prompts * objective[prompt]
+    prompt_mean = xp.zeros(tree.n_prompts, dtype=xp.result_type(shaped, xp.float64))
+    xp.add.at(prompt_mean, prompt, tree.n_prompts * p * shaped)  # many terms: in float64
+    centred = shaped - prompt_mean[prompt].astype(shaped.dtype)
     return ExactValue(
-        objective=objective.sum(),
-        reward=(p * rewards).sum(),
-        kl_seq=(p * log_ratio).sum(),
+        objective=reward - kl_coef * kl_seq,
+        reward=reward,
+        kl_seq=kl_seq,
         entropy_seq=-(p * xp.where(p.real > 0, logp, 0.0)).sum() - math.log(tree.n_prompts),
         flatness=(p * centred * centred).sum(),
     )
@@ -230,6 +241,7 @@ def evaluate_exactly(
 
 
 class Optimum(NamedTuple):
+    kl_coef: float  # beta [reward units per nat]
     log_probs: Array  # (N, V) log pi*(a|s)
     values: Array  # (N,) V(s) = beta log E_ref[exp(r / beta) | s]; of a prompt: beta log Z
     objective: Array  # () J* = beta log Z, the mean over prompts [reward units]
@@ -255,17 +267,20 @@ def soft_optimum(
     check_same_shape("soft_optimum", leaf_node=tree.leaf_node, rewards=rewards)
     _check_positive(kl_coef)
     xp = get_xp(ref_log_probs, rewards)
-    q = xp.zeros_like(ref_log_probs)  # (N, V)
+    dtype = xp.result_type(ref_log_probs, rewards)
+    q = xp.zeros(ref_log_probs.shape, dtype=dtype)
     q[tree.leaf_node, tree.leaf_token] = rewards
-    values = xp.zeros(tree.n_nodes, dtype=ref_log_probs.dtype)
+    log_probs, values = xp.empty_like(q), xp.zeros(tree.n_nodes, dtype=dtype)
     for level in reversed(tree.levels):
         z = ref_log_probs[level] + q[level] / kl_coef
-        top = z.real.max(axis=-1)  # subtracted, or exp(r / beta) overflows at a small beta
-        values[level] = kl_coef * (top + xp.log(xp.exp(z - top[:, None]).sum(axis=-1)))
+        z_top = z.real.max(axis=-1, keepdims=True)
+        z -= z_top  # or exp(r / beta) overflows at a small beta
+        log_sum = xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+        log_probs[level] = z - log_sum
+        values[level] = kl_coef * (z_top + log_sum)[:, 0]
         if level.start > 0:
             q[tree.parent[level], tree.token[level]] = values[level]
-    log_probs = ref_log_probs + (q - values[:, None]) / kl_coef
-    return Optimum(log_probs, values, values[tree.levels[0]].mean())
+    return Optimum(kl_coef, log_probs, values, values[tree.levels[0]].mean())
 
 
 def tilt(
@@ -284,32 +299,34 @@ def tilt(
     _check_positive(kl_coef)
     xp = get_xp(ref_log_probs, rewards)
     logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
-    log_z = xp.zeros(tree.n_prompts, dtype=ref_log_probs.dtype)
+    top, log_sum = (xp.zeros(tree.n_prompts, dtype=logp.dtype) for _ in range(2))
     prompt = prompt_of_leaf(tree)
     for x in range(tree.n_prompts):
         here = prompt == x
-        top = xp.where(here, logp.real, -xp.inf).max()
-        total = xp.exp(xp.where(here, logp - top, -xp.inf)).sum()
-        log_z[x] = top + xp.log(total) + math.log(tree.n_prompts)
-    return logp - log_z[prompt], log_z
+        top[x] = xp.where(here, logp.real, -xp.inf).max()
+        total = xp.exp(xp.where(here, logp - top[x], -xp.inf)).sum()
+        log_sum[x] = xp.log(total) + math.log(tree.n_prompts)
+    return (logp - top[prompt]) - log_sum[prompt], top + log_sum
 
 
-def optimality_gap(
-    tree: PrefixTree, log_probs: Array, optimum: Optimum, *, kl_coef: float
-) -> Array:
+def optimality_gap(tree: PrefixTree, log_probs: Array, optimum: Optimum) -> Array:
     """gap(s) = beta Pr(s) KL(pi(.|s) || pi*(.|s)): what a policy loses at each prefix.
 
     Summed over the prefixes it is J* - J(pi) = beta KL(pi || pi*), so it says *where* a policy is
     still wrong.
 
+    Args:
+        log_probs: (N, V).
+        optimum: of the same tree, from `soft_optimum`, with its beta.
     Returns:
         (N,) [reward units], >= 0.
     """
+    _check_rows(tree, optimum=optimum.log_probs)
     xp = get_xp(log_probs, optimum.log_probs)
-    p = xp.exp(log_probs)
-    log_ratio = _log_ratio(p, log_probs, optimum.log_probs)
     reach = xp.exp(prefix_logprobs(tree, log_probs))
-    return kl_coef * reach * (p * log_ratio).sum(axis=-1)
+    p = xp.exp(log_probs)
+    kl = (p * _log_ratio(p, log_probs, optimum.log_probs)).sum(axis=-1)
+    return optimum.kl_coef * reach * kl
 
 
 def by_depth(tree: PrefixTree, x: Array) -> Array:
@@ -340,6 +357,7 @@ def policy_values(
     xp = get_xp(log_probs, ref_log_probs, rewards)
     p = xp.exp(log_probs)
     q = -kl_coef * _log_ratio(p, log_probs, ref_log_probs)
+    q = q.astype(xp.result_type(q, rewards), copy=False)
     q[tree.leaf_node, tree.leaf_token] += rewards
     values = xp.zeros(tree.n_nodes, dtype=q.dtype)
     for level in reversed(tree.levels):
@@ -378,11 +396,11 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
 
     F is the distribution function of the reward under ref and F- its limit from the left; among
     draws that tie for the best one is taken at random. KL(q || ref) <= log n - (n-1)/n
-    (Beirami et al. 2024, arXiv 2401.01879). For one prompt.
+    (Beirami et al. 2024, arXiv 2401.01879).
 
     Args:
-        ref_logp: (M,) log Pr of every response under the reference [nats].
-        rewards: (M,); equal to nine digits counts as equal.
+        ref_logp: (M,) log Pr(y|x) of every response to one prompt under the reference [nats].
+        rewards: (M,); equal to nine digits of the largest counts as equal.
         n: number of draws >= 1.
     Returns:
         (M,) [nats].
@@ -393,7 +411,8 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
     if n < 1:
         raise ValueError(f"best_of_n: expected n >= 1; got {n}")
     xp = get_xp(ref_logp, rewards)
-    levels, group = xp.unique(xp.round(rewards, 9), return_inverse=True)  # in rising order
+    largest = float(xp.maximum(rewards.max(), -rewards.min())) or 1.0
+    levels, group = xp.unique(xp.round(rewards / largest, 9), return_inverse=True)  # rising
     mass = xp.zeros(levels.shape[0], dtype=ref_logp.dtype)
     xp.add.at(mass, group, xp.exp(ref_logp))
     drawn = mass > 0
@@ -426,6 +445,8 @@ def optimal_curve(
         rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
         kl_coefs: values of beta > 0.
     """
+    if not len(kl_coefs):
+        raise ValueError("optimal_curve: expected at least one beta; got none")
     rows = []
     for beta in kl_coefs:
         optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=float(beta))
@@ -441,13 +462,16 @@ def frontier_reward(
 ) -> float:
     """The largest E[r] of any policy with KL(pi || ref) <= kl_seq, by bisection on log beta.
 
+    Where kl_seq is more than the optimum has at any beta, it is the largest reward there is.
+
     Args:
         kl_seq: > 0 [nats].
     Raises:
         ValueError: kl_seq is not positive.
     """
     _check_positive(kl_seq, "kl_seq")
-    low, high = math.log(1e-4), math.log(1e6)  # of beta; KL falls as beta grows
+    spread = float(rewards.max() - rewards.min()) or 1.0
+    low, high = math.log(1e-5 * spread), math.log(1e6 * spread)  # of beta; KL falls as it grows
     for _ in range(45):
         middle = 0.5 * (low + high)
         beta = math.exp(middle)
@@ -465,7 +489,9 @@ class GaoFit(NamedTuple):
 
     @property
     def peak_kl(self) -> float:
-        """The KL at which the fitted gain is highest [nats]: d = alpha / (2 slope), or exp(..)."""
+        """The KL at which the fitted gain is highest [nats]; nan where it has no peak."""
+        if not self.slope > 0 or (self.law == "linear" and not self.alpha > 0):
+            return math.nan
         ratio = self.alpha / self.slope
         return (0.5 * ratio if self.law == "linear" else math.exp(ratio - 1)) ** 2
 
@@ -484,12 +510,15 @@ def fit_gao(kl_seq: np.ndarray, gain: np.ndarray, *, law: str) -> GaoFit:
         kl_seq: (n,) > 0 [nats].
         gain: (n,) gold reward less the reference's.
     Raises:
-        ValueError: another law, fewer than 3 points, or a KL that is not positive.
+        ValueError: another law, fewer than 3 points, a KL that is not positive, or gains that are
+            all equal.
     """
-    if law not in ("linear", "log") or len(kl_seq) < 3 or not (np.asarray(kl_seq) > 0).all():
+    kl_seq, gain = np.asarray(kl_seq, dtype=np.float64), np.asarray(gain, dtype=np.float64)
+    enough = kl_seq.shape == gain.shape and kl_seq.size >= 3 and (kl_seq > 0).all()
+    if law not in ("linear", "log") or not enough or np.ptp(gain) == 0:
         raise ValueError(
-            'fit_gao: expected law "linear" or "log" and at least 3 points with kl_seq > 0; '
-            f"got {law!r} and {kl_seq}"
+            'fit_gao: expected law "linear" or "log" and at least 3 points with kl_seq > 0 and '
+            f"gains that differ; got {law!r}, {kl_seq} and {gain}"
         )
     d = np.sqrt(kl_seq)
     columns = np.stack([d, -d * _bend(d, law)], axis=1)
@@ -501,16 +530,6 @@ def fit_gao(kl_seq: np.ndarray, gain: np.ndarray, *, law: str) -> GaoFit:
 
 def _bend(distance: np.ndarray, law: str) -> np.ndarray:
     return distance if law == "linear" else np.log(distance)
-
-
-def prompt_of_leaf(tree: PrefixTree) -> Array:
-    """(M,) index of the prompt that each response answers."""
-    xp = get_xp(tree.parent)
-    prompt = xp.zeros_like(tree.parent)
-    prompt[tree.levels[0]] = xp.arange(tree.n_prompts)
-    for level in tree.levels[1:]:
-        prompt[level] = prompt[tree.parent[level]]
-    return prompt[tree.leaf_node]
 
 
 def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
@@ -535,6 +554,13 @@ def _check_rows(tree: PrefixTree, **rows: Array) -> None:
             raise ValueError(
                 f"exact: expected {name} of shape {(tree.n_nodes, tree.vocab_size)}, one row for "
                 f"each prefix; got {array.shape}"
+            )
+        off = get_xp(array).exp(array.real).sum(axis=-1) - 1.0
+        if not bool(((off < 1e-3) & (off > -1e-3)).all()):
+            raise ValueError(
+                f"exact: expected {name} to be log-probs, whose exp sums to 1 in each row; the "
+                f"sums are off by {float(off.min()):.3g} to {float(off.max()):.3g}: take "
+                "log_softmax of logits"
             )
 
 

@@ -69,9 +69,9 @@ def penalty_dlogits(
 ) -> Array:
     """dz of the penalty under a `kl_mode`, of one response y ~ old: what its gradient descends.
 
-    A penalty in the loss is differentiated. One in the reward is a constant, and multiplies the
-    score of its own and of all earlier tokens (reward-to-go; gamma = 0: of its own token alone).
-    On-policy, old = the policy.
+    A penalty in the loss is differentiated. One in the reward is a constant, old's, and multiplies
+    ratio_t = pi(y_t|.) / old(y_t|.) and the score of its own and of all earlier tokens, as in PPO
+    (reward-to-go; gamma = 0: of its own token alone). On-policy old = the policy, and ratio_t = 1.
 
     Args:
         logits, old_logits, ref_logits: (N, V).

@@ -321,8 +321,10 @@ def penalty_in_reward(kl_mode: str, *, log_ratio: Array, kl_full: Array) -> Arra
     Returns:
         (B, T) [nats].
     Raises:
-        ValueError: the shapes differ.
+        ValueError: another kl_mode, or the shapes differ.
     """
+    if kl_mode not in KL_MODES:
+        raise ValueError(f"kl_mode: expected one of {', '.join(KL_MODES)}; got {kl_mode!r}")
     check_same_shape("penalty_in_reward", log_ratio=log_ratio, kl_full=kl_full)
     estimator = KL_MODES[kl_mode].in_reward
     if estimator is None:

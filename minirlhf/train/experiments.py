@@ -58,13 +58,18 @@ class RandomWorld(NamedTuple):
     logits: dict[str, np.ndarray]  # (N, V) of each
     rewards: np.ndarray  # (M,)
 
+    @property
+    def where(self) -> dict[str, Any]:
+        """What `tree_logits` and `tree_gradient` need beside the parameters."""
+        return {"tree": self.tree, "prompts": [[0]], "config": self.config}
+
     def probs(self, name: str) -> np.ndarray:
         """(M,) probability of every response under one of the policies."""
         return np.exp(response_logprobs(self.tree, log_softmax(self.logits[name])))
 
     def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
         """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
-        gradient = tree_gradient(dlogits, params, **self._where)
+        gradient = tree_gradient(dlogits, params, **self.where)
         return np.concatenate([leaf.reshape(-1) for leaf in tree_leaves(gradient)])
 
     def jacobian(self, name: str) -> np.ndarray:
@@ -72,10 +77,6 @@ class RandomWorld(NamedTuple):
         N, V = self.tree.n_nodes, self.tree.vocab_size
         rows = (row.reshape(N, V) for row in np.eye(N * V))
         return np.stack([self.pull_back(row, self.policies[name]) for row in rows])
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {"tree": self.tree, "prompts": [[0]], "config": self.config}
 
 
 def make_random_world(
@@ -252,12 +253,12 @@ def surrogate_table(
     advantages, old_logp = (q - values[:, None])[at], log_old[at]
     old, p_old = world.policies["old"], world.probs("old")
     uphill = tree_gradient(
-        objective_gradient(tree, log_old, *args, kl_coef=kl_coef), old, **world._where
+        objective_gradient(tree, log_old, *args, kl_coef=kl_coef), old, **world.where
     )
     rows = []
     for kl_step in kl_steps:
         params = _step_of_kl(world, log_old, old, uphill, kl_step)
-        logits = tree_logits(params, **world._where)
+        logits = tree_logits(params, **world.where)
         log_pi = log_softmax(logits)
         true = world.pull_back(objective_gradient(tree, log_pi, *args, kl_coef=kl_coef), params)
         row = {"kl_old_seq": float(_kl(world, log_old, log_pi))}
@@ -270,9 +271,9 @@ def surrogate_table(
             dlogits = token_logprobs_backward(-ppo_clip_backward(1.0, clip_cache), cache)
             mean = world.pull_back(gather_nodes(tree, responses, dlogits, weights=p_old), params)
             row[name] = float(cosine(mean, true))
-            weights = p_old[:, None] * mask
-            cut = float((weights * clip_cache.clipped).sum() / weights.sum())
-            row["clip_fraction"] = max(row.get("clip_fraction", 0.0), cut)
+            if clip == "ppo":
+                weights = p_old[:, None] * mask
+                row["clip_fraction"] = float((weights * clip_cache.clipped).sum() / weights.sum())
         rows.append(row)
     return rows
 
@@ -287,13 +288,21 @@ def _step_of_kl(
     world: RandomWorld, log_old: np.ndarray, old: Tree, uphill: Tree, kl_step: float
 ) -> Tree:
     """old + s uphill with KL(old || theta) = kl_step, by bisection on s."""
+
+    def at(s: float) -> Tree:
+        return tree_map(lambda a, d: a + s * d, old, uphill)
+
+    def is_too_far(s: float) -> bool:
+        log_pi = log_softmax(tree_logits(at(s), **world.where))
+        return _kl(world, log_old, log_pi) > kl_step
+
     low, high = 0.0, 1.0
+    while not is_too_far(high) and high < 2**20:
+        low, high = high, 2 * high
     for _ in range(40):
-        step = 0.5 * (low + high)
-        params = tree_map(lambda a, d, s=step: a + s * d, old, uphill)
-        moved = _kl(world, log_old, log_softmax(tree_logits(params, **world._where)))
-        low, high = (low, step) if moved > kl_step else (step, high)
-    return params
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if is_too_far(middle) else (middle, high)
+    return at(low)
 
 
 # -- the optimum ---------------------------------------------------------------------------------
@@ -474,7 +483,7 @@ def train_run(
     beta = run.settings.kl_coef
     truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
     settings = {"settings": run.settings, "seed": seed, "baseline": run.baseline}
-    history = train_on_world(truth, reference, **settings).history
+    history = train_on_world(truth, **settings).history
     seconds = time.perf_counter() - started
     frontier = frontier_reward(
         world.tree, truth.ref_log_probs, world.rewards, kl_seq=history[-1]["exact/kl_seq"]

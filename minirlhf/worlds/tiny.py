@@ -126,7 +126,7 @@ def make_tiny_world(
 
 
 def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of ids as tokens (B, T) and mask (B, T), padded on the right."""
+    """Lists of ids, at least one, as tokens (B, T) and mask (B, T), padded on the right."""
     lengths = np.array([len(ids) for ids in responses])
     mask = np.arange(lengths.max()) < lengths[:, None]
     tokens = np.zeros(mask.shape, dtype=np.int64)
