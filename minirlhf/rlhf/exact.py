@@ -172,7 +172,7 @@ def prefix_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
     Returns:
         (N,) [nats].
     Raises:
-        ValueError: log_probs does not have the tree's shape.
+        ValueError: log_probs does not have the tree's shape, or its rows do not sum to 1.
     """
     _check_rows(tree, log_probs=log_probs)
     xp = get_xp(log_probs, tree.parent)
