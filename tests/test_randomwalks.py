@@ -25,7 +25,7 @@ from minirlhf.worlds.randomwalks import (
     measure,
     measure_leaves,
 )
-from minirlhf.worlds.tiny import rectangle
+from minirlhf.worlds.world import rectangle
 
 KL_COEFS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 

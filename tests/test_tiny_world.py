@@ -39,10 +39,10 @@ from minirlhf.worlds.tiny import (
     gold_reward,
     make_tiny_world,
     proxy_reward,
-    rectangle,
     sample_chain,
     token_counts,
 )
+from minirlhf.worlds.world import rectangle
 
 WORLD = make_tiny_world(n_demonstrations=2_000, rng=np.random.default_rng(0))
 TREE, LEAVES = WORLD.tree, all_responses(WORLD.tree)

@@ -444,6 +444,8 @@ def optimal_curve(
     Args:
         rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
         kl_coefs: values of beta > 0.
+    Raises:
+        ValueError: there is no beta, or as `soft_optimum`.
     """
     if not len(kl_coefs):
         raise ValueError("optimal_curve: expected at least one beta; got none")
@@ -482,9 +484,11 @@ def frontier_reward(
 
 
 class GaoFit(NamedTuple):
-    alpha: float
+    """R(d) = d (alpha - slope d) or d (alpha - slope log d): gain in gold at d = sqrt(KL)."""
+
+    alpha: float  # [reward units per nat^1/2]
     slope: float
-    r_squared: float
+    r_squared: float  # share of the variance of the gains that the law explains
     law: str  # "linear" or "log"
 
     @property

@@ -92,10 +92,10 @@ def make_random_world(
         return tree_map(lambda a: a + scale * rng.standard_normal(a.shape), params)
 
     policies = {name: policy() for name in ("theta", "old", "ref")}
-    where = {"tree": tree, "prompts": [[0]], "config": config}
-    logits = {name: tree_logits(params, **where) for name, params in policies.items()}
     rewards = rng.standard_normal(tree.leaf_node.shape)
-    return RandomWorld(tree, all_responses(tree), config, policies, logits, rewards)
+    world = RandomWorld(tree, all_responses(tree), config, policies, {}, rewards)
+    logits = {name: tree_logits(params, **world.where) for name, params in policies.items()}
+    return world._replace(logits=logits)
 
 
 # -- the gradient of the penalty, in every placement ---------------------------------------------

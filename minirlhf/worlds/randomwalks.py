@@ -14,8 +14,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from minirlhf.rlhf.exact import PrefixTree, all_responses, grow_tree
-from minirlhf.worlds.tiny import rectangle
-from minirlhf.worlds.world import TokenWorld
+from minirlhf.worlds.world import TokenWorld, rectangle
 
 LETTERS = tuple("abcdefghijklmnopqrstu")
 GOAL = 0  # a

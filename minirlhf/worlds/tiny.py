@@ -14,7 +14,7 @@ from numpy.random import Generator
 
 from minirlhf.rlhf.exact import PrefixTree, all_responses, enumerate_responses
 from minirlhf.rlhf.logprobs import log_softmax
-from minirlhf.worlds.world import TokenWorld
+from minirlhf.worlds.world import TokenWorld, rectangle
 
 TOKENS = ("EOS", "ANS", "DET", "POL", "HED", "SAL", "REF", "UNS")
 EOS, ANS, DET, POL, HED, SAL, REF, UNS = range(8)
@@ -123,12 +123,3 @@ def make_tiny_world(
         demonstrator=chain_log_probs(tree),
         demonstrations=[([EOS], reply) for reply in replies],
     )
-
-
-def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of ids, at least one, as tokens (B, T) and mask (B, T), padded on the right."""
-    lengths = np.array([len(ids) for ids in responses])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    tokens = np.zeros(mask.shape, dtype=np.int64)
-    tokens[mask] = np.concatenate(responses)
-    return tokens, mask.astype(np.float64)

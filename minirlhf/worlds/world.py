@@ -61,3 +61,12 @@ class TokenWorld:
         """The names of the ids, separated by spaces where they are longer than a letter."""
         names = [self.tokens[i] for i in ids]
         return ("" if all(len(name) == 1 for name in self.tokens) else " ").join(names)
+
+
+def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of ids, at least one, as tokens (B, T) and mask (B, T), padded on the right."""
+    lengths = np.array([len(ids) for ids in responses])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.zeros(mask.shape, dtype=np.int64)
+    tokens[mask] = np.concatenate(responses)
+    return tokens, mask.astype(np.float64)
