@@ -66,6 +66,32 @@ def _adopt(array: Array) -> ModuleType:
     raise TypeError(f"expected a numpy or cupy array; got {kind}: make it one with xp.asarray")
 
 
+def surely_within(x: Array, limit: float) -> bool:
+    """Is every |x| < limit?  A GPU is not waited for: there the answer is always no."""
+    return get_xp(x) is np and (x.size == 0 or bool(-limit < x.min() and x.max() < limit))
+
+
+def scatter_add(table: Array, ids: Array, rows: Array) -> None:
+    """table[ids[n]] += rows[n] for every n, in place; an id may occur any number of times.
+
+    NumPy sorts the rows by id and sums the runs, in the order in which add.at would add them and
+    several times as fast; on a GPU the rows are added at once, atomically.
+
+    Args:
+        table: (N, C).
+        ids: (M,) integers in [0, N).
+        rows: (M, C).
+    """
+    xp = get_xp(table, ids, rows)
+    if xp is not np:
+        xp.add.at(table, ids, rows)
+    elif len(ids):
+        order = ids.argsort(kind="stable")
+        sorted_ids = ids[order]
+        starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))  # of the runs of equal ids
+        table[sorted_ids[starts]] += np.add.reduceat(rows[order], starts, axis=0)
+
+
 def array_module(device: str) -> ModuleType:
     """The array module of a device: numpy for "cpu", cupy for "cuda".
 
@@ -111,14 +137,16 @@ def keep_freed_memory() -> bool:
     """Let the C allocator keep freed blocks instead of giving them back to the system.
 
     Arrays over 128 KiB are otherwise mapped and zeroed anew each time, which costs plain NumPy code
-    a third of its time. Called once at program start; where there is no glibc it does nothing.
+    a third of its time. All threads share one arena, so that they use each other's freed blocks.
+    Called once at program start; where there is no glibc it does nothing.
 
     Returns:
         whether the setting was made.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
+    return all([mallopt(name, value) for name, value in settings.items()])

@@ -19,8 +19,10 @@ import re
 from types import ModuleType
 
 import numpy as np
+import pytest
 
-from minirlhf.backend import register_array_module
+from minirlhf.backend import get_xp, register_array_module
+from minirlhf.nn import attention, layers
 
 try:
     import cupy
@@ -220,6 +222,15 @@ class FakeModule:
         if name == "add":  # the one ufunc method that NumPy and CuPy share for our dtypes
             call.at = forward("add.at", np.add.at, cupy and cupy.add.at)
         return call
+
+
+@contextlib.contextmanager
+def numpy_as_on_a_gpu():
+    """NumPy without the short cuts that a GPU cannot take: then not one bit may differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "surely_within", lambda x, limit: False)
+        patch.setattr(layers, "scatter_add", lambda table, *add: get_xp(table).add.at(table, *add))
+        yield
 
 
 fakegpu = FakeModule()

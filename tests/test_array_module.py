@@ -6,7 +6,7 @@ passes here has a good chance on a GPU; test_gpu.py is the proof.
 
 import numpy as np
 import pytest
-from fakegpu import FakeArray, fakegpu
+from fakegpu import FakeArray, fakegpu, numpy_as_on_a_gpu
 from tiny import CONFIG, Letters, make_batch, make_ids, make_params, moved, ppo_step
 from tolerances import STAND_IN, assert_close, assert_trees_close
 
@@ -29,6 +29,13 @@ from minirlhf.train.ppo import PPOConfig
 from minirlhf.train.reward_model import RewardModelConfig
 from minirlhf.train.sft import SFTConfig, sft_loss_and_gradients
 from minirlhf.tree import tree_items, tree_map
+
+
+@pytest.fixture(autouse=True)
+def the_road_of_a_gpu():
+    """NumPy may take short cuts that a GPU cannot; here it does not."""
+    with numpy_as_on_a_gpu():
+        yield
 
 
 @pytest.fixture

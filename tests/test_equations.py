@@ -14,7 +14,7 @@ from tolerances import LOOPS, assert_close
 
 from minirlhf.nn.attention import attention_forward, causal_mask
 from minirlhf.nn.heads import (
-    last_token_forward,
+    last_columns,
     scalar_head_forward,
     tied_logits_backward,
     tied_logits_forward,
@@ -25,6 +25,7 @@ from minirlhf.nn.layers import (
     gelu_forward,
     layernorm_forward,
     linear_forward,
+    take_columns_forward,
 )
 from minirlhf.nn.transformer import positions_of, transformer_forward
 from minirlhf.rlhf.advantages import (
@@ -181,16 +182,16 @@ def test_heads(case):
 
 
 @given(ragged())
-def test_last_token_and_positions(case):
+def test_last_columns_and_positions(case):
     rng, mask = case
     B, T = mask.shape
     for side in (mask, mask[:, ::-1].copy()):
         h = rng.standard_normal((B, T, 2))
-        last, _ = last_token_forward(h, mask=side)
+        last, _ = take_columns_forward(h, columns=last_columns(side))
         positions = positions_of(side)
         for b in range(B):
             real = [t for t in range(T) if side[b, t] > 0]
-            assert_close(last[b], h[b, real[-1]], 0.0)
+            assert_close(last[b], h[b, real[-1:]], 0.0)
             for count, t in enumerate(real):
                 assert positions[b, t] == count
 

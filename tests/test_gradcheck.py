@@ -134,15 +134,14 @@ def test_the_message_names_the_path_into_a_tree():
 
 
 def without_the_mean(dy, cache):
-    x, gain, mean, rstd = cache
-    xhat = (x - mean) * rstd
+    xhat, gain, rstd = cache
     dxhat = dy * gain
     dx = rstd * (dxhat - xhat * (dxhat * xhat).mean(axis=-1, keepdims=True))
     return dx, *layernorm_backward(dy, cache)[1:]
 
 
 def without_the_variance(dy, cache):
-    x, gain, mean, rstd = cache
+    _, gain, rstd = cache
     dxhat = dy * gain
     dx = rstd * (dxhat - dxhat.mean(axis=-1, keepdims=True))
     return dx, *layernorm_backward(dy, cache)[1:]
@@ -150,9 +149,8 @@ def without_the_variance(dy, cache):
 
 def with_bessel(dy, cache):
     """The derivative for the variance with C - 1."""
-    x, gain, mean, rstd = cache
-    C = x.shape[-1]
-    xhat, dxhat = (x - mean) * rstd, dy * gain
+    xhat, gain, rstd = cache
+    C, dxhat = xhat.shape[-1], dy * gain
     along = (dxhat * xhat).sum(axis=-1, keepdims=True) / (C - 1)
     return rstd * (dxhat - dxhat.mean(axis=-1, keepdims=True) - xhat * along), *layernorm_backward(
         dy, cache
@@ -284,7 +282,7 @@ def writes(owner):
     def backward(dy, cache):
         gradients = layernorm_backward(dy, cache[0])
         if owner == "borrowed argument":
-            cache[0].x[0, 0] = 0.0
+            cache[0].gain[0] = 0.0
         if owner == "cache":
             cache[0].rstd[...] *= 2.0
         if owner == "constant in the cache":
@@ -301,7 +299,7 @@ def writes(owner):
     [
         ("argument", "the forward wrote into gain"),
         ("constant", "the forward wrote into scale"),
-        ("borrowed argument", "the backward wrote into x"),
+        ("borrowed argument", "the backward wrote into gain"),
         ("cache", "the backward wrote into the cache"),
         ("constant in the cache", "the backward wrote into scale"),
         ("dout", "the backward wrote into dout"),

@@ -16,6 +16,7 @@ from tolerances import (
     FLOAT32_FORWARD,
     FLOAT32_GRADIENT,
     KV_CACHE,
+    LOOPS,
     MICRO_BATCH,
     PADDING,
     SAME_FORWARD,
@@ -166,7 +167,7 @@ def test_padding_gets_no_gradient():
         params["transformer"], tokens=other.tokens, mask=other.mask, config=CONFIG
     )
     assert_trees_close(
-        transformer_backward(dh * batch.mask[..., None], other_cache), gradients, SAME_FORWARD
+        transformer_backward(dh * batch.mask[..., None], other_cache), gradients, LOOPS
     )
 
 
@@ -247,9 +248,7 @@ def test_one_table_is_read_at_both_ends():
     dlogits = np.random.default_rng(0).standard_normal(out.logits.shape)
     zero = np.zeros_like(out.logp)
     gradients = policy_backward(dlogits, zero, zero, cache)
-    dh_response, dwte_head = tied_logits_backward(dlogits, tied_logits_forward(h, wte)[1])
-    dh = np.zeros_like(cache.h)
-    dh[:, P - 1 : -1] = dh_response
+    dh, dwte_head = tied_logits_backward(dlogits, tied_logits_forward(h, wte)[1])
     dwte_embedding = transformer_backward(dh, cache.trunk)["wte"]
     assert min(np.abs(dwte_head).max(), np.abs(dwte_embedding).max()) > 0.1  # both count
     assert_close(gradients["transformer"]["wte"], dwte_embedding + dwte_head)

@@ -179,10 +179,24 @@ def make_embedding(draw: Draw) -> Case:
     return [draw.normal(N, draw.integer(1, 4))], {"ids": np.array(draw.rng.integers(N, size=shape))}
 
 
-def make_attention(side: str, draw: Draw) -> Case:
+def drawn_columns(draw: Draw, B: int, T: int) -> np.ndarray | None:
+    """(B, Q) distinct columns of each sequence, in any order; or None, all of them."""
+    if draw.pick((True, False)):
+        return None
+    return draw.rng.permuted(np.tile(np.arange(T), (B, 1)), axis=1)[:, : draw.integer(1, T)]
+
+
+def make_take_columns(draw: Draw) -> Case:
+    B, T = draw.integer(1, 3), draw.integer(1, 4)
+    columns = draw.rng.permuted(np.tile(np.arange(T), (B, 1)), axis=1)[:, : draw.integer(1, T)]
+    return [draw.normal(B, T, draw.integer(1, 4))], {"columns": columns}
+
+
+def make_attention(side: str, scale: float, draw: Draw) -> Case:
     B, T, H, D = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 2), draw.integer(1, 2)
     allowed = attention.causal_mask(drawn_mask(draw, B, T, side))
-    return [scaled(draw, B, T, 3 * H * D)], {"n_head": H, "allowed": allowed}
+    constants = {"n_head": H, "allowed": allowed, "read": drawn_columns(draw, B, T)}
+    return [scale * scaled(draw, B, T, 3 * H * D)], constants
 
 
 def make_tied_logits(draw: Draw) -> Case:
@@ -193,12 +207,6 @@ def make_tied_logits(draw: Draw) -> Case:
 def make_scalar_head(draw: Draw) -> Case:
     C = draw.integer(1, 4)
     return [scaled(draw, *leading(draw), C), draw.normal(C, 1), draw.normal(1)], {}
-
-
-def make_last_token(side: str, draw: Draw) -> Case:
-    B, T = draw.integer(1, 3), draw.integer(1, 4)
-    mask = drawn_mask(draw, B, T, side)
-    return [draw.normal(B, T, draw.integer(1, 4))], {"mask": mask}
 
 
 def drawn_transformer(draw: Draw, config: GPTConfig) -> Tree:
@@ -233,6 +241,7 @@ def make_block(draw: Draw) -> Case:
     mask = tiny_batch(draw, config).mask
     p = drawn_transformer(draw, config)["blocks"][0]
     constants = {"n_head": config.n_head, "allowed": attention.causal_mask(mask)}
+    constants["read"] = drawn_columns(draw, *mask.shape)
     return [draw.normal(*mask.shape, config.d_model), p], constants
 
 
@@ -240,6 +249,7 @@ def make_transformer(draw: Draw) -> Case:
     config = tiny_config(draw)
     batch = tiny_batch(draw, config)
     constants = {"tokens": batch.tokens, "mask": batch.mask, "config": config}
+    constants["read"] = drawn_columns(draw, *batch.mask.shape)
     return [drawn_transformer(draw, config)], constants
 
 
@@ -539,12 +549,12 @@ TABLE = [
     row(layers, "layernorm", make_layernorm, 0.1, 5.0, mode="scale 0.1, offset 5"),
     row(layers, "gelu", make_gelu),
     row(layers, "embedding", make_embedding),
-    row(attention, "attention", make_attention, "left", mode="left padding"),
-    row(attention, "attention", make_attention, "right", mode="right padding"),
+    row(layers, "take_columns", make_take_columns),
+    row(attention, "attention", make_attention, "left", 1.0, mode="left padding"),
+    row(attention, "attention", make_attention, "right", 1.0, mode="right padding"),
+    row(attention, "attention", make_attention, "right", 8.0, mode="scores beyond exp"),
     row(heads, "tied_logits", make_tied_logits),
     row(heads, "scalar_head", make_scalar_head),
-    row(heads, "last_token", make_last_token, "left", mode="left padding"),
-    row(heads, "last_token", make_last_token, "right", mode="right padding"),
     row(transformer, "block", make_block),
     row(transformer, "transformer", make_transformer),
     row(logprobs, "token_logprobs", make_token_logprobs),

@@ -1,14 +1,17 @@
 """Causal self-attention over left- and right-padded sequences.
 
-B sequences, T tokens, C channels, H heads, D = C / H channels a head.
+B sequences, T tokens, C channels, H heads, D = C / H channels a head. Queries may be fewer than
+keys: the last block of a transformer only computes the Q columns that somebody reads.
 """
 
 import math
 from typing import NamedTuple
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, get_xp, surely_within
+from minirlhf.nn.layers import TakeColumnsCache, take_columns_backward, take_columns_forward
 
 MASKED = -1e9  # a score that exp turns into exactly 0, and that is finite in float32
+SAFE_SCORE = 60.0  # exp of +-60, and sums of it, neither overflow nor vanish in float32
 
 
 def causal_mask(mask: Array) -> Array:
@@ -20,33 +23,37 @@ def causal_mask(mask: Array) -> Array:
     Args:
         mask: (B, T) 1 at real tokens, 0 at padding.
     Returns:
-        (B, 1, T, T) boolean, broadcast over the heads.
+        (B, 1, T, T) 1 or 0 in the mask's dtype, broadcast over the heads.
     """
     xp = get_xp(mask)
     position = xp.arange(mask.shape[1])
     past = position[:, None] >= position[None, :]  # (T, T)
     itself = position[:, None] == position[None, :]
-    return (past & (mask > 0)[:, None, None, :]) | itself
+    return ((past & (mask > 0)[:, None, None, :]) | itself).astype(mask.dtype)
 
 
-def attention_weights(q_BHTD: Array, k_BHSD: Array, allowed: Array) -> Array:
-    """softmax_j(q_i k_j / sqrt(D)) over the allowed j; exactly 0 at the others.
+def attention_weights(q_BHQD: Array, k_BHTD: Array, allowed: Array) -> tuple[Array, Array]:
+    """E_ij = exp(q_i k_j) over the allowed j, exactly 0 at the others, and its row sums.
+
+    The softmax is E / sum; the division is left to the output, which is smaller. The row's maximum
+    is subtracted before exp, which cancels in the softmax, wherever that could matter.
 
     Args:
-        q_BHTD: (B, H, T, D) queries.
-        k_BHSD: (B, H, S, D) keys.
-        allowed: boolean, broadcast to (B, H, T, S), with at least one True a row.
+        q_BHQD: (B, H, Q, D) queries, already divided by sqrt(D).
+        k_BHTD: (B, H, T, D) keys.
+        allowed: 1 or 0, broadcast to (B, H, Q, T), with at least one 1 a row.
     Returns:
-        (B, H, T, S) weights; each row sums to 1.
+        E (B, H, Q, T), total (B, H, Q, 1).
     """
-    xp = get_xp(q_BHTD, k_BHSD, allowed)
-    weights = q_BHTD @ k_BHSD.swapaxes(-1, -2)  # (B, H, T, S)
-    weights *= 1.0 / math.sqrt(q_BHTD.shape[-1])
-    weights = xp.where(allowed, weights, MASKED)
-    weights -= weights.real.max(axis=-1, keepdims=True)
+    xp = get_xp(q_BHQD, k_BHTD, allowed)
+    weights = q_BHQD @ k_BHTD.swapaxes(-1, -2)  # (B, H, Q, T) scores so far
+    if not surely_within(weights.real, SAFE_SCORE):
+        weights = xp.where(allowed > 0, weights, MASKED)
+        weights -= weights.real.max(axis=-1, keepdims=True)
     xp.exp(weights, out=weights)
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return weights
+    weights *= allowed
+    total = weights @ xp.ones((weights.shape[-1], 1), dtype=weights.dtype)
+    return weights, total
 
 
 def split_heads(x: Array, n_head: int) -> Array:
@@ -57,11 +64,16 @@ def split_heads(x: Array, n_head: int) -> Array:
 
 class AttentionCache(NamedTuple):
     qkv: Array  # (B, T, 3C) borrowed
-    weights: Array  # (B, H, T, T)
-    out: Array  # (B, T, C)
+    q: Array  # (B, Q, C) queries read, divided by sqrt(D)
+    weights: Array  # (B, H, Q, T) E
+    total: Array  # (B, H, Q, 1) row sums of E
+    out: Array  # (B, Q, C)
+    read: Array | None  # (B, Q) borrowed
 
 
-def attention_forward(qkv: Array, *, n_head: int, allowed: Array) -> tuple[Array, AttentionCache]:
+def attention_forward(
+    qkv: Array, *, n_head: int, allowed: Array, read: Array | None = None
+) -> tuple[Array, AttentionCache]:
     """out_i = sum_j A_ij v_j,  A = softmax_j(q_i k_j / sqrt(D)) over the allowed j, head by head.
 
     Vaswani et al. 2017, arXiv 1706.03762, equation 1.
@@ -70,8 +82,9 @@ def attention_forward(qkv: Array, *, n_head: int, allowed: Array) -> tuple[Array
         qkv: (B, T, 3C) queries, keys and values side by side, as one linear layer makes them.
         n_head: H.
         allowed: (B, 1, T, T) from `causal_mask`.
+        read: (B, Q) columns whose output is wanted, each at most once; None: all T.
     Returns:
-        out (B, T, C), cache.
+        out (B, Q, C), cache.
     Raises:
         ValueError: the width of qkv is not 3 C with C a multiple of n_head.
     """
@@ -83,37 +96,48 @@ def attention_forward(qkv: Array, *, n_head: int, allowed: Array) -> tuple[Array
         )
     xp = get_xp(qkv, allowed)
     C = C3 // 3
-    q_BHTD, k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], n_head) for i in range(3))
-    weights = attention_weights(q_BHTD, k_BHTD, allowed)
-    out = xp.empty((B, T, C), dtype=qkv.dtype)
-    xp.matmul(weights, v_BHTD, out=split_heads(out, n_head))
-    return out, AttentionCache(qkv, weights, out)
+    q = qkv[..., :C]
+    if read is not None:
+        q, _ = take_columns_forward(q, columns=read)
+        allowed = take_columns_forward(allowed[:, 0], columns=read)[0][:, None]  # (B, 1, Q, T)
+    q = q * (1.0 / math.sqrt(C // n_head))
+    k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], n_head) for i in (1, 2))
+    weights, total = attention_weights(split_heads(q, n_head), k_BHTD, allowed)
+    out = xp.empty(q.shape, dtype=qkv.dtype)
+    out_BHQD = xp.matmul(weights, v_BHTD, out=split_heads(out, n_head))
+    out_BHQD /= total
+    return out, AttentionCache(qkv, q, weights, total, out, read)
 
 
 def attention_backward(dout: Array, cache: AttentionCache) -> Array:
-    """dv = A^T do,  dA = do v^T,  dS = A (dA - sum_j A dA) / sqrt(D),  dq = dS k,  dk = dS^T q.
+    """dv = A^T do,  dA = do v^T,  dS = A (dA - sum_j A dA),  dq = dS k / sqrt(D),  dk = dS^T q.
 
-    The row sum needs no pass over T x T:  sum_j A_ij dA_ij = do_i . out_i.
+    With A = E / total the division is made once on do:  A^T do = E^T (do / total), and so on. The
+    row sum needs no pass over Q x T:  sum_j A_ij dA_ij = do_i . out_i.
 
     Args:
-        dout: (B, T, C) dL/dout.
+        dout: (B, Q, C) dL/dout.
     Returns:
         dqkv (B, T, 3C).
     """
-    qkv, weights, out = cache
+    qkv, q, weights, total, out, read = cache
     xp = get_xp(dout, qkv)
-    H = weights.shape[1]
-    C = out.shape[-1]
-    q_BHTD, k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], H) for i in range(3))
+    H, C = weights.shape[1], out.shape[-1]
+    k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], H) for i in (1, 2))
     dqkv = xp.empty_like(qkv)
-    dq, dk, dv = (split_heads(dqkv[..., i * C : (i + 1) * C], H) for i in range(3))
-    dout_BHTD = split_heads(dout, H)
+    dk, dv = (split_heads(dqkv[..., i * C : (i + 1) * C], H) for i in (1, 2))
+    dout_BHQD = split_heads(dout, H) / total
+    row_sum = xp.einsum("bhqd,bhqd->bhq", dout_BHQD, split_heads(out, H))
 
-    xp.matmul(weights.swapaxes(-1, -2), dout_BHTD, out=dv)
-    dscore = dout_BHTD @ v_BHTD.swapaxes(-1, -2)  # (B, H, T, T) dA so far
-    dscore -= (dout_BHTD * split_heads(out, H)).sum(axis=-1, keepdims=True)
+    xp.matmul(weights.swapaxes(-1, -2), dout_BHQD, out=dv)
+    dscore = dout_BHQD @ v_BHTD.swapaxes(-1, -2)  # (B, H, Q, T) dA so far
+    dscore -= row_sum[..., None]
     dscore *= weights  # 0 where not allowed
-    dscore *= 1.0 / math.sqrt(C // H)
-    xp.matmul(dscore, k_BHTD, out=dq)
-    xp.matmul(dscore.swapaxes(-1, -2), q_BHTD, out=dk)
+    xp.matmul(dscore.swapaxes(-1, -2), split_heads(q, H), out=dk)
+    dq = xp.empty_like(out)
+    xp.matmul(dscore, k_BHTD, out=split_heads(dq, H))
+    dq *= 1.0 / math.sqrt(C // H)
+    if read is not None:
+        dq = take_columns_backward(dq, TakeColumnsCache(qkv.shape[1], read))
+    dqkv[..., :C] = dq
     return dqkv

@@ -80,36 +80,13 @@ def scalar_head_backward(dv: Array, cache: ScalarHeadCache) -> tuple[Array, Arra
     return dh, dw, dv.reshape(-1).sum(axis=0, keepdims=True)
 
 
-class LastTokenCache(NamedTuple):
-    shape: tuple[int, int, int]  # of h
-    last: Array  # (B,) column of the last real token
-
-
-def last_token_forward(h: Array, *, mask: Array) -> tuple[Array, LastTokenCache]:
-    """h at the last real token of each sequence: where a reward model reads its score.
+def last_columns(mask: Array) -> Array:
+    """(B, 1) column of the last real token of each sequence: where a reward model reads its score.
 
     Args:
-        h: (B, T, C) hidden states.
         mask: (B, T) 1 at real tokens.
-    Returns:
-        (B, C), cache.
     """
-    xp = get_xp(h, mask)
-    B, T, _ = h.shape
-    last = (xp.arange(T) * (mask > 0)).max(axis=1)  # (B,)
-    return h[xp.arange(B), last], LastTokenCache(h.shape, last)
-
-
-def last_token_backward(dlast: Array, cache: LastTokenCache) -> Array:
-    """dh is dlast at the last real token and 0 elsewhere.
-
-    Returns:
-        dh (B, T, C).
-    """
-    xp = get_xp(dlast, cache.last)
-    dh = xp.zeros(cache.shape, dtype=dlast.dtype)
-    dh[xp.arange(cache.shape[0]), cache.last] = dlast
-    return dh
+    return (get_xp(mask).arange(mask.shape[1]) * (mask > 0)).max(axis=1, keepdims=True)
 
 
 def init_scalar_head(d_model: int, *, std: float, rng: np.random.Generator, dtype) -> dict:

@@ -12,6 +12,7 @@ B sequences, T tokens, C channels, V vocabulary, L layers. What reads the output
 heads.py.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from minirlhf.nn.layers import (
     GeluCache,
     LayerNormCache,
     LinearCache,
+    TakeColumnsCache,
     embedding_backward,
     embedding_forward,
     gelu_backward,
@@ -39,6 +41,8 @@ from minirlhf.nn.layers import (
     layernorm_forward,
     linear_backward,
     linear_forward,
+    take_columns_backward,
+    take_columns_forward,
 )
 from minirlhf.tree import Tree
 
@@ -137,6 +141,7 @@ class BlockCache(NamedTuple):
     ln1: LayerNormCache
     qkv: LinearCache
     attention: AttentionCache
+    read: TakeColumnsCache | None
     out: LinearCache
     ln2: LayerNormCache
     up: LinearCache
@@ -145,7 +150,13 @@ class BlockCache(NamedTuple):
 
 
 def block_forward(
-    x: Array, p: Tree, *, n_head: int, allowed: Array, eps: float = 1e-5
+    x: Array,
+    p: Tree,
+    *,
+    n_head: int,
+    allowed: Array,
+    eps: float = 1e-5,
+    read: Array | None = None,
 ) -> tuple[Array, BlockCache]:
     """x <- x + Attention(LN1(x));  y = x + MLP(LN2(x)),  MLP = down(gelu(up)).
 
@@ -153,13 +164,15 @@ def block_forward(
         x: (B, T, C) residual stream.
         p: one entry of params["blocks"].
         allowed: (B, 1, T, T) who may look at whom.
+        read: (B, Q) columns that are wanted of y, each at most once; None: all T.
     Returns:
-        y (B, T, C), cache.
+        y (B, Q, C), cache.
     """
     n, ln1 = layernorm_forward(x, **p["ln1"], eps=eps)
     qkv, qkv_cache = linear_forward(n, **p["attn"]["qkv"])  # (B, T, 3C)
-    a, attention = attention_forward(qkv, n_head=n_head, allowed=allowed)
-    a, out = linear_forward(a, **p["attn"]["out"])
+    a, attention = attention_forward(qkv, n_head=n_head, allowed=allowed, read=read)
+    a, out = linear_forward(a, **p["attn"]["out"])  # (B, Q, C) from here on
+    x, taken = (x, None) if read is None else take_columns_forward(x, columns=read)
     a += x  # the first residual connection
 
     n, ln2 = layernorm_forward(a, **p["ln2"], eps=eps)
@@ -167,14 +180,14 @@ def block_forward(
     g, gelu = gelu_forward(u)
     y, down = linear_forward(g, **p["mlp"]["down"])
     y += a  # the second
-    return y, BlockCache(ln1, qkv_cache, attention, out, ln2, up, gelu, down)
+    return y, BlockCache(ln1, qkv_cache, attention, taken, out, ln2, up, gelu, down)
 
 
 def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
     """The lines of `block_forward` undone from the last to the first.
 
     Args:
-        dy: (B, T, C) dL/dy.
+        dy: (B, Q, C) dL/dy.
     Returns:
         dx (B, T, C), gradients keyed like p.
     """
@@ -188,6 +201,8 @@ def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
     dqkv = attention_backward(dout, cache.attention)
     dn, dw_qkv, db_qkv = linear_backward(dqkv, cache.qkv)
     dx, dgain1, dbias1 = layernorm_backward(dn, cache.ln1)
+    if cache.read is not None:
+        da = take_columns_backward(da, cache.read)
     dx += da  # x reaches a directly and through the attention
     return dx, {
         "ln1": {"gain": dgain1, "bias": dbias1},
@@ -205,7 +220,7 @@ class TransformerCache(NamedTuple):
 
 
 def transformer_forward(
-    params: Tree, *, tokens: Array, mask: Array, config: GPTConfig
+    params: Tree, *, tokens: Array, mask: Array, config: GPTConfig, read: Array | None = None
 ) -> tuple[Array, TransformerCache]:
     """h = LN_f(block_L(... block_1(wte[tokens] + wpe[positions]))).
 
@@ -216,16 +231,26 @@ def transformer_forward(
         params: the tree at the top of this file.
         tokens: (B, T) ids in [0, V), anything in range at padding.
         mask: (B, T) 1 at real tokens, 0 at padding.
+        read: (B, Q) columns at which h is wanted, each at most once; None: all T. The last block
+            computes no others: theirs serve as keys and values only.
     Returns:
-        h (B, T, C), cache.
+        h (B, Q, C), cache.
     """
     x, wte = embedding_forward(params["wte"], ids=tokens)
     x_position, wpe = embedding_forward(params["wpe"], ids=positions_of(mask))
     x += x_position
     allowed = causal_mask(mask)
     blocks = []
-    for p in params["blocks"]:
-        x, cache = block_forward(x, p, n_head=config.n_head, allowed=allowed, eps=config.ln_eps)
+    for i, p in enumerate(params["blocks"]):
+        is_last = i == config.n_layer - 1
+        x, cache = block_forward(
+            x,
+            p,
+            n_head=config.n_head,
+            allowed=allowed,
+            eps=config.ln_eps,
+            read=read if is_last else None,
+        )
         blocks.append(cache)
     h, ln_f = layernorm_forward(x, **params["ln_f"], eps=config.ln_eps)
     return h, TransformerCache(wte, wpe, blocks, ln_f)
@@ -235,7 +260,7 @@ def transformer_backward(dh: Array, cache: TransformerCache) -> Tree:
     """dL/dparams from dL/dh, block by block from the last to the first.
 
     Args:
-        dh: (B, T, C) dL/dh.
+        dh: (B, Q, C) dL/dh.
     Returns:
         a tree keyed like params; "wte" is the embedding's share, the logits' is added outside.
     """
@@ -274,7 +299,8 @@ def prefill(
     xp = get_xp(tokens, mask)
     B, P = tokens.shape
     C, H = config.d_model, config.n_head
-    h, cache = transformer_forward(params, tokens=tokens, mask=mask, config=config)
+    last = xp.full((B, 1), P - 1)
+    h, cache = transformer_forward(params, tokens=tokens, mask=mask, config=config, read=last)
     kv = KVCache([], [], xp.zeros((B, P + max_new), dtype=mask.dtype))
     kv.mask[:, :P] = mask
     for block in cache.blocks:
@@ -283,7 +309,7 @@ def prefill(
             columns = xp.zeros((B, H, P + max_new, C // H), dtype=qkv.dtype)
             columns[:, :, :P] = split_heads(qkv[..., start : start + C], H)
             store.append(columns)
-    return h[:, -1].copy(), kv
+    return h[:, 0], kv
 
 
 def decode_step(
@@ -306,8 +332,8 @@ def decode_step(
     kv.mask[:, column] = mask
     seen = kv.mask[:, : column + 1]
     position = positions_of(seen)[:, -1]  # (B,)
-    allowed = (seen > 0)[:, None, None, :]  # (B, 1, 1, S)
-    allowed[..., column] = True
+    allowed = seen[:, None, None, :].copy()  # (B, 1, 1, S)
+    allowed[..., column] = 1.0
     x = params["wte"][tokens] + params["wpe"][position]  # (B, C)
     for p, keys, values in zip(params["blocks"], kv.keys, kv.values, strict=True):
         n, _ = layernorm_forward(x, **p["ln1"], eps=eps)
@@ -315,8 +341,10 @@ def decode_step(
         q, k, v = (qkv[:, i * C : (i + 1) * C].reshape(-1, H, C // H) for i in range(3))
         keys[:, :, column] = k
         values[:, :, column] = v
-        weights = attention_weights(q[:, :, None], keys[:, :, : column + 1], allowed)
+        q = q * (1.0 / math.sqrt(C // H))
+        weights, total = attention_weights(q[:, :, None], keys[:, :, : column + 1], allowed)
         a = weights @ values[:, :, : column + 1]  # (B, H, 1, D)
+        a /= total
         a, _ = linear_forward(xp.ascontiguousarray(a).reshape(-1, C), **p["attn"]["out"])
         a += x
         n, _ = layernorm_forward(a, **p["ln2"], eps=eps)

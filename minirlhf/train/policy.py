@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.nn.heads import (
-    LastTokenCache,
     ScalarHeadCache,
     TiedLogitsCache,
-    last_token_backward,
-    last_token_forward,
+    last_columns,
     scalar_head_backward,
     scalar_head_forward,
     tied_logits_backward,
@@ -44,8 +42,6 @@ class PolicyCache(NamedTuple):
     logits: TiedLogitsCache
     logp: TokenLogprobsCache
     values: ScalarHeadCache | None
-    h: Array  # (B, P+R, C)
-    prompt_len: int
 
 
 def policy_forward(
@@ -56,18 +52,24 @@ def policy_forward(
     Returns:
         PolicyOutput, cache.
     """
+    xp = get_xp(batch.tokens)
+    B, T = batch.tokens.shape
+    before = xp.arange(batch.prompt_len - 1, T - 1)  # column t - 1 predicts token t
     h, trunk = transformer_forward(
-        params["transformer"], tokens=batch.tokens, mask=batch.mask, config=config
+        params["transformer"],
+        tokens=batch.tokens[:, :-1],
+        mask=batch.mask[:, :-1],
+        config=config,
+        read=xp.broadcast_to(before, (B, len(before))),
     )
-    h_response = h[:, batch.prompt_len - 1 : -1]  # (B, R, C) position t - 1 predicts token t
-    logits, logits_cache = tied_logits_forward(h_response, params["transformer"]["wte"])
+    logits, logits_cache = tied_logits_forward(h, params["transformer"]["wte"])  # h (B, R, C)
     logp, logp_cache = token_logprobs_forward(
         logits, targets=batch.responses, temperature=temperature
     )
     values = values_cache = None
     if "value_head" in params:
-        values, values_cache = scalar_head_forward(h_response, **params["value_head"])
-    cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache, h, batch.prompt_len)
+        values, values_cache = scalar_head_forward(h, **params["value_head"])
+    cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache)
     return PolicyOutput(logits, logp, values), cache
 
 
@@ -75,18 +77,15 @@ def policy_backward(
     dlogits: Array | None, dlogp: Array, dvalues: Array | None, cache: PolicyCache
 ) -> Tree:
     """dL/dparams from dL/dlogits (None: 0), dL/dlogp and dL/dvalues (None without a value head)."""
-    xp = get_xp(dlogp, cache.h)
     dlogits_total = token_logprobs_backward(dlogp, cache.logp)
     if dlogits is not None:
         dlogits_total += dlogits
-    dh_response, dwte_head = tied_logits_backward(dlogits_total, cache.logits)
+    dh, dwte_head = tied_logits_backward(dlogits_total, cache.logits)
     gradients = {}
     if cache.values is not None:
         dh_value, dw, db = scalar_head_backward(dvalues, cache.values)
-        dh_response += dh_value
+        dh += dh_value
         gradients["value_head"] = {"w": dw, "b": db}
-    dh = xp.zeros_like(cache.h)
-    dh[:, cache.prompt_len - 1 : -1] = dh_response
     dtransformer = transformer_backward(dh, cache.trunk)
     dtransformer["wte"] = dtransformer["wte"] + dwte_head  # one table, read at both ends
     return {"transformer": dtransformer, **gradients}
@@ -94,7 +93,6 @@ def policy_backward(
 
 class RewardCache(NamedTuple):
     trunk: TransformerCache
-    last: LastTokenCache
     score: ScalarHeadCache
 
 
@@ -107,18 +105,20 @@ def reward_forward(params: Tree, *, batch: Batch, config: GPTConfig) -> tuple[Ar
         score (B,), cache.
     """
     h, trunk = transformer_forward(
-        params["transformer"], tokens=batch.tokens, mask=batch.mask, config=config
+        params["transformer"],
+        tokens=batch.tokens,
+        mask=batch.mask,
+        config=config,
+        read=last_columns(batch.mask),
     )
-    h_last, last = last_token_forward(h, mask=batch.mask)
-    score, score_cache = scalar_head_forward(h_last, **params["reward_head"])
-    return score, RewardCache(trunk, last, score_cache)
+    score, score_cache = scalar_head_forward(h[:, 0], **params["reward_head"])
+    return score, RewardCache(trunk, score_cache)
 
 
 def reward_backward(dscore: Array, cache: RewardCache) -> Tree:
     """dL/dparams from dL/dscore (B,)."""
     dh_last, dw, db = scalar_head_backward(dscore, cache.score)
-    dh = last_token_backward(dh_last, cache.last)
     return {
-        "transformer": transformer_backward(dh, cache.trunk),
+        "transformer": transformer_backward(dh_last[:, None], cache.trunk),
         "reward_head": {"w": dw, "b": db},
     }
