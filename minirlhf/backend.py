@@ -149,4 +149,4 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
     settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
-    return all([mallopt(name, value) for name, value in settings.items()])
+    return sum(mallopt(name, value) for name, value in settings.items()) == len(settings)

@@ -4,8 +4,10 @@ The keys of a parameter dict are the keyword names of the function that consumes
 called as `layernorm_forward(x, **p["ln1"])`, and its gradients come back under the same keys.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from minirlhf.backend import Array, get_xp
@@ -47,9 +49,9 @@ def tree_leaves(tree: Tree) -> list[Array]:
     return [leaf for _, leaf in tree_items(tree)]
 
 
-def tree_add(a: Tree, b: Tree) -> Tree:
-    """Leafwise a + b, in new memory."""
-    return tree_map(lambda x, y: x + y, a, b)
+def tree_sum(trees: Iterable[Tree]) -> Tree:
+    """Leafwise sum, in the order they come; the first tree's memory becomes the sum's."""
+    return functools.reduce(functools.partial(tree_map, operator.iadd), trees)
 
 
 def tree_copy(tree: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""Linear, layer norm, GELU, embedding, columns: each forward with its hand-written backward below it.
+"""Linear, layer norm, GELU, embedding, columns: each forward with its backward below it.
 
     foo_forward(x, w, ...) -> out, cache          differentiable arrays first, constants by keyword
     foo_backward(dout, cache) -> dx, dw, ...      dL/d(argument), in the order of the arguments
@@ -132,10 +132,10 @@ EXP_LIMIT = 80.0  # exp of more overflows in float32; the sigmoid is 2e-35 there
 
 
 class GeluCache(NamedTuple):
-    slope: Array  # (...) dy/dx: its sigmoid is at hand in the forward, so it is taken there
+    slope: Array | None  # (...) dy/dx: its sigmoid is at hand in the forward, so it is taken there
 
 
-def gelu_forward(x: Array) -> tuple[Array, GeluCache]:
+def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache]:
     """y = x s,  s = sigma(v) = (1 + tanh(v/2))/2,  v = 2 sqrt(2/pi) (x + 0.044715 x^3): GPT-2's.
 
     Hendrycks & Gimpel 2016, arXiv 1606.08415, the tanh form, written with the sigmoid because exp
@@ -143,6 +143,7 @@ def gelu_forward(x: Array) -> tuple[Array, GeluCache]:
 
     Args:
         x: (...) activations.
+        keep: False where no backward will follow: the slope is not computed.
     Returns:
         y (...), cache.
     """
@@ -155,6 +156,8 @@ def gelu_forward(x: Array) -> tuple[Array, GeluCache]:
     s += 1.0
     s = xp.reciprocal(s, out=s)
     y = s * x
+    if not keep:
+        return y, GeluCache(None)
     # dy/dx = s + x s (1 - s) v',  v' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
     dv *= 3.0 * GELU_SCALE * GELU_CUBIC
     dv += GELU_SCALE

@@ -157,6 +157,7 @@ def block_forward(
     allowed: Array,
     eps: float = 1e-5,
     read: Array | None = None,
+    keep: bool = True,
 ) -> tuple[Array, BlockCache]:
     """x <- x + Attention(LN1(x));  y = x + MLP(LN2(x)),  MLP = down(gelu(up)).
 
@@ -165,6 +166,7 @@ def block_forward(
         p: one entry of params["blocks"].
         allowed: (B, 1, T, T) who may look at whom.
         read: (B, Q) columns that are wanted of y, each at most once; None: all T.
+        keep: False where no backward will follow.
     Returns:
         y (B, Q, C), cache.
     """
@@ -177,7 +179,7 @@ def block_forward(
 
     n, ln2 = layernorm_forward(a, **p["ln2"], eps=eps)
     u, up = linear_forward(n, **p["mlp"]["up"])  # (B, T, 4C)
-    g, gelu = gelu_forward(u)
+    g, gelu = gelu_forward(u, keep=keep)
     y, down = linear_forward(g, **p["mlp"]["down"])
     y += a  # the second
     return y, BlockCache(ln1, qkv_cache, attention, taken, out, ln2, up, gelu, down)
@@ -220,8 +222,14 @@ class TransformerCache(NamedTuple):
 
 
 def transformer_forward(
-    params: Tree, *, tokens: Array, mask: Array, config: GPTConfig, read: Array | None = None
-) -> tuple[Array, TransformerCache]:
+    params: Tree,
+    *,
+    tokens: Array,
+    mask: Array,
+    config: GPTConfig,
+    read: Array | None = None,
+    keep: bool = True,
+) -> tuple[Array, TransformerCache | None]:
     """h = LN_f(block_L(... block_1(wte[tokens] + wpe[positions]))).
 
     Positions count real tokens only and nobody looks at padding, so neither the side nor the
@@ -233,8 +241,9 @@ def transformer_forward(
         mask: (B, T) 1 at real tokens, 0 at padding.
         read: (B, Q) columns at which h is wanted, each at most once; None: all T. The last block
             computes no others: theirs serve as keys and values only.
+        keep: False where no backward will follow: the memory of one block serves the next.
     Returns:
-        h (B, Q, C), cache.
+        h (B, Q, C), cache (None unless kept).
     """
     x, wte = embedding_forward(params["wte"], ids=tokens)
     x_position, wpe = embedding_forward(params["wpe"], ids=positions_of(mask))
@@ -250,10 +259,13 @@ def transformer_forward(
             allowed=allowed,
             eps=config.ln_eps,
             read=read if is_last else None,
+            keep=keep,
         )
-        blocks.append(cache)
+        if keep:
+            blocks.append(cache)
+        del cache
     h, ln_f = layernorm_forward(x, **params["ln_f"], eps=config.ln_eps)
-    return h, TransformerCache(wte, wpe, blocks, ln_f)
+    return h, TransformerCache(wte, wpe, blocks, ln_f) if keep else None
 
 
 def transformer_backward(dh: Array, cache: TransformerCache) -> Tree:
@@ -349,7 +361,7 @@ def decode_step(
         a += x
         n, _ = layernorm_forward(a, **p["ln2"], eps=eps)
         u, _ = linear_forward(n, **p["mlp"]["up"])
-        g, _ = gelu_forward(u)
+        g, _ = gelu_forward(u, keep=False)
         x, _ = linear_forward(g, **p["mlp"]["down"])
         x += a
     h, _ = layernorm_forward(x, **params["ln_f"], eps=eps)

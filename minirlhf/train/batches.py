@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, to_device
+from minirlhf.backend import Array, get_xp, to_device
 from minirlhf.nn.transformer import GPTConfig, check_tokens
 
 Ids = list[int]
@@ -36,6 +36,18 @@ class Batch(NamedTuple):
     def rows(self, index) -> "Batch":
         """The sequences that `index` (a slice, or an array of row numbers) picks."""
         return Batch(self.tokens[index], self.mask[index], self.prompt_len)
+
+    def groups(self, *, size: int, config: GPTConfig) -> list:
+        """`micro_batches` of the sequences, as what `part` takes; a GPU is not waited for."""
+        if get_xp(self.mask) is not np:
+            return row_slices(len(self.mask), size)
+        lengths = (self.mask > 0).sum(axis=1)
+        return micro_batches(lengths, size=size, config=config)
+
+    def part(self, index) -> "Batch":
+        """`rows`, without the columns that are padding in all of them (a GPU is not waited for)."""
+        batch = self.rows(index)
+        return batch.trimmed() if get_xp(batch.mask) is np else batch
 
     def trimmed(self) -> "Batch":
         """Without the columns at either end in which every sequence is padding."""
@@ -73,6 +85,34 @@ def pad_batch(
         mask[row, P - len(prompt) : P + len(response)] = 1
     check_tokens(tokens, mask, config)
     return Batch(to_device(tokens, device), to_device(mask, device), P)
+
+
+MICRO_BATCH_FLOATS = 1 << 16  # tokens x channels of a micro-batch: what a core's cache works with
+MICRO_BATCH_TOKENS = 512  # ... but not fewer: below, products of matrices get slow
+
+
+def micro_batches(
+    lengths: Sequence[int], *, config: GPTConfig, size: int = 0, device: str = "cpu"
+) -> list[np.ndarray]:
+    """Numbers of the sequences in groups, each for one forward and backward; longest ones first.
+
+    Sequences of like length stand together, so that a group holds little padding. The groups
+    depend on the lengths alone, not on who works on them.
+
+    Args:
+        lengths: tokens of each sequence.
+        size: the most sequences of a group; 0: as many as suit a core's cache (on a GPU: all).
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    n = len(order)
+    if size:
+        n_groups = -(-n // size)
+    elif device == "cpu":
+        tokens = max(MICRO_BATCH_TOKENS, MICRO_BATCH_FLOATS // config.d_model)
+        n_groups = min(n, -(-n * int(max(lengths)) // tokens))
+    else:
+        n_groups = 1
+    return np.array_split(order, n_groups)
 
 
 def row_slices(n: int, size: int) -> list[slice]:

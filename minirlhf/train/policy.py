@@ -45,12 +45,14 @@ class PolicyCache(NamedTuple):
 
 
 def policy_forward(
-    params: Tree, *, batch: Batch, config: GPTConfig, temperature: float = 1.0
-) -> tuple[PolicyOutput, PolicyCache]:
+    params: Tree, *, batch: Batch, config: GPTConfig, temperature: float = 1.0, keep: bool = True
+) -> tuple[PolicyOutput, PolicyCache | None]:
     """logits, log-probs and values of the response tokens of a batch.
 
+    Args:
+        keep: False where no backward will follow: it takes less time and memory.
     Returns:
-        PolicyOutput, cache.
+        PolicyOutput, cache (None unless kept).
     """
     xp = get_xp(batch.tokens)
     B, T = batch.tokens.shape
@@ -61,6 +63,7 @@ def policy_forward(
         mask=batch.mask[:, :-1],
         config=config,
         read=xp.broadcast_to(before, (B, len(before))),
+        keep=keep,
     )
     logits, logits_cache = tied_logits_forward(h, params["transformer"]["wte"])  # h (B, R, C)
     logp, logp_cache = token_logprobs_forward(
@@ -70,7 +73,7 @@ def policy_forward(
     if "value_head" in params:
         values, values_cache = scalar_head_forward(h, **params["value_head"])
     cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache)
-    return PolicyOutput(logits, logp, values), cache
+    return PolicyOutput(logits, logp, values), cache if keep else None
 
 
 def policy_backward(
@@ -96,13 +99,16 @@ class RewardCache(NamedTuple):
     score: ScalarHeadCache
 
 
-def reward_forward(params: Tree, *, batch: Batch, config: GPTConfig) -> tuple[Array, RewardCache]:
+def reward_forward(
+    params: Tree, *, batch: Batch, config: GPTConfig, keep: bool = True
+) -> tuple[Array, RewardCache | None]:
     """score = h_last . w + b at the last real token of [x, y, eos].
 
     Args:
         params: {"transformer": ..., "reward_head": {w, b}}.
+        keep: False where no backward will follow.
     Returns:
-        score (B,), cache.
+        score (B,), cache (None unless kept).
     """
     h, trunk = transformer_forward(
         params["transformer"],
@@ -110,9 +116,10 @@ def reward_forward(params: Tree, *, batch: Batch, config: GPTConfig) -> tuple[Ar
         mask=batch.mask,
         config=config,
         read=last_columns(batch.mask),
+        keep=keep,
     )
     score, score_cache = scalar_head_forward(h[:, 0], **params["reward_head"])
-    return score, RewardCache(trunk, score_cache)
+    return score, RewardCache(trunk, score_cache) if keep else None
 
 
 def reward_backward(dscore: Array, cache: RewardCache) -> Tree:

@@ -42,12 +42,13 @@ from minirlhf.rlhf.objectives import (
     weighted_sum_backward,
     weighted_sum_forward,
 )
-from minirlhf.train.batches import Batch, row_slices
+from minirlhf.train.batches import Batch
 from minirlhf.train.config import PPOConfig
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import PolicyCache, PolicyOutput, policy_backward, policy_forward
 from minirlhf.train.rollout import Rollout
-from minirlhf.tree import Tree, tree_add
+from minirlhf.tree import Tree, tree_sum
+from minirlhf.workers import map_rows
 
 
 class Experience(NamedTuple):
@@ -68,10 +69,17 @@ class Experience(NamedTuple):
 
     def rows(self, index) -> "Experience":
         """The sequences that `index` picks; the weights stay as they are."""
-        constant = ("batch", "kl_loss_coef")
+        return self._of(self.batch.rows(index), index)
+
+    def part(self, index) -> "Experience":
+        """`rows` in as few columns as they need: Batch.part."""
+        return self._of(self.batch.part(index), index)
+
+    def _of(self, batch: Batch, index) -> "Experience":
+        constant, R = ("batch", "kl_loss_coef"), batch.responses.shape[1]
         arrays = {name: a for name, a in self._asdict().items() if name not in constant}
-        picked = {name: a if a is None else a[index] for name, a in arrays.items()}
-        return self._replace(batch=self.batch.rows(index), **picked)
+        picked = {name: a if a is None else a[index][:, :R] for name, a in arrays.items()}
+        return self._replace(batch=batch, **picked)
 
 
 class PPOLossCache(NamedTuple):
@@ -260,23 +268,25 @@ def minibatch_gradients(
     The weights of the tokens were made for the whole minibatch, so losses and gradients of its
     parts add up to those of the whole, whatever the lengths of the responses.
     """
-    gradients, loss, parts = None, 0.0, {}
-    arrays: dict[str, list[Array]] = {"logp": [], "values": [], "clipped": []}
-    for rows in row_slices(experience.weights.shape[0], settings.micro_batch_size):
-        value, cache = ppo_loss_forward(
-            params, experience=experience.rows(rows), config=config, settings=settings
+    e, xp = experience, get_xp(experience.weights)
+    logp, values = xp.zeros_like(e.old_logp), xp.zeros_like(e.old_values)
+    clipped = xp.zeros(e.weights.shape, dtype=bool)
+
+    def of_rows(rows: Array) -> Tree:
+        loss, cache = ppo_loss_forward(
+            params, experience=e.part(rows), config=config, settings=settings
         )
-        dparams = ppo_loss_backward(1.0, cache)
-        gradients = dparams if gradients is None else tree_add(gradients, dparams)
-        loss += float(value)
-        arrays["logp"].append(cache.out.logp)
-        arrays["values"].append(cache.out.values)
-        arrays["clipped"].append(cache.clip.clipped)
-        for name, term in cache.parts.items():
-            parts[name] = parts.get(name, 0.0) + float(term)
-    xp = get_xp(*arrays["logp"])
-    joined = {name: xp.concatenate(pieces) for name, pieces in arrays.items()}
-    return MinibatchGradient(gradients, loss, **joined, parts=parts)
+        columns = slice(0, cache.out.logp.shape[1])
+        logp[rows, columns] = cache.out.logp
+        values[rows, columns] = cache.out.values
+        clipped[rows, columns] = cache.clip.clipped
+        gradients = ppo_loss_backward(1.0, cache)
+        return {"loss": loss, "parts": cache.parts, "gradients": gradients}
+
+    groups = e.batch.groups(size=settings.micro_batch_size, config=config)
+    total = tree_sum(map_rows(of_rows, groups))
+    parts = {name: float(term) for name, term in total["parts"].items()}
+    return MinibatchGradient(total["gradients"], float(total["loss"]), logp, values, clipped, parts)
 
 
 def update_metrics(

@@ -9,14 +9,13 @@ from minirlhf.errors import InputError
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
-from minirlhf.train.batches import Ids, pad_batch, row_slices
+from minirlhf.train.batches import Ids, micro_batches, pad_batch, row_slices
 from minirlhf.train.config import RewardModelConfig
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
 from minirlhf.train.run_log import RunLog
-from minirlhf.tree import Tree
-
-SCORING_ROWS = 256  # responses scored in one forward
+from minirlhf.tree import Tree, tree_sum
+from minirlhf.workers import map_rows
 
 
 class Pair(NamedTuple):
@@ -50,26 +49,35 @@ def reward_model_loss_and_gradients(
     Returns:
         metrics (loss, accuracy, mean margin), gradients.
     """
-    n = len(pairs)
-    batch = pad_batch(
-        [p.prompt for p in pairs] * 2,
-        [p.chosen for p in pairs] + [p.rejected for p in pairs],
-        pad_id=pad_id,
-        config=config,
-        device=device,
-    )
-    score, cache = reward_forward(params, batch=batch, config=config)
-    chosen, rejected = score[:n], score[n:]
-    loss, loss_cache = bradley_terry_forward(
-        chosen, rejected, margin=settings.margin, label_smoothing=settings.label_smoothing
-    )
-    dscore = get_xp(score).concatenate(bradley_terry_backward(1.0, loss_cache))
-    metrics = {
-        "loss/reward_model": float(loss),
-        "accuracy": float((chosen > rejected).mean()),
-        "margin": float((chosen - rejected).mean()),
-    }
-    return metrics, reward_backward(dscore, cache)
+
+    def of_pairs(numbers: np.ndarray) -> Tree:
+        part = [pairs[i] for i in numbers]
+        n, share = len(part), len(part) / len(pairs)
+        batch = pad_batch(
+            [p.prompt for p in part] * 2,
+            [p.chosen for p in part] + [p.rejected for p in part],
+            pad_id=pad_id,
+            config=config,
+            device=device,
+        )
+        score, cache = reward_forward(params, batch=batch, config=config)
+        chosen, rejected = score[:n], score[n:]
+        loss, loss_cache = bradley_terry_forward(
+            chosen, rejected, margin=settings.margin, label_smoothing=settings.label_smoothing
+        )
+        dscore = get_xp(score).concatenate(bradley_terry_backward(share, loss_cache))
+        metrics = {
+            "loss/reward_model": share * loss,
+            "accuracy": share * (chosen > rejected).mean(),
+            "margin": share * (chosen - rejected).mean(),
+        }
+        return {"metrics": metrics, "gradients": reward_backward(dscore, cache)}
+
+    lengths = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
+    groups = micro_batches(lengths, config=config, device=device)
+    total = tree_sum(map_rows(of_pairs, groups))
+    metrics = {name: float(value) for name, value in total["metrics"].items()}
+    return metrics, total["gradients"]
 
 
 def train_reward_model(
@@ -138,14 +146,23 @@ def score_responses(
     device: str = "cpu",
 ) -> np.ndarray:
     """Normalised score of each response, (B,) float64 on the host; none sees its neighbours."""
-    scores = []
-    for rows in row_slices(len(prompts), SCORING_ROWS):
+    scores = np.empty(len(prompts))
+
+    def of_rows(rows: np.ndarray) -> None:
         batch = pad_batch(
-            prompts[rows], responses[rows], pad_id=pad_id, config=model.config, device=device
+            [prompts[i] for i in rows],
+            [responses[i] for i in rows],
+            pad_id=pad_id,
+            config=model.config,
+            device=device,
         )
-        score, _ = reward_forward(model.params, batch=batch, config=model.config)
-        scores.append(to_host(score).astype(np.float64))
-    return (np.concatenate(scores) - model.mean) / model.sd
+        score, _ = reward_forward(model.params, batch=batch, config=model.config, keep=False)
+        scores[rows] = to_host(score)
+
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    for _ in map_rows(of_rows, micro_batches(lengths, config=model.config, device=device)):
+        pass
+    return (scores - model.mean) / model.sd
 
 
 def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:

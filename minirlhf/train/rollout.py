@@ -11,10 +11,11 @@ from minirlhf.nn.sampling import generate
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import full_kl_forward
 from minirlhf.rlhf.logprobs import entropy_forward
-from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
+from minirlhf.train.batches import Batch, Ids, pad_batch
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.tokens import Tokenizer
 from minirlhf.tree import Tree
+from minirlhf.workers import map_rows
 
 
 class Samples(NamedTuple):
@@ -165,27 +166,33 @@ def score_rollout(
         policy: {"transformer": ..., "value_head": ...}.
         reference: {"transformer": ...}, a frozen copy.
     """
-    xp = get_xp(samples.batch.tokens)
-    columns: dict[str, list[Array]] = {}
-    for rows in row_slices(len(samples.prompts), micro_batch_size):
-        batch = samples.batch.rows(rows)
-        old, _ = policy_forward(policy, batch=batch, config=config, temperature=temperature)
-        ref, _ = policy_forward(reference, batch=batch, config=config, temperature=temperature)
-        entropy, _ = entropy_forward(old.logits, temperature=temperature)
-        part = {"old_logp": old.logp, "ref_logp": ref.logp, "values": old.values}
-        part["entropy"] = entropy
-        part["kl_full"], _ = full_kl_forward(
-            old.logits, ref_logits=ref.logits, temperature=temperature
-        )
-        if keep_ref_logits:
-            part["ref_logits"] = ref.logits
-        for name, array in part.items():
-            columns.setdefault(name, []).append(array)
-    joined = {name: xp.concatenate(parts) for name, parts in columns.items()}
-    scores = score(samples).astype(joined["values"].dtype)
+    xp, batch = get_xp(samples.batch.mask), samples.batch
+    shape, dtype = batch.responses.shape, policy["transformer"]["wte"].dtype
+    names = ("old_logp", "ref_logp", "values", "entropy", "kl_full")
+    arrays = {name: xp.zeros(shape, dtype=dtype) for name in names}
+    if keep_ref_logits:
+        arrays["ref_logits"] = xp.zeros((*shape, config.vocab_size), dtype=dtype)
+
+    def of_rows(rows: Array) -> None:
+        part = batch.part(rows)
+        how = {"batch": part, "config": config, "temperature": temperature, "keep": False}
+        old, _ = policy_forward(policy, **how)
+        ref, _ = policy_forward(reference, **how)
+        both = {"ref_logits": ref.logits, "temperature": temperature}
+        computed = {
+            "old_logp": old.logp,
+            "ref_logp": ref.logp,
+            "values": old.values,
+            "entropy": entropy_forward(old.logits, temperature=temperature)[0],
+            "kl_full": full_kl_forward(old.logits, **both)[0],
+            "ref_logits": ref.logits,
+        }
+        for name, array in arrays.items():
+            array[rows, : part.responses.shape[1]] = computed[name]
+
+    for _ in map_rows(of_rows, batch.groups(size=micro_batch_size, config=config)):
+        pass
+    scores = to_device(score(samples).astype(dtype), device)
     return Rollout(
-        samples=samples,
-        ref_logits=joined.pop("ref_logits", None),
-        score=to_device(scores, device),
-        **joined,
+        samples=samples, score=scores, ref_logits=arrays.pop("ref_logits", None), **arrays
     )

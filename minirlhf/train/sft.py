@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minirlhf.backend import get_xp
+from minirlhf.backend import Array, get_xp
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.objectives import (
@@ -15,18 +15,29 @@ from minirlhf.train.config import SFTConfig
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
 from minirlhf.train.run_log import RunLog
-from minirlhf.tree import Tree
+from minirlhf.tree import Tree, tree_sum
+from minirlhf.workers import map_rows
 
 Example = tuple[list[int], list[int]]  # prompt ids, response ids
 
 
 def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tuple[float, Tree]:
-    """Mean cross-entropy of the response tokens [nats per token], and its gradient."""
-    out, cache = policy_forward(params, batch=batch, config=config)
+    """Mean cross-entropy of the response tokens [nats per token], and its gradient.
+
+    Summed over micro-batches: the weights of the tokens are those of the whole batch.
+    """
     weights = token_weights(batch.response_mask)
-    loss, loss_cache = cross_entropy_forward(out.logp, weights=weights)
-    dlogp = cross_entropy_backward(1.0, loss_cache)
-    return float(loss), policy_backward(None, dlogp, None, cache)
+
+    def of_rows(rows: Array) -> Tree:
+        part = batch.part(rows)
+        out, cache = policy_forward(params, batch=part, config=config)
+        w = weights[rows][:, : out.logp.shape[1]]
+        loss, loss_cache = cross_entropy_forward(out.logp, weights=w)
+        dlogp = cross_entropy_backward(1.0, loss_cache)
+        return {"loss": loss, "gradients": policy_backward(None, dlogp, None, cache)}
+
+    total = tree_sum(map_rows(of_rows, batch.groups(size=0, config=config)))
+    return float(total["loss"]), total["gradients"]
 
 
 def sft_loss(
@@ -47,7 +58,7 @@ def sft_loss(
     for rows in row_slices(len(examples), batch_size):
         prompts, responses = zip(*examples[rows], strict=True)
         batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
-        logp = policy_forward(params, batch=batch, config=config)[0].logp
+        logp = policy_forward(params, batch=batch, config=config, keep=False)[0].logp
         mask = batch.response_mask
         total -= float(get_xp(logp).where(mask > 0, logp, 0.0).sum())
         tokens += float(mask.sum())

@@ -14,7 +14,7 @@ from minirlhf.rlhf.exact import PrefixTree, all_responses, objective_gradient
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.tree import Tree, tree_add
+from minirlhf.tree import Tree, tree_sum
 
 ROWS = 4096  # longest prefixes in one forward and backward: bounds memory, changes no result
 
@@ -74,14 +74,14 @@ def tree_gradient(
     params = {"transformer": params["transformer"]}
     xp, dtype = get_xp(dlogits, params["transformer"]["wte"]), params["transformer"]["wte"].dtype
     batch, nodes = _longest_prefixes(tree, prompts, config, dtype, xp)
-    gradients = None
-    for rows in row_slices(nodes.shape[0], ROWS):
+
+    def of_rows(rows: slice) -> Tree:
         out, cache = policy_forward(params, batch=batch.rows(rows), config=config)
         mine = nodes[rows]  # (rows, T) -1 where another row stands for the prefix
         dlogits_rows = xp.where((mine >= 0)[..., None], dlogits[xp.maximum(mine, 0)], 0.0)
-        dparams = policy_backward(dlogits_rows.astype(dtype), xp.zeros_like(out.logp), None, cache)
-        gradients = dparams if gradients is None else tree_add(gradients, dparams)
-    return gradients
+        return policy_backward(dlogits_rows.astype(dtype), xp.zeros_like(out.logp), None, cache)
+
+    return tree_sum(map(of_rows, row_slices(nodes.shape[0], ROWS)))
 
 
 def exact_gradient(

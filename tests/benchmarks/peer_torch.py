@@ -1,0 +1,289 @@
+"""The benchmark's PyTorch peer: `eager`, or `compile` (torch.compile where it is faster).
+
+The same GPT-2, the same PPO. See peer_protocol.py for what it reads and answers.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peer_protocol import Peer, Workload, serve
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """x + Attention(LN1(x)), then x + MLP(LN2(x))."""
+
+    def __init__(self, w: Workload):
+        super().__init__()
+        C, self.n_head = w.d_model, w.n_head
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(C, 3 * C), "out": nn.Linear(C, C)})
+        self.mlp = nn.ModuleDict({"up": nn.Linear(C, 4 * C), "down": nn.Linear(4 * C, C)})
+
+    def forward(self, x: Tensor, first: int, kv: Tensor | None, column: int) -> Tensor:
+        qkv = self.attn["qkv"](self.ln1(x)).unflatten(-1, (3, self.n_head, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if kv is not None:
+            end = column + x.shape[1]
+            kv[0, :, :, column:end], kv[1, :, :, column:end] = k, v
+            k, v = kv[:, :, :, :end]
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        a = a[:, :, first:].transpose(1, 2).flatten(2)
+        x = x[:, first:] + self.attn["out"](a)
+        u = F.gelu(self.mlp["up"](self.ln2(x)), approximate="tanh")
+        return x + self.mlp["down"](u)
+
+
+class Transformer(nn.Module):
+    """Pre-LN GPT-2 without its output layer."""
+
+    def __init__(self, w: Workload):
+        super().__init__()
+        self.wte = nn.Embedding(w.vocab_size, w.d_model)
+        self.wpe = nn.Embedding(w.prompt_len + w.response_len, w.d_model)
+        self.blocks = nn.ModuleList(Block(w) for _ in range(w.n_layer))
+        self.ln_f = nn.LayerNorm(w.d_model)
+
+    def forward(
+        self, tokens: Tensor, first: int, kv: Tensor | None = None, column: int = 0
+    ) -> Tensor:
+        """h (B, T - first, C) at the columns from `first` on: the last block skips the others.
+
+        Args:
+            tokens: (B, T), standing in the columns from `column` on.
+            kv: (L, 2, B, H, S, D) keys and values of the columns before, extended in place.
+        """
+        x = self.wte(tokens) + self.wpe.weight[column : column + tokens.shape[1]]
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(x, first if i == last else 0, None if kv is None else kv[i], column)
+        return self.ln_f(x)
+
+
+def named_parameters(model: nn.Module):
+    """(path in arrays.npz, parameter): Linear's weight is stored transposed there."""
+    names = {nn.Linear: ("w", "b"), nn.LayerNorm: ("gain", "bias")}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            yield path, module.weight
+        elif type(module) in names:
+            weight, bias = names[type(module)]
+            yield f"{path}.{weight}", module.weight
+            yield f"{path}.{bias}", module.bias
+
+
+def in_folder_layout(path: str, x: Tensor) -> Tensor:
+    return x.T if path.endswith(".w") else x
+
+
+def load_model(w: Workload, owner: str, head: str | None = None) -> nn.ModuleDict:
+    model = nn.ModuleDict({"transformer": Transformer(w)})
+    if head is not None:
+        model[head] = nn.Linear(w.d_model, 1)
+    arrays = w.arrays(f"{owner}.")
+    with torch.no_grad():
+        for path, parameter in named_parameters(model):
+            parameter.copy_(in_folder_layout(path, torch.from_numpy(arrays[path])))
+    return model
+
+
+def next_logits(model: nn.ModuleDict, h: Tensor) -> Tensor:
+    return F.linear(h, model["transformer"].wte.weight)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B, R); the fused cross entropy is faster than gather - logsumexp."""
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return -loss.view(targets.shape)
+
+
+def response_logprobs(model: nn.ModuleDict, tokens: Tensor, prompt_len: int) -> Tensor:
+    h = model["transformer"](tokens[:, :-1], prompt_len - 1)
+    return token_logprobs(next_logits(model, h), tokens[:, prompt_len:])
+
+
+def policy_outputs(policy: nn.ModuleDict, tokens: Tensor, prompt_len: int) -> tuple[Tensor, Tensor]:
+    """Log-probs and values of the responses, (B, R) each."""
+    h = policy["transformer"](tokens[:, :-1], prompt_len - 1)
+    logp = token_logprobs(next_logits(policy, h), tokens[:, prompt_len:])
+    return logp, policy["value_head"](h).squeeze(-1)
+
+
+def reward_scores(reward: nn.ModuleDict, tokens: Tensor) -> Tensor:
+    h = reward["transformer"](tokens, tokens.shape[1] - 1)
+    return reward["reward_head"](h).flatten()
+
+
+def ppo_loss(
+    policy: nn.ModuleDict,
+    tokens: Tensor,
+    old_logp: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    w: Workload,
+) -> Tensor:
+    logp, values = policy_outputs(policy, tokens, w.prompt_len)
+    eps, value_eps = w.ppo.clip_eps, w.ppo.value_clip_eps
+    ratio = torch.exp(logp - old_logp)
+    clipped = ratio.clamp(1 - eps, 1 + eps)
+    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    near = old_values + (values - old_values).clamp(-value_eps, value_eps)
+    errors = torch.maximum((values - returns).square(), (near - returns).square())
+    return policy_loss + w.ppo.vf_coef * 0.5 * errors.mean()
+
+
+def gae(rewards: Tensor, values: Tensor, w: Workload) -> Tensor:
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    columns = []
+    for reward, value in zip(reversed(rewards.unbind(1)), reversed(values.unbind(1)), strict=True):
+        td = reward + w.ppo.gamma * next_value - value
+        next_advantage = td + w.ppo.gamma * w.ppo.lam * next_advantage
+        next_value = value
+        columns.append(next_advantage)
+    return torch.stack(columns[::-1], dim=1)
+
+
+class TorchPeer(Peer):
+    def __init__(self, workload: Workload, variant: str):
+        super().__init__(workload, variant)
+        self.name = f"PyTorch {torch.__version__} {variant}"
+        torch.set_num_threads(workload.threads)
+        torch.manual_seed(workload.seed)
+        if variant not in ("eager", "compile"):
+            raise ValueError(f"variant: expected eager or compile; got {variant!r}")
+        functions = (ppo_loss, policy_outputs, response_logprobs, reward_scores)
+        if variant == "compile":
+            functions = [torch.compile(f, dynamic=False) for f in functions]
+        self.ppo_loss, self.policy_outputs, self.response_logprobs, self.reward_scores = functions
+
+        self.policy = load_model(workload, "policy", "value_head")
+        s = workload.ppo
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=s.learning_rate,
+            betas=(s.beta1, s.beta2),
+            eps=s.eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+        names = ("tokens", "old_logp", "old_values", "advantages", "returns")
+        arrays = workload.arrays()
+        self.batch = {name: torch.from_numpy(arrays[name]) for name in names}
+
+    @cached_property
+    def reference(self) -> nn.ModuleDict:
+        return load_model(self.workload, "reference")
+
+    @cached_property
+    def reward(self) -> nn.ModuleDict:
+        return load_model(self.workload, "reward", "reward_head")
+
+    def loss(self) -> Tensor:
+        """Loss of the fixed batch; the gradients are left at the parameters."""
+        return self.gradients(self.batch)
+
+    def gradients(self, batch: dict[str, Tensor]) -> Tensor:
+        self.policy.zero_grad(set_to_none=True)
+        loss = self.ppo_loss(self.policy, **batch, w=self.workload)
+        loss.backward()
+        return loss
+
+    @torch.inference_mode()
+    def sample(self, logprobs: list[Tensor] | None = None) -> Tensor:
+        """Prompts and new responses (B, P+R). Eager in both variants: COMPILED_DECODING.
+
+        Args:
+            logprobs: a list that receives the (B,) log-probs of the tokens, column by column.
+        """
+        w = self.workload
+        P, R = w.prompt_len, w.response_len
+        transformer = self.policy["transformer"]
+        prompts = self.batch["tokens"][:, :P]
+        tokens = torch.cat([prompts, prompts.new_empty(len(prompts), R)], dim=1)
+        kv = torch.empty(w.n_layer, 2, len(prompts), w.n_head, P + R - 1, w.d_model // w.n_head)
+        h = transformer(prompts, P - 1, kv)
+        for column in range(P, P + R):
+            logits = next_logits(self.policy, h[:, 0])
+            new = torch.multinomial(logits.softmax(dim=-1), 1)
+            tokens[:, column : column + 1] = new
+            if logprobs is not None:
+                logprobs.append(logits.log_softmax(dim=-1).gather(1, new)[:, 0])
+            if column < P + R - 1:
+                h = transformer(new, 0, kv, column)
+        return tokens
+
+    @torch.inference_mode()
+    def logprobs(self) -> Tensor:
+        return self.response_logprobs(
+            self.reference, self.batch["tokens"], self.workload.prompt_len
+        )
+
+    def adamw(self) -> None:
+        """One step with the gradient of the fixed batch, made at the first call."""
+        if self.policy["value_head"].bias.grad is None:
+            self.loss()
+        self.optimizer.step()
+
+    def iteration(self) -> None:
+        self.learn(self.sample())
+
+    def learn(self, tokens: Tensor) -> dict[str, Tensor]:
+        """From samples to updated parameters; returns the advantages and scores."""
+        batch, score = self.experience(tokens)
+        batch = {name: x.clone() for name, x in batch.items()}  # autograd keeps no inference tensor
+        for _ in range(self.workload.ppo.epochs):
+            self.gradients(batch)
+            nn.utils.clip_grad_norm_(self.policy.parameters(), self.workload.ppo.max_grad_norm)
+            self.optimizer.step()
+        return {"advantages": batch["advantages"], "score": score}
+
+    @torch.inference_mode()
+    def experience(self, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """What the loss holds constant, and the scores (B,)."""
+        w = self.workload
+        old_logp, old_values = self.policy_outputs(self.policy, tokens, w.prompt_len)
+        ref_logp = self.response_logprobs(self.reference, tokens, w.prompt_len)
+        score = self.reward_scores(self.reward, tokens)
+        rewards = -w.ppo.kl_coef * (old_logp - ref_logp)
+        rewards[:, -1] += score
+        advantages = gae(rewards, old_values, w)
+        returns = advantages + old_values
+        var, mean = torch.var_mean(advantages, correction=0)
+        advantages = (advantages - mean) / torch.sqrt(var + 1e-8)
+        batch = {
+            "tokens": tokens,
+            "old_logp": old_logp,
+            "old_values": old_values,
+            "advantages": advantages,
+            "returns": returns,
+        }
+        return batch, score
+
+    def check(self, part: str) -> dict[str, np.ndarray]:
+        if part == "loss":
+            return {"loss": self.loss().detach().numpy(), **self.policy_arrays("grad")}
+        if part == "sample":
+            logprobs: list[Tensor] = []
+            tokens = self.sample(logprobs)
+            return {"tokens": tokens.numpy(), "logp": torch.stack(logprobs, dim=1).numpy()}
+        if part == "logprobs":
+            return {"logp": self.logprobs().numpy()}
+        if part == "adamw":
+            self.adamw()
+            return self.policy_arrays("data")
+        results = self.learn(self.batch["tokens"])
+        return {name: x.numpy() for name, x in results.items()} | self.policy_arrays("data")
+
+    def policy_arrays(self, attribute: str) -> dict[str, np.ndarray]:
+        """Parameters ("data") or gradients ("grad") under their paths."""
+        return {
+            f"policy.{path}": in_folder_layout(path, getattr(parameter, attribute)).numpy()
+            for path, parameter in named_parameters(self.policy)
+        }
+
+
+if __name__ == "__main__":
+    serve(TorchPeer)
