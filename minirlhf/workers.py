@@ -1,45 +1,67 @@
-"""Rows of a batch side by side: in threads, since NumPy computes without the interpreter's lock.
+"""Parts of a batch side by side, on several cores.
 
     with side_by_side(2):
-        for result in map_rows(f, slices): ...      f(rows) for each slice, two at a time, in order
+        total = sum_over(f, parts)      f(part) + f(part) + ..., trees of arrays
+        results = map_over(f, parts)    [f(part), f(part), ...]
 
-Who computes what changes no number: the slices are given, and the results come in their order. The
-BLAS must be told to use one thread a worker (threadpoolctl), or the workers wait for each other.
+Many small NumPy calls in threads wait for the interpreter's lock more than they compute, so the
+workers are processes, forked when the block begins. A message carries the function (by its name, or
+a functools.partial of it) and its parts. Arrays from `share` are not copied into messages: all
+processes see one memory, and what an optimiser writes there all of them see. Where forking is not
+safe, anywhere but on Linux, the workers are threads.
+
+Tell the BLAS to use one thread (threadpoolctl), or the workers wait for each other.
 """
 
 import contextlib
-import contextvars
+import functools
+import io
+import itertools
+import mmap
+import multiprocessing
 import os
-import threading
-from collections import deque
+import pickle
+import signal
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from multiprocessing.connection import Connection
+from multiprocessing.pool import ExceptionWithTraceback
+from typing import Any, TypeVar
 
-Result = TypeVar("Result")
+import numpy as np
 
-_pool: ThreadPoolExecutor | None = None
-_n_workers = 1
-_thread = threading.local()  # .is_worker: a worker does not wait for workers
+from minirlhf.backend import get_xp
+from minirlhf.tree import Tree, tree_leaves, tree_pack, tree_sum, tree_unpack
+
+Part, Result = TypeVar("Part"), TypeVar("Result")
+CAN_FORK = sys.platform == "linux"
+
+
+# -- what callers use ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def side_by_side(n_workers: int) -> Iterator[None]:
-    """Within the block `map_rows` uses n_workers threads; 0: one for each core we may use."""
-    global _pool, _n_workers
-    before = _pool, _n_workers
-    n_workers = n_workers or usable_cores()
-    with ThreadPoolExecutor(n_workers, initializer=_become_a_worker) as pool:
-        _pool, _n_workers = (pool, n_workers) if n_workers > 1 else (None, 1)
-        try:
-            yield
-        finally:
-            _pool, _n_workers = before
+    """Within the block `sum_over` and `map_over` use n_workers; 0: one for each core we may use.
+
+    Begin it before other threads start. A process that multiprocessing runs as a daemon may not
+    have children, and works alone.
+    """
+    global _crew
+    alone = multiprocessing.current_process().daemon
+    before, _crew = _crew, Crew(1 if alone else n_workers or usable_cores())
+    try:
+        yield
+    finally:
+        _crew.dismiss()
+        _crew = before
 
 
 def n_workers() -> int:
-    """How many slices are worked on at a time here."""
-    return 1 if getattr(_thread, "is_worker", False) else _n_workers
+    """How many parts are worked on at a time here."""
+    return _crew.n
 
 
 def usable_cores() -> int:
@@ -47,24 +69,179 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_rows(f: Callable[[slice], Result], slices: list[slice]) -> Iterator[Result]:
-    """f(rows) for each slice, in order. No more results wait to be fetched than there are workers.
+def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
+    """[f(part) for each part], in order. Part k is done by worker k mod n.
 
     Raises:
         whatever f raises.
     """
-    if n_workers() == 1 or len(slices) < 2:
-        yield from map(f, slices)
-        return
-    pool, ahead = _pool, _n_workers
-    waiting = deque()
-    for rows in slices:
-        waiting.append(pool.submit(contextvars.copy_context().run, f, rows))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    n = min(_crew.n, len(parts)) or 1
+    done = _crew.run(functools.partial(_map, f), [parts[k::n] for k in range(n)])
+    return [done[i % n][i // n] for i in range(len(parts))]
 
 
-def _become_a_worker() -> None:
-    _thread.is_worker = True
+def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
+    """Sum of f(part), trees of arrays and numbers: each worker adds up its own, then all are added.
+
+    Raises:
+        whatever f raises.
+    """
+    n = min(_crew.n, len(parts))
+    return tree_sum(_crew.run(functools.partial(_sum, f), [parts[k::n] for k in range(n)]))
+
+
+def share(array: np.ndarray) -> np.ndarray:
+    """A copy that all workers see, also those that were forked before; written to by one only."""
+    if not CAN_FORK:
+        return array.copy()
+    fd = os.memfd_create("minirlhf")
+    os.truncate(fd, max(array.nbytes, 1))
+    memory = mmap.mmap(fd, 0)
+    _names[id(memory)] = (os.getpid(), fd, next(_serial))
+    weakref.finalize(memory, _forget, id(memory), fd)
+    block = np.ndarray(array.shape, array.dtype, memory)
+    block[...] = array
+    return block
+
+
+def share_tree(tree: Tree) -> Tree:
+    """`share` for all leaves; a tree on a GPU is passed through."""
+    if get_xp(*tree_leaves(tree)) is not np:
+        return tree
+    return tree_unpack(share(tree_pack(tree)[0]), tree)
+
+
+# -- the crew ------------------------------------------------------------------------------------
+
+
+class Crew:
+    """This process and n - 1 more (or threads) that wait for messages."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self._threads = None if CAN_FORK or n == 1 else ThreadPoolExecutor(n - 1)
+        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
+        for _ in range(n - 1 if CAN_FORK else 0):
+            ours, theirs = multiprocessing.Pipe()
+            inherited = [ours, *(pipe for _, pipe in self._workers)]
+            process = multiprocessing.get_context("fork").Process(
+                target=_serve, args=(theirs, inherited), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def run(self, f: Callable[[list[Part]], Result], shares: list[list[Part]]) -> list[Result]:
+        """[f(share), ...]: at most n shares, the first of them done here."""
+        if self._threads:
+            waiting = [self._threads.submit(f, share) for share in shares[1:]]
+            return [f(shares[0]), *(future.result() for future in waiting)]
+        pipes = [pipe for _, pipe in self._workers[: len(shares) - 1]]
+        try:
+            for pipe, part in zip(pipes, shares[1:], strict=True):
+                pipe.send_bytes(_dumps((f, part)))
+            results = [_answer(f, shares[0])]
+            results += [pickle.loads(pipe.recv_bytes()) for pipe in pipes]
+        except BaseException:
+            self.dismiss()  # answers may be under way that nobody will fetch
+            raise
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def dismiss(self) -> None:
+        """Let all go. A crew that was dismissed works alone."""
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        if self._threads:
+            self._threads.shutdown()
+        self.n, self._threads, self._workers = 1, None, []
+
+
+def _serve(pipe: Connection, inherited: list[Connection]) -> None:
+    """A worker's life: one message after the other, until the other end is closed."""
+    global _crew
+    _crew = Crew(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked decides
+    for other in inherited:
+        other.close()  # or the end of the one who forked us would go unnoticed
+    while True:
+        try:
+            f, part = _loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        result = _answer(f, part)
+        if isinstance(result, Exception):
+            result = ExceptionWithTraceback(result, result.__traceback__)
+        pipe.send_bytes(pickle.dumps(result, protocol=5))
+
+
+def _answer(f: Callable[[Part], Result], part: Part) -> Result | Exception:
+    try:
+        return f(part)
+    except Exception as error:
+        return error
+
+
+def _map(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
+    return [f(part) for part in parts]
+
+
+def _sum(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
+    return tree_sum(map(f, parts))
+
+
+_crew = Crew(1)
+
+
+# -- messages ------------------------------------------------------------------------------------
+
+
+_names: dict[int, tuple[int, int, int]] = {}  # id of the memory -> process, file, serial number
+_serial = itertools.count()  # a file's number is given again after it was closed; this is not
+
+
+def _forget(memory_id: int, fd: int) -> None:
+    del _names[memory_id]
+    os.close(fd)
+
+
+@functools.lru_cache(maxsize=8)  # shared arrays that a worker keeps in reach
+def _attach(pid: int, fd: int, serial: int) -> mmap.mmap:
+    with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
+        return mmap.mmap(file.fileno(), 0)
+
+
+class _Pickler(pickle.Pickler):
+    """Arrays in shared memory go by reference: whose memory, and where in it."""
+
+    def persistent_id(self, value: Any) -> tuple | None:
+        if type(value) is not np.ndarray:
+            return None
+        block = value
+        while isinstance(block.base, np.ndarray):
+            block = block.base
+        name = _names.get(id(block.base))
+        if name is None:
+            return None
+        offset = value.ctypes.data - block.ctypes.data
+        return name, offset, value.shape, value.dtype.str, value.strides
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, reference: tuple) -> np.ndarray:
+        name, offset, shape, dtype, strides = reference
+        return np.ndarray(shape, dtype, _attach(*name), offset, strides)
+
+
+def _dumps(message: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(message)
+    return buffer.getvalue()
+
+
+def _loads(message: bytes) -> Any:
+    return _Unpickler(io.BytesIO(message)).load()

@@ -23,6 +23,7 @@ import pytest
 
 from minirlhf.backend import get_xp, register_array_module
 from minirlhf.nn import attention, layers
+from minirlhf.train import batches
 
 try:
     import cupy
@@ -224,11 +225,19 @@ class FakeModule:
         return call
 
 
+def in_order(batch, *, size, config):
+    """The micro-batches of a GPU: rows as they come."""
+    return batches.row_slices(len(batch.mask), size)
+
+
 @contextlib.contextmanager
 def numpy_as_on_a_gpu():
     """NumPy without the short cuts that a GPU cannot take: then not one bit may differ."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "surely_within", lambda x, limit: False)
+        patch.setattr(batches, "MICRO_BATCH_TOKENS", 1 << 60)  # the whole batch at once
+        patch.setattr(batches.Batch, "part", batches.Batch.rows)  # with all its columns
+        patch.setattr(batches.Batch, "groups", in_order)
         patch.setattr(layers, "scatter_add", lambda table, *add: get_xp(table).add.at(table, *add))
         yield
 

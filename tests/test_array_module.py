@@ -152,7 +152,8 @@ def test_the_same_ids_are_sampled(settings, dtype):
     before = fakegpu.sync_count
     device_params, device_batch = there((params, batch))
     got = run(device_params, device_batch)
-    assert fakegpu.sync_count - before <= 2 + 2  # two checks of the prompts; steps 0 and 4
+    # two checks of the prompts; at steps 0 and 4 one look, and one more where some are dropped
+    assert fakegpu.sync_count - before <= 2 + 2 * 2
     for a, b in zip(back(list(got)), expected, strict=True):
         assert_close(a, b, 0.0)
         assert a.dtype == b.dtype

@@ -18,13 +18,13 @@ from minirlhf.backend import (
 from minirlhf.errors import InputError
 from minirlhf.tree import (
     global_norm,
-    tree_add,
     tree_copy,
     tree_items,
     tree_leaves,
     tree_map,
     tree_pack,
     tree_size,
+    tree_sum,
     tree_unpack,
 )
 
@@ -151,11 +151,8 @@ def test_map_keeps_the_structure_and_makes_new_leaves():
     tree = small_tree()
     doubled = tree_map(lambda x: 2 * x, tree)
     assert doubled["blocks"][0]["w"].tolist() == [2.0, 2.0]
-    summed = tree_add(tree, doubled)
-    assert summed["a"].tolist() == (3 * tree["a"]).tolist()
-    assert not any(
-        np.shares_memory(x, y) for x, y in zip(tree_leaves(tree), tree_leaves(summed), strict=True)
-    )
+    pairs = zip(tree_leaves(tree), tree_leaves(doubled), strict=True)
+    assert not any(np.shares_memory(x, y) for x, y in pairs)
     assert tree["blocks"][0]["w"].tolist() == [1.0, 1.0]
     assert tree_map(lambda x, y, z: x.size, tree, tree, tree) == {
         "a": 6,
@@ -163,12 +160,23 @@ def test_map_keeps_the_structure_and_makes_new_leaves():
     }
 
 
+def test_a_sum_of_trees_takes_the_memory_of_the_first():
+    first, second, third = small_tree(), small_tree(), small_tree()
+    total = tree_sum(iter([first, second, third]))
+    assert total["a"].tolist() == (3 * second["a"]).tolist()
+    assert total["blocks"][0]["w"].tolist() == [3.0, 3.0]
+    assert np.shares_memory(total["a"], first["a"])
+    assert second["a"].tolist() == third["a"].tolist() == small_tree()["a"].tolist()
+    numbers = [{"loss": np.float32(1.0)}, {"loss": np.float32(2.0)}]  # what a mean returns
+    assert tree_sum(numbers)["loss"] == 3.0
+
+
 def test_map_refuses_other_structures():
     tree = small_tree()
     with pytest.raises(ValueError, match=r"expected the keys \['a', 'blocks'\]; got \['a'\]"):
-        tree_add(tree, {"a": ARRAY})
+        tree_sum([tree, {"a": ARRAY}])
     with pytest.raises(ValueError, match="expected 2 entries; got 1"):
-        tree_add(tree, {"a": tree["a"], "blocks": tree["blocks"][:1]})
+        tree_sum([tree, {"a": tree["a"], "blocks": tree["blocks"][:1]}])
 
 
 def test_a_snapshot_shares_no_memory():

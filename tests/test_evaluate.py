@@ -164,7 +164,7 @@ def test_the_users_reward_is_asked_once_a_reply(tmp_path):
     assert metrics["reward"] == pytest.approx(np.mean(answers), abs=1e-6)
 
 
-@pytest.mark.parametrize("size, rows", [(0, {4}), (3, {3, 1})])
+@pytest.mark.parametrize("size, rows", [(0, {4}), (3, {2}), (1, {1})])
 def test_micro_batches_bound_its_memory_too(monkeypatch, size, rows):
     seen, original = set(), rollout_module.policy_forward
 

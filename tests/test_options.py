@@ -282,7 +282,7 @@ def test_without_beta_all_kl_modes_are_one(run):
 def test_micro_batches_bound_memory_and_change_no_result(run):
     """T8: the same updates from parts of a minibatch, up to rounding."""
     whole, parts = (run("pairs", {"ppo.micro_batch_size": size}) for size in (0, 4))
-    assert max(parts["seen: rows in a forward"]) == 4 < max(whole["seen: rows in a forward"])
+    assert max(parts["seen: rows in a forward"]) <= 4 < max(whole["seen: rows in a forward"])
     tolerance = 10 * BATCH_COMPOSITION[np.float32]
     samples = [
         [json.loads(line) for line in r["samples.jsonl"].splitlines()] for r in (parts, whole)

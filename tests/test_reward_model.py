@@ -12,7 +12,7 @@ from tolerances import BATCH_COMPOSITION
 
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import init_transformer
-from minirlhf.train import pipeline, reward_model
+from minirlhf.train import batches, pipeline, reward_model
 from minirlhf.train import run as run_module
 from minirlhf.train.checkpoint import load_model
 from minirlhf.train.optimizer import OptimizerConfig
@@ -277,7 +277,8 @@ def test_a_score_does_not_depend_on_the_batch(monkeypatch):
         np.testing.assert_allclose(alone, together[i : i + 1], rtol=0, atol=tolerance)
     backwards = score_responses(model, prompts[::-1], responses[::-1], pad_id=PAD)[::-1]
     np.testing.assert_allclose(backwards, together, rtol=0, atol=tolerance)
-    monkeypatch.setattr(reward_model, "SCORING_ROWS", 3)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 1)
+    monkeypatch.setattr(batches, "MICRO_BATCH_FLOATS", 0)  # one response in a forward
     in_parts = score_responses(model, prompts, responses, pad_id=PAD)
     np.testing.assert_allclose(in_parts, together, rtol=0, atol=tolerance)
 

@@ -22,12 +22,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MATHS = [path for path in FILES if path.parent.name in ("nn", "rlhf")]
 
 # A room is a folder or a file directly under minirlhf/. Each may import itself and:
-BASE = {"errors", "backend", "tree"}
+BASE = {"errors", "backend", "tree", "workers"}
 MAY_IMPORT = {
     "errors": set(),
     "backend": {"errors"},
     "tree": {"errors", "backend"},
     "disk": {"errors"},
+    "workers": {"backend", "tree"},
     "gradcheck": {"backend", "tree"},
     "nn": BASE,
     "rlhf": BASE,

@@ -192,9 +192,9 @@ def score(arguments: list[str]) -> int:
     batch = pad_batch([prompt_ids], [response_ids], pad_id=run.tokenizer.pad, config=run.gpt)
     temperature = run.config.ppo.temperature
     logp, ref_logp = (
-        policy_forward(
-            params, batch=batch, config=run.gpt, temperature=temperature, keep=False
-        )[0].logp
+        policy_forward(params, batch=batch, config=run.gpt, temperature=temperature, keep=False)[
+            0
+        ].logp
         for params in (policy, reference)
     )
     pieces = run.tokenizer.pieces(batch.responses[0].tolist())

@@ -4,6 +4,8 @@ Random numbers are drawn on the host and used through the inverse distribution f
 gives the same responses on a CPU and on a GPU.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +14,10 @@ from minirlhf.backend import Array, get_xp
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
 from minirlhf.tree import Tree
+from minirlhf.workers import map_over, n_workers
 
-ALIVE_CHECK_EVERY = 4  # steps between two looks at "has everybody stopped?" (each waits for a GPU)
+ALIVE_CHECK_EVERY = 4  # steps between two looks at "who has stopped?" (each waits for a GPU)
+DROP_BELOW = 0.75  # share still alive below which those that have stopped leave the batch
 
 
 def sampling_logprobs(
@@ -121,32 +125,61 @@ def generate(
             f"got {longest}"
         )
     u = xp.asarray(rng.random((B, max_new)))
-    out_tokens = xp.full((B, P + max_new), pad_id, dtype=tokens.dtype)
-    out_mask = xp.zeros((B, P + max_new), dtype=mask.dtype)
-    out_tokens[:, :P] = tokens
-    out_mask[:, :P] = mask
+    logprobs = functools.partial(
+        sampling_logprobs, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    f = functools.partial(
+        _extend, params, config=config, stop_id=stop_id, pad_id=pad_id, logprobs=logprobs
+    )
+    edges = [B * i // n_workers() for i in range(n_workers() + 1)]
+    pieces = [slice(*edge) for edge in zip(edges, edges[1:], strict=False) if edge[0] < edge[1]]
+    parts = map_over(f, [(tokens[rows], mask[rows], u[rows]) for rows in pieces])
+    return Generation(*map(xp.concatenate, zip(*parts, strict=True)))
 
+
+def _extend(
+    params: Tree,
+    prompts: tuple[Array, Array, Array],
+    *,
+    config: GPTConfig,
+    stop_id: int,
+    pad_id: int,
+    logprobs: Callable[[Array], Array],
+) -> Generation:
+    """Prompts with their responses, drawn until all have stopped.
+
+    Responses that have stopped leave the batch once they are a quarter of it.
+
+    Args:
+        prompts: tokens (B, P), mask (B, P), and uniforms (B, R), one for each token to draw.
+        logprobs: from logits (B, V) to the log-probabilities that are drawn from.
+    """
+    tokens, mask, u = prompts
+    xp, (B, P), max_new = get_xp(tokens, mask, u), tokens.shape, u.shape[1]
+    pads, zeros = xp.full((B, max_new), pad_id, dtype=tokens.dtype), xp.zeros_like(u)
+    out = Generation(
+        xp.concatenate([tokens, pads], axis=1),
+        xp.concatenate([mask, zeros.astype(mask.dtype)], axis=1),
+    )
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
-    alive = mask[:, -1]  # (B,) 1 until the stop token has been drawn
+    rows, alive = xp.arange(B), mask[:, -1]  # who is left in the batch; 1 until the stop token
     for step in range(max_new):
         logits, _ = tied_logits_forward(h, params["wte"])  # (B, V)
-        logp = sampling_logprobs(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        drawn = draw_tokens(xp.exp(logp), u[:, step : step + 1])
-        column = P + step
-        out_tokens[:, column] = xp.where(alive > 0, drawn, pad_id)
-        out_mask[:, column] = alive
+        drawn = draw_tokens(xp.exp(logprobs(logits)), u[rows, step][:, None])
+        drawn = xp.where(alive > 0, drawn, pad_id)
+        out.tokens[rows, P + step] = drawn
+        out.mask[rows, P + step] = alive
         if step == max_new - 1:
             break
         new_alive = alive * (drawn != stop_id)
-        if step % ALIVE_CHECK_EVERY == 0 and not bool((new_alive > 0).any()):
-            break
-        h = decode_step(
-            params,
-            kv,
-            tokens=out_tokens[:, column],
-            mask=alive,
-            column=column,
-            config=config,
-        )
+        if step % ALIVE_CHECK_EVERY == 0:
+            n_alive = int((new_alive > 0).sum())
+            if n_alive == 0:
+                break
+            if n_alive <= DROP_BELOW * len(rows):
+                left = xp.flatnonzero(new_alive)
+                rows, drawn, alive, new_alive = (a[left] for a in (rows, drawn, alive, new_alive))
+                kv = kv.rows(left)
+        h = decode_step(params, kv, tokens=drawn, mask=alive, column=P + step, config=config)
         alive = new_alive
-    return Generation(out_tokens, out_mask)
+    return out

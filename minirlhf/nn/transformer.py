@@ -296,6 +296,12 @@ class KVCache(NamedTuple):
     values: list[Array]  # L times (B, H, S, D)
     mask: Array  # (B, S) 1 at columns that hold a real token
 
+    def rows(self, index: Array) -> "KVCache":
+        """A copy for the sequences that `index` picks, each as often as it is named."""
+        return KVCache(
+            [k[index] for k in self.keys], [v[index] for v in self.values], self.mask[index]
+        )
+
 
 def prefill(
     params: Tree, *, tokens: Array, mask: Array, config: GPTConfig, max_new: int

@@ -103,8 +103,7 @@ def micro_batches(
         lengths: tokens of each sequence.
         size: the most sequences of a group; 0: as many as suit a core's cache (on a GPU: all).
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    n = len(order)
+    n = len(lengths)
     if size:
         n_groups = -(-n // size)
     elif device == "cpu":
@@ -112,7 +111,9 @@ def micro_batches(
         n_groups = min(n, -(-n * int(max(lengths)) // tokens))
     else:
         n_groups = 1
-    return np.array_split(order, n_groups)
+    if n_groups == 1:
+        return [np.arange(n)]
+    return np.array_split(np.argsort(-np.asarray(lengths), kind="stable"), n_groups)
 
 
 def row_slices(n: int, size: int) -> list[slice]:

@@ -13,7 +13,8 @@ from minirlhf.nn.adam import (
     scheduled_lr,
 )
 from minirlhf.train.config import OptimizerConfig
-from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map, tree_pack
+from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map, tree_pack, tree_unpack
+from minirlhf.workers import share
 
 
 class NonFiniteError(InputError):
@@ -26,7 +27,9 @@ class Optimizer:
     def __init__(self, params: Tree, config: OptimizerConfig, *, total_steps: int):
         self.config = config
         self.total_steps = total_steps
-        self.flat, self.params = tree_pack(params)
+        flat, _ = tree_pack(params)
+        self.flat = share(flat) if get_xp(flat) is np else flat  # the workers see every update
+        self.params = tree_unpack(self.flat, params)
         self.state = init_adamw(self.flat)
         self.skipped = 0  # updates that the schedule counts although they were not made
         self._decay = config.weight_decay * decay_mask(params) if config.weight_decay else 0.0

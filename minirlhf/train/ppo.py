@@ -5,6 +5,7 @@ One iteration:  sample  ->  score  ->  token rewards  ->  advantages  ->  epochs
     maximise E_{y ~ pi_theta} [ r(x, y) - beta sum_t (log pi_theta(y_t|.) - log pi_ref(y_t|.)) ]
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +48,8 @@ from minirlhf.train.config import PPOConfig
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import PolicyCache, PolicyOutput, policy_backward, policy_forward
 from minirlhf.train.rollout import Rollout
-from minirlhf.tree import Tree, tree_sum
-from minirlhf.workers import map_rows
+from minirlhf.tree import Tree
+from minirlhf.workers import sum_over
 
 
 class Experience(NamedTuple):
@@ -268,25 +269,39 @@ def minibatch_gradients(
     The weights of the tokens were made for the whole minibatch, so losses and gradients of its
     parts add up to those of the whole, whatever the lengths of the responses.
     """
-    e, xp = experience, get_xp(experience.weights)
-    logp, values = xp.zeros_like(e.old_logp), xp.zeros_like(e.old_values)
-    clipped = xp.zeros(e.weights.shape, dtype=bool)
+    groups = experience.batch.groups(size=settings.micro_batch_size, config=config)
+    f = functools.partial(
+        _micro_batch, params, shape=experience.weights.shape, config=config, settings=settings
+    )
+    total = sum_over(f, [(rows, experience.part(rows)) for rows in groups])
+    return MinibatchGradient(
+        total["gradients"],
+        float(total["loss"]),
+        total["logp"],
+        total["values"],
+        total["clipped"] > 0,
+        {name: float(term) for name, term in total["parts"].items()},
+    )
 
-    def of_rows(rows: Array) -> Tree:
-        loss, cache = ppo_loss_forward(
-            params, experience=e.part(rows), config=config, settings=settings
-        )
-        columns = slice(0, cache.out.logp.shape[1])
-        logp[rows, columns] = cache.out.logp
-        values[rows, columns] = cache.out.values
-        clipped[rows, columns] = cache.clip.clipped
-        gradients = ppo_loss_backward(1.0, cache)
-        return {"loss": loss, "parts": cache.parts, "gradients": gradients}
 
-    groups = e.batch.groups(size=settings.micro_batch_size, config=config)
-    total = tree_sum(map_rows(of_rows, groups))
-    parts = {name: float(term) for name, term in total["parts"].items()}
-    return MinibatchGradient(total["gradients"], float(total["loss"]), logp, values, clipped, parts)
+def _micro_batch(
+    params: Tree,
+    part: tuple[Array, Experience],
+    *,
+    shape: tuple[int, int],
+    config: GPTConfig,
+    settings: PPOConfig,
+) -> Tree:
+    """The share of some rows in everything that is summed over the minibatch (B, R)."""
+    rows, experience = part
+    loss, cache = ppo_loss_forward(params, experience=experience, config=config, settings=settings)
+    xp, R = get_xp(cache.out.logp), cache.out.logp.shape[1]
+    tokens = {"logp": cache.out.logp, "values": cache.out.values, "clipped": cache.clip.clipped}
+    share = {"loss": loss, "parts": cache.parts, "gradients": ppo_loss_backward(1.0, cache)}
+    for name, array in tokens.items():
+        share[name] = xp.zeros(shape, dtype=cache.out.logp.dtype)
+        share[name][rows, :R] = array
+    return share
 
 
 def update_metrics(

@@ -1,5 +1,6 @@
 """Stage 2: a reward model from preferences between two responses to one prompt."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from minirlhf.train.config import RewardModelConfig
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
 from minirlhf.train.run_log import RunLog
-from minirlhf.tree import Tree, tree_sum
-from minirlhf.workers import map_rows
+from minirlhf.tree import Tree
+from minirlhf.workers import map_over, sum_over
 
 
 class Pair(NamedTuple):
@@ -49,35 +50,48 @@ def reward_model_loss_and_gradients(
     Returns:
         metrics (loss, accuracy, mean margin), gradients.
     """
-
-    def of_pairs(numbers: np.ndarray) -> Tree:
-        part = [pairs[i] for i in numbers]
-        n, share = len(part), len(part) / len(pairs)
-        batch = pad_batch(
-            [p.prompt for p in part] * 2,
-            [p.chosen for p in part] + [p.rejected for p in part],
-            pad_id=pad_id,
-            config=config,
-            device=device,
-        )
-        score, cache = reward_forward(params, batch=batch, config=config)
-        chosen, rejected = score[:n], score[n:]
-        loss, loss_cache = bradley_terry_forward(
-            chosen, rejected, margin=settings.margin, label_smoothing=settings.label_smoothing
-        )
-        dscore = get_xp(score).concatenate(bradley_terry_backward(share, loss_cache))
-        metrics = {
-            "loss/reward_model": share * loss,
-            "accuracy": share * (chosen > rejected).mean(),
-            "margin": share * (chosen - rejected).mean(),
-        }
-        return {"metrics": metrics, "gradients": reward_backward(dscore, cache)}
-
     lengths = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
     groups = micro_batches(lengths, config=config, device=device)
-    total = tree_sum(map_rows(of_pairs, groups))
+    f = functools.partial(
+        _micro_batch, params, config=config, settings=settings, pad_id=pad_id, device=device
+    )
+    parts = [([pairs[i] for i in group], len(group) / len(pairs)) for group in groups]
+    total = sum_over(f, parts)
     metrics = {name: float(value) for name, value in total["metrics"].items()}
     return metrics, total["gradients"]
+
+
+def _micro_batch(
+    params: Tree,
+    part: tuple[list[Pair], float],
+    *,
+    config: GPTConfig,
+    settings: RewardModelConfig,
+    pad_id: int,
+    device: str,
+) -> Tree:
+    """Metrics and gradients of some pairs, times their share in the batch."""
+    pairs, share = part
+    n = len(pairs)
+    batch = pad_batch(
+        [p.prompt for p in pairs] * 2,
+        [p.chosen for p in pairs] + [p.rejected for p in pairs],
+        pad_id=pad_id,
+        config=config,
+        device=device,
+    )
+    score, cache = reward_forward(params, batch=batch, config=config)
+    chosen, rejected = score[:n], score[n:]
+    loss, loss_cache = bradley_terry_forward(
+        chosen, rejected, margin=settings.margin, label_smoothing=settings.label_smoothing
+    )
+    dscore = get_xp(score).concatenate(bradley_terry_backward(share, loss_cache))
+    metrics = {
+        "loss/reward_model": share * loss,
+        "accuracy": share * (chosen > rejected).mean(),
+        "margin": share * (chosen - rejected).mean(),
+    }
+    return {"metrics": metrics, "gradients": reward_backward(dscore, cache)}
 
 
 def train_reward_model(
@@ -146,23 +160,21 @@ def score_responses(
     device: str = "cpu",
 ) -> np.ndarray:
     """Normalised score of each response, (B,) float64 on the host; none sees its neighbours."""
-    scores = np.empty(len(prompts))
-
-    def of_rows(rows: np.ndarray) -> None:
-        batch = pad_batch(
-            [prompts[i] for i in rows],
-            [responses[i] for i in rows],
-            pad_id=pad_id,
-            config=model.config,
-            device=device,
-        )
-        score, _ = reward_forward(model.params, batch=batch, config=model.config, keep=False)
-        scores[rows] = to_host(score)
-
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    for _ in map_rows(of_rows, micro_batches(lengths, config=model.config, device=device)):
-        pass
+    groups = micro_batches(lengths, config=model.config, device=device)
+    f = functools.partial(_raw_scores, model, pad_id=pad_id, device=device)
+    texts = [([prompts[i] for i in rows], [responses[i] for i in rows]) for rows in groups]
+    scores = np.empty(len(prompts))
+    scores[np.concatenate(groups)] = np.concatenate(map_over(f, texts))
     return (scores - model.mean) / model.sd
+
+
+def _raw_scores(
+    model: RewardModel, texts: tuple[list[Ids], list[Ids]], *, pad_id: int, device: str
+) -> np.ndarray:
+    batch = pad_batch(*texts, pad_id=pad_id, config=model.config, device=device)
+    score, _ = reward_forward(model.params, batch=batch, config=model.config, keep=False)
+    return to_host(score)
 
 
 def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:

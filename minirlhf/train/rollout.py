@@ -1,5 +1,6 @@
 """One batch of experience: sample responses, then score them with policy, reference and reward."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from minirlhf.train.batches import Batch, Ids, pad_batch
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.tokens import Tokenizer
 from minirlhf.tree import Tree
-from minirlhf.workers import map_rows
+from minirlhf.workers import map_over
 
 
 class Samples(NamedTuple):
@@ -166,33 +167,44 @@ def score_rollout(
         policy: {"transformer": ..., "value_head": ...}.
         reference: {"transformer": ...}, a frozen copy.
     """
-    xp, batch = get_xp(samples.batch.mask), samples.batch
-    shape, dtype = batch.responses.shape, policy["transformer"]["wte"].dtype
-    names = ("old_logp", "ref_logp", "values", "entropy", "kl_full")
-    arrays = {name: xp.zeros(shape, dtype=dtype) for name in names}
-    if keep_ref_logits:
-        arrays["ref_logits"] = xp.zeros((*shape, config.vocab_size), dtype=dtype)
-
-    def of_rows(rows: Array) -> None:
-        part = batch.part(rows)
-        how = {"batch": part, "config": config, "temperature": temperature, "keep": False}
-        old, _ = policy_forward(policy, **how)
-        ref, _ = policy_forward(reference, **how)
-        both = {"ref_logits": ref.logits, "temperature": temperature}
-        computed = {
-            "old_logp": old.logp,
-            "ref_logp": ref.logp,
-            "values": old.values,
-            "entropy": entropy_forward(old.logits, temperature=temperature)[0],
-            "kl_full": full_kl_forward(old.logits, **both)[0],
-            "ref_logits": ref.logits,
-        }
-        for name, array in arrays.items():
-            array[rows, : part.responses.shape[1]] = computed[name]
-
-    for _ in map_rows(of_rows, batch.groups(size=micro_batch_size, config=config)):
-        pass
-    scores = to_device(score(samples).astype(dtype), device)
-    return Rollout(
-        samples=samples, score=scores, ref_logits=arrays.pop("ref_logits", None), **arrays
+    batch = samples.batch
+    groups = batch.groups(size=micro_batch_size, config=config)
+    f = functools.partial(
+        _score_part,
+        policy,
+        reference,
+        config=config,
+        temperature=temperature,
+        keep_ref_logits=keep_ref_logits,
     )
+    xp, parts = get_xp(batch.mask), map_over(f, [batch.part(rows) for rows in groups])
+    arrays = {
+        name: xp.zeros((*batch.responses.shape, *array.shape[2:]), dtype=array.dtype)
+        for name, array in parts[0].items()
+    }
+    for rows, part in zip(groups, parts, strict=True):
+        for name, array in part.items():
+            arrays[name][rows, : array.shape[1]] = array
+    scores = to_device(score(samples).astype(arrays["values"].dtype), device)
+    ref_logits = arrays.pop("ref_logits", None)
+    return Rollout(samples=samples, score=scores, ref_logits=ref_logits, **arrays)
+
+
+def _score_part(
+    policy: Tree,
+    reference: Tree,
+    batch: Batch,
+    *,
+    config: GPTConfig,
+    temperature: float,
+    keep_ref_logits: bool,
+) -> dict[str, Array]:
+    """The arrays of a Rollout, but for the score, of some of its rows."""
+    how = {"batch": batch, "config": config, "temperature": temperature, "keep": False}
+    old, _ = policy_forward(policy, **how)
+    ref, _ = policy_forward(reference, **how)
+    entropy, _ = entropy_forward(old.logits, temperature=temperature)
+    kl_full, _ = full_kl_forward(old.logits, ref_logits=ref.logits, temperature=temperature)
+    part = {"old_logp": old.logp, "ref_logp": ref.logp, "values": old.values}
+    part |= {"entropy": entropy, "kl_full": kl_full}
+    return part | ({"ref_logits": ref.logits} if keep_ref_logits else {})

@@ -1,5 +1,7 @@
 """Stage 1, supervised fine-tuning: imitate the demonstrations. The result is the reference."""
 
+import functools
+
 import numpy as np
 
 from minirlhf.backend import Array, get_xp
@@ -15,8 +17,8 @@ from minirlhf.train.config import SFTConfig
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
 from minirlhf.train.run_log import RunLog
-from minirlhf.tree import Tree, tree_sum
-from minirlhf.workers import map_rows
+from minirlhf.tree import Tree
+from minirlhf.workers import sum_over
 
 Example = tuple[list[int], list[int]]  # prompt ids, response ids
 
@@ -27,17 +29,19 @@ def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tup
     Summed over micro-batches: the weights of the tokens are those of the whole batch.
     """
     weights = token_weights(batch.response_mask)
-
-    def of_rows(rows: Array) -> Tree:
-        part = batch.part(rows)
-        out, cache = policy_forward(params, batch=part, config=config)
-        w = weights[rows][:, : out.logp.shape[1]]
-        loss, loss_cache = cross_entropy_forward(out.logp, weights=w)
-        dlogp = cross_entropy_backward(1.0, loss_cache)
-        return {"loss": loss, "gradients": policy_backward(None, dlogp, None, cache)}
-
-    total = tree_sum(map_rows(of_rows, batch.groups(size=0, config=config)))
+    groups = batch.groups(size=0, config=config)
+    f = functools.partial(_micro_batch, params, config=config)
+    total = sum_over(f, [(batch.part(rows), weights[rows]) for rows in groups])
     return float(total["loss"]), total["gradients"]
+
+
+def _micro_batch(params: Tree, part: tuple[Batch, Array], *, config: GPTConfig) -> Tree:
+    batch, weights = part
+    out, cache = policy_forward(params, batch=batch, config=config)
+    weights = weights[:, : out.logp.shape[1]]
+    loss, loss_cache = cross_entropy_forward(out.logp, weights=weights)
+    dlogp = cross_entropy_backward(1.0, loss_cache)
+    return {"loss": loss, "gradients": policy_backward(None, dlogp, None, cache)}
 
 
 def sft_loss(

@@ -9,7 +9,7 @@ import numpy as np
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.nn.heads import tied_logits_forward
-from minirlhf.nn.transformer import GPTConfig, KVCache, decode_step, prefill
+from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
 from minirlhf.rlhf.exact import PrefixTree, all_responses, objective_gradient
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
@@ -39,7 +39,7 @@ def tree_logits(params: Tree, *, tree: PrefixTree, prompts: list[Ids], config: G
     logits = [tied_logits_forward(h, transformer["wte"])[0]]
     for t in range(1, T):
         before, level = tree.levels[t - 1], tree.levels[t]
-        kv = _continue_from(kv, tree.parent[level] - before.start)
+        kv = kv.rows(tree.parent[level] - before.start)  # a copy for each continuation
         tokens = tree.token[level]
         h = decode_step(
             transformer,
@@ -105,11 +105,6 @@ def exact_gradient(
     log_probs = tree_log_probs(params, **where)
     dlogits = objective_gradient(tree, log_probs, ref_log_probs, rewards, kl_coef=kl_coef)
     return tree_gradient(dlogits, params, **where)
-
-
-def _continue_from(kv: KVCache, rows: Array) -> KVCache:
-    """The keys and values of the prefixes `rows`, one copy for each of their continuations."""
-    return KVCache([k[rows] for k in kv.keys], [v[rows] for v in kv.values], kv.mask[rows])
 
 
 def _prompt_batch(tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype, xp) -> Batch:

@@ -14,7 +14,7 @@ from jax import Array, lax
 from peer_protocol import Peer, Workload, serve
 
 Tree = Any  # nested dicts of arrays, keyed by the parts of their paths in arrays.npz
-jit = functools.partial(jax.jit, static_argnames=("w", "with_logp"))
+jit = functools.partial(jax.jit, static_argnames="w")
 
 
 def load_tree(w: Workload, owner: str) -> Tree:
@@ -39,17 +39,18 @@ def layernorm(x: Array, p: Tree) -> Array:
 
 
 def queries_keys_values(x: Array, p: Tree, w: Workload) -> Array:
-    """(3, B, H, T, D)"""
+    """(3, B, H, T, D) from (B * T, C)."""
     qkv = linear(layernorm(x, p["ln1"]), p["attn"]["qkv"])
-    return qkv.reshape(*x.shape[:2], 3, w.n_head, -1).transpose(2, 0, 3, 1, 4)
+    qkv = qkv.reshape(w.batch_size, -1, 3, w.n_head, w.d_model // w.n_head)
+    return qkv.transpose(2, 0, 3, 1, 4)
 
 
 def attention(q: Array, k: Array, v: Array, allowed: Array) -> Array:
-    """(B, T, C) from (B, H, T, D) queries and (B, H, S, D) keys; allowed (T, S)."""
+    """(B * T, C) from (B, H, T, D) queries and (B, H, S, D) keys; allowed (T, S)."""
     scores = jnp.einsum("bhtd,bhsd->bhts", q * q.shape[-1] ** -0.5, k)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf))
     a = jnp.einsum("bhts,bhsd->bthd", weights, v)
-    return a.reshape(*a.shape[:2], -1)
+    return a.reshape(-1, a.shape[2] * a.shape[3])
 
 
 def rest_of_block(x: Array, a: Array, p: Tree) -> Array:
@@ -65,24 +66,25 @@ def blocks_of(p: Tree, w: Workload) -> list[Tree]:
 def transformer(p: Tree, tokens: Array, first: int, w: Workload) -> tuple[Array, list]:
     """h (B, T - first, C) at the columns from `first` on, and each block's keys and values.
 
-    The last block skips the other columns.
+    The last block skips the other columns. Rows (B * T, C) make faster gradients than (B, T, C).
     """
-    T = tokens.shape[1]
-    x = p["wte"][tokens] + p["wpe"][:T]
+    B, T = tokens.shape
+    x = (p["wte"][tokens] + p["wpe"][:T]).reshape(B * T, -1)
     causal = jnp.tri(T, dtype=bool)
     kv = []
     for i, block in enumerate(blocks_of(p, w)):
         q, k, v = queries_keys_values(x, block, w)
         start = first if i == w.n_layer - 1 else 0
         a = attention(q[:, :, start:], k, v, causal[start:])
-        x = rest_of_block(x[:, start:], a, block)
+        x = x.reshape(B, T, -1)[:, start:].reshape(B * (T - start), -1)
+        x = rest_of_block(x, a, block)
         kv.append((k, v))
-    return layernorm(x, p["ln_f"]), kv
+    return layernorm(x, p["ln_f"]).reshape(B, T - first, -1), kv
 
 
 def decode(p: Tree, token: Array, kv: list, column: Array, w: Workload) -> tuple[Array, list]:
     """h (B, C) of one more token a sequence, and the extended keys and values (B, H, S, D)."""
-    x = p["wte"][token][:, None] + p["wpe"][column]
+    x = p["wte"][token] + p["wpe"][column]
     seen = (jnp.arange(kv[0][0].shape[2]) <= column)[None]
     extended = []
     for block, (keys, values) in zip(blocks_of(p, w), kv, strict=True):
@@ -91,10 +93,10 @@ def decode(p: Tree, token: Array, kv: list, column: Array, w: Workload) -> tuple
         values = lax.dynamic_update_slice_in_dim(values, v, column, axis=2)
         x = rest_of_block(x, attention(q, keys, values, seen), block)
         extended.append((keys, values))
-    return layernorm(x[:, 0], p["ln_f"]), extended
+    return layernorm(x, p["ln_f"]), extended
 
 
-@jit
+@functools.partial(jax.jit, static_argnames=("w", "with_logp"))
 def sample(
     policy: Tree, prompts: Array, key: Array, w: Workload, with_logp: bool = False
 ) -> tuple[Array, Array | None]:
@@ -132,7 +134,8 @@ def response_outputs(model: Tree, tokens: Array, w: Workload) -> tuple[Array, Ar
     """Log-probs (B, R) and hidden states (B, R, C) of the responses."""
     P, p = w.prompt_len, model["transformer"]
     h, _ = transformer(p, tokens[:, :-1], P - 1, w)
-    return token_logprobs(h @ p["wte"].T, tokens[:, P:]), h
+    logits = h.reshape(-1, w.d_model) @ p["wte"].T
+    return token_logprobs(logits, tokens[:, P:].reshape(-1)).reshape(h.shape[:2]), h
 
 
 def scalar_head(h: Array, p: Tree) -> Array:

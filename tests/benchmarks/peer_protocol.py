@@ -3,7 +3,7 @@
 One JSON object a line on stdin, one a line on stdout:
 
     {"do": "open", "folder": F, "variant": "eager"}   -> {"name": ..., "threads": ...}
-    {"do": "check", "part": P}                        -> {"file": F/....npz}
+    {"do": "check", "part": P}                        -> {"file": F/....npz}, or null and a "note"
     {"do": "time", "part": P, "repeats": n}           -> {"seconds": [s1, ..., sn]}
     {"do": "run", "part": P, "repeats": n}            -> {}
 
@@ -78,8 +78,8 @@ class Peer:
     def __init__(self, workload: Workload, variant: str):
         self.workload, self.variant, self.is_warm = workload, variant, False
 
-    def check(self, part: str) -> dict[str, np.ndarray]:
-        """The results of a part from the initial state."""
+    def check(self, part: str) -> dict[str, np.ndarray] | str:
+        """The results of a part from the initial state, or why there are none."""
         raise NotImplementedError
 
     def run(self, part: str, repeats: int) -> None:
@@ -129,6 +129,8 @@ class Session:
 
     def check(self, part: str) -> dict:
         results = self.new_peer().check(part)
+        if isinstance(results, str):
+            return {"file": None, "note": results}
         program = Path(sys.argv[0]).stem
         file = self.workload.folder / f"{program}-{self.variant}-{part}.npz"
         np.savez(file, **results)

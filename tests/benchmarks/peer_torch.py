@@ -23,8 +23,8 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"up": nn.Linear(C, 4 * C), "down": nn.Linear(4 * C, C)})
 
     def forward(self, x: Tensor, first: int, kv: Tensor | None, column: int) -> Tensor:
-        qkv = self.attn["qkv"](self.ln1(x)).unflatten(-1, (3, self.n_head, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = self.attn["qkv"](self.ln1(x)).chunk(3, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, D)
         if kv is not None:
             end = column + x.shape[1]
             kv[0, :, :, column:end], kv[1, :, :, column:end] = k, v
