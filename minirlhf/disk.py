@@ -80,6 +80,23 @@ def next_numbered_folder(name: str) -> Path:
     return folder
 
 
+def new_folder(out: Path, *, holds: str) -> Path:
+    """Make the folder for results; `holds` is the file by which older ones are known.
+
+    Raises:
+        InputError: it holds results already, or cannot be written.
+    """
+    if (out / holds).exists():
+        raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: expected a folder to write to; got {error.strerror}: choose another"
+        ) from error
+    return out
+
+
 def shorten(text: str, limit: int = 60) -> str:
     """The text on one line, cut with "..." if it is longer than `limit` characters."""
     text = " ".join(text.split())

@@ -170,6 +170,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 IMPOSSIBLE = {
     "seed": -1,
+    "workers": -1,
     "threads": -1,
     "vocab_size": 0,
     "max_prompt_tokens": -1,

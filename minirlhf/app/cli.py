@@ -1,4 +1,4 @@
-"""The command line: minirlhf train | resume | score | sample | exact | check."""
+"""The command line: minirlhf train | resume | score | sample | exact | check | bench."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minirlhf import __version__
+from minirlhf.app.bench import BenchOptions, bench_command
 from minirlhf.app.check import check_command
 from minirlhf.app.exact import ExactOptions, exact_command
 from minirlhf.app.progress import track
@@ -43,6 +44,7 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
   minirlhf exact                  the exact optimum, KL and gradients beside every estimate
   minirlhf check                  check every gradient of the package
+  minirlhf bench                  speed and memory, with --peers beside PyTorch, JAX and TRL
 
 minirlhf COMMAND --help shows the options of a command. With MINIRLHF_TRACEBACK=1 in the environment
 a refusal shows where in the program it came from.
@@ -132,6 +134,7 @@ def run_command(arguments: list[str]) -> int:
         "sample": sample,
         "exact": exact,
         "check": check,
+        "bench": bench,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -263,6 +266,11 @@ def check(arguments: list[str]) -> int:
 def exact(arguments: list[str]) -> int:
     """minirlhf exact."""
     return exact_command(parse(ExactOptions, "exact", arguments))
+
+
+def bench(arguments: list[str]) -> int:
+    """minirlhf bench."""
+    return bench_command(parse(BenchOptions, "bench", arguments))
 
 
 def _open_finished(folder: Path) -> tuple[Run, Tree, Tree]:

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from minirlhf.app import exact_pictures as pictures
 from minirlhf.app.progress import track
 from minirlhf.backend import keep_freed_memory
-from minirlhf.disk import next_numbered_folder, write_whole
+from minirlhf.disk import new_folder, next_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.train import experiments
 from minirlhf.train.ground_truth import fit_reference, log_probs_on_tree, small_transformer
@@ -70,7 +70,7 @@ def exact_command(options: ExactOptions) -> int:
     """
     started = time.perf_counter()
     _check_options(options)
-    out = _new_folder(options.out or next_numbered_folder("exact"))
+    out = new_folder(options.out or next_numbered_folder("exact"), holds="exact.json")
     results = run_experiments(options)
     write_whole(out / "exact.json", (json.dumps(results, indent=1) + "\n").encode())
     console = Console()
@@ -83,18 +83,6 @@ def exact_command(options: ExactOptions) -> int:
     spent = time.perf_counter() - started
     console.print(f"numbers: {out / 'exact.json'}; {spent:.0f} s in all", soft_wrap=True)
     return 0 if all(claims.values()) else 1
-
-
-def _new_folder(out: Path) -> Path:
-    if (out / "exact.json").exists():
-        raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: expected a folder to write to; got {error.strerror}: choose another"
-        ) from error
-    return out
 
 
 def _check_options(options: ExactOptions) -> None:

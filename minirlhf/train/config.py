@@ -150,7 +150,8 @@ class PPOConfig:
     minibatches: int = 2
     """Updates a pass."""
     micro_batch_size: int = 0
-    """Responses in one forward and backward; bounds memory, changes no result. 0: the minibatch."""
+    """The most responses in one forward and backward; bounds memory, changes no result. 0: as many
+    as suit a core's cache (on a GPU: the minibatch)."""
     temperature: float = 1.0
     """Of sampling and of every log-prob [> 0]."""
     kl_coef: Annotated[float, tyro.conf.arg(aliases=["--beta"])] = 0.2
@@ -239,8 +240,11 @@ class TrainConfig:
     """Of every random stream."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the arrays live: NumPy or CuPy."""
+    workers: int = 0
+    """Processes that share the work of a batch on the CPU; 0: one for each core."""
     threads: int = 1
-    """Threads of NumPy's matrix products; 0: as many as it likes. Small models lose by more."""
+    """Threads of NumPy's matrix products in each; 0: as many as it likes. Small models lose by
+    more."""
     corpus: str = ""
     """Your own text instead of the support world: one example a line, documents between blank
     lines, or JSONL with prompt and response."""
@@ -275,7 +279,8 @@ class TrainConfig:
             "",
             at_least_1=("vocab_size", "eval_prompts", "checkpoint_every"),
             at_least_0=(
-                *("seed", "threads", "max_prompt_tokens", "max_response_tokens", "eval_every"),
+                *("seed", "workers", "threads"),
+                *("max_prompt_tokens", "max_response_tokens", "eval_every"),
             ),
         )
         for name, least, why in (

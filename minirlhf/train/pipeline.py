@@ -68,6 +68,7 @@ from minirlhf.train.run_folder import (
 )
 from minirlhf.train.sft import sft_loss, train_sft
 from minirlhf.tree import Tree, tree_copy
+from minirlhf.workers import side_by_side
 from minirlhf.worlds.files import (
     TextPair,
     split_pairs,
@@ -120,7 +121,8 @@ def run_stages(run: Run) -> Result:
     """The stages in order; a stage whose result lies in the folder is not run again."""
     for note in cut_notes(run):
         run.say(note)
-    with threadpool_limits(limits=run.config.threads or None):
+    n_workers = run.config.workers if run.config.device == "cpu" else 1
+    with threadpool_limits(limits=run.config.threads or None), side_by_side(n_workers):
         result = _run_stages(run)
     write_whole(run.folder / "result.json", _result_json(result))
     return result

@@ -44,6 +44,7 @@ from minirlhf.train.tokens import (
     train_tokenizer,
 )
 from minirlhf.tree import Tree, tree_map
+from minirlhf.workers import share_tree
 from minirlhf.worlds.files import (
     absolute_reward,
     corpus_world,
@@ -101,7 +102,8 @@ class Run:
         return response_ids(self.tokenizer, text, max_tokens=self.max_response_tokens)
 
     def on_device(self, tree: Tree) -> Tree:
-        return tree_map(lambda array: to_device(array, self.config.device), tree)
+        """A copy on the device, on a CPU where all workers see it."""
+        return share_tree(tree_map(lambda array: to_device(array, self.config.device), tree))
 
     def sample(
         self,

@@ -1,6 +1,6 @@
 """The benchmark's JAX peer: everything compiled, decoding as one scan with its KV cache carried.
 
-The same GPT-2, the same PPO, on the CPU. See peer_protocol.py for what it reads and answers.
+The same GPT-2, the same PPO, on the CPU; minirlhf/app/bench_protocol.py says what it answers.
 """
 
 import functools
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from peer_protocol import Peer, Workload, serve
+
+from minirlhf.app.bench_protocol import Peer, Workload, serve
 
 Tree = Any  # nested dicts of arrays, keyed by the parts of their paths in arrays.npz
 jit = functools.partial(jax.jit, static_argnames="w")
@@ -19,7 +20,7 @@ jit = functools.partial(jax.jit, static_argnames="w")
 
 def load_tree(w: Workload, owner: str) -> Tree:
     tree: Tree = {}
-    for path, array in w.arrays(f"{owner}.").items():
+    for path, array in w.parameters(owner).items():
         *parents, leaf = path.split(".")
         node = tree
         for key in parents:
@@ -66,20 +67,17 @@ def blocks_of(p: Tree, w: Workload) -> list[Tree]:
 def transformer(p: Tree, tokens: Array, first: int, w: Workload) -> tuple[Array, list]:
     """h (B, T - first, C) at the columns from `first` on, and each block's keys and values.
 
-    The last block skips the other columns. Rows (B * T, C) make faster gradients than (B, T, C).
+    Rows (B * T, C) make faster gradients than (B, T, C).
     """
     B, T = tokens.shape
     x = (p["wte"][tokens] + p["wpe"][:T]).reshape(B * T, -1)
     causal = jnp.tri(T, dtype=bool)
     kv = []
-    for i, block in enumerate(blocks_of(p, w)):
+    for block in blocks_of(p, w):
         q, k, v = queries_keys_values(x, block, w)
-        start = first if i == w.n_layer - 1 else 0
-        a = attention(q[:, :, start:], k, v, causal[start:])
-        x = x.reshape(B, T, -1)[:, start:].reshape(B * (T - start), -1)
-        x = rest_of_block(x, a, block)
+        x = rest_of_block(x, attention(q, k, v, causal), block)
         kv.append((k, v))
-    return layernorm(x, p["ln_f"]).reshape(B, T - first, -1), kv
+    return layernorm(x.reshape(B, T, -1)[:, first:], p["ln_f"]), kv
 
 
 def decode(p: Tree, token: Array, kv: list, column: Array, w: Workload) -> tuple[Array, list]:
@@ -238,9 +236,7 @@ class JaxPeer(Peer):
         owners = ("policy", "reference", "reward")
         self.policy, self.reference, self.reward = (load_tree(workload, o) for o in owners)
         self.state = init_adamw(self.policy)
-        names = ("tokens", "old_logp", "old_values", "advantages", "returns")
-        arrays = workload.arrays()
-        self.batch = {name: jnp.array(arrays[name]) for name in names}
+        self.batch = {name: jnp.array(x) for name, x in workload.batch().items()}
         self.key = jax.random.key(workload.seed)
 
     def loss(self) -> tuple[Array, Tree]:

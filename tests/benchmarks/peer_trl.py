@@ -3,7 +3,7 @@
 As close to the workload as the trainer comes: same sizes, batch, lengths and epochs, float32, no
 dropout, and nothing saved or evaluated. What differs: its value function is a second transformer
 (it takes no head on the policy), gradients are not clipped, and its metrics are always computed.
-The weights are new ones, since only time is compared. See peer_protocol.py.
+The weights are new ones, since only time is compared. See minirlhf/app/bench_protocol.py.
 """
 
 import tempfile
@@ -13,7 +13,6 @@ from itertools import pairwise
 import torch
 import trl
 from datasets import Dataset
-from peer_protocol import Peer, Workload, serve
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -24,6 +23,8 @@ from transformers import (
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+from minirlhf.app.bench_protocol import Peer, Workload, serve
 
 PAD = "[PAD]"
 
@@ -51,7 +52,7 @@ class TRLPeer(Peer):
 
     def trainer(self, iterations: int, laps: Laps, folder: str) -> PPOTrainer:
         w, s = self.workload, self.workload.ppo
-        prompts = w.arrays()["tokens"][:, : w.prompt_len].tolist()
+        prompts = w.batch()["tokens"][:, : w.prompt_len].tolist()
         settings = PPOConfig(
             output_dir=folder,
             use_cpu=True,

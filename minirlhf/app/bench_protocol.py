@@ -1,4 +1,4 @@
-"""What the peers of the benchmark share: a workload's folder and the answers to the parent.
+"""What the programs of the benchmark share: a workload's folder and the answers to the parent.
 
 One JSON object a line on stdin, one a line on stdout:
 
@@ -62,8 +62,15 @@ class Workload:
         fields = json.loads((folder / "workload.json").read_text())
         return cls(**fields | {"folder": folder, "ppo": PPOSettings(**fields["ppo"])})
 
-    def arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """The arrays under a path such as "policy.", keyed by the rest of their path."""
+    def batch(self) -> dict[str, np.ndarray]:
+        """The fixed batch: tokens (B, P+R), and (B, R) what the loss holds constant."""
+        names = ("tokens", "old_logp", "old_values", "advantages", "returns")
+        with np.load(self.folder / "arrays.npz") as file:
+            return {name: file[name] for name in names}
+
+    def parameters(self, owner: str) -> dict[str, np.ndarray]:
+        """The parameters of the policy, the reference or the reward model by their paths in it."""
+        prefix = f"{owner}."
         with np.load(self.folder / "arrays.npz") as file:
             names = [name for name in file.files if name.startswith(prefix)]
             return {name.removeprefix(prefix): file[name] for name in names}

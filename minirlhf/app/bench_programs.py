@@ -1,0 +1,114 @@
+"""Programs that the benchmark runs, each in a process of its own, and what it reads off them."""
+
+import json
+import os
+import select
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minirlhf.errors import InputError
+
+Row = dict[str, Any]
+
+
+class Program:
+    """An implementation at work in a process of its own."""
+
+    def __init__(self, command: list[str], folder: Path, variant: str, threads: int):
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        limits = {name: str(threads) for name in names}
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=os.environ | limits,
+        )
+        self.name = self.ask(do="open", folder=str(folder), variant=variant)["name"]
+
+    def ask(self, **request: Any) -> Row:
+        """Raises InputError if the program cannot do it, with its own words."""
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline() or "{}")
+        except BrokenPipeError:
+            answer = {}
+        if not answer:
+            self.log.seek(0)
+            answer = {"error": (self.log.read().strip().splitlines() or ["it ended"])[-1]}
+        if "error" in answer:
+            raise InputError(f"bench: {' '.join(self.process.args[1:])}: {answer['error']}")
+        return answer
+
+    def lap(self, part: str, repeats: int) -> float:
+        """Seconds a call, the median of `repeats` calls."""
+        return float(np.median(self.ask(do="time", part=part, repeats=repeats)["seconds"]))
+
+    def memory_growth(self, part: str) -> int:
+        """Most bytes above those before the first call, of the program and its children."""
+        before = peak = memory_of(self.process.pid)
+        self.process.stdin.write(json.dumps({"do": "run", "part": part, "repeats": 2}) + "\n")
+        self.process.stdin.flush()
+        while not select.select([self.process.stdout], [], [], 0.005)[0]:
+            peak = max(peak, memory_of(self.process.pid))
+        self.process.stdout.readline()
+        return peak - before
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that came from it (Linux)."""
+    pids = [pid]
+    for parent in pids:
+        try:
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+        except OSError:
+            continue
+        pids += map(int, children.split())
+    return pids
+
+
+def memory_of(pid: int) -> int:
+    """Bytes that a process and its children hold; what they share is counted once (Linux)."""
+    total = 0
+    for member in family(pid):
+        try:
+            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def busy_seconds() -> float:
+    """CPU seconds of the whole machine since it started, also those that a host took away."""
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds(pids: list[int]) -> float:
+    """CPU seconds of these processes so far."""
+    total = 0.0
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
