@@ -23,6 +23,7 @@ import os
 import pickle
 import signal
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,10 @@ class Crew:
             process = multiprocessing.get_context("fork").Process(
                 target=_serve, args=(theirs, inherited), daemon=True
             )
-            process.start()
+            with warnings.catch_warnings():
+                # Python 3.12 warns of threads beside a fork; the BLAS's are idle and not used there
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
             theirs.close()
             self._workers.append((process, ours))
 

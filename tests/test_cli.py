@@ -48,7 +48,7 @@ else:
 ROOT = Path(minirlhf.__file__).parents[1]
 VOWELS = "minirlhf.worlds.rewards:vowel_share"
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "score", "sample", "exact", "check")
+COMMANDS = ("train", "resume", "score", "sample", "exact", "check", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,7 @@ def test_help_of_each_command(capsys, command):
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
+        "bench": ["--workloads", "--parts", "--peers", "--rounds", "--growth", "--out"],
         "check": ["--seed"],
     }[command]
     for option in expected:

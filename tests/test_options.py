@@ -24,9 +24,10 @@ from tiny_run import (
 )
 from tolerances import BATCH_COMPOSITION
 
+from minirlhf import workers
 from minirlhf.backend import cuda_is_available, get_xp
 from minirlhf.errors import InputError
-from minirlhf.train import pipeline, ppo
+from minirlhf.train import batches, pipeline, ppo
 from minirlhf.train import run as run_module
 from minirlhf.train.config import TrainConfig, load_config
 from minirlhf.train.tokens import train_tokenizer
@@ -147,6 +148,7 @@ MUTATIONS = {
 ELSEWHERE = {  # fields with a test of their own, below
     "out": "test_out_is_where_the_run_lies",
     "device": "test_device_chooses_the_array_module",
+    "workers": "test_workers_change_who_computes_and_no_result",
     "threads": "test_threads_are_limited_while_the_stages_run",
     "corpus": "test_the_corpus_and_the_pairs_are_read",
     "pairs": "test_the_corpus_and_the_pairs_are_read",
@@ -334,6 +336,33 @@ def test_threads_are_limited_while_the_stages_run(tmp_path, files, monkeypatch, 
     with pytest.raises(ZeroDivisionError):
         pipeline.train(config)
     assert seen == [limit, "stage"]
+
+
+def test_workers_change_who_computes_and_no_result(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 16)  # several groups, so all have work
+    monkeypatch.setattr(batches, "MICRO_BATCH_FLOATS", 0)
+    crews, original = [], workers.Crew.__init__
+
+    def watched(self, n):
+        crews.append(n)
+        original(self, n)
+
+    monkeypatch.setattr(workers.Crew, "__init__", watched)
+    results = {}
+    for n in (1, 2, 3):
+        config = changed(tiny_config(tmp_path / str(n), workers=n), files["pairs"])
+        pipeline.train(config)
+        results[n] = outcome(config.out)
+    assert [n for n in crews if n > 1] == [2, 3]
+    tolerance = 10 * BATCH_COMPOSITION[np.float32]
+    for n in (2, 3):
+        assert results[n]["samples.jsonl"] is not None
+        for stage in ("sft", "reward_model", "ppo"):
+            ours, one = (r[f"metrics of {stage}"] for r in (results[n], results[1]))
+            for a, b in zip(ours, one, strict=True):
+                for name, value in a.items():
+                    if isinstance(value, float):
+                        assert value == pytest.approx(b[name], abs=tolerance, rel=1e-2), name
 
 
 def test_the_corpus_and_the_pairs_are_read(tmp_path, files):

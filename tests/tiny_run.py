@@ -25,6 +25,7 @@ def tiny_config(out, **changes) -> TrainConfig:
     """Every stage on the support world; changes as `ppo__batch_size=4` or `seed=1`."""
     config = TrainConfig(
         out=Path(out),
+        workers=1,
         vocab_size=300,
         max_response_tokens=10,
         eval_prompts=12,

@@ -1,5 +1,6 @@
 """Programs that the benchmark runs, each in a process of its own, and what it reads off them."""
 
+import contextlib
 import json
 import os
 import select
@@ -30,7 +31,11 @@ class Program:
             text=True,
             env=os.environ | limits,
         )
-        self.name = self.ask(do="open", folder=str(folder), variant=variant)["name"]
+        try:
+            self.name = self.ask(do="open", folder=str(folder), variant=variant)["name"]
+        except InputError:
+            self.close()
+            raise
 
     def ask(self, **request: Any) -> Row:
         """Raises InputError if the program cannot do it, with its own words."""
@@ -62,11 +67,14 @@ class Program:
         return peak - before
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
         self.log.close()
 
 

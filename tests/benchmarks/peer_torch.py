@@ -3,7 +3,10 @@
 The same GPT-2, the same PPO. See minirlhf/app/bench_protocol.py for what it reads and answers.
 """
 
+import time
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +153,6 @@ class TorchPeer(Peer):
         super().__init__(workload, variant)
         self.name = f"PyTorch {torch.__version__} {variant}"
         self.best_threads: dict[str, int] = {}
-        torch.set_num_threads(workload.threads)
         torch.manual_seed(workload.seed)
         if variant not in ("eager", "compile"):
             raise ValueError(f"variant: expected eager or compile; got {variant!r}")
@@ -179,18 +181,38 @@ class TorchPeer(Peer):
     def reward(self) -> nn.ModuleDict:
         return load_model(self.workload, "reward", "reward_head")
 
+    def at_best_threads(self, part: str, f: Callable[[], Any]) -> Any:
+        """f() with one thread or all: whichever was faster at the first call of a part."""
+        if part not in self.best_threads:
+            laps = {}
+            for n in (1, self.workload.threads):
+                torch.set_num_threads(n)
+                f()  # compilation, memory
+                start = time.perf_counter()
+                f()
+                laps[n] = time.perf_counter() - start
+            self.best_threads[part] = min(laps, key=laps.get)
+        torch.set_num_threads(self.best_threads[part])
+        return f()
+
     def loss(self) -> Tensor:
         """Loss of the fixed batch; the gradients are left at the parameters."""
         return self.gradients(self.batch)
 
     def gradients(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.at_best_threads("loss", lambda: self.backward(batch))
+
+    def backward(self, batch: dict[str, Tensor]) -> Tensor:
         self.policy.zero_grad(set_to_none=True)
         loss = self.ppo_loss(self.policy, **batch, w=self.workload)
         loss.backward()
         return loss
 
+    def sample(self) -> Tensor:
+        return self.at_best_threads("sample", self.draw)
+
     @torch.inference_mode()
-    def sample(self, logprobs: list[Tensor] | None = None) -> Tensor:
+    def draw(self, logprobs: list[Tensor] | None = None) -> Tensor:
         """Prompts and new responses (B, P+R).
 
         Eager in both variants. A compiled step was slower: 23 ms a sample to 19 on one thread at
@@ -219,8 +241,9 @@ class TorchPeer(Peer):
 
     @torch.inference_mode()
     def logprobs(self) -> Tensor:
-        return self.response_logprobs(
-            self.reference, self.batch["tokens"], self.workload.prompt_len
+        tokens, P = self.batch["tokens"], self.workload.prompt_len
+        return self.at_best_threads(
+            "logprobs", lambda: self.response_logprobs(self.reference, tokens, P)
         )
 
     def adamw(self) -> None:
@@ -246,6 +269,7 @@ class TorchPeer(Peer):
     def experience(self, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """What the loss holds constant, and the scores (B,)."""
         w = self.workload
+        torch.set_num_threads(w.threads)
         old_logp, old_values = self.policy_outputs(self.policy, tokens, w.prompt_len)
         ref_logp = self.response_logprobs(self.reference, tokens, w.prompt_len)
         score = self.reward_scores(self.reward, tokens)
@@ -269,7 +293,7 @@ class TorchPeer(Peer):
             return {"loss": self.loss().detach().numpy(), **self.policy_arrays("grad")}
         if part == "sample":
             logprobs: list[Tensor] = []
-            tokens = self.sample(logprobs)
+            tokens = self.draw(logprobs)
             return {"tokens": tokens.numpy(), "logp": torch.stack(logprobs, dim=1).numpy()}
         if part == "logprobs":
             return {"logp": self.logprobs().numpy()}

@@ -1,0 +1,150 @@
+"""What each trick of the fast path is worth: the same work with the trick and without, in turns.
+
+    python tests/benchmarks/bench_tricks.py              about two minutes on two cores
+
+One process and one thread, but for the workers; the medians of the ratios of neighbouring laps.
+"""
+
+import contextlib
+import math
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from threadpoolctl import threadpool_limits
+
+from minirlhf.app.bench_ours import MiniRLHF
+from minirlhf.app.bench_protocol import Workload
+from minirlhf.app.bench_workloads import WORKLOADS, write_workload
+from minirlhf.app.progress import track
+from minirlhf.backend import keep_freed_memory
+from minirlhf.nn import attention, layers, transformer
+from minirlhf.train import batches, policy
+
+ROUNDS = 9
+
+
+def plain_gelu(x, *, keep=True):
+    """The formula as it is printed, with x * x * x for x ** 3 (which takes 15 times as long)."""
+    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    t = np.tanh(u)
+    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * math.sqrt(2 / math.pi) * (
+        1 + 3 * 0.044715 * x * x
+    )
+    return 0.5 * x * (1 + t), layers.GeluCache(slope)
+
+
+def plain_layernorm(x, gain, bias, *, eps=1e-5):
+    mean, var = x.mean(axis=-1, keepdims=True), x.var(axis=-1, keepdims=True)
+    rstd = 1 / np.sqrt(var + eps)
+    xhat = (x - mean) * rstd
+    return gain * xhat + bias, layers.LayerNormCache(xhat, gain, rstd)
+
+
+def plain_layernorm_backward(dy, cache):
+    xhat, gain, rstd = cache
+    dxhat = dy * gain
+    along = (dxhat * xhat).mean(axis=-1, keepdims=True)
+    dx = rstd * (dxhat - dxhat.mean(axis=-1, keepdims=True) - xhat * along)
+    rows = dy.shape[-1]
+    return dx, (dy * xhat).reshape(-1, rows).sum(axis=0), dy.reshape(-1, rows).sum(axis=0)
+
+
+def every_column(params, *, read, **constants):
+    """All hidden states of the last block, of which those that are read are then taken."""
+    h, _ = transformer.transformer_forward(params, read=None, **constants)
+    return h[np.arange(len(h))[:, None], read], None
+
+
+def everything_kept(params, **constants):
+    return transformer.transformer_forward(params, **{**constants, "keep": True})
+
+
+def patched(*targets):
+    """A context with (module, name, value) set."""
+
+    @contextlib.contextmanager
+    def context():
+        with contextlib.ExitStack() as stack:
+            for module, name, value in targets:
+                stack.enter_context(mock.patch.object(module, name, value))
+            yield
+
+    return context
+
+
+WITHOUT = {  # trick -> (part it shows in, how to do without it)
+    "softmax without the row's maximum": (
+        "loss",
+        patched((attention, "surely_within", lambda x, limit: False)),
+    ),
+    "GELU in place, with exp for tanh": (
+        "loss",
+        patched((transformer, "gelu_forward", plain_gelu)),
+    ),
+    "layer norm with the BLAS's sums": (
+        "loss",
+        patched(
+            (transformer, "layernorm_forward", plain_layernorm),
+            (transformer, "layernorm_backward", plain_layernorm_backward),
+        ),
+    ),
+    "embedding gradient: sorted, not add.at": (
+        "loss",
+        patched((layers, "scatter_add", np.add.at)),
+    ),
+    "micro-batches of a core's cache": (
+        "loss",
+        patched((batches, "MICRO_BATCH_TOKENS", 1 << 40)),
+    ),
+    "last block: only the columns that are read": (
+        "logprobs",
+        patched((policy, "transformer_forward", every_column)),
+    ),
+    "no caches where no backward follows": (
+        "logprobs",
+        patched((policy, "transformer_forward", everything_kept)),
+    ),
+}
+
+
+def seconds(f) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def ratio(ours: MiniRLHF, part: str, without) -> float:
+    """How many times as long it takes without the trick."""
+    run, ratios = getattr(ours, part), []
+    repeats = max(1, round(0.1 / seconds(run)))
+    for _ in range(ROUNDS):
+        with_it = sum(seconds(run) for _ in range(repeats))
+        with without():
+            ratios.append(sum(seconds(run) for _ in range(repeats)) / with_it)
+    return float(np.median(ratios))
+
+
+def main() -> None:
+    keep_freed_memory()
+    table = Table(title="time without the trick / time with it")
+    for column in ("trick", "shows in", *("nano", "toy")):
+        table.add_column(column)
+    found: dict[str, dict[str, float]] = {trick: {} for trick in WITHOUT}
+    for name in ("nano", "toy"):
+        with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
+            write_workload(Path(folder), name, WORKLOADS[name], threads=1)
+            ours = MiniRLHF(Workload.load(Path(folder)), "")
+            for trick in track(list(WITHOUT), name):
+                found[trick][name] = ratio(ours, *WITHOUT[trick])
+    for trick, (part, _) in WITHOUT.items():
+        table.add_row(trick, part, *(f"{found[trick][n]:.2f}" for n in ("nano", "toy")))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
