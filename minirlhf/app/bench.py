@@ -71,7 +71,7 @@ GROWTH = {
 class BenchOptions:
     """Time one PPO loss, sampling, log-probs, AdamW and a whole PPO iteration."""
 
-    workloads: tuple[Literal[tuple(WORKLOADS)], ...] = ("nano", "toy", "small")  # type: ignore
+    workloads: tuple[Literal[tuple(WORKLOADS)], ...] = tuple(WORKLOADS)  # type: ignore[valid-type]
     """Which sizes."""
     parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # type: ignore[valid-type]
     """What is timed."""

@@ -76,8 +76,6 @@ class MiniRLHF(Peer):
         )
         self.rng = np.random.default_rng(w.seed)
         self.optimizer = Optimizer(tree_of(w.parameters("policy")), rates, total_steps=1)
-        self.reference = share_tree(tree_of(w.parameters("reference")))
-        self.reward = RewardModel(share_tree(tree_of(w.parameters("reward"))), self.config)
         self.gradient: Array | None = None
 
     @classmethod
@@ -177,6 +175,14 @@ class MiniRLHF(Peer):
         return results | _paths(self.optimizer.params)
 
     # -- from the folder
+
+    @functools.cached_property
+    def reference(self) -> Tree:
+        return share_tree(tree_of(self.workload.parameters("reference")))
+
+    @functools.cached_property
+    def reward(self) -> RewardModel:
+        return RewardModel(share_tree(tree_of(self.workload.parameters("reward"))), self.config)
 
     @functools.cached_property
     def _matrices(self) -> list[Array]:
