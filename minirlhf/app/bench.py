@@ -39,11 +39,11 @@ from minirlhf.workers import usable_cores
 Row = dict[str, Any]
 
 PARTS = {
-    "loss": "PPO loss and its gradients",
-    "sample": "sampling, KV cache",
+    "loss": "PPO loss, gradients",
+    "sample": "sampling",
     "logprobs": "reference log-probs",
-    "adamw": "AdamW, one step",
-    "iteration": "whole PPO iteration",
+    "adamw": "AdamW step",
+    "iteration": "PPO iteration",
 }
 OURS = "minirlhf"
 PEERS = {  # name -> (program in tests/benchmarks, variant, library)
@@ -113,6 +113,8 @@ def bench_command(options: BenchOptions) -> int:
     results = {"threads": threads, "rows": rows, "growth": growth, "machine": machine()}
     write_whole(out / "bench.json", (json.dumps(results, indent=1) + "\n").encode())
     console.print(results_table(rows))
+    if any(row["memory"] is not None for row in rows):
+        console.print(memory_table(rows))
     for note in notes(rows):
         console.print(note, soft_wrap=True)
     for path in pictures.draw(rows, growth, out):
@@ -271,31 +273,38 @@ def machine() -> Row:
 def results_table(rows: list[Row]) -> Table:
     """A line a part of a workload: our time, and how many times as long the peers take."""
     peers = list(dict.fromkeys(row["program"] for row in rows if row["program"] != OURS))
-    table = Table(title="times as long as minirlhf takes (~: too noisy to tell)", box=box.SIMPLE)
-    table.add_column("")
-    for name in ("ms", "GFLOP/s", "of sgemm", "MiB", *peers):
-        table.add_column(name, justify="right")
-    for key in dict.fromkeys((row["workload"], row["part"]) for row in rows):
-        same = {r["program"]: r for r in rows if (r["workload"], r["part"]) == key}
+    title = "time, and how many times as long the others take (~: too noisy to tell)"
+    table = Table(title=title, box=box.SIMPLE)
+    for name in ("", "ms", "GFLOP/s", "of sgemm", *peers):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for (workload, part), same in _by_line(rows):
         ours = same[OURS]
-        cells = [f"{key[0]}: {PARTS[key[1]]}", f"{1e3 * ours['seconds']:.1f}"]
+        cells = [f"{workload}: {PARTS[part]}", f"{1e3 * ours['seconds']:.1f}"]
         rate = ours["gflops"]
         cells += [f"{rate:.0f}", f"{rate / ours['sgemm_gflops']:.0%}"] if rate else ["", ""]
-        cells.append(_mebibytes(ours["memory"]))
-        cells += [_cell(same.get(name)) for name in peers]
+        others = [same.get(name) for name in peers]
+        cells += [f"{'~' if r['noisy'] else ''}{r['ratio']:.2f}" if r else "" for r in others]
         table.add_row(*cells)
     return table
 
 
-def _mebibytes(n: int | None) -> str:
-    return "" if n is None else f"{n / 2**20:.0f}"
+def memory_table(rows: list[Row]) -> Table:
+    """A line a workload: memory of the PPO loss and its gradients above the start of each."""
+    names = list(dict.fromkeys(row["program"] for row in rows if row["memory"] is not None))
+    table = Table(title="memory of the PPO loss above the start [MiB]", box=box.SIMPLE)
+    for name in ("", *names):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for (workload, part), same in _by_line(rows):
+        if part == "loss":
+            known = [same.get(name) for name in names]
+            table.add_row(workload, *(f"{r['memory'] / 2**20:.0f}" if r else "" for r in known))
+    return table
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    memory = f" ({_mebibytes(row['memory'])} MiB)" if row["memory"] else ""
-    return f"{'~' if row['noisy'] else ''}{row['ratio']:.2f}x{memory}"
+def _by_line(rows: list[Row]) -> Iterator[tuple[tuple[str, str], dict[str, Row]]]:
+    """(workload, part) and its rows by implementation."""
+    for key in dict.fromkeys((row["workload"], row["part"]) for row in rows):
+        yield key, {r["program"]: r for r in rows if (r["workload"], r["part"]) == key}
 
 
 def notes(rows: list[Row]) -> Iterator[str]:
