@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minirlhf.backend import get_xp
+from minirlhf.errors import InputError
 from minirlhf.tree import Tree, tree_leaves, tree_pack, tree_sum, tree_unpack
 
 Part, Result = TypeVar("Part"), TypeVar("Result")
@@ -47,8 +48,8 @@ CAN_FORK = sys.platform == "linux"
 def side_by_side(n_workers: int) -> Iterator[None]:
     """Within the block `sum_over` and `map_over` use n_workers; 0: one for each core we may use.
 
-    Begin it before other threads start. A process that multiprocessing runs as a daemon may not
-    have children, and works alone.
+    For NumPy arrays only. Begin it before other threads start. A process that multiprocessing runs
+    as a daemon may not have children, and works alone.
     """
     global _crew
     alone = multiprocessing.current_process().daemon
@@ -146,8 +147,13 @@ class Crew:
                 pipe.send_bytes(_dumps((f, part)))
             results = [_answer(f, shares[0])]
             results += [pickle.loads(pipe.recv_bytes()) for pipe in pipes]
-        except BaseException:
+        except BaseException as error:
             self.dismiss()  # answers may be under way that nobody will fetch
+            if isinstance(error, EOFError | BrokenPipeError):
+                raise InputError(
+                    "workers: expected an answer; a worker process has ended, perhaps for want of "
+                    "memory: use fewer --workers, or a smaller --ppo.micro-batch-size"
+                ) from error
             raise
         for result in results:
             if isinstance(result, Exception):

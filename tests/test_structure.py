@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "backend": {"errors"},
     "tree": {"errors", "backend"},
     "disk": {"errors"},
-    "workers": {"backend", "tree"},
+    "workers": {"errors", "backend", "tree"},
     "gradcheck": {"backend", "tree"},
     "nn": BASE,
     "rlhf": BASE,

@@ -14,6 +14,7 @@ from tiny import CONFIG, Letters, make_batch, make_ids, make_params
 from tolerances import MICRO_BATCH, assert_close, assert_trees_close
 
 from minirlhf import workers
+from minirlhf.errors import InputError
 from minirlhf.nn.sampling import generate
 from minirlhf.train import batches
 from minirlhf.train.batches import Batch, micro_batches, pad_batch
@@ -100,6 +101,19 @@ def test_after_an_interruption_no_stale_answer_is_taken(monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 map_over(square, [1, 2])
         assert map_over(square, [7, 8]) == [49, 64]
+
+
+def kill_myself(x):
+    if x == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
+def test_a_worker_that_was_killed_is_missed():
+    with side_by_side(2):
+        with pytest.raises(InputError, match="a worker process has ended"):
+            map_over(kill_myself, [0, 1])
+        assert map_over(square, [1, 2]) == [1, 4]
 
 
 # --- shared memory
