@@ -74,8 +74,8 @@ def surely_within(x: Array, limit: float) -> bool:
 def scatter_add(table: Array, ids: Array, rows: Array) -> None:
     """table[ids[n]] += rows[n] for every n, in place; an id may occur any number of times.
 
-    NumPy sorts the rows by id and sums the runs, in the order in which add.at would add them and
-    several times as fast; on a GPU the rows are added at once, atomically.
+    NumPy sorts the rows by id and sums the runs: equal to add.at up to rounding, and faster. On a
+    GPU the rows are added side by side, atomically.
 
     Args:
         table: (N, C).
@@ -137,16 +137,14 @@ def keep_freed_memory() -> bool:
     """Let the C allocator keep freed blocks instead of giving them back to the system.
 
     Arrays over 128 KiB are otherwise mapped and zeroed anew each time, which costs plain NumPy code
-    a third of its time. All threads share one arena, so that they use each other's freed blocks.
-    Called once at program start; where there is no glibc it does nothing.
+    a third of its time. Called once at program start; where there is no glibc it does nothing.
 
     Returns:
         whether the setting was made.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_ARENA_MAX: 1}
-    return sum(mallopt(name, value) for name, value in settings.items()) == len(settings)
+    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -35,7 +35,7 @@ import numpy as np
 
 from minirlhf.backend import get_xp
 from minirlhf.errors import InputError
-from minirlhf.tree import Tree, tree_leaves, tree_pack, tree_sum, tree_unpack
+from minirlhf.tree import Tree, tree_pack, tree_sum, tree_unpack
 
 Part, Result = TypeVar("Part"), TypeVar("Result")
 CAN_FORK = sys.platform == "linux"
@@ -85,21 +85,29 @@ def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
 def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
     """Sum of f(part), trees of arrays and numbers: each worker adds up its own, then all are added.
 
+    Args:
+        f: returns new memory each time; the sum is made in it.
     Raises:
+        ValueError: there is no part.
         whatever f raises.
     """
+    if not parts:
+        raise ValueError("sum_over: expected at least one part; got none")
     n = min(_crew.n, len(parts))
     return tree_sum(_crew.run(functools.partial(_sum, f), [parts[k::n] for k in range(n)]))
 
 
 def share(array: np.ndarray) -> np.ndarray:
-    """A copy that all workers see, also those that were forked before; written to by one only."""
-    if not CAN_FORK:
+    """A copy that all workers see, also those that were forked before; written to by one only.
+
+    An array on a GPU is copied there: nobody shares it.
+    """
+    if not CAN_FORK or get_xp(array) is not np:
         return array.copy()
     fd = os.memfd_create("minirlhf")
     os.truncate(fd, max(array.nbytes, 1))
     memory = mmap.mmap(fd, 0)
-    _names[id(memory)] = (os.getpid(), fd, next(_serial))
+    _names[id(memory)] = (fd, next(_serial))
     weakref.finalize(memory, _forget, id(memory), fd)
     block = np.ndarray(array.shape, array.dtype, memory)
     block[...] = array
@@ -107,9 +115,7 @@ def share(array: np.ndarray) -> np.ndarray:
 
 
 def share_tree(tree: Tree) -> Tree:
-    """`share` for all leaves; a tree on a GPU is passed through."""
-    if get_xp(*tree_leaves(tree)) is not np:
-        return tree
+    """`share` for all leaves at once."""
     return tree_unpack(share(tree_pack(tree)[0]), tree)
 
 
@@ -139,8 +145,8 @@ class Crew:
     def run(self, f: Callable[[list[Part]], Result], shares: list[list[Part]]) -> list[Result]:
         """[f(share), ...]: at most n shares, the first of them done here."""
         if self._threads:
-            waiting = [self._threads.submit(f, share) for share in shares[1:]]
-            return [f(shares[0]), *(future.result() for future in waiting)]
+            waiting = [self._threads.submit(_answer, f, part) for part in shares[1:]]
+            return _unless_one_failed([_answer(f, shares[0]), *(w.result() for w in waiting)])
         pipes = [pipe for _, pipe in self._workers[: len(shares) - 1]]
         try:
             for pipe, part in zip(pipes, shares[1:], strict=True):
@@ -149,16 +155,13 @@ class Crew:
             results += [pickle.loads(pipe.recv_bytes()) for pipe in pipes]
         except BaseException as error:
             self.dismiss()  # answers may be under way that nobody will fetch
-            if isinstance(error, EOFError | BrokenPipeError):
+            if isinstance(error, EOFError | ConnectionError):
                 raise InputError(
                     "workers: expected an answer; a worker process has ended, perhaps for want of "
                     "memory: use fewer --workers, or a smaller --ppo.micro-batch-size"
                 ) from error
             raise
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return results
+        return _unless_one_failed(results)
 
     def dismiss(self) -> None:
         """Let all go. A crew that was dismissed works alone."""
@@ -173,20 +176,28 @@ class Crew:
 
 def _serve(pipe: Connection, inherited: list[Connection]) -> None:
     """A worker's life: one message after the other, until the other end is closed."""
-    global _crew
-    _crew = Crew(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked decides
     for other in inherited:
         other.close()  # or the end of the one who forked us would go unnoticed
     while True:
         try:
-            f, part = _loads(pipe.recv_bytes())
+            pipe.send_bytes(_reply(pipe.recv_bytes()))
         except (EOFError, OSError):
             return
-        result = _answer(f, part)
-        if isinstance(result, Exception):
-            result = ExceptionWithTraceback(result, result.__traceback__)
-        pipe.send_bytes(pickle.dumps(result, protocol=5))
+
+
+def _reply(message: bytes) -> bytes:
+    """The pickled answer to a message, or the error: of reading it, of f, or of the answer."""
+    try:
+        f, part = _loads(message)
+        return pickle.dumps(f(part), protocol=5)
+    except Exception as error:
+        try:
+            reply = pickle.dumps(ExceptionWithTraceback(error, error.__traceback__))
+            pickle.loads(reply)
+            return reply
+        except Exception:  # an error that does not survive the way
+            return pickle.dumps(RuntimeError(f"in a worker: {error!r}"))
 
 
 def _answer(f: Callable[[Part], Result], part: Part) -> Result | Exception:
@@ -194,6 +205,13 @@ def _answer(f: Callable[[Part], Result], part: Part) -> Result | Exception:
         return f(part)
     except Exception as error:
         return error
+
+
+def _unless_one_failed(results: list[Result | Exception]) -> list[Result]:
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
 
 
 def _map(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
@@ -207,10 +225,20 @@ def _sum(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
 _crew = Crew(1)
 
 
+def _work_alone() -> None:
+    """In a forked process: the pipes belong to the one who forked it."""
+    global _crew
+    _crew = Crew(1)
+
+
+if CAN_FORK:
+    os.register_at_fork(after_in_child=_work_alone)
+
+
 # -- messages ------------------------------------------------------------------------------------
 
 
-_names: dict[int, tuple[int, int, int]] = {}  # id of the memory -> process, file, serial number
+_names: dict[int, tuple[int, int]] = {}  # id of the memory -> file, serial number
 _serial = itertools.count()  # a file's number is given again after it was closed; this is not
 
 
@@ -219,7 +247,7 @@ def _forget(memory_id: int, fd: int) -> None:
     os.close(fd)
 
 
-@functools.lru_cache(maxsize=8)  # shared arrays that a worker keeps in reach
+@functools.lru_cache(maxsize=4)  # that a worker keeps in reach, freed ones until pushed out
 def _attach(pid: int, fd: int, serial: int) -> mmap.mmap:
     with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
         return mmap.mmap(file.fileno(), 0)
@@ -238,7 +266,7 @@ class _Pickler(pickle.Pickler):
         if name is None:
             return None
         offset = value.ctypes.data - block.ctypes.data
-        return name, offset, value.shape, value.dtype.str, value.strides
+        return (os.getpid(), *name), offset, value.shape, value.dtype.str, value.strides
 
 
 class _Unpickler(pickle.Unpickler):

@@ -116,6 +116,50 @@ def test_a_worker_that_was_killed_is_missed():
         assert map_over(square, [1, 2]) == [1, 4]
 
 
+def unpicklable(x):
+    return (lambda: x) if x == 1 else x
+
+
+class Refusal(Exception):
+    def __init__(self, *, number):
+        super().__init__(f"number {number}")
+
+
+def refuse_by_keyword(x):
+    if x == 1:
+        raise Refusal(number=x)
+
+
+@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
+@pytest.mark.parametrize(
+    "f, says", [(unpicklable, "unpicklable|pickle"), (refuse_by_keyword, "in a worker: .*number 1")]
+)
+def test_what_cannot_come_back_is_told_and_the_crew_goes_on(f, says):
+    with side_by_side(2):
+        with pytest.raises(Exception, match=says):
+            map_over(f, [0, 1])
+        assert workers.n_workers() == 2 and map_over(square, [3, 4]) == [9, 16]
+
+
+@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
+def test_a_process_forked_inside_the_block_works_alone():
+    """It holds the same pipes: an answer could go to the wrong one."""
+    with side_by_side(2):
+        process = multiprocessing.get_context("fork").Process(target=_exit_with_n_workers)
+        process.start()
+        process.join()
+        assert process.exitcode == 1 and workers.n_workers() == 2
+
+
+def _exit_with_n_workers():
+    os._exit(workers.n_workers())
+
+
+def test_a_sum_of_nothing_is_refused():
+    with side_by_side(2), pytest.raises(ValueError, match="expected at least one part"):
+        sum_over(_loss_and_gradient, [])
+
+
 # --- shared memory
 
 

@@ -5,6 +5,7 @@ each in turn, and what is reported are medians of the ratios within a round, bec
 speed changes more between rounds than the implementations differ.
 """
 
+import contextlib
 import importlib.util
 import json
 import platform
@@ -52,7 +53,7 @@ PEERS = {  # name -> (program in tests/benchmarks, variant, library)
     "JAX": ("peer_jax.py", "", "jax"),
     "TRL": ("peer_trl.py", "", "trl"),
 }
-SECONDS_A_LAP = 0.25  # a time is the mean of as many calls as fill this
+SECONDS_A_LAP = 0.25  # a time is the median of as many calls as fill this
 BUSY_SHARE = 0.06  # of the machine in other hands: such a round is done again
 SPREAD = 0.25  # of a ratio's quartiles around its median: more, and it is marked as noisy
 ATTEMPTS = 3  # at one round
@@ -105,6 +106,9 @@ def bench_command(options: BenchOptions) -> int:
     out = new_folder(options.out or next_numbered_folder("bench"), holds="bench.json")
     threads = options.threads or usable_cores()
     console = Console(markup=False, emoji=False)
+    missing = [n for n, (_, _, library) in PEERS.items() if not importlib.util.find_spec(library)]
+    if options.peers and missing:
+        console.print(f"not installed, so left out: {', '.join(missing)}")
     rows: list[Row] = []
     for name in options.workloads:
         with tempfile.TemporaryDirectory() as folder:
@@ -132,34 +136,28 @@ def measure(name: str, folder: Path, options: BenchOptions, threads: int) -> lis
     parts = [part for part in options.parts if part in sizes.parts]
     write_workload(folder, name, sizes, threads)
     rows: list[Row] = []
-    programs = {n: start(n, folder, threads) for n in implementations(options, name)}
-    try:
+    with contextlib.ExitStack() as stack:
+        names = implementations(options, name)
+        programs = {n: stack.enter_context(start(n, folder, threads)) for n in names}
         for part in parts:
             able = {n: p for n, p in programs.items() if n != "TRL" or part == "iteration"}
             wrong = {n: disagreement(folder, part, program) for n, program in able.items()}
             laps = rounds(able, part, options.rounds, f"{name}: {PARTS[part]}")
             rows += part_rows(name, part, sizes, laps, wrong)
-    finally:
-        for program in programs.values():
-            program.close()
-    if "loss" in parts:
-        for row in rows:
-            if row["part"] == "loss":
-                program = start(row["program"], folder, threads)
+    for row in rows:
+        if row["part"] == "loss":
+            with start(row["program"], folder, threads) as program:
                 row["memory"] = program.memory_growth("loss")
-                program.close()
     return rows
 
 
 def implementations(options: BenchOptions, workload: str) -> list[str]:
-    """Ours, and the peers that are installed; TRL on the smaller workloads only."""
+    """Ours, and the peers that are installed; TRL for whole iterations of the smaller workloads."""
     if not options.peers:
         return [OURS]
     installed = [n for n, (_, _, library) in PEERS.items() if importlib.util.find_spec(library)]
-    missing = [n for n in PEERS if n not in installed]
-    if missing:
-        print(f"bench: not installed, so left out: {', '.join(missing)}", file=sys.stderr)
-    return [OURS, *(n for n in installed if n != "TRL" or workload in ("nano", "toy"))]
+    trl = workload in ("nano", "toy") and "iteration" in options.parts
+    return [OURS, *(n for n in installed if n != "TRL" or trl)]
 
 
 def start(name: str, folder: Path, threads: int) -> Program:
@@ -250,9 +248,8 @@ def measure_growth(threads: int) -> list[Row]:
         sizes = replace(GROWTH_BASE, **{axis: value})
         with tempfile.TemporaryDirectory() as folder:
             write_workload(Path(folder), "growth", sizes, threads)
-            program = start(OURS, Path(folder), threads)
-            memory, seconds = program.memory_growth("loss"), program.lap("loss", 3)
-            program.close()
+            with start(OURS, Path(folder), threads) as program:
+                memory, seconds = program.memory_growth("loss"), program.lap("loss", 3)
         rows.append({"axis": axis, "value": value, "seconds": seconds, "memory": memory})
     return rows
 

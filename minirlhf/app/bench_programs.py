@@ -39,13 +39,19 @@ class Program:
 
     def ask(self, **request: Any) -> Row:
         """Raises InputError if the program cannot do it, with its own words."""
-        try:
+        self._send(request)
+        return self._answer()
+
+    def _send(self, request: Row) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the answer will tell
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline() or "{}")
-        except BrokenPipeError:
-            answer = {}
-        if not answer:
+
+    def _answer(self) -> Row:
+        line = self.process.stdout.readline()
+        if line:
+            answer = json.loads(line)
+        else:
             self.log.seek(0)
             answer = {"error": (self.log.read().strip().splitlines() or ["it ended"])[-1]}
         if "error" in answer:
@@ -58,13 +64,19 @@ class Program:
 
     def memory_growth(self, part: str) -> int:
         """Most bytes above those before the first call, of the program and its children."""
+        self.ask(do="run", part=part, repeats=0)  # parameters and batch are there, no more
         before = peak = memory_of(self.process.pid)
-        self.process.stdin.write(json.dumps({"do": "run", "part": part, "repeats": 2}) + "\n")
-        self.process.stdin.flush()
+        self._send({"do": "run", "part": part, "repeats": 2})
         while not select.select([self.process.stdout], [], [], 0.005)[0]:
             peak = max(peak, memory_of(self.process.pid))
-        self.process.stdout.readline()
+        self._answer()
         return peak - before
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -103,7 +115,12 @@ def memory_of(pid: int) -> int:
 
 
 def busy_seconds() -> float:
-    """CPU seconds of the whole machine since it started, also those that a host took away."""
+    """CPU seconds of the whole machine since it started, also those that a host took away.
+
+    0 where the system does not tell: then no round is done again.
+    """
+    if not Path("/proc/stat").exists():
+        return 0.0
     user, nice, system, _, _, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split()[1:9]
     )

@@ -5,7 +5,7 @@ One JSON object a line on stdin, one a line on stdout:
     {"do": "open", "folder": F, "variant": "eager"}   -> {"name": ..., "threads": ...}
     {"do": "check", "part": P}                        -> {"file": F/....npz}, or null and a "note"
     {"do": "time", "part": P, "repeats": n}           -> {"seconds": [s1, ..., sn]}
-    {"do": "run", "part": P, "repeats": n}            -> {}
+    {"do": "run", "part": P, "repeats": n}            -> {"done": n}, untimed
 
 A peer is a class whose methods are the parts. Each part has an instance of its own, and so does
 each check, which starts from the folder's parameters.
@@ -125,7 +125,7 @@ class Session:
         peer = self.peers[part]
         if request["do"] == "run":
             peer.run(part, request["repeats"])
-            return {}
+            return {"done": request["repeats"]}
         if not peer.is_warm:
             peer.run(part, WARM_UP_CALLS)
             peer.is_warm = True

@@ -193,12 +193,9 @@ def score(arguments: list[str]) -> int:
     prompt_ids = run.prompt_ids(options.prompt)
     response_ids = run.response_ids(options.response)
     batch = pad_batch([prompt_ids], [response_ids], pad_id=run.tokenizer.pad, config=run.gpt)
-    temperature = run.config.ppo.temperature
+    how = {"batch": batch, "config": run.gpt, "temperature": run.config.ppo.temperature}
     logp, ref_logp = (
-        policy_forward(params, batch=batch, config=run.gpt, temperature=temperature, keep=False)[
-            0
-        ].logp
-        for params in (policy, reference)
+        policy_forward(params, **how, keep=False)[0].logp for params in (policy, reference)
     )
     pieces = run.tokenizer.pieces(batch.responses[0].tolist())
     logp64, ref_logp64 = (to_host(a).astype(np.float64) for a in (logp, ref_logp))

@@ -68,7 +68,7 @@ class AttentionCache(NamedTuple):
     weights: Array  # (B, H, Q, T) E
     total: Array  # (B, H, Q, 1) row sums of E
     out: Array  # (B, Q, C)
-    read: Array | None  # (B, Q) borrowed
+    taken: TakeColumnsCache | None  # which columns the queries are
 
 
 def attention_forward(
@@ -96,17 +96,18 @@ def attention_forward(
         )
     xp = get_xp(qkv, allowed)
     C = C3 // 3
-    q = qkv[..., :C]
+    q, taken = qkv[..., :C], None
     if read is not None:
-        q, _ = take_columns_forward(q, columns=read)
+        q, taken = take_columns_forward(q, columns=read)
         allowed = take_columns_forward(allowed[:, 0], columns=read)[0][:, None]  # (B, 1, Q, T)
     q = q * (1.0 / math.sqrt(C // n_head))
     k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], n_head) for i in (1, 2))
     weights, total = attention_weights(split_heads(q, n_head), k_BHTD, allowed)
     out = xp.empty(q.shape, dtype=qkv.dtype)
-    out_BHQD = xp.matmul(weights, v_BHTD, out=split_heads(out, n_head))
+    out_BHQD = split_heads(out, n_head)
+    xp.matmul(weights, v_BHTD, out=out_BHQD)
     out_BHQD /= total
-    return out, AttentionCache(qkv, q, weights, total, out, read)
+    return out, AttentionCache(qkv, q, weights, total, out, taken)
 
 
 def attention_backward(dout: Array, cache: AttentionCache) -> Array:
@@ -120,7 +121,7 @@ def attention_backward(dout: Array, cache: AttentionCache) -> Array:
     Returns:
         dqkv (B, T, 3C).
     """
-    qkv, q, weights, total, out, read = cache
+    qkv, q, weights, total, out, taken = cache
     xp = get_xp(dout, qkv)
     H, C = weights.shape[1], out.shape[-1]
     k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], H) for i in (1, 2))
@@ -137,7 +138,5 @@ def attention_backward(dout: Array, cache: AttentionCache) -> Array:
     dq = xp.empty_like(out)
     xp.matmul(dscore, k_BHTD, out=split_heads(dq, H))
     dq *= 1.0 / math.sqrt(C // H)
-    if read is not None:
-        dq = take_columns_backward(dq, TakeColumnsCache(qkv.shape[1], read))
-    dqkv[..., :C] = dq
+    dqkv[..., :C] = dq if taken is None else take_columns_backward(dq, taken)
     return dqkv

@@ -132,10 +132,10 @@ EXP_LIMIT = 80.0  # exp of more overflows in float32; the sigmoid is 2e-35 there
 
 
 class GeluCache(NamedTuple):
-    slope: Array | None  # (...) dy/dx: its sigmoid is at hand in the forward, so it is taken there
+    slope: Array  # (...) dy/dx: its sigmoid is at hand in the forward, so it is taken there
 
 
-def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache]:
+def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | None]:
     """y = x s,  s = sigma(v) = (1 + tanh(v/2))/2,  v = 2 sqrt(2/pi) (x + 0.044715 x^3): GPT-2's.
 
     Hendrycks & Gimpel 2016, arXiv 1606.08415, the tanh form, written with the sigmoid because exp
@@ -145,7 +145,7 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache]:
         x: (...) activations.
         keep: False where no backward will follow: the slope is not computed.
     Returns:
-        y (...), cache.
+        y (...), cache (None unless kept).
     """
     xp = get_xp(x)
     dv = x * x  # x * x * x because x ** 3 is a hundred times slower
@@ -157,7 +157,7 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache]:
     s = xp.reciprocal(s, out=s)
     y = s * x
     if not keep:
-        return y, GeluCache(None)
+        return y, None
     # dy/dx = s + x s (1 - s) v',  v' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
     dv *= 3.0 * GELU_SCALE * GELU_CUBIC
     dv += GELU_SCALE

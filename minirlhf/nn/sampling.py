@@ -131,8 +131,8 @@ def generate(
     f = functools.partial(
         _extend, params, config=config, stop_id=stop_id, pad_id=pad_id, logprobs=logprobs
     )
-    edges = [B * i // n_workers() for i in range(n_workers() + 1)]
-    pieces = [slice(*edge) for edge in zip(edges, edges[1:], strict=False) if edge[0] < edge[1]]
+    each = -(-B // n_workers())
+    pieces = [slice(start, start + each) for start in range(0, B, each)]
     parts = map_over(f, [(tokens[rows], mask[rows], u[rows]) for rows in pieces])
     return Generation(*map(xp.concatenate, zip(*parts, strict=True)))
 
@@ -148,7 +148,8 @@ def _extend(
 ) -> Generation:
     """Prompts with their responses, drawn until all have stopped.
 
-    Responses that have stopped leave the batch once they are a quarter of it.
+    Responses that have stopped leave the batch once they are a quarter of it; every fourth step
+    somebody looks.
 
     Args:
         prompts: tokens (B, P), mask (B, P), and uniforms (B, R), one for each token to draw.
@@ -156,11 +157,9 @@ def _extend(
     """
     tokens, mask, u = prompts
     xp, (B, P), max_new = get_xp(tokens, mask, u), tokens.shape, u.shape[1]
-    pads, zeros = xp.full((B, max_new), pad_id, dtype=tokens.dtype), xp.zeros_like(u)
-    out = Generation(
-        xp.concatenate([tokens, pads], axis=1),
-        xp.concatenate([mask, zeros.astype(mask.dtype)], axis=1),
-    )
+    pads = xp.full((B, max_new), pad_id, dtype=tokens.dtype)
+    zeros = xp.zeros((B, max_new), dtype=mask.dtype)
+    out = Generation(xp.concatenate([tokens, pads], axis=1), xp.concatenate([mask, zeros], axis=1))
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
     rows, alive = xp.arange(B), mask[:, -1]  # who is left in the batch; 1 until the stop token
     for step in range(max_new):

@@ -141,7 +141,7 @@ class BlockCache(NamedTuple):
     ln1: LayerNormCache
     qkv: LinearCache
     attention: AttentionCache
-    read: TakeColumnsCache | None
+    taken: TakeColumnsCache | None
     out: LinearCache
     ln2: LayerNormCache
     up: LinearCache
@@ -158,7 +158,7 @@ def block_forward(
     eps: float = 1e-5,
     read: Array | None = None,
     keep: bool = True,
-) -> tuple[Array, BlockCache]:
+) -> tuple[Array, BlockCache | None]:
     """x <- x + Attention(LN1(x));  y = x + MLP(LN2(x)),  MLP = down(gelu(up)).
 
     Args:
@@ -168,7 +168,7 @@ def block_forward(
         read: (B, Q) columns that are wanted of y, each at most once; None: all T.
         keep: False where no backward will follow.
     Returns:
-        y (B, Q, C), cache.
+        y (B, Q, C), cache (None unless kept).
     """
     n, ln1 = layernorm_forward(x, **p["ln1"], eps=eps)
     qkv, qkv_cache = linear_forward(n, **p["attn"]["qkv"])  # (B, T, 3C)
@@ -178,11 +178,12 @@ def block_forward(
     a += x  # the first residual connection
 
     n, ln2 = layernorm_forward(a, **p["ln2"], eps=eps)
-    u, up = linear_forward(n, **p["mlp"]["up"])  # (B, T, 4C)
+    u, up = linear_forward(n, **p["mlp"]["up"])  # (B, Q, 4C)
     g, gelu = gelu_forward(u, keep=keep)
     y, down = linear_forward(g, **p["mlp"]["down"])
     y += a  # the second
-    return y, BlockCache(ln1, qkv_cache, attention, taken, out, ln2, up, gelu, down)
+    cache = BlockCache(ln1, qkv_cache, attention, taken, out, ln2, up, gelu, down)
+    return y, cache if keep else None
 
 
 def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
@@ -203,8 +204,8 @@ def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
     dqkv = attention_backward(dout, cache.attention)
     dn, dw_qkv, db_qkv = linear_backward(dqkv, cache.qkv)
     dx, dgain1, dbias1 = layernorm_backward(dn, cache.ln1)
-    if cache.read is not None:
-        da = take_columns_backward(da, cache.read)
+    if cache.taken is not None:
+        da = take_columns_backward(da, cache.taken)
     dx += da  # x reaches a directly and through the attention
     return dx, {
         "ln1": {"gain": dgain1, "bias": dbias1},
@@ -261,9 +262,7 @@ def transformer_forward(
             read=read if is_last else None,
             keep=keep,
         )
-        if keep:
-            blocks.append(cache)
-        del cache
+        blocks.append(cache)
     h, ln_f = layernorm_forward(x, **params["ln_f"], eps=config.ln_eps)
     return h, TransformerCache(wte, wpe, blocks, ln_f) if keep else None
 

@@ -94,13 +94,13 @@ MICRO_BATCH_TOKENS = 512  # ... but not fewer: below, products of matrices get s
 def micro_batches(
     lengths: Sequence[int], *, config: GPTConfig, size: int = 0, device: str = "cpu"
 ) -> list[np.ndarray]:
-    """Numbers of the sequences in groups, each for one forward and backward; longest ones first.
+    """Numbers of the sequences in groups, each for one forward and backward.
 
-    Sequences of like length stand together, so that a group holds little padding. The groups
-    depend on the lengths alone, not on who works on them.
+    With more than one group, sequences of like length stand together, the longest first, so that a
+    group holds little padding. The groups do not depend on the number of workers.
 
     Args:
-        lengths: tokens of each sequence.
+        lengths: tokens of each sequence, of at least one.
         size: the most sequences of a group; 0: as many as suit a core's cache (on a GPU: all).
     """
     n = len(lengths)

@@ -27,8 +27,7 @@ class Optimizer:
     def __init__(self, params: Tree, config: OptimizerConfig, *, total_steps: int):
         self.config = config
         self.total_steps = total_steps
-        flat, _ = tree_pack(params)
-        self.flat = share(flat) if get_xp(flat) is np else flat  # the workers see every update
+        self.flat = share(tree_pack(params)[0])  # the workers see every update
         self.params = tree_unpack(self.flat, params)
         self.state = init_adamw(self.flat)
         self.skipped = 0  # updates that the schedule counts although they were not made

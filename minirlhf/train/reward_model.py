@@ -18,6 +18,8 @@ from minirlhf.train.run_log import RunLog
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, sum_over
 
+SCORING_ROWS = 256  # responses scored in one forward on a GPU
+
 
 class Pair(NamedTuple):
     """A preference: to `prompt`, `chosen` was preferred to `rejected`."""
@@ -161,7 +163,8 @@ def score_responses(
 ) -> np.ndarray:
     """Normalised score of each response, (B,) float64 on the host; none sees its neighbours."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    groups = micro_batches(lengths, config=model.config, device=device)
+    size = 0 if device == "cpu" else SCORING_ROWS
+    groups = micro_batches(lengths, config=model.config, size=size, device=device)
     f = functools.partial(_raw_scores, model, pad_id=pad_id, device=device)
     texts = [([prompts[i] for i in rows], [responses[i] for i in rows]) for rows in groups]
     scores = np.empty(len(prompts))

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_tricks.py              about two minutes on two cores
 
-One process and one thread, but for the workers; the medians of the ratios of neighbouring laps.
+One process and one thread; the medians of the ratios of neighbouring laps.
 """
 
 import contextlib
