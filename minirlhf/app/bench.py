@@ -147,7 +147,7 @@ def measure(name: str, folder: Path, options: BenchOptions, threads: int) -> lis
     for row in rows:
         if row["part"] == "loss":
             with start(row["program"], folder, threads) as program:
-                row["memory"] = program.memory_growth("loss")
+                row["memory"] = program.memory_above_start("loss")
     return rows
 
 
@@ -249,7 +249,7 @@ def measure_growth(threads: int) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             write_workload(Path(folder), "growth", sizes, threads)
             with start(OURS, Path(folder), threads) as program:
-                memory, seconds = program.memory_growth("loss"), program.lap("loss", 3)
+                memory, seconds = program.memory_above_start("loss"), program.lap("loss", 3)
         rows.append({"axis": axis, "value": value, "seconds": seconds, "memory": memory})
     return rows
 
@@ -286,9 +286,9 @@ def results_table(rows: list[Row]) -> Table:
 
 
 def memory_table(rows: list[Row]) -> Table:
-    """A line a workload: memory of the PPO loss and its gradients above the start of each."""
+    """A line a workload: parameters, batch, PPO loss and gradients, above the libraries alone."""
     names = list(dict.fromkeys(row["program"] for row in rows if row["memory"] is not None))
-    table = Table(title="memory of the PPO loss above the start [MiB]", box=box.SIMPLE)
+    table = Table(title="memory of the PPO loss above the libraries' [MiB]", box=box.SIMPLE)
     for name in ("", *names):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for (workload, part), same in _by_line(rows):

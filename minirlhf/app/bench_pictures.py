@@ -79,7 +79,7 @@ def draw_growth(rows: list[Row], path: Path) -> Path:
             panel.set_xticks(values, map(str, values))
         panels[1, column].set_xlabel(label)
     panels[0, 0].set_ylabel("PPO loss and gradients [ms]")
-    panels[1, 0].set_ylabel("memory above the start [MiB]")
+    panels[1, 0].set_ylabel("memory above the libraries' [MiB]")
     return _save(figure, path)
 
 

@@ -32,6 +32,8 @@ class Program:
             env=os.environ | limits,
         )
         try:
+            self.ask(do="hello")
+            self.memory_at_start = memory_of(self.process.pid)
             self.name = self.ask(do="open", folder=str(folder), variant=variant)["name"]
         except InputError:
             self.close()
@@ -62,15 +64,14 @@ class Program:
         """Seconds a call, the median of `repeats` calls."""
         return float(np.median(self.ask(do="time", part=part, repeats=repeats)["seconds"]))
 
-    def memory_growth(self, part: str) -> int:
-        """Most bytes above those before the first call, of the program and its children."""
-        self.ask(do="run", part=part, repeats=0)  # parameters and batch are there, no more
-        before = peak = memory_of(self.process.pid)
-        self._send({"do": "run", "part": part, "repeats": 2})
+    def memory_above_start(self, part: str) -> int:
+        """Most bytes above those of the libraries alone, of the program and its children."""
+        peak = 0
+        self._send({"do": "run", "part": part, "repeats": 3})
         while not select.select([self.process.stdout], [], [], 0.005)[0]:
             peak = max(peak, memory_of(self.process.pid))
         self._answer()
-        return peak - before
+        return peak - self.memory_at_start
 
     def __enter__(self) -> "Program":
         return self

@@ -2,6 +2,7 @@
 
 One JSON object a line on stdin, one a line on stdout:
 
+    {"do": "hello"}                                   -> {}, once the libraries are imported
     {"do": "open", "folder": F, "variant": "eager"}   -> {"name": ..., "threads": ...}
     {"do": "check", "part": P}                        -> {"file": F/....npz}, or null and a "note"
     {"do": "time", "part": P, "repeats": n}           -> {"seconds": [s1, ..., sn]}
@@ -111,6 +112,8 @@ class Session:
         self.peers: dict[str, Peer] = {}  # one for each part that was timed or run
 
     def answer(self, request: dict) -> dict:
+        if request["do"] == "hello":
+            return {}
         if request["do"] == "open":
             self.workload = Workload.load(Path(request["folder"]))
             self.variant = request["variant"]
