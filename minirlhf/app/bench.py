@@ -109,19 +109,20 @@ def bench_command(options: BenchOptions) -> int:
     missing = [n for n, (_, _, library) in PEERS.items() if not importlib.util.find_spec(library)]
     if options.peers and missing:
         console.print(f"not installed, so left out: {', '.join(missing)}")
-    rows: list[Row] = []
+    results: Row = {"threads": threads, "machine": machine(), "growth": [], "rows": []}
+    rows: list[Row] = results["rows"]
+    if options.growth:
+        results["growth"] += measure_growth(threads)
     for name in options.workloads:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(name, Path(folder), options, threads)
-    growth = measure_growth(threads) if options.growth else []
-    results = {"threads": threads, "rows": rows, "growth": growth, "machine": machine()}
-    write_whole(out / "bench.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_whole(out / "bench.json", (json.dumps(results, indent=1) + "\n").encode())
     console.print(results_table(rows))
     if any(row["memory"] is not None for row in rows):
         console.print(memory_table(rows))
     for note in notes(rows):
         console.print(note, soft_wrap=True)
-    for path in pictures.draw(rows, growth, out):
+    for path in pictures.draw(rows, results["growth"], out):
         console.print(f"picture: {path}", soft_wrap=True)
     console.print(f"numbers: {out / 'bench.json'}", soft_wrap=True)
     return 1 if any(row["disagrees"] for row in rows) else 0
