@@ -113,11 +113,11 @@ def layernorm_backward(dy: Array, cache: LayerNormCache) -> tuple[Array, Array, 
     """
     xhat, gain, rstd = cache
     get_xp(dy, xhat)
-    share = gain * (1.0 / gain.shape[0])
-    along = dy * xhat  # (..., C)
+    gain_over_C = gain * (1.0 / gain.shape[0])
+    along = dy * xhat  # (..., C); times gain: dxhat * xhat
     dgain, dbias = sum_rows(along), sum_rows(dy)
-    mean = (dy @ share)[..., None]  # (..., 1) of dxhat
-    mean_along = (along @ share)[..., None]  # (..., 1) of dxhat * xhat
+    mean = (dy @ gain_over_C)[..., None]  # (..., 1) of dxhat
+    mean_along = (along @ gain_over_C)[..., None]  # (..., 1) of dxhat * xhat
     dx = dy * gain
     dx -= mean  # through the mean
     along = xhat * mean_along
@@ -148,8 +148,8 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | Non
         y (...), cache (None unless kept).
     """
     xp = get_xp(x)
-    dv = x * x  # x * x * x because x ** 3 is a hundred times slower
-    s = dv * (-GELU_SCALE * GELU_CUBIC)
+    slope = x * x  # x * x * x because x ** 3 is a hundred times slower
+    s = slope * (-GELU_SCALE * GELU_CUBIC)
     s -= GELU_SCALE
     s *= x  # -v
     xp.exp(xp.minimum(s, EXP_LIMIT, out=s), out=s)
@@ -159,12 +159,12 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | Non
     if not keep:
         return y, None
     # dy/dx = s + x s (1 - s) v',  v' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
-    dv *= 3.0 * GELU_SCALE * GELU_CUBIC
-    dv += GELU_SCALE
-    dv *= y  # x s v'
-    slope = s + dv
-    dv *= s
-    slope -= dv
+    slope *= 3.0 * GELU_SCALE * GELU_CUBIC
+    slope += GELU_SCALE
+    slope *= y  # x s v'
+    held_back = slope * s
+    slope += s
+    slope -= held_back
     return y, GeluCache(slope)
 
 

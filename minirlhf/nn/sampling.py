@@ -148,8 +148,8 @@ def _extend(
 ) -> Generation:
     """Prompts with their responses, drawn until all have stopped.
 
-    Responses that have stopped leave the batch once they are a quarter of it; every fourth step
-    somebody looks.
+    Every ALIVE_CHECK_EVERY steps, responses that have stopped leave the batch if at most the share
+    DROP_BELOW of it is still alive.
 
     Args:
         prompts: tokens (B, P), mask (B, P), and uniforms (B, R), one for each token to draw.

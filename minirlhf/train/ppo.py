@@ -292,16 +292,16 @@ def _micro_batch(
     config: GPTConfig,
     settings: PPOConfig,
 ) -> Tree:
-    """The share of some rows in everything that is summed over the minibatch (B, R)."""
+    """What some rows add to everything that is summed over the minibatch; `shape` is its (B, R)."""
     rows, experience = part
     loss, cache = ppo_loss_forward(params, experience=experience, config=config, settings=settings)
     xp, R = get_xp(cache.out.logp), cache.out.logp.shape[1]
     tokens = {"logp": cache.out.logp, "values": cache.out.values, "clipped": cache.clip.clipped}
-    share = {"loss": loss, "parts": cache.parts, "gradients": ppo_loss_backward(1.0, cache)}
+    term = {"loss": loss, "parts": cache.parts, "gradients": ppo_loss_backward(1.0, cache)}
     for name, array in tokens.items():
-        share[name] = xp.zeros(shape, dtype=cache.out.logp.dtype)
-        share[name][rows, :R] = array
-    return share
+        term[name] = xp.zeros(shape, dtype=cache.out.logp.dtype)
+        term[name][rows, :R] = array
+    return term
 
 
 def update_metrics(
