@@ -150,9 +150,9 @@ class Crew:
         pipes = [pipe for _, pipe in self._workers[: len(shares) - 1]]
         try:
             for pipe, part in zip(pipes, shares[1:], strict=True):
-                pipe.send_bytes(_dumps((f, part)))
+                _send(pipe, _dumps((f, part), _ByReference))
             results = [_answer(f, shares[0])]
-            results += [pickle.loads(pipe.recv_bytes()) for pipe in pipes]
+            results += [_loads(_receive(pipe)) for pipe in pipes]
         except BaseException as error:
             self.dismiss()  # answers may be under way that nobody will fetch
             if isinstance(error, EOFError | ConnectionError):
@@ -181,23 +181,24 @@ def _serve(pipe: Connection, inherited: list[Connection]) -> None:
         other.close()  # or the end of the one who forked us would go unnoticed
     while True:
         try:
-            pipe.send_bytes(_reply(pipe.recv_bytes()))
+            _serve_once(pipe)
         except (EOFError, OSError):
             return
 
 
-def _reply(message: bytes) -> bytes:
-    """The pickled answer to a message, or the error: of reading it, of f, or of the answer."""
+def _serve_once(pipe: Connection) -> None:
+    """One message, and its answer, or the error: of reading it, of f, or of the answer."""
+    message = _receive(pipe)
     try:
         f, part = _loads(message)
-        return pickle.dumps(f(part), protocol=5)
+        answer = _dumps(f(part))
     except Exception as error:
         try:
-            reply = pickle.dumps(ExceptionWithTraceback(error, error.__traceback__))
-            pickle.loads(reply)
-            return reply
+            answer = _dumps(ExceptionWithTraceback(error, error.__traceback__))
+            _loads(answer)
         except Exception:  # an error that does not survive the way
-            return pickle.dumps(RuntimeError(f"in a worker: {error!r}"))
+            answer = _dumps(RuntimeError(f"in a worker: {error!r}"))
+    _send(pipe, answer)
 
 
 def _answer(f: Callable[[Part], Result], part: Part) -> Result | Exception:
@@ -253,33 +254,60 @@ def _attach(pid: int, fd: int, serial: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0)
 
 
-class _Pickler(pickle.Pickler):
+def _attached(
+    pid: int, fd: int, serial: int, offset: int, shape: tuple, dtype: str, strides: tuple
+) -> np.ndarray:
+    return np.ndarray(shape, dtype, _attach(pid, fd, serial), offset, strides)
+
+
+class _ByReference(pickle.Pickler):
     """Arrays in shared memory go by reference: whose memory, and where in it."""
 
-    def persistent_id(self, value: Any) -> tuple | None:
+    def reducer_override(self, value: Any) -> Any:
         if type(value) is not np.ndarray:
-            return None
+            return NotImplemented
         block = value
         while isinstance(block.base, np.ndarray):
             block = block.base
         name = _names.get(id(block.base))
         if name is None:
-            return None
+            return NotImplemented
         offset = value.ctypes.data - block.ctypes.data
-        return (os.getpid(), *name), offset, value.shape, value.dtype.str, value.strides
+        return _attached, (os.getpid(), *name, offset, value.shape, value.dtype.str, value.strides)
 
 
-class _Unpickler(pickle.Unpickler):
-    def persistent_load(self, reference: tuple) -> np.ndarray:
-        name, offset, shape, dtype, strides = reference
-        return np.ndarray(shape, dtype, _attach(*name), offset, strides)
+Message = tuple[bytes, list]  # a pickle, and the memory of its large arrays
+LARGE = 1 << 16  # bytes from which an array's memory is sent as it is, without a copy
 
 
-def _dumps(message: Any) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(message)
-    return buffer.getvalue()
+def _dumps(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> Message:
+    stream, beside = io.BytesIO(), []
+
+    def is_small(buffer: pickle.PickleBuffer) -> bool:
+        memory = buffer.raw()
+        if memory.nbytes >= LARGE:
+            beside.append(memory)
+        return memory.nbytes < LARGE
+
+    pickler(stream, protocol=5, buffer_callback=is_small).dump(value)
+    return stream.getvalue(), beside
 
 
-def _loads(message: bytes) -> Any:
-    return _Unpickler(io.BytesIO(message)).load()
+def _loads(message: Message) -> Any:
+    pickled, beside = message
+    return pickle.loads(pickled, buffers=beside)
+
+
+def _send(pipe: Connection, message: Message) -> None:
+    pickled, beside = message
+    pipe.send_bytes(pickle.dumps((pickled, [memory.nbytes for memory in beside])))
+    for memory in beside:
+        pipe.send_bytes(memory)
+
+
+def _receive(pipe: Connection) -> Message:
+    pickled, sizes = pickle.loads(pipe.recv_bytes())
+    beside = [np.empty(size, np.uint8) for size in sizes]
+    for memory in beside:
+        pipe.recv_bytes_into(memory)
+    return pickled, beside

@@ -22,7 +22,7 @@ from tiny_run import (
     write_names,
     write_pairs,
 )
-from tolerances import BATCH_COMPOSITION
+from tolerances import KV_CACHE, assert_close
 
 from minirlhf.disk import write_whole
 from minirlhf.errors import InputError
@@ -139,7 +139,8 @@ def test_metrics_agree_with_each_other(finished):
         assert row["ppo/val/var_explained"] == pytest.approx(
             1 - row["ppo/val/error"] / row["ppo/returns/var"], abs=1e-5
         )
-        assert row["objective/kl_full_seq"] >= 0  # a KL of distributions, while k1 may be below 0
+        rounding = KV_CACHE[np.float32]  # a KL of distributions, while k1 may be below 0
+        assert row["objective/kl_full_seq"] >= (-rounding if row["step"] == 0 else 0)
 
 
 def test_samples_are_logged_with_their_gold_reward_and_the_numbers_of_the_objective(finished):
@@ -149,8 +150,10 @@ def test_samples_are_logged_with_their_gold_reward_and_the_numbers_of_the_object
     assert all(
         row.keys() == {"step", "prompt", "response", "score", "kl_seq", "gold"} for row in samples
     )
-    assert all(row["kl_seq"] == 0 for row in samples if row["step"] == 0)  # still the reference
-    assert all(row["kl_seq"] != 0 for row in samples if row["step"] > 0)
+    rounding = KV_CACHE[np.float32]
+    first = [abs(row["kl_seq"]) for row in samples if row["step"] == 0]
+    later = [abs(row["kl_seq"]) for row in samples if row["step"] > 0]
+    assert max(first) <= rounding < min(later)  # at first it still is the reference
 
 
 def test_the_score_and_kl_seq_of_a_sample_are_those_of_its_response(tmp_path, monkeypatch):
@@ -605,7 +608,8 @@ def test_old_and_reference_are_two_snapshots(tmp_path, names, monkeypatch):
     run, reference, score = open_ready(config)
     pipeline.ppo_stage(run, reference, score)
     first, second, _ = rollouts
-    assert np.array_equal(first.old_logp, first.ref_logp)
+    mask = first.batch.response_mask > 0
+    assert_close(first.old_logp[mask], first.ref_logp[mask], KV_CACHE[np.float32])
     mask = second.batch.response_mask > 0
     assert np.abs(second.old_logp - second.ref_logp)[mask].max() > 1e-3
     ratios = [row["val/ratio_var"] for row in metrics(tmp_path / "run", "ppo")]
@@ -627,14 +631,14 @@ def test_without_learning_every_ratio_is_one(tmp_path, names, minibatches):
         ppo__temperature=0.7,
     )
     result = pipeline.train(config)
-    tolerance = BATCH_COMPOSITION[np.float32]
+    tolerance = KV_CACHE[np.float32]
     for row in metrics(tmp_path / "run", "ppo"):
         assert row["val/ratio"] == pytest.approx(1.0, abs=tolerance)
         assert row["val/ratio_var"] <= tolerance**2
         assert row["policy/approxkl_avg"] <= tolerance**2
         assert row["policy/clipfrac_avg"] == row["policy/clamped_log_ratios"] == 0
-        assert row["objective/kl"] == row["objective/kl_full_seq"] == 0
-        assert row["objective/non_score_reward"] == 0
+        for name in ("objective/kl", "objective/kl_full_seq", "objective/non_score_reward"):
+            assert abs(row[name]) <= tolerance
     assert result.policy == pytest.approx(result.reference, nan_ok=True)
     assert result.policy["kl_seq"] == 0
     assert result.policy_samples.responses == result.reference_samples.responses

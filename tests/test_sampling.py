@@ -14,7 +14,7 @@ from minirlhf.nn.sampling import draw_tokens, generate, sampling_logprobs
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.rollout import prompt_ids, response_ids, sample_responses
+from minirlhf.train.rollout import prompt_ids, response_ids, sample_responses, score_rollout
 
 PARAMS = make_params(seed=3, heads=())
 STOP, PAD = Letters.eos, Letters.pad
@@ -399,6 +399,43 @@ def test_sampled_and_scored_log_probs_agree():
         assert samples.batch.responses[row][mask[row]].tolist() == ids
         assert samples.responses[row] == Letters().decode(ids)
     assert mask.any(axis=0).all() and (samples.batch.mask > 0).any(axis=0).all()  # trimmed
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_hidden_states_of_the_sampler_are_those_of_the_training_forward(dtype, monkeypatch):
+    """So PPO need not run the policy again; replies that stop leave the batch on the way."""
+    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", 1)
+    monkeypatch.setattr(sampling, "DROP_BELOW", 1.0)
+    policy, reference = (make_params(seed=s, dtype=dtype) for s in (3, 4))
+    samples = sample_responses(
+        policy,
+        ["abc", "d", "ga", "bbbb", "", "ce"] * 6,
+        tokenizer=Letters(),
+        config=CONFIG,
+        max_prompt_tokens=6,
+        max_response_tokens=6,
+        rng=np.random.default_rng(0),
+    )
+    lengths = {len(ids) for ids in samples.response_ids}
+    assert len(lengths) > 3 and samples.hidden.shape[:2] == samples.batch.responses.shape
+
+    def scored(samples):
+        return score_rollout(
+            policy,
+            reference,
+            samples,
+            score=lambda samples: np.zeros(len(samples.responses)),
+            config=CONFIG,
+            micro_batch_size=5,
+            keep_ref_logits=True,
+        )
+
+    quick, anew = scored(samples), scored(samples._replace(hidden=None))
+    mask = samples.batch.response_mask > 0
+    for name in ("old_logp", "ref_logp", "ref_logits", "values", "entropy", "kl_full"):
+        got, expected = getattr(quick, name)[mask], getattr(anew, name)[mask]
+        assert got.dtype == dtype
+        assert_close(got, expected, KV_CACHE[dtype])
 
 
 def test_long_prompts_keep_their_end_and_long_responses_their_beginning():

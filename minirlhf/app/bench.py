@@ -53,7 +53,7 @@ PEERS = {  # name -> (program in tests/benchmarks, variant, library)
     "JAX": ("peer_jax.py", "", "jax"),
     "TRL": ("peer_trl.py", "", "trl"),
 }
-SECONDS_A_LAP = 0.25  # a time is the median of as many calls as fill this
+SECONDS_A_LAP = 0.5  # a time is the median of as many calls as fill this
 BUSY_SHARE = 0.06  # of the machine in other hands: such a round is done again
 SPREAD = 0.25  # of a ratio's quartiles around its median: more, and it is marked as noisy
 ATTEMPTS = 3  # at one round

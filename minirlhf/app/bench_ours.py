@@ -11,7 +11,7 @@ from minirlhf.app.bench_protocol import Peer, Workload, serve
 from minirlhf.app.bench_workloads import SGEMM_SIZE, tree_of
 from minirlhf.backend import Array, keep_freed_memory
 from minirlhf.nn.adam import adamw_step
-from minirlhf.nn.sampling import generate
+from minirlhf.nn.sampling import Generation, generate
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.train.batches import Batch
 from minirlhf.train.config import OptimizerConfig, PPOConfig
@@ -75,7 +75,7 @@ class MiniRLHF(Peer):
             **{name: arrays[name] for name in names},
         )
         self.rng = np.random.default_rng(w.seed)
-        self.optimizer = Optimizer(tree_of(w.parameters("policy")), rates, total_steps=1)
+        self.policy = share_tree(tree_of(w.parameters("policy")))
         self.gradient: Array | None = None
 
     @classmethod
@@ -97,13 +97,13 @@ class MiniRLHF(Peer):
 
     def loss(self) -> Tree:
         return minibatch_gradients(
-            self.optimizer.params, self.experience, config=self.config, settings=self.settings
+            self.policy, self.experience, config=self.config, settings=self.settings
         ).gradients
 
-    def sample(self) -> Array:
+    def sample(self) -> Generation:
         P, R = self.workload.prompt_len, self.workload.response_len
         return generate(
-            self.optimizer.params["transformer"],
+            self.policy["transformer"],
             tokens=self.batch.tokens[:, :P],
             mask=self.batch.mask[:, :P],
             config=self.config,
@@ -111,7 +111,7 @@ class MiniRLHF(Peer):
             stop_id=NO_STOP,
             pad_id=PAD,
             rng=self.rng,
-        ).tokens
+        )
 
     def logprobs(self) -> Array:
         groups = self.batch.groups(size=0, config=self.config)
@@ -132,14 +132,16 @@ class MiniRLHF(Peer):
         )
 
     def iteration(self) -> None:
-        self.learn(self.sample())
+        self.policy = self.optimizer.params
+        out = self.sample()
+        self.learn(out.tokens, out.hidden)
 
-    def learn(self, tokens: Array) -> dict[str, Array]:
+    def learn(self, tokens: Array, hidden: Array | None = None) -> dict[str, Array]:
         """From samples to updated parameters; returns the advantages and scores."""
         w, P = self.workload, self.workload.prompt_len
         prompts, responses = tokens[:, :P].tolist(), tokens[:, P:].tolist()
         texts = [""] * w.batch_size
-        samples = Samples(texts, texts, prompts, responses, self._batch(tokens))
+        samples = Samples(texts, texts, prompts, responses, self._batch(tokens), hidden)
         rollout = score_rollout(
             self.optimizer.params,
             self.reference,
@@ -160,11 +162,11 @@ class MiniRLHF(Peer):
     def check(self, part: str) -> dict[str, Array]:
         if part == "loss":
             step = minibatch_gradients(
-                self.optimizer.params, self.experience, config=self.config, settings=self.settings
+                self.policy, self.experience, config=self.config, settings=self.settings
             )
             return {"loss": np.float32(step.loss), **_paths(step.gradients)}
         if part == "sample":
-            tokens, params = self.sample(), self.optimizer.params
+            tokens, params = self.sample().tokens, self.policy
             return {"tokens": tokens, "logp": _logprobs(params, self.config, self._batch(tokens))}
         if part == "logprobs":
             return {"logp": self.logprobs()}
@@ -175,6 +177,10 @@ class MiniRLHF(Peer):
         return results | _paths(self.optimizer.params)
 
     # -- from the folder
+
+    @functools.cached_property
+    def optimizer(self) -> Optimizer:
+        return Optimizer(self.policy, self.settings.optimizer, total_steps=1)
 
     @functools.cached_property
     def reference(self) -> Tree:

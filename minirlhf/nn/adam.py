@@ -20,7 +20,7 @@ class AdamWState(NamedTuple):
 def init_adamw(flat: Array) -> AdamWState:
     """Both moments 0."""
     xp = get_xp(flat)
-    return AdamWState(0, xp.zeros_like(flat), xp.zeros_like(flat))
+    return AdamWState(0, *(xp.zeros(flat.shape, dtype=flat.dtype) for _ in range(2)))
 
 
 def adamw_step(
@@ -72,7 +72,7 @@ def adamw_step(
     update += eps
     xp.divide(m, update, out=update)
     update *= step_size
-    flat -= (learning_rate * weight_decay) * flat
+    flat *= 1.0 - learning_rate * weight_decay
     flat -= update
     return AdamWState(k, m, v)
 

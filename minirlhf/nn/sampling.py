@@ -81,6 +81,7 @@ def draw_tokens(probs: Array, u: Array) -> Array:
 class Generation(NamedTuple):
     tokens: Array  # (B, P+R) prompt as given, then the response: ids, the stop token, padding
     mask: Array  # (B, P+R) 1 at real tokens of prompt and response; the stop token is one of them
+    hidden: Array  # (B, R, C) h that each token of the response was drawn from, anything at padding
 
 
 def generate(
@@ -159,7 +160,11 @@ def _extend(
     xp, (B, P), max_new = get_xp(tokens, mask, u), tokens.shape, u.shape[1]
     pads = xp.full((B, max_new), pad_id, dtype=tokens.dtype)
     zeros = xp.zeros((B, max_new), dtype=mask.dtype)
-    out = Generation(xp.concatenate([tokens, pads], axis=1), xp.concatenate([mask, zeros], axis=1))
+    out = Generation(
+        xp.concatenate([tokens, pads], axis=1),
+        xp.concatenate([mask, zeros], axis=1),
+        xp.zeros((B, max_new, config.d_model), dtype=params["wte"].dtype),
+    )
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
     rows, alive = xp.arange(B), mask[:, -1]  # who is left in the batch; 1 until the stop token
     for step in range(max_new):
@@ -168,6 +173,7 @@ def _extend(
         drawn = xp.where(alive > 0, drawn, pad_id)
         out.tokens[rows, P + step] = drawn
         out.mask[rows, P + step] = alive
+        out.hidden[rows, step] = h
         if step == max_new - 1:
             break
         new_alive = alive * (drawn != stop_id)

@@ -31,7 +31,8 @@ def log_softmax(logits: Array, *, temperature: float = 1.0) -> Array:
 
 
 class TokenLogprobsCache(NamedTuple):
-    probs: Array  # (B, T, V)
+    weights: Array  # (B, T, V) exp(z/tau - max), P before it is normalised
+    total: Array  # (B, T) sum_a weights
     targets: Array  # (B, T) borrowed
     temperature: float
 
@@ -59,11 +60,10 @@ def token_logprobs_forward(
     z = logits / temperature
     z -= z.real.max(axis=-1, keepdims=True)
     logp = xp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-    xp.exp(z, out=z)
-    total = z.sum(axis=-1, keepdims=True)  # (B, T, 1)
-    logp = logp - xp.log(total[..., 0])
-    z /= total
-    return logp, TokenLogprobsCache(z, targets, temperature)
+    weights = xp.exp(z, out=z)
+    total = weights @ xp.ones(weights.shape[-1], dtype=weights.dtype)  # a product: the BLAS adds
+    logp = logp - xp.log(total)
+    return logp, TokenLogprobsCache(weights, total, targets, temperature)
 
 
 def token_logprobs_backward(dlogp: Array, cache: TokenLogprobsCache) -> Array:
@@ -74,10 +74,10 @@ def token_logprobs_backward(dlogp: Array, cache: TokenLogprobsCache) -> Array:
     Returns:
         dlogits (B, T, V).
     """
-    probs, targets, temperature = cache
-    xp = get_xp(dlogp, probs)
+    weights, total, targets, temperature = cache
+    xp = get_xp(dlogp, weights)
     dlogp = dlogp / temperature
-    dlogits = probs * -dlogp[..., None]
+    dlogits = weights * (-dlogp / total)[..., None]  # -dlogp P
     B, T = targets.shape
     dlogits[xp.arange(B)[:, None], xp.arange(T), targets] += dlogp  # one place a row: no repeats
     return dlogits

@@ -87,8 +87,8 @@ def pad_batch(
     return Batch(to_device(tokens, device), to_device(mask, device), P)
 
 
-MICRO_BATCH_FLOATS = 1 << 16  # tokens x channels of a micro-batch: what a core's cache works with
-MICRO_BATCH_TOKENS = 512  # ... but not fewer: below, products of matrices get slow
+MICRO_BATCH_FLOATS = 9 << 19  # that a forward keeps for its backward: about what a cache holds
+MICRO_BATCH_TOKENS = 384  # ... but not fewer: below, products of matrices get slow
 
 
 def micro_batches(
@@ -104,15 +104,16 @@ def micro_batches(
         size: the most sequences of a group; 0: as many as suit a core's cache (on a GPU: all).
     """
     n = len(lengths)
-    if size:
-        n_groups = -(-n // size)
-    elif device == "cpu":
-        tokens = max(MICRO_BATCH_TOKENS, MICRO_BATCH_FLOATS // config.d_model)
-        n_groups = min(n, -(-n * int(max(lengths)) // tokens))
-    else:
-        n_groups = 1
+    if not size and device == "cpu":
+        longest = int(max(lengths))
+        floats = config.n_layer * (17 * config.d_model + config.n_head * longest)  # of a token
+        half = n * longest // 2  # so that two workers have something to do
+        tokens = max(MICRO_BATCH_TOKENS, min(MICRO_BATCH_FLOATS // floats, half))
+        size = max(1, tokens // longest)
+    n_groups = -(-n // size) if size else 1
     if n_groups == 1:
         return [np.arange(n)]
+    n_groups = min(n, n_groups + n_groups % 2)  # an even number: both have the same to do
     return np.array_split(np.argsort(-np.asarray(lengths), kind="stable"), n_groups)
 
 

@@ -112,6 +112,7 @@ def evaluate(
         temperature=temperature,
         device=device,
     )
+    samples = samples._replace(hidden=None)  # scored anew: a policy's KL to itself is exactly 0
     rollout = score_rollout(
         policy,
         reference,

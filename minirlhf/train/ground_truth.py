@@ -228,7 +228,7 @@ def sample_world(
 ) -> Samples:
     """n responses, the prompts in turn."""
     prompts = [world.prompts[i % len(world.prompts)] for i in range(n)]
-    batch, responses = sample_ids(
+    batch, responses, hidden = sample_ids(
         params,
         prompts,
         stop_id=world.stop_id,
@@ -238,7 +238,7 @@ def sample_world(
         rng=rng,
     )
     texts = [[world.text(ids) for ids in lists] for lists in (prompts, responses)]
-    return Samples(*texts, prompts, responses, batch)
+    return Samples(*texts, prompts, responses, batch, hidden)
 
 
 def _experience(

@@ -45,11 +45,19 @@ class PolicyCache(NamedTuple):
 
 
 def policy_forward(
-    params: Tree, *, batch: Batch, config: GPTConfig, temperature: float = 1.0, keep: bool = True
+    params: Tree,
+    *,
+    batch: Batch,
+    config: GPTConfig,
+    temperature: float = 1.0,
+    hidden: Array | None = None,
+    keep: bool = True,
 ) -> tuple[PolicyOutput, PolicyCache | None]:
     """logits, log-probs and values of the response tokens of a batch.
 
     Args:
+        hidden: (B, at least R, C) the transformer's output that predicts the response tokens, where
+            it is known from sampling them. No backward can follow.
         keep: False where no backward will follow: it takes less time and memory.
     Returns:
         PolicyOutput, cache (None unless kept).
@@ -57,14 +65,17 @@ def policy_forward(
     xp = get_xp(batch.tokens)
     B, T = batch.tokens.shape
     before = xp.arange(batch.prompt_len - 1, T - 1)  # column t - 1 predicts token t
-    h, trunk = transformer_forward(
-        params["transformer"],
-        tokens=batch.tokens[:, :-1],
-        mask=batch.mask[:, :-1],
-        config=config,
-        read=xp.broadcast_to(before, (B, len(before))),
-        keep=keep,
-    )
+    if hidden is None:
+        h, trunk = transformer_forward(
+            params["transformer"],
+            tokens=batch.tokens[:, :-1],
+            mask=batch.mask[:, :-1],
+            config=config,
+            read=xp.broadcast_to(before, (B, len(before))),
+            keep=keep,
+        )
+    else:
+        h, trunk, keep = hidden[:, : len(before)], None, False
     logits, logits_cache = tied_logits_forward(h, params["transformer"]["wte"])  # h (B, R, C)
     logp, logp_cache = token_logprobs_forward(
         logits, targets=batch.responses, temperature=temperature

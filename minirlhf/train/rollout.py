@@ -27,6 +27,7 @@ class Samples(NamedTuple):
     prompt_ids: list[Ids]
     response_ids: list[Ids]  # with the stop token if the response reached it
     batch: Batch
+    hidden: Array | None = None  # (B, R, C) what the heads of the policy that drew them read
 
 
 ScoreFunction = Callable[[Samples], np.ndarray]  # (B,) normalised scores on the host
@@ -71,7 +72,7 @@ def sample_responses(
         params: {"transformer": ...}.
     """
     ids = [prompt_ids(tokenizer, p, max_tokens=max_prompt_tokens) for p in prompts]
-    batch, responses = sample_ids(
+    batch, responses, hidden = sample_ids(
         params,
         ids,
         stop_id=tokenizer.eos,
@@ -85,7 +86,7 @@ def sample_responses(
         device=device,
     )
     texts = [tokenizer.decode(r) for r in responses]
-    return Samples(list(prompts), texts, ids, responses, batch)
+    return Samples(list(prompts), texts, ids, responses, batch, hidden)
 
 
 def sample_ids(
@@ -101,11 +102,12 @@ def sample_ids(
     top_k: int = 0,
     top_p: float = 1.0,
     device: str = "cpu",
-) -> tuple[Batch, list[Ids]]:
+) -> tuple[Batch, list[Ids], Array]:
     """`sample_responses` for prompts that are ids already.
 
     Returns:
-        prompts and responses as one batch, and the responses without their padding.
+        prompts and responses as one batch, the responses without their padding, and the hidden
+        states (B, R, C) that they were drawn from.
     """
     dtype = params["transformer"]["wte"].dtype
     batch = pad_batch(
@@ -126,14 +128,15 @@ def sample_ids(
     )
     batch = Batch(out.tokens, out.mask, batch.prompt_len).trimmed()
     tokens, mask = to_host(batch.responses), to_host(batch.response_mask) > 0
-    return batch, [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    responses = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    return batch, responses, out.hidden[:, : tokens.shape[1]]
 
 
 class Rollout(NamedTuple):
     """What PPO learns from; arrays (B, R) over response tokens, constants from here on."""
 
     samples: Samples
-    old_logp: Array  # log pi_old [nats], from the training forward
+    old_logp: Array  # log pi_old [nats]
     ref_logp: Array  # log pi_ref [nats]
     ref_logits: Array | None  # (B, R, V), only where the loss needs the whole distribution
     values: Array  # V(x, y_<t) [reward units]
@@ -160,11 +163,13 @@ def score_rollout(
 ) -> Rollout:
     """Log-probs under old and ref, values, entropy and score of sampled responses.
 
-    The old log-probs come from the training forward, not from the sampler's KV cache, so that the
-    ratio of the first update is exactly 1 where the shapes are the same.
+    The policy's hidden states are those of the sampler, if the samples bring them: only its heads
+    are computed again. The KV cache rounds otherwise than the training forward, so the ratio of the
+    first update is 1 up to rounding; without hidden states, and with minibatches of the same
+    shapes, it is exactly 1.
 
     Args:
-        policy: {"transformer": ..., "value_head": ...}.
+        policy: {"transformer": ..., "value_head": ...}, the one that drew the samples.
         reference: {"transformer": ...}, a frozen copy.
     """
     batch = samples.batch
@@ -177,7 +182,10 @@ def score_rollout(
         temperature=temperature,
         keep_ref_logits=keep_ref_logits,
     )
-    xp, parts = get_xp(batch.mask), map_over(f, [batch.part(rows) for rows in groups])
+    xp, known = get_xp(batch.mask), samples.hidden
+    parts = map_over(
+        f, [(batch.part(rows), None if known is None else known[rows]) for rows in groups]
+    )
     arrays = {
         name: xp.zeros((*batch.responses.shape, *array.shape[2:]), dtype=array.dtype)
         for name, array in parts[0].items()
@@ -193,15 +201,16 @@ def score_rollout(
 def _score_part(
     policy: Tree,
     reference: Tree,
-    batch: Batch,
+    part: tuple[Batch, Array | None],
     *,
     config: GPTConfig,
     temperature: float,
     keep_ref_logits: bool,
 ) -> dict[str, Array]:
     """The arrays of a Rollout, but for the score, of some of its rows."""
+    batch, hidden = part
     how = {"batch": batch, "config": config, "temperature": temperature, "keep": False}
-    old, _ = policy_forward(policy, **how)
+    old, _ = policy_forward(policy, hidden=hidden, **how)
     ref, _ = policy_forward(reference, **how)
     entropy, _ = entropy_forward(old.logits, temperature=temperature)
     kl_full, _ = full_kl_forward(old.logits, ref_logits=ref.logits, temperature=temperature)

@@ -1,6 +1,6 @@
 """What each trick of the fast path is worth: the same work with the trick and without, in turns.
 
-    python tests/benchmarks/bench_tricks.py              about two minutes on two cores
+    python tests/benchmarks/bench_tricks.py              about three minutes
 
 One process and one thread; the medians of the ratios of neighbouring laps.
 """
@@ -23,7 +23,7 @@ from minirlhf.app.bench_workloads import WORKLOADS, write_workload
 from minirlhf.app.progress import track
 from minirlhf.backend import keep_freed_memory
 from minirlhf.nn import attention, layers, transformer
-from minirlhf.train import batches, policy
+from minirlhf.train import batches, policy, rollout
 
 ROUNDS = 9
 
@@ -62,6 +62,10 @@ def every_column(params, *, read, **constants):
 
 def everything_kept(params, **constants):
     return transformer.transformer_forward(params, **{**constants, "keep": True})
+
+
+def scored_anew(params, *, hidden=None, **constants):
+    return policy.policy_forward(params, **constants)
 
 
 def patched(*targets):
@@ -108,6 +112,10 @@ WITHOUT = {  # trick -> (part it shows in, how to do without it)
     "no caches where no backward follows": (
         "logprobs",
         patched((policy, "transformer_forward", everything_kept)),
+    ),
+    "old log-probs from the sampler's hidden states": (
+        "iteration",
+        patched((rollout, "policy_forward", scored_anew)),
     ),
 }
 
