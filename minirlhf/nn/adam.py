@@ -18,9 +18,10 @@ class AdamWState(NamedTuple):
 
 
 def init_adamw(flat: Array) -> AdamWState:
-    """Both moments 0."""
+    """Both moments 0, in memory that is only taken when they are written to."""
     xp = get_xp(flat)
-    return AdamWState(0, *(xp.zeros(flat.shape, dtype=flat.dtype) for _ in range(2)))
+    mean, var = xp.zeros(flat.shape, dtype=flat.dtype), xp.zeros(flat.shape, dtype=flat.dtype)
+    return AdamWState(0, mean, var)
 
 
 def adamw_step(

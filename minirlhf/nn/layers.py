@@ -155,11 +155,11 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | Non
     s *= x  # -v
     with np.errstate(over="ignore"):  # exp(-v) = inf gives s = 0, as it should be
         xp.exp(s, out=s)
-    s += 1.0
-    xp.divide(1.0, s, out=s)
-    y = s * x
+    s += 1.0  # 1 / s so far
+    y = x / s
     if not keep:
         return y, None
+    xp.divide(1.0, s, out=s)
     # dy/dx = s + x s (1 - s) v',  v' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
     slope *= 3.0 * GELU_SCALE * GELU_CUBIC
     slope += GELU_SCALE

@@ -95,13 +95,14 @@ def policy_backward(
     if dlogits is not None:
         dlogits_total += dlogits
     dh, dwte_head = tied_logits_backward(dlogits_total, cache.logits)
+    del dlogits_total  # the largest of all arrays
     gradients = {}
     if cache.values is not None:
         dh_value, dw, db = scalar_head_backward(dvalues, cache.values)
         dh += dh_value
         gradients["value_head"] = {"w": dw, "b": db}
     dtransformer = transformer_backward(dh, cache.trunk)
-    dtransformer["wte"] = dtransformer["wte"] + dwte_head  # one table, read at both ends
+    dtransformer["wte"] += dwte_head  # one table, read at both ends
     return {"transformer": dtransformer, **gradients}
 
 

@@ -46,7 +46,7 @@ from minirlhf.rlhf.objectives import (
 from minirlhf.train.batches import Batch
 from minirlhf.train.config import PPOConfig
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.policy import PolicyCache, PolicyOutput, policy_backward, policy_forward
+from minirlhf.train.policy import PolicyCache, policy_backward, policy_forward
 from minirlhf.train.rollout import Rollout
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
@@ -92,7 +92,8 @@ class PPOLossCache(NamedTuple):
     entropy_sum: WeightedSumCache | None
     settings: PPOConfig
     kl_loss_coef: Array | float
-    out: PolicyOutput  # kept for the metrics
+    logp: Array  # for the metrics
+    values: Array  # for the metrics
     parts: dict[str, Array]  # the terms of the loss
 
 
@@ -147,7 +148,7 @@ def ppo_loss_forward(
         bonus, entropy_sum = weighted_sum_forward(entropy, weights=e.weights)
         loss = loss - s.ent_coef * bonus
     terms = (policy, clip, value, kl, entropy_cache, entropy_sum)
-    return loss, PPOLossCache(*terms, s, e.kl_loss_coef, out, parts)
+    return loss, PPOLossCache(*terms, s, e.kl_loss_coef, out.logp, out.values, parts)
 
 
 def ppo_loss_backward(dloss: Array | float, cache: PPOLossCache) -> Tree:
@@ -295,11 +296,11 @@ def _micro_batch(
     """What some rows add to everything that is summed over the minibatch; `shape` is its (B, R)."""
     rows, experience = part
     loss, cache = ppo_loss_forward(params, experience=experience, config=config, settings=settings)
-    xp, R = get_xp(cache.out.logp), cache.out.logp.shape[1]
-    tokens = {"logp": cache.out.logp, "values": cache.out.values, "clipped": cache.clip.clipped}
+    xp, R = get_xp(cache.logp), cache.logp.shape[1]
+    tokens = {"logp": cache.logp, "values": cache.values, "clipped": cache.clip.clipped}
     term = {"loss": loss, "parts": cache.parts, "gradients": ppo_loss_backward(1.0, cache)}
     for name, array in tokens.items():
-        term[name] = xp.zeros(shape, dtype=cache.out.logp.dtype)
+        term[name] = xp.zeros(shape, dtype=cache.logp.dtype)
         term[name][rows, :R] = array
     return term
 
