@@ -16,6 +16,7 @@ from tolerances import MICRO_BATCH, assert_close, assert_trees_close
 from minirlhf import workers
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import generate
+from minirlhf.nn.transformer import GPTConfig
 from minirlhf.train import batches
 from minirlhf.train.batches import Batch, micro_batches, pad_batch
 from minirlhf.train.config import OptimizerConfig
@@ -56,6 +57,20 @@ def times(array, x):
     return {"sum": x * array.sum(), "array": x * array}
 
 
+def copies(arrays):
+    return [array.copy() for array in arrays]
+
+
+def arrays_of(sizes):
+    """Every way an array can lie in memory, of more and less than what is sent beside a pickle."""
+    return [
+        layout(np.arange(float(4 * n), dtype=dtype).reshape(2, 2 * n))
+        for n in sizes
+        for dtype in (np.float32, np.int64)
+        for layout in (np.ascontiguousarray, np.asfortranarray, lambda a: a[:, ::2], lambda a: a.T)
+    ]
+
+
 @MODES
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_results_come_in_the_order_of_the_parts(monkeypatch, forks, n):
@@ -67,6 +82,19 @@ def test_results_come_in_the_order_of_the_parts(monkeypatch, forks, n):
             assert total["sum"] == 3.0 * sum(range(count))
             assert total["array"].tolist() == [x * sum(range(count)) for x in range(3)]
         assert map_over(square, []) == []
+
+
+@MODES
+def test_arrays_of_every_size_and_layout_come_whole_and_may_be_written_to(monkeypatch, forks):
+    monkeypatch.setattr(workers, "CAN_FORK", forks)
+    sizes = [0, 1, workers.LARGE // 16, workers.LARGE]
+    with side_by_side(3):
+        there_and_back = map_over(copies, [arrays_of(sizes)] * 3)
+        answers = map_over(arrays_of, [sizes] * 3)
+    for answer in (*answers, *there_and_back):
+        for got, expected in zip(answer, arrays_of(sizes), strict=True):
+            assert got.dtype == expected.dtype and np.array_equal(got, expected)
+            got += 1
 
 
 @pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
@@ -270,6 +298,26 @@ def test_groups_hold_every_row_once_and_like_lengths_together():
     assert [g.tolist() for g in micro_batches(lengths, config=CONFIG, device="cuda")] == [
         list(range(7))
     ]
+
+
+@pytest.mark.parametrize(
+    ("gpt", "n", "length", "groups"),
+    [
+        (GPTConfig(64, 16, 2, 2, 32), 256, 16, 2),  # all would fit, but two workers are to share
+        (GPTConfig(512, 64, 4, 4, 128), 64, 64, 10),  # at most 7 sequences, 484 tokens
+        (GPTConfig(2048, 192, 6, 8, 256), 32, 192, 16),  # the least: 384 tokens
+        (GPTConfig(2048, 192, 6, 8, 256), 9, 192, 6),  # 5 would do, but not be even
+        (GPTConfig(2048, 192, 6, 8, 256), 5, 192, 4),
+        (GPTConfig(64, 16, 2, 2, 32), 3, 16, 1),  # too little to share
+        (GPTConfig(64, 2048, 2, 2, 32), 3, 2048, 3),  # a sequence is not cut
+    ],
+)
+def test_groups_suit_the_cache_and_two_workers(monkeypatch, gpt, n, length, groups):
+    monkeypatch.undo()  # the sizes of the package
+    got = micro_batches([length] * n, config=gpt)
+    assert len(got) == groups
+    sizes = [len(group) for group in got]
+    assert sum(sizes) == n and max(sizes) - min(sizes) <= 1
 
 
 def test_a_part_of_a_batch_has_the_columns_it_needs():
