@@ -96,6 +96,14 @@ def test_a_failed_claim_is_the_exit_status(everything, tmp_path, monkeypatch, ca
     assert "FAILS: 11 right placements" in capsys.readouterr().out
 
 
+def test_a_kl_that_rounding_left_below_zero_is_drawn(everything, tmp_path):
+    """Its root would be a complex number: best-of-1 is the reference, so its KL is 0."""
+    results = json.loads(json.dumps(everything[1]))
+    results["overoptimisation"][0]["best_of_n"][0]["kl_seq"] = -1e-16
+    exact.of_part(results["runs"], "overoptimisation")[0]["history"][-1]["exact/kl_seq"] = -1e-16
+    assert all(path.stat().st_size > 5_000 for path in draw_pictures(results, tmp_path))
+
+
 def test_several_seeds_give_means_and_the_least(everything, tmp_path):
     results = json.loads(json.dumps(everything[1]))
     again = json.loads(json.dumps(results["runs"]))

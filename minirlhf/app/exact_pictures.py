@@ -152,6 +152,11 @@ def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def _distance(kl_seq: float) -> float:
+    """sqrt(KL); rounding may leave a KL of 0 a little below it."""
+    return max(kl_seq, 0.0) ** 0.5
+
+
 def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
     """Proxy and gold against sqrt(KL): the frontier, best-of-n, and where PPO ended."""
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -163,18 +168,18 @@ def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
             (curve, "-", "optimum at this KL, π ∝ ref·exp(proxy/β)"),
             (drawn, "--s", "best of n"),
         ):
-            points = start + [(row["kl_seq"] ** 0.5, row[key]) for row in rows]
+            points = start + [(_distance(row["kl_seq"]), row[key]) for row in rows]
             axis.plot(*zip(*sorted(points), strict=True), style, ms=3, label=name)
         for run in runs:
             end = run["history"][-1]
             label = "PPO" if run is runs[0] else None
-            point = (end["exact/kl_seq"] ** 0.5, end[f"exact/{key}"])
+            point = (_distance(end["exact/kl_seq"]), end[f"exact/{key}"])
             axis.plot(*point, "o", color="tab:red", ms=5, label=label)
             axis.annotate(f" β={run['kl_coef']:g}", point, fontsize=7)
         axis.set_xlabel("√KL(π‖ref) [nats^½ per response]", fontsize=8)
     left.set_title("proxy: what is maximised; nothing lies above the curve", fontsize=9)
     right.set_title("gold: what is wanted; it falls again", fontsize=9)
-    d = np.linspace(0.05, curve[-1]["kl_seq"] ** 0.5, 200)
+    d = np.linspace(0.05, _distance(curve[-1]["kl_seq"]), 200)
     for fit in result["fits"]:
         if fit["of"] == "tilt":
             gain = GaoFit(*(fit[name] for name in GaoFit._fields))(d)
