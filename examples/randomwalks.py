@@ -45,8 +45,10 @@ from minirlhf.worlds.world import TokenWorld
 
 SFT_HERE = dataclasses.replace(SFT, steps=300, batch_size=128)
 BETAS = (0.1, 0.02)
-# Without the rise over ten iterations, or at a rate of 2e-3, some models lose a start letter.
+# With a clip of .2, at a rate of 2e-3 or without its rise over five iterations, some models lose a
+# start letter (J/J* of .83 to .95 at beta = .02); so, 16 of 16 came to .994 or more.
 OPTIMIZER = {"learning_rate": 1e-3, "max_grad_norm": 0.5, "warmup": 80}
+CLIP_EPS = 0.1
 N_SAMPLES = 20_000
 SHOWN = ("f", "m", "p", "u")  # starts whose walks are printed
 
@@ -57,7 +59,9 @@ def train(graph_seed: int, seed: int, beta: float, iterations: int, reference: T
     world = make_randomwalks(seed=graph_seed)
     config = small_transformer(world, n_layer=2)
     truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
-    settings = changed(PPO, kl_coef=beta, iterations=iterations, optimizer=OPTIMIZER)
+    settings = changed(
+        PPO, kl_coef=beta, iterations=iterations, clip_eps=CLIP_EPS, optimizer=OPTIMIZER
+    )
     trained = train_on_world(truth, settings=settings, seed=seed)
     end = trained.history[-1]
 
