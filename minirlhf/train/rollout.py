@@ -214,6 +214,6 @@ def _score_part(
     ref, _ = policy_forward(reference, **how)
     entropy, _ = entropy_forward(old.logits, temperature=temperature)
     kl_full, _ = full_kl_forward(old.logits, ref_logits=ref.logits, temperature=temperature)
-    part = {"old_logp": old.logp, "ref_logp": ref.logp, "values": old.values}
-    part |= {"entropy": entropy, "kl_full": kl_full}
-    return part | ({"ref_logits": ref.logits} if keep_ref_logits else {})
+    arrays = {"old_logp": old.logp, "ref_logp": ref.logp, "values": old.values}
+    arrays |= {"entropy": entropy, "kl_full": kl_full}
+    return arrays | ({"ref_logits": ref.logits} if keep_ref_logits else {})
