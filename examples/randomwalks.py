@@ -46,7 +46,7 @@ from minirlhf.worlds.world import TokenWorld
 SFT_HERE = dataclasses.replace(SFT, steps=300, batch_size=128)
 BETAS = (0.1, 0.02)
 # With a clip of .2, at a rate of 2e-3 or without its rise over five iterations, some models lose a
-# start letter (J/J* of .83 to .95 at beta = .02); so, 16 of 16 came to .994 or more.
+# start letter (J/J* of .83 to .94 at beta = .02); so, 16 of 16 came to .994 or more.
 OPTIMIZER = {"learning_rate": 1e-3, "max_grad_norm": 0.5, "warmup": 80}
 CLIP_EPS = 0.1
 N_SAMPLES = 20_000

@@ -25,6 +25,10 @@ KV_CACHE = {np.float64: 1e-10, np.float32: 1e-4}
 PADDING = {np.float64: 1e-10, np.float32: 1e-4}
 BATCH_COMPOSITION = {np.float64: 1e-10, np.float32: 1e-4}
 
+# What PPO scores from the sampler's hidden states in float32, on models of two small blocks: an ulp
+# or two of a log-prob around 6, summed over a dozen tokens.
+SAMPLER_HIDDEN = 1e-5
+
 # Gradients of micro-batches added up, against one large batch; relative to the norm of all of them.
 MICRO_BATCH = {np.float64: 1e-12, np.float32: 1e-5}
 

@@ -87,7 +87,7 @@ def pad_batch(
     return Batch(to_device(tokens, device), to_device(mask, device), P)
 
 
-MICRO_BATCH_FLOATS = 9 << 19  # that a forward keeps for its backward: about what a cache holds
+MICRO_BATCH_FLOATS = 9 << 19  # kept from a forward for its backward: about what a cache holds
 MICRO_BATCH_TOKENS = 384  # ... but not fewer: below, products of matrices get slow
 
 
@@ -106,14 +106,15 @@ def micro_batches(
     n = len(lengths)
     if not size and device == "cpu":
         longest = int(max(lengths))
-        floats = config.n_layer * (17 * config.d_model + config.n_head * longest)  # of a token
+        # of a token: 17 C in the caches of a block, and its H rows of attention weights
+        floats = config.n_layer * (17 * config.d_model + config.n_head * longest)
         half = n * longest // 2  # so that two workers have something to do
         tokens = max(MICRO_BATCH_TOKENS, min(MICRO_BATCH_FLOATS // floats, half))
         size = max(1, tokens // longest)
     n_groups = -(-n // size) if size else 1
     if n_groups == 1:
         return [np.arange(n)]
-    n_groups = min(n, n_groups + n_groups % 2)  # an even number: both have the same to do
+    n_groups = min(n, n_groups + n_groups % 2)  # an even number: two have as much to do
     return np.array_split(np.argsort(-np.asarray(lengths), kind="stable"), n_groups)
 
 
