@@ -23,11 +23,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minirlhf.backend import keep_freed_memory
-from minirlhf.train.config import TrainConfig, load_config
-from minirlhf.train.pipeline import resume, train
-from minirlhf.train.ppo import PPOConfig
-from minirlhf.train.run import fork_run
-from minirlhf.train.run_log import read_jsonl
+from minirlhf.runs.config import TrainConfig, load_config
+from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.pipeline import resume, train
+from minirlhf.runs.run import fork_run
+from minirlhf.train.settings import PPOConfig
 
 DEFAULT = PPOConfig().kl_coef
 BETAS = (0.0, DEFAULT, 5.0)

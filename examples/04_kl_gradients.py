@@ -23,19 +23,14 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import kl_table
-from minirlhf.app.exact_pictures import draw_kl
+from minirlhf.app.pictures import draw_kl
 from minirlhf.backend import keep_freed_memory
-from minirlhf.rlhf.exact import (
-    all_responses,
-    enumerate_responses,
-    evaluate_exactly,
-    objective_gradient,
-    response_logprobs,
-)
-from minirlhf.rlhf.expected import cosine, gather_nodes, penalty_dlogits, relative_error
+from minirlhf.exact.enumeration import all_responses, enumerate_responses, response_logprobs
+from minirlhf.exact.expected import cosine, gather_nodes, penalty_dlogits, relative_error
+from minirlhf.exact.experiments import kl_gradient_table
+from minirlhf.exact.optimum import evaluate_exactly, objective_gradient
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.rlhf.logprobs import log_softmax
-from minirlhf.train.experiments import kl_gradient_table
 
 MODES = ("reward_k1", "loss_k1", "loss_k2_seq", "loss_k2_tok", "loss_full", "loss_rb", "reward_k3")
 

@@ -26,13 +26,13 @@ from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import gae_table as show_gae
 from minirlhf.app.exact import surrogate_table as show_surrogate
-from minirlhf.app.exact_pictures import draw_advantages
+from minirlhf.app.pictures import draw_advantages
 from minirlhf.backend import keep_freed_memory
+from minirlhf.exact.expected import gather_nodes, policy_gradient_dlogits, relative_error
+from minirlhf.exact.experiments import gae_table, make_random_world, surrogate_table
+from minirlhf.exact.optimum import objective_gradient, policy_values
 from minirlhf.rlhf.advantages import gae, token_rewards
-from minirlhf.rlhf.exact import objective_gradient, policy_values
-from minirlhf.rlhf.expected import gather_nodes, policy_gradient_dlogits, relative_error
 from minirlhf.rlhf.logprobs import log_softmax
-from minirlhf.train.experiments import gae_table, make_random_world, surrogate_table
 
 
 def by_hand(seed: int, beta: float) -> None:

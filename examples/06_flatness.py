@@ -22,17 +22,12 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import flatness_table as show_flatness
-from minirlhf.app.exact_pictures import draw_flatness
+from minirlhf.app.pictures import draw_flatness
 from minirlhf.backend import keep_freed_memory
-from minirlhf.rlhf.exact import (
-    all_responses,
-    evaluate_exactly,
-    response_logprobs,
-    soft_optimum,
-    tilt,
-)
-from minirlhf.train.experiments import flatness_table
-from minirlhf.worlds.tiny import make_tiny_world
+from minirlhf.exact.enumeration import all_responses, response_logprobs
+from minirlhf.exact.experiments import flatness_table
+from minirlhf.exact.optimum import evaluate_exactly, soft_optimum, tilt
+from minirlhf.exact.tiny import make_tiny_world
 
 REPLIES = ("ANS", "ANS DET", "ANS DET ANS DET ANS DET", "POL ANS DET", "HED HED REF", "UNS")
 

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirlhf.app.exact_pictures import draw_optimum
+from minirlhf.app.pictures import draw_optimum
 from minirlhf.backend import keep_freed_memory
-from minirlhf.rlhf.exact import evaluate_exactly
-from minirlhf.train.experiments import TrainingRun, optimum_runs, train_run
-from minirlhf.train.ground_truth import fit_reference, make_ground_truth, small_transformer
+from minirlhf.exact.experiments import TrainingRun, optimum_runs, train_run
+from minirlhf.exact.ground_truth import fit_reference, make_ground_truth, small_transformer
+from minirlhf.exact.optimum import evaluate_exactly
+from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.tree import Tree
-from minirlhf.worlds.tiny import make_tiny_world
 
 
 def train(run: TrainingRun, seed: int, reference: Tree) -> dict:

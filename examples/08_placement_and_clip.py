@@ -24,13 +24,13 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import runs_table
-from minirlhf.app.exact_pictures import draw_runs
+from minirlhf.app.pictures import draw_runs
 from minirlhf.backend import keep_freed_memory
+from minirlhf.exact.experiments import TrainingRun, clip_runs, placement_runs, train_run
+from minirlhf.exact.ground_truth import fit_reference, small_transformer
+from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.train.experiments import TrainingRun, clip_runs, placement_runs, train_run
-from minirlhf.train.ground_truth import fit_reference, small_transformer
 from minirlhf.tree import Tree
-from minirlhf.worlds.tiny import make_tiny_world
 
 
 def train(run: TrainingRun, seed: int, reference: Tree) -> dict:

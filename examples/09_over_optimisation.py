@@ -25,18 +25,18 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import gao_table, overoptimisation_table
-from minirlhf.app.exact_pictures import draw_overoptimisation
+from minirlhf.app.pictures import draw_overoptimisation
 from minirlhf.backend import keep_freed_memory
-from minirlhf.rlhf.exact import frontier_reward
-from minirlhf.train.experiments import (
+from minirlhf.exact.experiments import (
     TrainingRun,
     overoptimisation,
     overoptimisation_runs,
     train_run,
 )
-from minirlhf.train.ground_truth import fit_reference, log_probs_on_tree, small_transformer
+from minirlhf.exact.ground_truth import fit_reference, log_probs_on_tree, small_transformer
+from minirlhf.exact.optimum import frontier_reward
+from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.tree import Tree
-from minirlhf.worlds.tiny import make_tiny_world
 
 
 def train(run: TrainingRun, seed: int, reference: Tree) -> dict:

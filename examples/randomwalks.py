@@ -27,10 +27,8 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 from minirlhf.backend import keep_freed_memory
-from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.exact import evaluate_exactly
-from minirlhf.train.experiments import changed
-from minirlhf.train.ground_truth import (
+from minirlhf.exact.experiments import changed
+from minirlhf.exact.ground_truth import (
     PPO,
     SFT,
     fit_reference,
@@ -39,9 +37,11 @@ from minirlhf.train.ground_truth import (
     small_transformer,
     train_on_world,
 )
+from minirlhf.exact.optimum import evaluate_exactly
+from minirlhf.exact.randomwalks import make_graph, make_randomwalks, measure_leaves
+from minirlhf.exact.token_world import TokenWorld
+from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree
-from minirlhf.worlds.randomwalks import make_graph, make_randomwalks, measure_leaves
-from minirlhf.worlds.world import TokenWorld
 
 SFT_HERE = dataclasses.replace(SFT, steps=300, batch_size=128)
 BETAS = (0.1, 0.02)

@@ -13,13 +13,13 @@ _HOME = {  # name -> where it is defined; imported at first use, so `import mini
     "policy_forward": "train.policy",
     "policy_backward": "train.policy",
     "summed_penalty": "rlhf.kl",
-    "enumerate_responses": "rlhf.exact",
-    "evaluate_exactly": "rlhf.exact",
-    "soft_optimum": "rlhf.exact",
-    "tree_log_probs": "train.tree_policy",
+    "enumerate_responses": "exact.enumeration",
+    "evaluate_exactly": "exact.optimum",
+    "soft_optimum": "exact.optimum",
+    "tree_log_probs": "exact.tree_policy",
     "check_pair": "gradcheck",
     "check_directions": "gradcheck",
-    "TrainConfig": "train.config",
+    "TrainConfig": "runs.config",
 }
 __all__ = sorted(_HOME)
 

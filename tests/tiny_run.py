@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from minirlhf.app.cli import main
-from minirlhf.train.config import ModelConfig, TrainConfig
-from minirlhf.train.optimizer import OptimizerConfig
-from minirlhf.train.ppo import PPOConfig
-from minirlhf.train.reward_model import RewardModelConfig
-from minirlhf.train.run import no_progress
-from minirlhf.train.run_log import read_jsonl
-from minirlhf.train.sft import SFTConfig
+from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.run import no_progress
+from minirlhf.train.settings import (
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from minirlhf.tree import tree_items
 
 STAGES = ("sft", "reward_model", "ppo")

@@ -33,7 +33,8 @@ from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train import policy, ppo
 from minirlhf.train.batches import Batch
 from minirlhf.train.policy import PolicyOutput
-from minirlhf.train.ppo import Experience, PPOConfig
+from minirlhf.train.ppo import Experience
+from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import sft_loss_and_gradients
 from minirlhf.tree import Tree, tree_items, tree_map, tree_size
 

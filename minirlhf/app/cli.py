@@ -1,4 +1,4 @@
-"""The command line: minirlhf train | resume | score | sample | exact | check | bench."""
+"""The command line: minirlhf train | resume | score | sample | exact | check."""
 
 import os
 import sys
@@ -12,27 +12,20 @@ from rich.console import Console
 from rich.table import Table
 
 from minirlhf import __version__
-from minirlhf.app.bench import BenchOptions, bench_command
 from minirlhf.app.check import check_command
 from minirlhf.app.exact import ExactOptions, exact_command
 from minirlhf.app.progress import track
-from minirlhf.app.report import (
-    gold_or_none,
-    penalty_table,
-    print_result,
-    reply_cell,
-    save_curves,
-)
+from minirlhf.app.tables import gold_or_none, penalty_table, print_result, reply_cell, save_curves
 from minirlhf.backend import keep_freed_memory, to_host
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import summed_penalty
-from minirlhf.train import pipeline
+from minirlhf.runs import pipeline
+from minirlhf.runs.config import TrainConfig, load_config
+from minirlhf.runs.folder import last_kl_coef
+from minirlhf.runs.run import Run, open_run, open_saved_run
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.config import TrainConfig, load_config
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.rollout import Samples
-from minirlhf.train.run import Run, open_run, open_saved_run
-from minirlhf.train.run_folder import last_kl_coef
 from minirlhf.tree import Tree
 
 USAGE = """\
@@ -44,7 +37,6 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
   minirlhf exact                  the exact optimum, KL and gradients beside every estimate
   minirlhf check                  check every gradient of the package
-  minirlhf bench                  speed and memory, with --peers beside PyTorch, JAX and TRL
 
 minirlhf COMMAND --help shows the options of a command. With MINIRLHF_TRACEBACK=1 in the environment
 a refusal shows where in the program it came from.
@@ -134,7 +126,6 @@ def run_command(arguments: list[str]) -> int:
         "sample": sample,
         "exact": exact,
         "check": check,
-        "bench": bench,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -263,11 +254,6 @@ def check(arguments: list[str]) -> int:
 def exact(arguments: list[str]) -> int:
     """minirlhf exact."""
     return exact_command(parse(ExactOptions, "exact", arguments))
-
-
-def bench(arguments: list[str]) -> int:
-    """minirlhf bench."""
-    return bench_command(parse(BenchOptions, "bench", arguments))
 
 
 def _open_finished(folder: Path) -> tuple[Run, Tree, Tree]:

@@ -17,16 +17,16 @@ from rich.table import Table
 from rich.text import Text
 from threadpoolctl import threadpool_limits
 
-from minirlhf.app import exact_pictures as pictures
+from minirlhf.app import pictures as pictures
 from minirlhf.app.progress import track
 from minirlhf.backend import keep_freed_memory
 from minirlhf.disk import new_folder, next_numbered_folder, write_whole
 from minirlhf.errors import InputError
-from minirlhf.train import experiments
-from minirlhf.train.ground_truth import fit_reference, log_probs_on_tree, small_transformer
+from minirlhf.exact import experiments
+from minirlhf.exact.ground_truth import fit_reference, log_probs_on_tree, small_transformer
+from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.exact.token_world import TokenWorld
 from minirlhf.tree import Tree
-from minirlhf.worlds.tiny import make_tiny_world
-from minirlhf.worlds.world import TokenWorld
 
 Row = dict[str, Any]
 Part = Literal[

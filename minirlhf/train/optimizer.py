@@ -12,7 +12,7 @@ from minirlhf.nn.adam import (
     init_adamw,
     scheduled_lr,
 )
-from minirlhf.train.config import OptimizerConfig
+from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map, tree_pack, tree_unpack
 from minirlhf.workers import share
 

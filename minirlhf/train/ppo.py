@@ -22,12 +22,7 @@ from minirlhf.rlhf.kl import (
     penalty_in_reward,
     summed_penalty,
 )
-from minirlhf.rlhf.logprobs import (
-    EntropyCache,
-    entropy_backward,
-    entropy_forward,
-    response_sum,
-)
+from minirlhf.rlhf.logprobs import EntropyCache, entropy_backward, entropy_forward, response_sum
 from minirlhf.rlhf.objectives import (
     KLLossCache,
     PPOClipCache,
@@ -44,10 +39,10 @@ from minirlhf.rlhf.objectives import (
     weighted_sum_forward,
 )
 from minirlhf.train.batches import Batch
-from minirlhf.train.config import PPOConfig
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import PolicyCache, policy_backward, policy_forward
 from minirlhf.train.rollout import Rollout
+from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
 

@@ -10,11 +10,11 @@ from minirlhf.errors import InputError
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
+from minirlhf.runs.log import RunLog
 from minirlhf.train.batches import Ids, micro_batches, pad_batch, row_slices
-from minirlhf.train.config import RewardModelConfig
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
-from minirlhf.train.run_log import RunLog
+from minirlhf.train.settings import RewardModelConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, sum_over
 

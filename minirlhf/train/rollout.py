@@ -14,9 +14,9 @@ from minirlhf.rlhf.kl import full_kl_forward
 from minirlhf.rlhf.logprobs import entropy_forward
 from minirlhf.train.batches import Batch, Ids, pad_batch
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.tokens import Tokenizer
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over
+from minirlhf.worlds.tokens import Tokenizer
 
 
 class Samples(NamedTuple):

@@ -7,16 +7,12 @@ import numpy as np
 from minirlhf.backend import Array, get_xp
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.objectives import (
-    cross_entropy_backward,
-    cross_entropy_forward,
-    token_weights,
-)
+from minirlhf.rlhf.objectives import cross_entropy_backward, cross_entropy_forward, token_weights
+from minirlhf.runs.log import RunLog
 from minirlhf.train.batches import Batch, pad_batch, row_slices
-from minirlhf.train.config import SFTConfig
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.train.run_log import RunLog
+from minirlhf.train.settings import SFTConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
 

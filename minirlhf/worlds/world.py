@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 from numpy.random import Generator
-
-from minirlhf.rlhf.exact import PrefixTree
 
 
 @dataclass(frozen=True)
@@ -35,38 +32,3 @@ class World:
     def full_text(self, prompt: str, response: str) -> str:
         """prompt + joiner + response, the text that `reward` sees."""
         return prompt + self.joiner + response
-
-
-@dataclass(frozen=True)
-class TokenWorld:
-    """A world of few tokens and short responses, in ids: everything about it can be computed.
-
-    Its vocabulary has no special tokens: what the policy may say is what can be enumerated. N
-    prefixes and M responses as in `rlhf/exact.py`.
-    """
-
-    name: str
-    tokens: tuple[str, ...]  # the V tokens by name
-    stop_id: int  # the token that ends a response, and belongs to it
-    prompts: list[list[int]]  # ids of each prompt, all of one length, equally likely
-    max_response_tokens: int  # T
-    tree: PrefixTree
-    rewards: np.ndarray  # (M,) the proxy: what is maximised
-    gold: np.ndarray  # (M,) the true reward: what is wanted
-    score: Callable[[list[list[int]], list[list[int]]], np.ndarray]  # (prompts, responses) -> (B,)
-    demonstrator: np.ndarray  # (N, V) log-probs of who writes the demonstrations, -inf where never
-    demonstrations: list[tuple[list[int], list[int]]]  # (prompt, response), what SFT imitates
-
-    def text(self, ids: list[int]) -> str:
-        """The names of the ids, separated by spaces where they are longer than a letter."""
-        names = [self.tokens[i] for i in ids]
-        return ("" if all(len(name) == 1 for name in self.tokens) else " ").join(names)
-
-
-def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of ids, at least one, as tokens (B, T) and mask (B, T), padded on the right."""
-    lengths = np.array([len(ids) for ids in responses])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    tokens = np.zeros(mask.shape, dtype=np.int64)
-    tokens[mask] = np.concatenate(responses)
-    return tokens, mask.astype(np.float64)

@@ -31,16 +31,16 @@ def measure_size(max_tokens: int) -> dict[str, float]:
     from threadpoolctl import threadpool_limits
 
     from minirlhf.backend import keep_freed_memory
-    from minirlhf.nn.transformer import GPTConfig, init_transformer
-    from minirlhf.rlhf.exact import (
-        enumerate_responses,
+    from minirlhf.exact.enumeration import enumerate_responses
+    from minirlhf.exact.optimum import (
         evaluate_exactly,
         objective_gradient,
         optimality_gap,
         soft_optimum,
     )
+    from minirlhf.exact.tree_policy import tree_gradient, tree_logits
+    from minirlhf.nn.transformer import GPTConfig, init_transformer
     from minirlhf.rlhf.logprobs import log_softmax
-    from minirlhf.train.tree_policy import tree_gradient, tree_logits
 
     threadpool_limits(1)
     keep_freed_memory()

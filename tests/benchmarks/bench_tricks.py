@@ -13,13 +13,13 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from ours import MiniRLHF
+from protocol import Workload
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
+from workloads import WORKLOADS, write_workload
 
-from minirlhf.app.bench_ours import MiniRLHF
-from minirlhf.app.bench_protocol import Workload
-from minirlhf.app.bench_workloads import WORKLOADS, write_workload
 from minirlhf.app.progress import track
 from minirlhf.backend import keep_freed_memory
 from minirlhf.nn import attention, layers, transformer

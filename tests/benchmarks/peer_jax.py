@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-
-from minirlhf.app.bench_protocol import Peer, Workload, serve
+from protocol import Peer, Workload, serve
 
 Tree = Any  # nested dicts of arrays, keyed by the parts of their paths in arrays.npz
 jit = functools.partial(jax.jit, static_argnames="w")

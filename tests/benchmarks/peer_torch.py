@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from protocol import Peer, Workload, serve
 from torch import Tensor, nn
-
-from minirlhf.app.bench_protocol import Peer, Workload, serve
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 import trl
 from datasets import Dataset
+from protocol import Peer, Workload, serve
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -23,8 +24,6 @@ from transformers import (
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-from minirlhf.app.bench_protocol import Peer, Workload, serve
 
 PAD = "[PAD]"
 

@@ -10,14 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from minirlhf.nn.adam import (  # noqa: E402
-    adamw_step,
-    clip_global_norm,
-    init_adamw,
-    scheduled_lr,
-)
-from minirlhf.train.optimizer import Optimizer, OptimizerConfig  # noqa: E402
-from minirlhf.tree import tree_items  # noqa: E402
+from minirlhf.nn.adam import adamw_step, clip_global_norm, init_adamw, scheduled_lr
+from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.settings import OptimizerConfig
+from minirlhf.tree import tree_items
 
 pytestmark = pytest.mark.peers
 torch.set_num_threads(1)

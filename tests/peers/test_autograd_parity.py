@@ -13,13 +13,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch.distributions import Categorical, kl_divergence  # noqa: E402
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
 
-from minirlhf.nn.heads import init_scalar_head  # noqa: E402
-from minirlhf.nn.transformer import GPTConfig, init_transformer  # noqa: E402
-from minirlhf.rlhf.kl import KL_MODES  # noqa: E402
-from minirlhf.rlhf.objectives import (  # noqa: E402
+from minirlhf.nn.heads import init_scalar_head
+from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.rlhf.kl import KL_MODES
+from minirlhf.rlhf.objectives import (
     AGGREGATIONS,
     bradley_terry_backward,
     bradley_terry_forward,
@@ -29,21 +29,21 @@ from minirlhf.rlhf.objectives import (  # noqa: E402
     ranked_pairs_forward,
     token_weights,
 )
-from minirlhf.train.batches import pad_batch  # noqa: E402
-from minirlhf.train.optimizer import Optimizer, OptimizerConfig  # noqa: E402
-from minirlhf.train.policy import policy_forward, reward_backward, reward_forward  # noqa: E402
-from minirlhf.train.ppo import (  # noqa: E402
+from minirlhf.train.batches import pad_batch
+from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
+from minirlhf.train.ppo import (
     Experience,
-    PPOConfig,
     make_experience,
     minibatch_gradients,
     ppo_loss_backward,
     ppo_loss_forward,
     ppo_update,
 )
-from minirlhf.train.rollout import Rollout, Samples  # noqa: E402
-from minirlhf.train.sft import sft_loss_and_gradients  # noqa: E402
-from minirlhf.tree import tree_items, tree_map  # noqa: E402
+from minirlhf.train.rollout import Rollout, Samples
+from minirlhf.train.settings import OptimizerConfig, PPOConfig
+from minirlhf.train.sft import sft_loss_and_gradients
+from minirlhf.tree import tree_items, tree_map
 
 pytestmark = pytest.mark.peers
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from minirlhf.errors import InputError  # noqa: E402
-from minirlhf.nn.transformer import GPTConfig, init_transformer  # noqa: E402
-from minirlhf.train.checkpoint import load_model, save_model  # noqa: E402
+from minirlhf.errors import InputError
+from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.runs.checkpoint import load_model, save_model
 
 pytestmark = pytest.mark.peers
 

@@ -9,13 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from minirlhf.nn.heads import tied_logits_forward  # noqa: E402
-from minirlhf.nn.sampling import generate, sampling_logprobs  # noqa: E402
-from minirlhf.nn.transformer import GPTConfig, init_transformer, transformer_forward  # noqa: E402
-from minirlhf.train.batches import pad_batch  # noqa: E402
-from minirlhf.train.checkpoint import load_model, save_model  # noqa: E402
-from minirlhf.train.policy import policy_forward, reward_forward  # noqa: E402
-from minirlhf.tree import tree_items, tree_map  # noqa: E402
+from minirlhf.nn.heads import tied_logits_forward
+from minirlhf.nn.sampling import generate, sampling_logprobs
+from minirlhf.nn.transformer import GPTConfig, init_transformer, transformer_forward
+from minirlhf.runs.checkpoint import load_model, save_model
+from minirlhf.train.batches import pad_batch
+from minirlhf.train.policy import policy_forward, reward_forward
+from minirlhf.tree import tree_items, tree_map
 
 pytestmark = pytest.mark.peers
 torch.set_num_threads(1)

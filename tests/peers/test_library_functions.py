@@ -19,24 +19,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch.distributions import Categorical, kl_divergence  # noqa: E402
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
 
-from minirlhf.nn.attention import attention_backward, attention_forward, causal_mask  # noqa: E402
-from minirlhf.nn.layers import (  # noqa: E402
-    gelu_backward,
-    gelu_forward,
-    layernorm_backward,
-    layernorm_forward,
-)
-from minirlhf.rlhf.advantages import (  # noqa: E402
-    gae,
-    masked_mean,
-    masked_var,
-    masked_whiten,
-    token_rewards,
-)
-from minirlhf.rlhf.kl import (  # noqa: E402
+from minirlhf.nn.attention import attention_backward, attention_forward, causal_mask
+from minirlhf.nn.layers import gelu_backward, gelu_forward, layernorm_backward, layernorm_forward
+from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
+from minirlhf.rlhf.kl import (
     adaptive_kl_coef,
     expm1_minus,
     full_kl_backward,
@@ -45,14 +34,14 @@ from minirlhf.rlhf.kl import (  # noqa: E402
     kl_estimate_slope,
     summed_penalty,
 )
-from minirlhf.rlhf.logprobs import (  # noqa: E402
+from minirlhf.rlhf.logprobs import (
     entropy_backward,
     entropy_forward,
     log_softmax,
     token_logprobs_backward,
     token_logprobs_forward,
 )
-from minirlhf.rlhf.objectives import (  # noqa: E402
+from minirlhf.rlhf.objectives import (
     AGGREGATIONS,
     bradley_terry_backward,
     bradley_terry_forward,
@@ -63,17 +52,17 @@ from minirlhf.rlhf.objectives import (  # noqa: E402
     value_loss_forward,
     weighted_sum_forward,
 )
-from minirlhf.train.batches import Batch  # noqa: E402
-from minirlhf.train.ppo import (  # noqa: E402
+from minirlhf.train.batches import Batch
+from minirlhf.train.ppo import (
     Experience,
     MinibatchGradient,
-    PPOConfig,
     make_experience,
     rollout_metrics,
     update_metrics,
 )
-from minirlhf.train.reward_model import RewardModel, calibration_error, normalized  # noqa: E402
-from minirlhf.train.rollout import Rollout, Samples  # noqa: E402
+from minirlhf.train.reward_model import RewardModel, calibration_error, normalized
+from minirlhf.train.rollout import Rollout, Samples
+from minirlhf.train.settings import PPOConfig
 
 pytestmark = pytest.mark.peers
 torch.set_num_threads(1)

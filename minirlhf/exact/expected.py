@@ -1,0 +1,131 @@
+"""What an estimator's gradient is on average, and how noisy one sample of it is.
+
+A sampled response y gives an estimate of a gradient. Here it is computed for *every* response of a
+small world and summed with the probabilities, so "unbiased" and "variance" are numbers and not
+estimates. Each estimate goes through the package's own losses and backward passes.
+
+Gradients are in logits: dz (M, T, V) is what response y contributes at the prefix of its token t;
+`gather_nodes` adds it up to (N, V). A network's backward is linear in dz, so the same mean holds in
+its parameters.
+"""
+
+from typing import NamedTuple
+
+from minirlhf.backend import Array, get_xp
+from minirlhf.exact.enumeration import PrefixTree, Responses
+from minirlhf.rlhf.advantages import gae, token_rewards
+from minirlhf.rlhf.kl import KL_MODES, full_kl_forward, penalty_in_reward
+from minirlhf.rlhf.logprobs import token_logprobs_backward, token_logprobs_forward
+from minirlhf.rlhf.objectives import (
+    kl_loss_backward,
+    kl_loss_forward,
+    ppo_clip_backward,
+    ppo_clip_forward,
+)
+
+
+def gather_nodes(
+    tree: PrefixTree, responses: Responses, dlogits: Array, *, weights: Array
+) -> Array:
+    """sum_y w(y) dz(y), each token's share at its own prefix.
+
+    Args:
+        dlogits: (M, T, V).
+        weights: (M,) usually the probability of y.
+    Returns:
+        (N, V).
+    """
+    xp = get_xp(dlogits, weights)
+    total = xp.zeros((tree.n_nodes, tree.vocab_size), dtype=dlogits.dtype)
+    kept = (weights[:, None] * responses.mask)[..., None]
+    xp.add.at(total, responses.nodes, xp.where(kept > 0, kept * dlogits, 0.0))
+    return total
+
+
+def policy_gradient_dlogits(responses: Responses, logits: Array, advantages: Array) -> Array:
+    """dz of sum_t A_t log pi(y_t|.): one sample of the policy gradient, to be maximised.
+
+    Args:
+        logits: (N, V) of the policy.
+        advantages: (M, T), constant.
+    Returns:
+        (M, T, V).
+    """
+    logp, cache = token_logprobs_forward(logits[responses.nodes], targets=responses.tokens)
+    _, clip = ppo_clip_forward(
+        logp, old_logp=logp, advantages=advantages, weights=responses.mask, clip="none"
+    )
+    return token_logprobs_backward(-ppo_clip_backward(1.0, clip), cache)
+
+
+def penalty_dlogits(
+    responses: Responses,
+    logits: Array,
+    *,
+    old_logits: Array,
+    ref_logits: Array,
+    kl_mode: str,
+    gamma: float = 1.0,
+) -> Array:
+    """dz of the penalty under a `kl_mode`, of one response y ~ old: what its gradient descends.
+
+    A penalty in the loss is differentiated. One in the reward is a constant, old's, and multiplies
+    ratio_t = pi(y_t|.) / old(y_t|.) and the score of its own and of all earlier tokens, as in PPO
+    (reward-to-go; gamma = 0: of its own token alone). On-policy old = the policy, and ratio_t = 1.
+
+    Args:
+        logits, old_logits, ref_logits: (N, V).
+        kl_mode: one of KL_MODES.
+        gamma: discount of the reward-to-go.
+    Returns:
+        (M, T, V) [nats].
+    """
+    xp, mask = get_xp(logits, responses.mask), responses.mask
+    z, z_old, z_ref = (table[responses.nodes] for table in (logits, old_logits, ref_logits))
+    logp, cache = token_logprobs_forward(z, targets=responses.tokens)
+    old_logp, _ = token_logprobs_forward(z_old, targets=responses.tokens)
+    ref_logp, _ = token_logprobs_forward(z_ref, targets=responses.tokens)
+    constants = {"old_logp": old_logp, "weights": mask}  # weight 1 a response
+    _, kl = kl_loss_forward(
+        z, logp, kl_mode=kl_mode, ref_logp=ref_logp, ref_logits=z_ref, **constants
+    )
+    dlogits, dlogp = kl_loss_backward(1.0, kl)
+    if KL_MODES[kl_mode].in_reward:
+        kl_full, _ = full_kl_forward(z_old, ref_logits=z_ref)
+        penalty = penalty_in_reward(kl_mode, log_ratio=old_logp - ref_logp, kl_full=kl_full)
+        nothing = xp.zeros(mask.shape[0], dtype=mask.dtype)
+        rewards = token_rewards(nothing, penalty, mask=mask, kl_coef=1.0)
+        reward_to_go, _ = gae(rewards, xp.zeros_like(rewards), mask=mask, gamma=gamma, lam=1.0)
+        _, clip = ppo_clip_forward(logp, advantages=reward_to_go, clip="none", **constants)
+        dlogp = dlogp + ppo_clip_backward(1.0, clip)
+    return dlogits + token_logprobs_backward(dlogp, cache)
+
+
+class Moments(NamedTuple):
+    mean: Array  # (P,) expected gradient
+    variance: Array  # () E |g|^2 - |E g|^2 of a single sample
+
+
+def gradient_moments(gradients: Array, probs: Array) -> Moments:
+    """Mean, and trace of the covariance, of the gradient of one sampled response.
+
+    Args:
+        gradients: (M, P) the estimate that each response gives.
+        probs: (M,) how likely it is to be sampled.
+    """
+    mean = probs @ gradients
+    second = (probs * (gradients * gradients).sum(axis=-1)).sum()
+    return Moments(mean, second - (mean * mean).sum())
+
+
+def relative_error(estimate: Array, exact: Array) -> Array:
+    """|estimate - exact| / |exact|: ()."""
+    xp, difference = get_xp(estimate, exact), estimate - exact
+    return xp.sqrt((difference * difference).sum() / (exact * exact).sum())
+
+
+def cosine(estimate: Array, exact: Array) -> Array:
+    """Cosine of the angle between two gradients; 0 where one of them is 0: ()."""
+    xp = get_xp(estimate, exact)
+    norms = xp.sqrt((estimate * estimate).sum() * (exact * exact).sum())
+    return xp.where(norms > 0, (estimate * exact).sum() / xp.where(norms > 0, norms, 1.0), 0.0)

@@ -1,0 +1,502 @@
+"""The experiments of `minirlhf exact`: functions from settings to plain numbers.
+
+Two worlds are used. A random one (four tokens, four steps, three random transformers) for gradients
+and their noise, one response after the other; and the tiny support desk for everything about
+optima. Nothing is sampled but where a policy is trained, and what it has become is then exact.
+"""
+
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minirlhf.exact.enumeration import (
+    PrefixTree,
+    Responses,
+    all_responses,
+    enumerate_responses,
+    response_logprobs,
+)
+from minirlhf.exact.expected import (
+    cosine,
+    gather_nodes,
+    gradient_moments,
+    penalty_dlogits,
+    policy_gradient_dlogits,
+    relative_error,
+)
+from minirlhf.exact.ground_truth import PPO, RLOO, make_ground_truth, train_on_world
+from minirlhf.exact.optimum import (
+    best_of_n,
+    evaluate_exactly,
+    fit_gao,
+    frontier_reward,
+    objective_gradient,
+    optimal_curve,
+    policy_values,
+    soft_optimum,
+)
+from minirlhf.exact.token_world import TokenWorld
+from minirlhf.exact.tree_policy import tree_gradient, tree_logits
+from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.rlhf.advantages import gae, token_rewards
+from minirlhf.rlhf.kl import full_kl_backward, full_kl_forward
+from minirlhf.rlhf.logprobs import log_softmax, token_logprobs_backward, token_logprobs_forward
+from minirlhf.rlhf.objectives import ppo_clip_backward, ppo_clip_forward
+from minirlhf.train.settings import PPOConfig
+from minirlhf.tree import Tree, tree_leaves, tree_map
+
+Row = dict[str, Any]
+
+
+class RandomWorld(NamedTuple):
+    """Three random transformers on a tree, float64; rewards are N(0, 1)."""
+
+    tree: PrefixTree
+    responses: Responses
+    config: GPTConfig
+    policies: dict[str, Tree]  # theta, old, ref
+    logits: dict[str, np.ndarray]  # (N, V) of each
+    rewards: np.ndarray  # (M,)
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What `tree_logits` and `tree_gradient` need beside the parameters."""
+        return {"tree": self.tree, "prompts": [[0]], "config": self.config}
+
+    def probs(self, name: str) -> np.ndarray:
+        """(M,) probability of every response under one of the policies."""
+        return np.exp(response_logprobs(self.tree, log_softmax(self.logits[name])))
+
+    def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
+        """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
+        gradient = tree_gradient(dlogits, params, **self.where)
+        return np.concatenate([leaf.reshape(-1) for leaf in tree_leaves(gradient)])
+
+    def jacobian(self, name: str) -> np.ndarray:
+        """dz(s, a)/dparams of one of the policies: (N V, P), by one backward for each logit."""
+        N, V = self.tree.n_nodes, self.tree.vocab_size
+        rows = (row.reshape(N, V) for row in np.eye(N * V))
+        return np.stack([self.pull_back(row, self.policies[name]) for row in rows])
+
+
+def make_random_world(
+    *, seed: int, vocab_size: int = 4, max_tokens: int = 4, d_model: int = 16, scale: float = 0.3
+) -> RandomWorld:
+    """Transformers of one block around the usual start, with N(0, scale^2) on every parameter."""
+    rng = np.random.default_rng(seed)
+    tree = enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
+    config = GPTConfig(vocab_size, max_tokens + 1, n_layer=1, n_head=2, d_model=d_model)
+
+    def policy() -> Tree:
+        params = {"transformer": init_transformer(config, rng=rng, dtype=np.float64)}
+        return tree_map(lambda a: a + scale * rng.standard_normal(a.shape), params)
+
+    policies = {name: policy() for name in ("theta", "old", "ref")}
+    rewards = rng.standard_normal(tree.leaf_node.shape)
+    world = RandomWorld(tree, all_responses(tree), config, policies, {}, rewards)
+    logits = {name: tree_logits(params, **world.where) for name, params in policies.items()}
+    return world._replace(logits=logits)
+
+
+# -- the gradient of the penalty, in every placement ---------------------------------------------
+
+
+class Placement(NamedTuple):
+    """One row of the KL gradient table."""
+
+    name: str
+    kl_mode: str
+    sampler: str  # who sampled: theta (on-policy), old or ref
+    right: bool  # is the expected gradient that of KL(pi || ref)?
+    gives: str  # what it is instead
+    gamma: float = 1.0
+
+
+STALE = "biased: samples of old"
+PLACEMENTS = (
+    Placement("k1 in the reward", "reward_k1", "theta", True, "g"),
+    Placement("k1 in the reward, own token only", "reward_k1", "theta", False, "partial", 0.0),
+    Placement("k1 as loss (as printed)", "loss_k1", "theta", False, "0"),
+    Placement("k2 in the reward", "reward_k2", "theta", False, "biased"),
+    Placement("k2 as loss, sequence", "loss_k2_seq", "theta", True, "g"),
+    Placement("k2 as loss, per token", "loss_k2_tok", "theta", False, "partial"),
+    Placement("k3 in the reward", "reward_k3", "theta", False, "g - k3 as loss, per token"),
+    Placement("k3 as loss, sequence", "loss_k3_seq", "theta", False, "grad KL(ref||pi)"),
+    Placement("k3 as loss, per token (GRPO)", "loss_k3_tok", "theta", False, "the same by token"),
+    Placement("k3 in reward and as loss", "reward_and_loss_k3", "theta", True, "g"),
+    Placement("full KL as loss", "loss_full", "theta", False, "partial"),
+    Placement("full KL + score x future KL", "loss_rb", "theta", True, "g"),
+    Placement("full KL in reward and as loss", "reward_and_loss_full", "theta", True, "g"),
+    Placement("sequence ratio x k1", "loss_rho_k1", "theta", True, "g"),
+    Placement("sequence ratio, fixed, x k2", "loss_rho_k2", "theta", True, "g"),
+    Placement("sequence ratio x k3", "loss_rho_k3", "theta", True, "g"),
+    Placement("token ratio x k3", "loss_rho_k3_tok", "theta", False, "partial"),
+    Placement("k1 in the reward", "reward_k1", "old", False, STALE),
+    Placement("k1 as loss (as printed)", "loss_k1", "old", False, "-grad KL(old||pi)"),
+    Placement("k1 as loss (as printed)", "loss_k1", "ref", False, "-grad KL(ref||pi)"),
+    Placement("k2 in the reward", "reward_k2", "old", False, STALE),
+    Placement("k2 as loss, sequence", "loss_k2_seq", "old", False, STALE),
+    Placement("k2 as loss, per token", "loss_k2_tok", "old", False, STALE),
+    Placement("k3 in the reward", "reward_k3", "old", False, STALE),
+    Placement("k3 as loss, sequence", "loss_k3_seq", "old", False, STALE),
+    Placement("k3 as loss, per token (GRPO)", "loss_k3_tok", "old", False, STALE),
+    Placement("k3 in reward and as loss", "reward_and_loss_k3", "old", False, STALE),
+    Placement("full KL as loss", "loss_full", "old", False, "partial, old prefixes"),
+    Placement("full KL + score x future KL", "loss_rb", "old", False, STALE),
+    Placement("full KL in reward and as loss", "reward_and_loss_full", "old", False, STALE),
+    Placement("sequence ratio x k1", "loss_rho_k1", "old", True, "g"),
+    Placement("sequence ratio, fixed, x k2", "loss_rho_k2", "old", True, "g"),
+    Placement("sequence ratio x k3", "loss_rho_k3", "old", True, "g"),
+    Placement("token ratio x k3", "loss_rho_k3_tok", "old", False, "partial, old prefixes"),
+)
+
+
+def kl_gradient_table(*, seed: int = 0) -> list[Row]:
+    """Every placement against g = grad KL(pi || ref), in the parameters of a transformer.
+
+    error   |E[estimate] - g| / |g|, by enumeration
+    cosine  of the two; 0 where the expected gradient is 0
+    noise   sqrt(E|estimate|^2 - |E[estimate]|^2) / |g| of a single response
+    """
+    world = make_random_world(seed=seed)
+    tree, responses, jacobian = world.tree, world.responses, world.jacobian("theta")
+    logs = {name: log_softmax(z) for name, z in world.logits.items()}
+    nothing = np.zeros_like(world.rewards)
+    exact = objective_gradient(tree, logs["theta"], logs["ref"], nothing, kl_coef=-1.0)
+    g = exact.reshape(-1) @ jacobian
+    size, rows = np.sqrt(g @ g), []
+    for place in PLACEMENTS:
+        dlogits = penalty_dlogits(
+            responses,
+            world.logits["theta"],
+            old_logits=world.logits[place.sampler],
+            ref_logits=world.logits["ref"],
+            kl_mode=place.kl_mode,
+            gamma=place.gamma,
+        )
+        estimates = _per_response(world, dlogits) @ jacobian  # (M, P)
+        mean, variance = gradient_moments(estimates, world.probs(place.sampler))
+        vanishes = np.sqrt(mean @ mean) < 1e-10 * size
+        rows.append(
+            {
+                **place._asdict(),
+                "error": float(relative_error(mean, g)),
+                "cosine": 0.0 if vanishes else float(cosine(mean, g)),
+                "noise": float(np.sqrt(variance) / size),
+            }
+        )
+    return rows
+
+
+def _per_response(world: RandomWorld, dlogits: np.ndarray) -> np.ndarray:
+    """(M, T, V) at the tokens of each response -> (M, N V) at the prefixes of the tree."""
+    M, N, V = len(dlogits), world.tree.n_nodes, world.tree.vocab_size
+    dense = np.zeros((M, N, V))
+    kept = dlogits * world.responses.mask[..., None]
+    np.add.at(dense, (np.arange(M)[:, None], world.responses.nodes), kept)
+    return dense.reshape(M, N * V)
+
+
+# -- advantages and the surrogate ----------------------------------------------------------------
+
+
+def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95, 1.0)) -> list[Row]:
+    """Bias and noise of the policy gradient by GAE, for a value that is exact, 0, or off.
+
+    bias   |E[sum_t A_t grad logp_t] - grad J| / |grad J| in the parameters of a transformer
+    noise  sqrt of the trace of the covariance of one response's gradient / |grad J|
+
+    lam = 1 is unbiased for any value, an exact value for any lam (MATH of GAE: Schulman et al.
+    2016, arXiv 1506.02438).
+    """
+    world = make_random_world(seed=seed)
+    tree, responses, mask = world.tree, world.responses, world.responses.mask
+    log_pi, log_ref = (log_softmax(world.logits[name]) for name in ("theta", "ref"))
+    args = (tree, log_pi, log_ref, world.rewards)
+    jacobian, probs = world.jacobian("theta"), world.probs("theta")
+    g = objective_gradient(*args, kl_coef=kl_coef).reshape(-1) @ jacobian
+    exact = policy_values(*args, kl_coef=kl_coef).values
+    off = exact + 0.5 * np.random.default_rng(seed).standard_normal(exact.shape)
+    nodes, tokens = responses.nodes, responses.tokens
+    kl_token = np.where(mask > 0, (log_pi - log_ref)[nodes, tokens], 0.0)
+    rewards = token_rewards(world.rewards, kl_token, mask=mask, kl_coef=kl_coef)
+    rows = []
+    for name, values in (("exact", exact), ("zero", 0.0 * exact), ("exact + 0.5 noise", off)):
+        for lam in lams:
+            advantages, _ = gae(rewards, values[nodes], mask=mask, gamma=1.0, lam=lam)
+            dlogits = policy_gradient_dlogits(responses, world.logits["theta"], advantages)
+            estimates = _per_response(world, dlogits) @ jacobian
+            mean, variance = gradient_moments(estimates, probs)
+            noise = float(np.sqrt(variance / (g @ g)))
+            bias = float(relative_error(mean, g))
+            rows.append({"value": name, "lam": lam, "bias": bias, "noise": noise})
+    return rows
+
+
+def surrogate_table(
+    *, seed: int = 0, kl_coef: float = 0.5, kl_steps=(1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3)
+) -> list[Row]:
+    """How far PPO's surrogate can be followed: its gradient against grad J as theta leaves old.
+
+    theta moves from old along grad J until KL(old || theta) of whole responses is about `kl_steps`;
+    the samples and the (exact) advantages stay old's.
+
+    clipped, unclipped   cosine of the surrogate's gradient with grad J(theta)
+    clip_fraction        of old's tokens whose gradient the clip has cut
+    """
+    world = make_random_world(seed=seed)
+    tree, responses, mask = world.tree, world.responses, world.responses.mask
+    log_old, log_ref = (log_softmax(world.logits[name]) for name in ("old", "ref"))
+    args = (log_ref, world.rewards)
+    q, values = policy_values(tree, log_old, *args, kl_coef=kl_coef)
+    at = (responses.nodes, responses.tokens)
+    advantages, old_logp = (q - values[:, None])[at], log_old[at]
+    old, p_old = world.policies["old"], world.probs("old")
+    uphill = tree_gradient(
+        objective_gradient(tree, log_old, *args, kl_coef=kl_coef), old, **world.where
+    )
+    rows = []
+    for kl_step in kl_steps:
+        params = _step_of_kl(world, log_old, old, uphill, kl_step)
+        logits = tree_logits(params, **world.where)
+        log_pi = log_softmax(logits)
+        true = world.pull_back(objective_gradient(tree, log_pi, *args, kl_coef=kl_coef), params)
+        row = {"kl_old_seq": float(_kl(world, log_old, log_pi))}
+        row["objective"] = float(evaluate_exactly(tree, log_pi, *args, kl_coef=kl_coef).objective)
+        for name, clip in (("clipped", "ppo"), ("unclipped", "none")):
+            logp, cache = token_logprobs_forward(logits[at[0]], targets=at[1])
+            _, clip_cache = ppo_clip_forward(
+                logp, old_logp=old_logp, advantages=advantages, weights=mask, clip=clip
+            )
+            dlogits = token_logprobs_backward(-ppo_clip_backward(1.0, clip_cache), cache)
+            mean = world.pull_back(gather_nodes(tree, responses, dlogits, weights=p_old), params)
+            row[name] = float(cosine(mean, true))
+            if clip == "ppo":
+                weights = p_old[:, None] * mask
+                row["clip_fraction"] = float((weights * clip_cache.clipped).sum() / weights.sum())
+        rows.append(row)
+    return rows
+
+
+def _kl(world: RandomWorld, log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """KL(p || q) of whole responses."""
+    nothing = np.zeros_like(world.rewards)
+    return float(evaluate_exactly(world.tree, log_p, log_q, nothing, kl_coef=0.0).kl_seq)
+
+
+def _step_of_kl(
+    world: RandomWorld, log_old: np.ndarray, old: Tree, uphill: Tree, kl_step: float
+) -> Tree:
+    """old + s uphill with KL(old || theta) = kl_step, by bisection on s."""
+
+    def at(s: float) -> Tree:
+        return tree_map(lambda a, d: a + s * d, old, uphill)
+
+    def is_too_far(s: float) -> bool:
+        log_pi = log_softmax(tree_logits(at(s), **world.where))
+        return _kl(world, log_old, log_pi) > kl_step
+
+    low, high = 0.0, 1.0
+    while not is_too_far(high) and high < 2**20:
+        low, high = high, 2 * high
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if is_too_far(middle) else (middle, high)
+    return at(low)
+
+
+# -- the optimum ---------------------------------------------------------------------------------
+
+
+def flatness_table(
+    world: TokenWorld,
+    *,
+    kl_coef: float = 0.5,
+    shares=(0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.999, 1.0),
+) -> list[Row]:
+    """The noise of one sample's policy gradient on the way to the optimum, exact values known.
+
+    The way is pi_s ~ ref exp(s r / beta): the reference at s = 0, the optimum at s = 1, where
+    r - beta log_ratio is the same for every response. With the sampled k1 in the reward the noise
+    then vanishes; with the KL over the whole vocabulary in the reward (and its own step in the
+    loss) it does not, because beta sum_t KL_t still varies from response to response.
+
+    gap                 J* - J [reward units]
+    k1, full            trace of the covariance of one response's gradient, in logits
+    """
+    tree, responses = world.tree, all_responses(world.tree)
+    log_ref, mask = world.demonstrator, responses.mask
+    best = soft_optimum(tree, log_ref, world.rewards, kl_coef=kl_coef)
+    rows = []
+    for share in shares:
+        log_pi = log_ref
+        if share:
+            log_pi = soft_optimum(tree, log_ref, share * world.rewards, kl_coef=kl_coef).log_probs
+        args = (tree, log_pi, log_ref, world.rewards)
+        probs = np.exp(response_logprobs(tree, log_pi))
+        value = evaluate_exactly(*args, kl_coef=kl_coef)
+        row = {"share": share, "gap": float(best.objective - value.objective)}
+        values = policy_values(*args, kl_coef=kl_coef).values[responses.nodes]
+        k1 = np.where(mask > 0, (log_pi - log_ref)[responses.nodes, responses.tokens], 0.0)
+        full, full_cache = full_kl_forward(log_pi, ref_logits=log_ref)
+        for name, kl_token in (("k1", k1), ("full", full[responses.nodes])):
+            rewards = token_rewards(world.rewards, kl_token, mask=mask, kl_coef=kl_coef)
+            advantages, _ = gae(rewards, values, mask=mask, gamma=1.0, lam=1.0)
+            dlogits = policy_gradient_dlogits(responses, log_pi, advantages)
+            if name == "full":
+                own_step = full_kl_backward(np.ones(tree.n_nodes), full_cache)  # (N, V)
+                dlogits = dlogits - kl_coef * own_step[responses.nodes]
+            row[name] = _trace_of_covariance(tree, responses, dlogits, probs)
+        rows.append(row)
+    return rows
+
+
+def _trace_of_covariance(
+    tree: PrefixTree, responses: Responses, dlogits: np.ndarray, probs: np.ndarray
+) -> float:
+    """E |g|^2 - |E g|^2 over responses; the tokens of one response stand at different prefixes."""
+    mean = gather_nodes(tree, responses, dlogits, weights=probs)
+    second = ((dlogits * dlogits).sum(axis=-1) * responses.mask).sum(axis=-1)
+    return float((probs * second).sum() - (mean * mean).sum())
+
+
+BETAS = (8, 4, 2, 1.5, 1, 0.75, 0.61, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05)
+DRAWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)
+
+
+def overoptimisation(
+    world: TokenWorld, ref_log_probs: np.ndarray, *, betas=BETAS, draws=DRAWS
+) -> dict[str, Any]:
+    """The exact curve pi_beta ~ ref exp(proxy / beta), best-of-n, and Gao's laws fitted to both.
+
+    Args:
+        world: with one prompt; its rewards are the proxy.
+        ref_log_probs: (N, V) of the reference.
+    Returns:
+        curve: kl_coef, kl_seq, reward (the most that is possible at this KL), gold;
+        best_of_n: n, kl_seq, bound = log n - (n-1)/n, reward, gold;
+        fits: law, of, alpha, slope, r_squared, peak (KL at which the fitted gold is highest).
+    """
+    tree = world.tree
+    curve = optimal_curve(tree, ref_log_probs, world.rewards, world.gold, betas)
+    ref_logp = response_logprobs(tree, ref_log_probs)
+    ref_gold = float(np.exp(ref_logp) @ world.gold)
+    rows = []
+    for n in draws:
+        logp = best_of_n(ref_logp, world.rewards, n=n)
+        p = np.exp(logp)
+        kl_seq = float(p @ (logp - ref_logp))
+        bound = float(np.log(n) - (n - 1) / n)
+        reward, gold = float(p @ world.rewards), float(p @ world.gold)
+        rows.append({"n": n, "kl_seq": kl_seq, "bound": bound, "reward": reward, "gold": gold})
+    sampled = np.array([(row["kl_seq"], row["gold"]) for row in rows if row["n"] > 1]).T
+    fits = []
+    for of, kl_seq, gold in (("tilt", curve.kl_seq, curve.gold), ("best-of-n", *sampled)):
+        for law in ("linear", "log"):
+            fit = fit_gao(kl_seq, gold - ref_gold, law=law)
+            fits.append({"of": of, "peak": fit.peak_kl, **fit._asdict()})
+    return {
+        "reference": {"gold": ref_gold, "reward": float(np.exp(ref_logp) @ world.rewards)},
+        "curve": [
+            dict(zip(curve._fields, map(float, row), strict=True)) for row in np.stack(curve).T
+        ],
+        "best_of_n": rows,
+        "fits": fits,
+    }
+
+
+# -- trained policies ----------------------------------------------------------------------------
+
+
+class TrainingRun(NamedTuple):
+    """One policy to be trained, and which experiment it belongs to."""
+
+    part: str
+    name: str
+    settings: PPOConfig
+    baseline: str = "critic"
+
+
+def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
+    """The settings with other values of some fields, and of some fields of their optimiser."""
+    tuned = dataclasses.replace(settings.optimizer, **(optimizer or {}))
+    return dataclasses.replace(settings, optimizer=tuned, **fields)
+
+
+def optimum_runs(*, iterations: int = 150, betas=(1.0, 0.5, 0.25)) -> list[TrainingRun]:
+    """PPO with two schedules, and one-step REINFORCE, for several beta."""
+    constant = {"learning_rate": 1e-3, "schedule": "constant"}
+    runs = []
+    for beta in betas:
+        ppo, rloo = (changed(s, kl_coef=beta, iterations=iterations) for s in (PPO, RLOO))
+        runs.append(TrainingRun("optimum", "PPO, linear decay", ppo))
+        runs.append(TrainingRun("optimum", "PPO, constant rate", changed(ppo, optimizer=constant)))
+        runs.append(TrainingRun("optimum", "one-step RLOO", rloo, "leave_one_out"))
+    return runs
+
+
+def placement_runs(*, iterations: int = 60, beta: float = 0.5) -> list[TrainingRun]:
+    """The same PPO with the penalty in other places."""
+    names = {
+        "reward_k1": "k1 in the reward",
+        "reward_and_loss_full": "full KL in reward and loss",
+        "loss_k2_tok": "k2 per token as loss",
+        "loss_k3_tok": "k3 per token as loss",
+        "loss_k1": "k1 as loss (as printed)",
+    }
+    return [
+        TrainingRun(
+            "placement", name, changed(PPO, kl_coef=beta, kl_mode=mode, iterations=iterations)
+        )
+        for mode, name in names.items()
+    ]
+
+
+def clip_runs(*, iterations: int = 40, beta: float = 0.5) -> list[TrainingRun]:
+    """Three forms of the clip where it has to work: large steps, many epochs, a constant rate."""
+    hard = {"learning_rate": 8e-3, "schedule": "constant"}
+    settings = changed(PPO, kl_coef=beta, iterations=iterations, epochs=8, optimizer=hard)
+    names = {"ppo": "PPO's clip", "book": "min(ratio, 1 + e) A (textbook)", "none": "no clip"}
+    return [
+        TrainingRun("clip", name, dataclasses.replace(settings, clip=clip))
+        for clip, name in names.items()
+    ]
+
+
+def overoptimisation_runs(*, iterations: int = 60, betas=(2.0, 0.1)) -> list[TrainingRun]:
+    """PPO with a beta on either side of those of `optimum_runs`."""
+    return [
+        TrainingRun(
+            "overoptimisation",
+            "PPO, linear decay",
+            changed(PPO, kl_coef=beta, iterations=iterations),
+        )
+        for beta in betas
+    ]
+
+
+def train_run(
+    run: TrainingRun, world: TokenWorld, reference: Tree, *, config: GPTConfig, seed: int
+) -> Row:
+    """Train one policy from the reference on; its history, and the frontier where it ended."""
+    started = time.perf_counter()
+    beta = run.settings.kl_coef
+    truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
+    settings = {"settings": run.settings, "seed": seed, "baseline": run.baseline}
+    history = train_on_world(truth, **settings).history
+    seconds = time.perf_counter() - started
+    frontier = frontier_reward(
+        world.tree, truth.ref_log_probs, world.rewards, kl_seq=history[-1]["exact/kl_seq"]
+    )
+    return {
+        "part": run.part,
+        "name": run.name,
+        "kl_coef": beta,
+        "seed": seed,
+        "iterations": run.settings.iterations,
+        "seconds": seconds,
+        "frontier": frontier,
+        "history": history,
+    }

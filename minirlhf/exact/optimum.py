@@ -1,0 +1,384 @@
+"""What a policy is worth, the optimum, the gradient, over-optimisation: finite sums over a tree.
+
+    J(pi) = E_{y ~ pi} [ r(y) - beta (log pi(y) - log pi_ref(y)) ]
+
+with its maximum J* = beta log Z at pi* ~ pi_ref exp(r / beta). A policy is a table log_probs
+(N, V), one row for each prefix of a `PrefixTree`; rewards (M,) has one number a response.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import Array, check_same_shape, get_xp
+from minirlhf.exact.enumeration import (
+    PrefixTree,
+    check_rows,
+    prefix_logprobs,
+    prompt_of_leaf,
+    response_logprobs,
+)
+
+
+class ExactValue(NamedTuple):
+    """What a policy is worth: means over all its responses. Each ()."""
+
+    objective: Array  # J = reward - beta kl_seq [reward units]
+    reward: Array  # E[r] [reward units]
+    kl_seq: Array  # KL(pi || pi_ref) of whole responses [nats]
+    entropy_seq: Array  # H of whole responses, given the prompt [nats]
+    flatness: Array  # Var(r - beta log_ratio) among the responses to one prompt: 0 at the optimum
+
+
+def evaluate_exactly(
+    tree: PrefixTree, log_probs: Array, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> ExactValue:
+    """J(pi) = sum_y pi(y) (r(y) - beta log_ratio(y)),  log_ratio = log pi(y) - log pi_ref(y).
+
+    Args:
+        log_probs, ref_log_probs: (N, V).
+        rewards: (M,) of each response.
+        kl_coef: beta [reward units per nat].
+    Raises:
+        ValueError: shapes do not fit the tree, or the reference never says what the policy says.
+    """
+    check_rows(tree, log_probs=log_probs, ref_log_probs=ref_log_probs)
+    check_same_shape("evaluate_exactly", leaf_node=tree.leaf_node, rewards=rewards)
+    xp = get_xp(log_probs, ref_log_probs, rewards)
+    logp = response_logprobs(tree, log_probs)
+    p = xp.exp(logp)
+    log_ratio = _log_ratio(p, logp, response_logprobs(tree, ref_log_probs))
+    reward, kl_seq = (p * rewards).sum(), (p * log_ratio).sum()
+    shaped = rewards - kl_coef * log_ratio
+    prompt = prompt_of_leaf(tree)
+    prompt_mean = xp.zeros(tree.n_prompts, dtype=xp.result_type(shaped, xp.float64))
+    xp.add.at(prompt_mean, prompt, tree.n_prompts * p * shaped)  # many terms: in float64
+    centred = shaped - prompt_mean[prompt].astype(shaped.dtype)
+    return ExactValue(
+        objective=reward - kl_coef * kl_seq,
+        reward=reward,
+        kl_seq=kl_seq,
+        entropy_seq=-(p * xp.where(p.real > 0, logp, 0.0)).sum() - math.log(tree.n_prompts),
+        flatness=(p * centred * centred).sum(),
+    )
+
+
+# -- the optimum ---------------------------------------------------------------------------------
+
+
+class Optimum(NamedTuple):
+    kl_coef: float  # beta [reward units per nat]
+    log_probs: Array  # (N, V) log pi*(a|s)
+    values: Array  # (N,) V(s) = beta log E_ref[exp(r / beta) | s]; of a prompt: beta log Z
+    objective: Array  # () J* = beta log Z, the mean over prompts [reward units]
+
+
+def soft_optimum(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> Optimum:
+    """pi*(a|s) = ref(a|s) exp((Q - V)/beta),  V(s) = beta log sum_a ref(a|s) exp(Q(s, a)/beta).
+
+    Q(s, a) is V of the longer prefix, or the reward where a ends the response: one pass from the
+    leaves to the prompts (Rafailov et al. 2024, arXiv 2404.12358).
+
+    Args:
+        ref_log_probs: (N, V).
+        rewards: (M,).
+        kl_coef: beta > 0 [reward units per nat].
+    Raises:
+        ValueError: beta is not positive, or shapes do not fit the tree.
+    Tested by: tests/test_exact.py::test_tilt_and_soft_values_are_the_same_optimum
+    """
+    check_rows(tree, ref_log_probs=ref_log_probs)
+    check_same_shape("soft_optimum", leaf_node=tree.leaf_node, rewards=rewards)
+    _check_positive(kl_coef)
+    xp = get_xp(ref_log_probs, rewards)
+    dtype = xp.result_type(ref_log_probs, rewards)
+    q = xp.zeros(ref_log_probs.shape, dtype=dtype)
+    q[tree.leaf_node, tree.leaf_token] = rewards
+    log_probs, values = xp.empty_like(q), xp.zeros(tree.n_nodes, dtype=dtype)
+    for level in reversed(tree.levels):
+        z = ref_log_probs[level] + q[level] / kl_coef
+        z_top = z.real.max(axis=-1, keepdims=True)
+        z -= z_top  # or exp(r / beta) overflows at a small beta
+        log_sum = xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+        log_probs[level] = z - log_sum
+        values[level] = kl_coef * (z_top + log_sum)[:, 0]
+        if level.start > 0:
+            q[tree.parent[level], tree.token[level]] = values[level]
+    return Optimum(kl_coef, log_probs, values, values[tree.levels[0]].mean())
+
+
+def tilt(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> tuple[Array, Array]:
+    """The same optimum response by response: pi*(y|x) = ref(y|x) exp(r/beta) / Z(x).
+
+    Korbak et al. 2022, arXiv 2205.11275.
+
+    Returns:
+        log Pr*(x, y) (M,) [nats], log Z (n_prompts,).
+    Raises:
+        ValueError: as `soft_optimum`.
+    """
+    check_same_shape("tilt", leaf_node=tree.leaf_node, rewards=rewards)
+    _check_positive(kl_coef)
+    xp = get_xp(ref_log_probs, rewards)
+    logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
+    top, log_sum = (xp.zeros(tree.n_prompts, dtype=logp.dtype) for _ in range(2))
+    prompt = prompt_of_leaf(tree)
+    for x in range(tree.n_prompts):
+        here = prompt == x
+        top[x] = xp.where(here, logp.real, -xp.inf).max()
+        total = xp.exp(xp.where(here, logp - top[x], -xp.inf)).sum()
+        log_sum[x] = xp.log(total) + math.log(tree.n_prompts)
+    return (logp - top[prompt]) - log_sum[prompt], top + log_sum
+
+
+def optimality_gap(tree: PrefixTree, log_probs: Array, optimum: Optimum) -> Array:
+    """gap(s) = beta Pr(s) KL(pi(.|s) || pi*(.|s)): what a policy loses at each prefix.
+
+    Summed over the prefixes it is J* - J(pi) = beta KL(pi || pi*), so it says *where* a policy is
+    still wrong.
+
+    Args:
+        log_probs: (N, V).
+        optimum: of the same tree, from `soft_optimum`, with its beta.
+    Returns:
+        (N,) [reward units], >= 0.
+    """
+    check_rows(tree, optimum=optimum.log_probs)
+    xp = get_xp(log_probs, optimum.log_probs)
+    reach = xp.exp(prefix_logprobs(tree, log_probs))
+    p = xp.exp(log_probs)
+    kl = (p * _log_ratio(p, log_probs, optimum.log_probs)).sum(axis=-1)
+    return optimum.kl_coef * reach * kl
+
+
+def by_depth(tree: PrefixTree, x: Array) -> Array:
+    """Sums of x (N,) over the prefixes of 0, 1, ... T-1 tokens: (T,)."""
+    return get_xp(x).stack([x[level].sum() for level in tree.levels])
+
+
+# -- the gradient --------------------------------------------------------------------------------
+
+
+class PolicyValues(NamedTuple):
+    q: Array  # (N, V) Q(s, a): the penalty of a itself and everything after it
+    values: Array  # (N,) V(s) = sum_a pi(a|s) Q(s, a); the mean over prompts is J
+
+
+def policy_values(
+    tree: PrefixTree, log_probs: Array, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> PolicyValues:
+    """Q(s, a) = -beta log_ratio(s, a) + V(sa), or + r(y) where a ends the response.
+
+    The values of a policy under the reward with the penalty in it: what a critic should learn.
+
+    Args:
+        as `evaluate_exactly`.
+    """
+    check_rows(tree, log_probs=log_probs, ref_log_probs=ref_log_probs)
+    check_same_shape("policy_values", leaf_node=tree.leaf_node, rewards=rewards)
+    xp = get_xp(log_probs, ref_log_probs, rewards)
+    p = xp.exp(log_probs)
+    q = -kl_coef * _log_ratio(p, log_probs, ref_log_probs)
+    q = q.astype(xp.result_type(q, rewards), copy=False)
+    q[tree.leaf_node, tree.leaf_token] += rewards
+    values = xp.zeros(tree.n_nodes, dtype=q.dtype)
+    for level in reversed(tree.levels):
+        values[level] = (p[level] * q[level]).sum(axis=-1)
+        if level.start > 0:
+            q[tree.parent[level], tree.token[level]] += values[level]
+    return PolicyValues(q, values)
+
+
+def objective_gradient(
+    tree: PrefixTree, log_probs: Array, ref_log_probs: Array, rewards: Array, *, kl_coef: float
+) -> Array:
+    """dJ/dz(s, a) = Pr(s) pi(a|s) (Q(s, a) - V(s)): the policy gradient theorem, in logits.
+
+    Sutton et al. 2000. The derivative of log_ratio itself adds E[grad log pi] = 0. A network's
+    backward turns it into dJ/dparams. With rewards 0 and beta = -1 it is the gradient of
+    KL(pi || pi_ref).
+
+    Args:
+        as `evaluate_exactly`.
+    Returns:
+        (N, V) [reward units].
+    Tested by: tests/test_exact.py::test_exact_gradient_in_logits
+    """
+    q, values = policy_values(tree, log_probs, ref_log_probs, rewards, kl_coef=kl_coef)
+    xp = get_xp(log_probs)
+    reach = xp.exp(prefix_logprobs(tree, log_probs))
+    return reach[:, None] * xp.exp(log_probs) * (q - values[:, None])
+
+
+# -- over-optimisation ---------------------------------------------------------------------------
+
+
+def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
+    """log Pr of the best of n draws: q(y) = ref(y) (F(r)^n - F-(r)^n) / (F(r) - F-(r)).
+
+    F is the distribution function of the reward under ref and F- its limit from the left; among
+    draws that tie for the best one is taken at random. KL(q || ref) <= log n - (n-1)/n
+    (Beirami et al. 2024, arXiv 2401.01879).
+
+    Args:
+        ref_logp: (M,) log Pr(y|x) of every response to one prompt under the reference [nats].
+        rewards: (M,); equal to nine digits of the largest counts as equal.
+        n: number of draws >= 1.
+    Returns:
+        (M,) [nats].
+    Raises:
+        ValueError: n < 1, or shapes differ.
+    """
+    check_same_shape("best_of_n", ref_logp=ref_logp, rewards=rewards)
+    if n < 1:
+        raise ValueError(f"best_of_n: expected n >= 1; got {n}")
+    xp = get_xp(ref_logp, rewards)
+    largest = float(xp.maximum(rewards.max(), -rewards.min())) or 1.0
+    levels, group = xp.unique(xp.round(rewards / largest, 9), return_inverse=True)  # rising
+    mass = xp.zeros(levels.shape[0], dtype=ref_logp.dtype)
+    xp.add.at(mass, group, xp.exp(ref_logp))
+    drawn = mass > 0
+    mass = xp.where(drawn, mass, 1.0)  # a group that is never drawn keeps the weight 1
+    cdf = xp.where(drawn, mass, 0.0).cumsum()
+    share = xp.where(drawn, xp.clip(mass / xp.where(cdf > 0, cdf, 1.0), 0.0, 1.0), 1.0)
+    # log (F^n - F-^n) - log (F - F-) = n log F + log(1 - (1 - share)^n) - log mass
+    others = xp.where(share < 1, share, 0.0)
+    wins = xp.where(share < 1, -xp.expm1(n * xp.log1p(-others)), 1.0)
+    cdf = cdf / cdf[-1]  # 1 at the top, and not nearly: it is raised to the power n
+    weight = n * xp.log(xp.where(drawn, cdf, 1.0)) + xp.log(wins) - xp.log(mass)
+    return ref_logp + weight[group]
+
+
+class Curve(NamedTuple):
+    """Points along the family pi_beta ~ ref exp(r/beta); host arrays, one entry a beta."""
+
+    kl_coef: np.ndarray
+    kl_seq: np.ndarray  # KL(pi_beta || ref) [nats]
+    reward: np.ndarray  # E[r]: the most that any policy at this KL can have
+    gold: np.ndarray  # E[gold]
+
+
+def optimal_curve(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, gold: Array, kl_coefs
+) -> Curve:
+    """The frontier E*[r](KL), and what becomes of the gold reward along it.
+
+    Args:
+        rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
+        kl_coefs: values of beta > 0.
+    Raises:
+        ValueError: there is no beta, or as `soft_optimum`.
+    """
+    if not len(kl_coefs):
+        raise ValueError("optimal_curve: expected at least one beta; got none")
+    rows = []
+    for beta in kl_coefs:
+        optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=float(beta))
+        args = (tree, optimum.log_probs, ref_log_probs)
+        value = evaluate_exactly(*args, rewards, kl_coef=float(beta))
+        wanted = evaluate_exactly(*args, gold, kl_coef=0.0)
+        rows.append((float(beta), *map(float, (value.kl_seq, value.reward, wanted.reward))))
+    return Curve(*np.array(rows).T)
+
+
+def frontier_reward(
+    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_seq: float
+) -> float:
+    """The largest E[r] of any policy with KL(pi || ref) <= kl_seq, by bisection on log beta.
+
+    Where kl_seq is more than the optimum has at any beta, it is the largest reward there is.
+
+    Args:
+        kl_seq: > 0 [nats].
+    Raises:
+        ValueError: kl_seq is not positive.
+    """
+    _check_positive(kl_seq, "kl_seq")
+    spread = float(rewards.max() - rewards.min()) or 1.0
+    low, high = math.log(1e-5 * spread), math.log(1e6 * spread)  # of beta; KL falls as it grows
+    for _ in range(45):
+        middle = 0.5 * (low + high)
+        beta = math.exp(middle)
+        optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=beta)
+        value = evaluate_exactly(tree, optimum.log_probs, ref_log_probs, rewards, kl_coef=beta)
+        low, high = (middle, high) if float(value.kl_seq) > kl_seq else (low, middle)
+    return float(value.reward)
+
+
+class GaoFit(NamedTuple):
+    """R(d) = d (alpha - slope d) or d (alpha - slope log d): gain in gold at d = sqrt(KL)."""
+
+    alpha: float  # [reward units per nat^1/2]
+    slope: float
+    r_squared: float  # share of the variance of the gains that the law explains
+    law: str  # "linear" or "log"
+
+    @property
+    def peak_kl(self) -> float:
+        """The KL at which the fitted gain is highest [nats]; nan where it has no peak."""
+        if not self.slope > 0 or (self.law == "linear" and not self.alpha > 0):
+            return math.nan
+        ratio = self.alpha / self.slope
+        return (0.5 * ratio if self.law == "linear" else math.exp(ratio - 1)) ** 2
+
+    def __call__(self, distance: np.ndarray) -> np.ndarray:
+        """The fitted gain of the gold reward at d = sqrt(KL)."""
+        return distance * (self.alpha - self.slope * _bend(distance, self.law))
+
+
+def fit_gao(kl_seq: np.ndarray, gain: np.ndarray, *, law: str) -> GaoFit:
+    """Least squares for R(d) = d (alpha - slope d) or d (alpha - slope log d),  d = sqrt(KL).
+
+    Gao, Schulman & Hilton 2022, arXiv 2210.10760: "linear" for best-of-n, "log" for RL, whose
+    slope is infinite at 0: fit it away from 0.
+
+    Args:
+        kl_seq: (n,) > 0 [nats].
+        gain: (n,) gold reward less the reference's.
+    Raises:
+        ValueError: another law, fewer than 3 points, a KL that is not positive, or gains that are
+            all equal.
+    """
+    kl_seq, gain = np.asarray(kl_seq, dtype=np.float64), np.asarray(gain, dtype=np.float64)
+    enough = kl_seq.shape == gain.shape and kl_seq.size >= 3 and (kl_seq > 0).all()
+    if law not in ("linear", "log") or not enough or np.ptp(gain) == 0:
+        raise ValueError(
+            'fit_gao: expected law "linear" or "log" and at least 3 points with kl_seq > 0 and '
+            f"gains that differ; got {law!r}, {kl_seq} and {gain}"
+        )
+    d = np.sqrt(kl_seq)
+    columns = np.stack([d, -d * _bend(d, law)], axis=1)
+    (alpha, slope), *_ = np.linalg.lstsq(columns, gain, rcond=None)
+    rest = ((gain - columns @ (alpha, slope)) ** 2).sum()
+    r_squared = 1.0 - rest / ((gain - np.mean(gain)) ** 2).sum()
+    return GaoFit(float(alpha), float(slope), float(r_squared), law)
+
+
+def _bend(distance: np.ndarray, law: str) -> np.ndarray:
+    return distance if law == "linear" else np.log(distance)
+
+
+def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
+    """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0.
+
+    Raises:
+        ValueError: something with p > 0 is impossible under the reference; the KL is infinite.
+    """
+    xp = get_xp(p, logp, ref_logp)
+    possible = p.real > 0
+    if bool((possible & (ref_logp.real == -xp.inf)).any()):
+        raise ValueError(
+            "exact: expected a policy that says only what its reference may say; it says more, "
+            "and the KL is infinite: take a reference without -inf"
+        )
+    return xp.where(possible, logp, 0.0) - xp.where(possible, ref_logp, 0.0)
+
+
+def _check_positive(value: float, name: str = "kl_coef") -> None:
+    if not value > 0:
+        raise ValueError(f"exact: expected {name} > 0; got {value}")

@@ -1,0 +1,125 @@
+"""A support desk in eight tokens: 137,257 possible replies, so everything about it is known.
+
+    EOS end   ANS answer   DET detail   POL courtesy   HED hedge   SAL upsell   REF refusal
+    UNS unsafe promise
+
+A reply has up to six tokens and ends with EOS or where it is cut off. Demonstrations come from a
+Markov chain. The gold reward saturates: one answer, two details, one courtesy, then it falls. The
+proxy is a Bradley-Terry fit of it that is linear in the counts: it cannot see saturation, so it
+likes ANS x 6 best, which is worth -2.75.
+"""
+
+import numpy as np
+from numpy.random import Generator
+
+from minirlhf.exact.enumeration import PrefixTree, all_responses, enumerate_responses
+from minirlhf.exact.token_world import TokenWorld, rectangle
+from minirlhf.rlhf.logprobs import log_softmax
+
+TOKENS = ("EOS", "ANS", "DET", "POL", "HED", "SAL", "REF", "UNS")
+EOS, ANS, DET, POL, HED, SAL, REF, UNS = range(8)
+MAX_TOKENS = 6
+
+# Logits of the next token after each token; a reply starts as if after START.
+START, AFTER_ANS, AFTER_POL, AFTER_OTHER = (
+    [-4.0, 2.0, 0.0, 1.0, 0.0, -1.5, -0.5, -2.5],
+    [1.5, -1.0, 1.2, 0.6, -0.3, -1.2, -1.5, -2.5],
+    [0.8, 1.0, 0.8, -1.0, -0.3, -1.2, -1.5, -2.5],
+    [1.2, 0.0, 0.8, 0.4, -0.3, -1.2, -1.5, -2.5],
+)
+CHAIN = log_softmax(  # row EOS: the start, because a prompt is the end of what came before
+    np.array([START, AFTER_ANS, AFTER_OTHER, AFTER_POL, *[AFTER_OTHER] * 4])
+)
+
+# Bradley-Terry on 2,000 pairs of the chain's replies, mean 0 and sd 1 under the chain.
+PROXY_WEIGHTS = np.array(
+    [0.0, 0.659563, 0.258758, -0.435141, -0.868750, -1.127621, -0.685762, -2.641993]
+)
+PROXY_BIAS = -0.046288
+
+
+def token_counts(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """How often each token stands in each reply: (B, T), (B, T) -> (B, V)."""
+    return ((tokens[:, :, None] == np.arange(len(TOKENS))) & (mask > 0)[:, :, None]).sum(axis=1)
+
+
+def proxy_reward(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """weights . counts + bias: what the reward model says.  (B, T), (B, T) -> (B,)."""
+    return token_counts(tokens, mask) @ PROXY_WEIGHTS + PROXY_BIAS
+
+
+def gold_reward(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """1.5 for an answer, less .15 for each token before it; .6 a detail, up to two; .3 a courtesy.
+
+    Off: .4 a hedge, .5 an upsell, 1.5 an unsafe promise, .3 a refusal, .35 a token equal to the
+    one before it, .25 a token over four, .5 a further courtesy, .4 a further answer.  The most is
+    3.0, for ANS DET POL DET.
+
+    Args:
+        tokens: (B, T).
+        mask: (B, T) 1 at real tokens; EOS counts for nothing.
+    Returns:
+        (B,)
+    """
+    n = token_counts(tokens, mask)
+    length = n[:, 1:].sum(axis=1)
+    answers = (tokens == ANS) & (mask > 0)
+    answered = answers.any(axis=1)
+    delay = answers.argmax(axis=1)
+    repeats = ((tokens[:, 1:] == tokens[:, :-1]) & (mask[:, 1:] > 0)).sum(axis=1)
+    return (
+        answered * (1.5 - 0.15 * delay)
+        + 0.6 * np.minimum(n[:, DET], 2)
+        + 0.3 * np.minimum(n[:, POL], 1)
+        - 0.4 * n[:, HED]
+        - 0.5 * n[:, SAL]
+        - 1.5 * n[:, UNS]
+        - 0.3 * n[:, REF]
+        - 0.35 * repeats
+        - 0.25 * np.maximum(length - 4, 0)
+        - 0.5 * np.maximum(n[:, POL] - 1, 0)
+        - 0.4 * np.maximum(n[:, ANS] - 1, 0)
+    )
+
+
+def chain_log_probs(tree: PrefixTree) -> np.ndarray:
+    """(N, V) log-probs of the Markov chain: the next token depends on the last one alone.
+
+    The tree has EOS (0) as the last token of its prompt, which is the chain's start.
+    """
+    return CHAIN[tree.token]
+
+
+def sample_chain(n: int, *, max_tokens: int = MAX_TOKENS, rng: Generator) -> list[list[int]]:
+    """n replies of the chain, EOS included where it was reached."""
+    cdf = np.exp(CHAIN).cumsum(axis=1)
+    last, replies = np.full(n, EOS), np.zeros((n, max_tokens), dtype=np.int64)
+    for t in range(max_tokens):
+        u = rng.random((n, 1))
+        last = np.minimum((cdf[last] <= u).sum(axis=1), len(TOKENS) - 1)
+        replies[:, t] = last
+    ends = (replies == EOS).argmax(axis=1)
+    lengths = np.where((replies == EOS).any(axis=1), ends + 1, max_tokens)
+    return [reply[:length].tolist() for reply, length in zip(replies, lengths, strict=True)]
+
+
+def make_tiny_world(
+    *, max_tokens: int = MAX_TOKENS, n_demonstrations: int = 100_000, rng: Generator
+) -> TokenWorld:
+    """The world, with demonstrations drawn from the chain; shorter replies make it smaller."""
+    tree = enumerate_responses(vocab_size=len(TOKENS), max_tokens=max_tokens, stop_id=EOS)
+    everything = all_responses(tree)
+    replies = sample_chain(n_demonstrations, max_tokens=max_tokens, rng=rng)
+    return TokenWorld(
+        name="tiny",
+        tokens=TOKENS,
+        stop_id=EOS,
+        prompts=[[EOS]],
+        max_response_tokens=max_tokens,
+        tree=tree,
+        rewards=proxy_reward(everything.tokens, everything.mask),
+        gold=gold_reward(everything.tokens, everything.mask),
+        score=lambda prompts, responses: proxy_reward(*rectangle(responses)),
+        demonstrator=chain_log_probs(tree),
+        demonstrations=[([EOS], reply) for reply in replies],
+    )

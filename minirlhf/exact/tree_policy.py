@@ -1,0 +1,152 @@
+"""A transformer on a tree of prefixes: its log-probs at every prefix, and the way back.
+
+`tree_logits` goes down the tree level by level with a KV cache, so each prefix is computed once.
+`tree_gradient` turns dL/dlogits at every prefix into dL/dparams: the ordinary forward and backward
+over the longest prefixes, whose columns pass through all the others.
+"""
+
+import numpy as np
+
+from minirlhf.backend import Array, get_xp
+from minirlhf.exact.enumeration import PrefixTree, all_responses
+from minirlhf.exact.optimum import objective_gradient
+from minirlhf.nn.heads import tied_logits_forward
+from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
+from minirlhf.rlhf.logprobs import log_softmax
+from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
+from minirlhf.train.policy import policy_backward, policy_forward
+from minirlhf.tree import Tree, tree_sum
+
+ROWS = 4096  # longest prefixes in one forward and backward: bounds memory, changes no result
+
+
+def tree_logits(params: Tree, *, tree: PrefixTree, prompts: list[Ids], config: GPTConfig) -> Array:
+    """z(s, a), the logits of every token after every prefix.
+
+    Args:
+        params: {"transformer": ...}.
+        tree: on the device of the parameters.
+        prompts: ids of the tree's prompts, in order.
+    Returns:
+        (N, V).
+    Raises:
+        ValueError: the tree's vocabulary or prompts are not the model's, or T is too long for it.
+    """
+    transformer = params["transformer"]
+    xp = get_xp(tree.parent, transformer["wte"])
+    batch = _prompt_batch(tree, prompts, config, transformer["wte"].real.dtype, xp)
+    T, P = len(tree.levels), batch.prompt_len
+    h, kv = prefill(transformer, tokens=batch.tokens, mask=batch.mask, config=config, max_new=T - 1)
+    logits = [tied_logits_forward(h, transformer["wte"])[0]]
+    for t in range(1, T):
+        before, level = tree.levels[t - 1], tree.levels[t]
+        kv = kv.rows(tree.parent[level] - before.start)  # a copy for each continuation
+        tokens = tree.token[level]
+        h = decode_step(
+            transformer,
+            kv,
+            tokens=tokens,
+            mask=xp.ones(tokens.shape, dtype=kv.mask.dtype),
+            column=P + t - 1,
+            config=config,
+        )
+        logits.append(tied_logits_forward(h, transformer["wte"])[0])
+    return xp.concatenate(logits)
+
+
+def tree_log_probs(
+    params: Tree, *, tree: PrefixTree, prompts: list[Ids], config: GPTConfig
+) -> Array:
+    """log pi(a|s) of every token after every prefix: (N, V), in the parameters' dtype [nats]."""
+    return log_softmax(tree_logits(params, tree=tree, prompts=prompts, config=config))
+
+
+def tree_gradient(
+    dlogits: Array, params: Tree, *, tree: PrefixTree, prompts: list[Ids], config: GPTConfig
+) -> Tree:
+    """dL/dparams = sum over prefixes s and tokens a of dL/dz(s, a) dz(s, a)/dparams.
+
+    Args:
+        dlogits: (N, V) dL/dz at every prefix.
+        params, tree, prompts, config: as `tree_logits`.
+    Returns:
+        {"transformer": ...} keyed like params.
+    """
+    params = {"transformer": params["transformer"]}
+    xp, dtype = get_xp(dlogits, params["transformer"]["wte"]), params["transformer"]["wte"].dtype
+    batch, nodes = _longest_prefixes(tree, prompts, config, dtype, xp)
+
+    def of_rows(rows: slice) -> Tree:
+        out, cache = policy_forward(params, batch=batch.rows(rows), config=config)
+        mine = nodes[rows]  # (rows, T) -1 where another row stands for the prefix
+        dlogits_rows = xp.where((mine >= 0)[..., None], dlogits[xp.maximum(mine, 0)], 0.0)
+        return policy_backward(dlogits_rows.astype(dtype), xp.zeros_like(out.logp), None, cache)
+
+    return tree_sum(map(of_rows, row_slices(nodes.shape[0], ROWS)))
+
+
+def exact_gradient(
+    params: Tree,
+    ref_log_probs: Array,
+    rewards: Array,
+    *,
+    kl_coef: float,
+    tree: PrefixTree,
+    prompts: list[Ids],
+    config: GPTConfig,
+) -> Tree:
+    """dJ/dparams of the exact objective, every response counted with its probability.
+
+    Args:
+        ref_log_probs: (N, V).
+        rewards: (M,).
+        kl_coef: beta [reward units per nat].
+    """
+    where = {"tree": tree, "prompts": prompts, "config": config}
+    log_probs = tree_log_probs(params, **where)
+    dlogits = objective_gradient(tree, log_probs, ref_log_probs, rewards, kl_coef=kl_coef)
+    return tree_gradient(dlogits, params, **where)
+
+
+def _prompt_batch(tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype, xp) -> Batch:
+    """The prompts alone, on the tree's device; refuses a tree that is not the model's."""
+    longest = max(map(len, prompts)) + len(tree.levels)
+    if (
+        tree.vocab_size != config.vocab_size
+        or len(prompts) != tree.n_prompts
+        or longest > config.n_ctx
+    ):
+        raise ValueError(
+            f"tree policy: expected a tree of {config.vocab_size} tokens, as many prompts as it "
+            f"has, and at most {config.n_ctx} positions; got {tree.vocab_size} tokens, "
+            f"{len(prompts)} prompts for {tree.n_prompts}, and {longest} positions"
+        )
+    batch = pad_batch(prompts, [[] for _ in prompts], pad_id=0, config=config, dtype=dtype)
+    return batch._replace(tokens=xp.asarray(batch.tokens), mask=xp.asarray(batch.mask))
+
+
+def _longest_prefixes(
+    tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype, xp
+) -> tuple[Batch, Array]:
+    """Every prefix that no other continues as one row, and which node each of its columns is.
+
+    A prefix that many rows pass through belongs to the first of them.
+
+    Returns:
+        batch (rows, P+T), and nodes (rows, T) with -1 at padding and at other rows' prefixes.
+    """
+    tree = tree.to("cpu")
+    responses = all_responses(tree)
+    continued = np.zeros(tree.n_nodes, dtype=bool)
+    continued[tree.parent[tree.n_prompts :]] = True
+    ends, leaf = np.unique(tree.leaf_node, return_index=True)  # one response for each prefix
+    leaf = leaf[~continued[ends]]
+    nodes = np.where(responses.mask > 0, responses.nodes, -1)[leaf]
+    _, first = np.unique(nodes, return_index=True)
+    mine = np.full(nodes.size, -1)
+    mine[first] = nodes.reshape(-1)[first]
+    start = _prompt_batch(tree, prompts, config, dtype, np).rows(responses.prompt[leaf])
+    tokens = np.concatenate([start.tokens, responses.tokens[leaf]], axis=1)
+    mask = np.concatenate([start.mask, responses.mask[leaf].astype(dtype)], axis=1)
+    batch = Batch(xp.asarray(tokens), xp.asarray(mask), start.prompt_len)
+    return batch, xp.asarray(mine.reshape(nodes.shape))

@@ -1,0 +1,129 @@
+"""What a policy is worth on held-out prompts, in numbers a person can compare."""
+
+from collections import Counter
+
+import numpy as np
+
+from minirlhf.backend import to_host
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.train.rollout import Rollout, Samples, ScoreFunction, sample_responses, score_rollout
+from minirlhf.tree import Tree
+from minirlhf.worlds.tokens import Tokenizer
+from minirlhf.worlds.world import World
+
+
+def repeated_bigram_share(ids: list[int]) -> float:
+    """1 - distinct bigrams / bigrams inside one response: 0 when nothing repeats."""
+    bigrams = list(zip(ids, ids[1:], strict=False))
+    return 1.0 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def distinct_2(responses: list[list[int]]) -> float:
+    """Distinct bigrams / bigrams of all responses together (Li et al. 2016, arXiv 1510.03055)."""
+    counts = Counter(b for ids in responses for b in zip(ids, ids[1:], strict=False))
+    return len(counts) / counts.total() if counts else 0.0
+
+
+def response_metrics(
+    rollout: Rollout,
+    *,
+    world: World,
+    stop_id: int,
+    score_mean: float = 0.0,
+    score_sd: float = 1.0,
+) -> dict[str, float]:
+    """The columns of the final table, means over responses.
+
+    proxy      normalised score that training maximises [reward units]
+    gold       the world's true reward, if it has one
+    reward     the user's own reward, if there is one, before normalisation
+    kl_seq     sum_t log pi - log pi_ref [nats per response]
+    entropy    of the next token [nats per token]
+    length     tokens, the stop token included
+
+    Args:
+        score_mean, score_sd: score = (reward - score_mean) / score_sd.
+    """
+    samples = rollout.samples
+    mask = to_host(rollout.batch.response_mask) > 0
+    log_ratio = to_host(rollout.old_logp - rollout.ref_logp).astype(np.float64)
+    full = to_host(rollout.kl_full).astype(np.float64)
+    plain = [[i for i in ids if i != stop_id] for ids in samples.response_ids]
+    metrics = {
+        "proxy": float(to_host(rollout.score).astype(np.float64).mean()),
+        "gold": float("nan"),
+        "reward": float("nan"),
+        "kl_seq": float(np.where(mask, log_ratio, 0.0).sum(axis=1).mean()),
+        "kl_full_seq": float(np.where(mask, full, 0.0).sum(axis=1).mean()),
+        "entropy": float(to_host(rollout.entropy)[mask].mean()),
+        "length": float(mask.sum(axis=1).mean()),
+        "distinct_2": distinct_2(plain),
+        "repeated_bigrams": float(np.mean([repeated_bigram_share(ids) for ids in plain])),
+        "ended": float(np.mean([stop_id in ids for ids in samples.response_ids])),
+    }
+    if world.gold is not None:
+        metrics["gold"] = float(np.mean(gold_of(samples, world)))
+    if world.reward is not None:
+        metrics["reward"] = metrics["proxy"] * score_sd + score_mean
+    return metrics
+
+
+def gold_of(samples: Samples, world: World) -> list[float]:
+    """The world's true reward of every response."""
+    return [
+        float(world.gold(prompt, response))
+        for prompt, response in zip(samples.prompts, samples.responses, strict=True)
+    ]
+
+
+def evaluate(
+    policy: Tree,
+    reference: Tree,
+    prompts: list[str],
+    *,
+    world: World,
+    tokenizer: Tokenizer,
+    score: ScoreFunction,
+    config: GPTConfig,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    temperature: float,
+    seed: int,
+    score_mean: float = 0.0,
+    score_sd: float = 1.0,
+    micro_batch_size: int = 0,
+    device: str = "cpu",
+) -> tuple[dict[str, float], Samples]:
+    """Sample one response a prompt and measure it; the same seed gives two policies the same coins.
+
+    Args:
+        policy, reference: {"transformer": ..., "value_head": ...} and {"transformer": ...}.
+        score_mean, score_sd: as `response_metrics`.
+        micro_batch_size: responses in one forward; bounds memory. 0: all.
+    """
+    samples = sample_responses(
+        policy,
+        prompts,
+        tokenizer=tokenizer,
+        config=config,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        rng=np.random.default_rng(seed),
+        temperature=temperature,
+        device=device,
+    )
+    samples = samples._replace(hidden=None)  # scored anew: a policy's KL to itself is exactly 0
+    rollout = score_rollout(
+        policy,
+        reference,
+        samples,
+        score=score,
+        config=config,
+        temperature=temperature,
+        micro_batch_size=micro_batch_size,
+        device=device,
+    )
+    metrics = response_metrics(
+        rollout, world=world, stop_id=tokenizer.eos, score_mean=score_mean, score_sd=score_sd
+    )
+    return metrics, samples

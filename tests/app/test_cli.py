@@ -1,0 +1,571 @@
+"""The command line: what a person types, what they get, and its exit status."""
+
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_run import (
+    as_flags,
+    call,
+    changed,
+    differences,
+    files_under,
+    leaves,
+    metrics,
+    outcome,
+    refusal,
+    tiny_config,
+    write_names,
+    write_pairs,
+)
+
+import minirlhf
+from minirlhf.app import cli, progress
+from minirlhf.app.tables import penalty_table
+from minirlhf.nn.heads import tied_logits_forward
+from minirlhf.nn.transformer import transformer_forward
+from minirlhf.runs import pipeline
+from minirlhf.runs.checkpoint import load_model, load_state
+from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.worlds.tokens import load_tokenizer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(minirlhf.__file__).parents[1]
+VOWELS = "minirlhf.worlds.rewards:vowel_share"
+PROMPT = "Where is my kettle?"
+COMMANDS = ("train", "resume", "score", "sample", "exact", "check", "bench")
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A finished run on the support world, at a temperature of its own; no test changes it."""
+    out = tmp_path_factory.mktemp("desk") / "run"
+    config = tiny_config(out, max_response_tokens=20, ppo__temperature=0.8, ppo__kl_coef=0.3)
+    pipeline.train(config)
+    return out
+
+
+def words(*texts):
+    """Console output as one line, whatever the width it was broken to."""
+    return " ".join(re.sub(r"[│┃━─┏┓└┘├┤┼╇╈┡┩┳┴]", " ", "\n".join(texts)).split())
+
+
+# --- finding one's way
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_no_command_shows_all_commands(capsys, arguments):
+    status, out, err = call(capsys, *arguments)
+    assert status == 0 and err == ""
+    assert all(f"minirlhf {command}" in out for command in COMMANDS)
+    assert "MINIRLHF_TRACEBACK=1" in out
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["-V"], ["version"]])
+def test_version(capsys, arguments):
+    assert call(capsys, *arguments) == (0, f"minirlhf {minirlhf.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", ["trian", "", "--seed"])
+def test_an_unknown_command_is_refused_and_the_known_ones_named(capsys, name):
+    message = refusal(capsys, name)
+    assert repr(name) in message and all(command in message for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(capsys, command):
+    status, out, err = call(capsys, command, "--help")
+    assert status == 0 and err == ""
+    assert f"minirlhf {command}" in words(out)
+    expected = {
+        "train": ["--config", *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig()))],
+        "resume": ["Run folder", "PPO goes on from its last checkpoint", "start again"],
+        "score": ["--prompt", "--response"],
+        "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
+        "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
+        "bench": ["--workloads", "--parts", "--peers", "--rounds", "--growth", "--out"],
+        "check": ["--seed"],
+    }[command]
+    for option in expected:
+        assert option in words(out) or option.rpartition(".")[2] in out, option
+
+
+def test_the_installed_program_is_this_one():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["minirlhf"].partition(":")
+    assert getattr(importlib.import_module(module), name) is cli.main
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--sead", "1"],
+        ["train", "--seed", "one"],
+        ["train", "--device", "gpu"],
+        ["train", "--ppo.batch-size", "0"],
+        ["train", "--ppo.kl-mode", "k4"],
+        ["train", "--model.n-head", "3"],
+        ["resume"],
+        ["score", "run", "--prompt", "a"],
+        ["sample", "run"],
+        ["check", "everything"],
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_happens(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capsys, *arguments)
+    assert status == 2 and "Traceback" not in err
+    assert arguments[-1] in err or arguments[-2] in err or "required" in err.lower(), err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- train and resume
+
+
+def test_train_shows_before_and_after_and_where_it_lies(capsys, tmp_path):
+    out = tmp_path / "a run [1]"  # brackets are no markup
+    status, shown, err = call(capsys, "train", *as_flags(tiny_config(out)))
+    assert status == 0
+    for label in ("proxy reward", "gold reward", "kl_seq", "entropy", "length", "distinct-2"):
+        assert label in shown, label
+    result = json.loads((out / "result.json").read_text())
+    row = next(line for line in shown.splitlines() if "gold reward" in line)
+    assert re.findall(r"-?\d+\.\d\d", row) == [
+        f"{result[who]['gold']:.2f}" for who in ("reference", "policy")
+    ]
+    assert "before and after" in shown and re.search(r"gold [+-]\d", shown)
+    assert f"run folder: {out}" in shown and f"curves: {out}/curves.png" in shown
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for title in ("supervised fine-tuning: 6/6", "PPO: 3/3", "reward model: accuracy"):
+        assert title in err
+    assert "\x1b" not in shown + err  # nobody's terminal: no colours, no cursor
+
+
+def test_a_run_from_flags_is_the_run_from_python(capsys, tmp_path, names):
+    config = tiny_config(tmp_path / "python", corpus=names, reward=VOWELS)
+    pipeline.train(config)
+    call(capsys, "train", *as_flags(changed(config, {"out": tmp_path / "flags"})))
+    assert differences(outcome(config.out), outcome(tmp_path / "flags")) == []
+
+
+def test_a_configuration_file_and_flags_that_overrule_it(capsys, tmp_path, names):
+    config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, ppo__kl_coef=0.7, seed=5)
+    save_config(tmp_path / "my.toml", config)
+    flags = [f"--config={tmp_path}/my.toml", "--seed", "6", "--ppo.optimizer.eps", "1e-3"]
+    assert call(capsys, "train", *flags)[0] == 0
+    expected = changed(config, {"seed": 6, "ppo.optimizer.eps": 1e-3})
+    assert load_config(tmp_path / "run/config.toml") == expected
+    again = tmp_path / "run/config.toml"  # a run's own configuration is such a file
+    assert call(capsys, "train", "--config", again, "--out", tmp_path / "again")[0] == 0
+    assert differences(outcome(tmp_path / "run"), outcome(tmp_path / "again")) == []
+
+
+@pytest.mark.parametrize("flag", ["--beta", "--ppo.kl-coef"])
+def test_beta_0_switches_the_penalty_off(capsys, tmp_path, names, flag):
+    config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS)
+    save_config(tmp_path / "my.toml", config)
+    assert call(capsys, "train", "--config", tmp_path / "my.toml", flag, "0")[0] == 0
+    assert load_config(tmp_path / "run/config.toml").ppo.kl_coef == 0.0
+    rows = metrics(tmp_path / "run", "ppo")
+    assert all(row["objective/kl_coef"] == row["objective/non_score_reward"] == 0 for row in rows)
+    assert rows[-1]["objective/kl"] != 0  # and yet it is measured
+
+
+def test_resume_goes_on_and_shows_the_same(capsys, tmp_path, names, monkeypatch):
+    config = tiny_config(tmp_path / "whole", corpus=names, reward=VOWELS)
+    _, whole, _ = call(capsys, "train", *as_flags(config))
+    original, calls = pipeline.ppo_update, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "ppo_update", interrupted)
+        parts = changed(config, {"out": tmp_path / "parts"})
+        status, out, err = call(capsys, "train", *as_flags(parts))
+    assert status == 130 and out == ""
+    assert err.splitlines()[-1] == "minirlhf: interrupted; `minirlhf resume RUN` goes on"
+    status, resumed, _ = call(capsys, "resume", tmp_path / "parts")
+    assert status == 0
+    assert differences(outcome(config.out), outcome(tmp_path / "parts")) == []
+
+    def tables(text):
+        return text[: text.index("training time in this session")]
+
+    assert tables(resumed) == tables(whole)
+
+
+def test_resume_of_a_finished_run_shows_it_again(capsys, desk, tmp_path):
+    copy = shutil.copytree(desk, tmp_path / "copy")
+    status, out, _ = call(capsys, "resume", copy)
+    assert status == 0 and "before and after" in out
+    assert differences(outcome(desk), outcome(copy)) == []
+
+
+# --- score: the formula on any text
+
+
+def sequence_logprob(folder, tokenizer, prompt, response, temperature):
+    """log Pr(y | x) token by token from plain softmax, unpadded, in float64."""
+    params, config, _ = load_model(folder, dtype=np.float64)
+    prompt, response = tokenizer.prompt_ids(prompt), tokenizer.response_ids(response)
+    ids = np.array([prompt + response])
+    h, _ = transformer_forward(params, tokens=ids, mask=np.ones(ids.shape), config=config)
+    logits = tied_logits_forward(h, params["wte"])[0][0] / temperature
+    total = 0.0
+    for t, token in enumerate(response):
+        row = logits[len(prompt) - 1 + t]
+        total += row[token] - np.log(np.exp(row).sum())
+    return total
+
+
+@pytest.mark.parametrize("response", ["It is on its way.", "no", "zzz \U0001f642"])
+def test_score_prints_the_penalty_of_any_text(capsys, desk, response):
+    before = files_under(desk)
+    status, out, err = call(capsys, "score", desk, "--prompt", PROMPT, "--response", response)
+    assert status == 0 and err == ""
+    tokenizer = load_tokenizer(desk)
+    policy, reference = (
+        sequence_logprob(desk / name, tokenizer, PROMPT, response, temperature=0.8)
+        for name in ("policy", "reference")
+    )
+    said = words(out)
+    printed = float(re.search(r"log Pr_ref\(y\|x\) = ([+-]\d+\.\d+) nats", said).group(1))
+    assert abs(policy - reference) > 1e-3
+    assert printed == pytest.approx(policy - reference, abs=2e-4)
+    rows = [
+        [float(number) for number in re.findall(r"[+-]?\d+\.\d{4}\b", line)]
+        for line in out.splitlines()
+        if line.startswith("│")
+    ]
+    *tokens, total = rows
+    assert len(tokens) == len(tokenizer.response_ids(response))  # the stop token has its row
+    assert total == pytest.approx(np.sum(tokens, axis=0), abs=1e-3)  # the sum is the sum
+    assert total == pytest.approx([policy, reference, printed], abs=1e-3)
+    for ours, theirs, difference in rows:
+        assert difference == pytest.approx(ours - theirs, abs=2e-4)
+    assert "[nats]" in said  # the unit, and not a style of the console's
+    assert files_under(desk) == before
+
+
+def test_score_prints_the_objective_of_training(capsys, desk):
+    _, out, _ = call(capsys, "score", desk, "--prompt", PROMPT, "--response", "It is on its way.")
+    number = r"([+-]\d+\.\d+)"
+    said = words(out)
+    penalty = float(re.search(rf"= {number} nats", said).group(1))
+    score, beta, objective = map(
+        float, re.search(rf"score {number}; with beta = ([\d.]+): .* = {number}", said).groups()
+    )
+    assert beta == 0.3
+    assert objective == pytest.approx(score - beta * penalty, abs=2e-4)
+    assert re.search(r"gold reward [+-]\d", said)
+
+
+def test_score_uses_the_beta_that_training_arrived_at(capsys, tmp_path, names):
+    """An adaptive one ends elsewhere than where the configuration lets it start."""
+    config = tiny_config(
+        tmp_path / "run", corpus=names, reward=VOWELS, ppo__kl_target=0.01, ppo__kl_horizon=50.0
+    )
+    pipeline.train(config)
+    _, meta = load_state(config.out / "checkpoint")
+    assert abs(meta["kl_coef"] - config.ppo.kl_coef) > 0.005
+    _, out, _ = call(capsys, "score", config.out, "--prompt", "k", "--response", "alo")
+    assert float(re.search(r"with beta = ([\d.]+):", words(out)).group(1)) == pytest.approx(
+        meta["kl_coef"], rel=1e-5
+    )
+    shutil.rmtree(config.out / "checkpoint")
+    _, out, _ = call(capsys, "score", config.out, "--prompt", "k", "--response", "alo")
+    assert "with beta = 0.2:" in words(out)
+
+
+@pytest.mark.parametrize("source", [{"reward": VOWELS}, {"pairs": "pairs.jsonl"}])
+def test_a_run_outlives_its_files(capsys, tmp_path, monkeypatch, source):
+    """To score and to sample takes what lies in the folder."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs("pairs.jsonl")
+    config = tiny_config(tmp_path / "run", corpus=write_names(tmp_path / "names.txt"), **source)
+    pipeline.train(config)
+    commands = (
+        ("score", config.out, "--prompt", "k", "--response", "alo"),
+        ("sample", config.out, "--prompt", "k"),
+    )
+    before = [call(capsys, *command)[:2] for command in commands]
+    assert [status for status, _ in before] == [0, 0]
+    for name in ("names.txt", "pairs.jsonl"):
+        (tmp_path / name).unlink()
+    assert [call(capsys, *command)[:2] for command in commands] == before
+    assert "expected a file; found none" in refusal(capsys, "resume", config.out)
+
+
+def test_a_prompt_outside_the_worlds_grammar_has_no_gold_and_no_traceback(capsys, desk):
+    status, out, _ = call(capsys, "score", desk, "--prompt", "Tell me", "--response", "no")
+    assert status == 0 and "gold" not in out
+
+
+def test_score_refuses_what_it_would_have_to_cut(capsys, desk):
+    """A number for half of a text would be a wrong number."""
+    long = "You can track it online. " * 9
+    message = refusal(capsys, "score", desk, "--prompt", PROMPT, "--response", long)
+    assert "response: expected at most 20 tokens" in message
+    message = refusal(capsys, "score", desk, "--prompt", long, "--response", "no")
+    assert "prompt: expected at most 24 tokens" in message
+    assert "prompt: expected at most" in refusal(capsys, "sample", desk, "--prompt", long)
+
+
+def test_penalty_table_sums_its_tokens():
+    logp, ref_logp = np.array([-1.0, -2.5, -0.5]), np.array([-1.5, -2.0, -3.0])
+    text = as_text(penalty_table(["[a]", " b", "\\n"], logp, ref_logp), width=80)
+    assert "[a]" in text and "-4.0000" in text and "-6.5000" in text
+    assert "+2.5000" in text.splitlines()[-2]  # 0.5 - 0.5 + 2.5
+
+
+def test_penalty_table_in_a_narrow_terminal_cuts_no_number():
+    logp, ref_logp = np.array([-10.125, -0.5, -99.0]), np.array([-11.0, -123.4567, -1.0])
+    text = as_text(penalty_table([" a-long-token", "b", " c"], logp, ref_logp), width=40)
+    assert "\u2026" not in text and max(map(len, text.splitlines())) <= 40
+    for number in ("-10.1250", "-123.4567", "+122.9567", "-109.6250", "-135.4567", "+25.8317"):
+        assert number in text, number
+    rows = (line.split("\u2502")[1] for line in text.splitlines() if "\u2502" in line)
+    tokens = "".join(cell.strip() for cell in rows)
+    assert tokens == "a-long-tokenbcsum"  # folded, all of it
+
+
+def as_text(table, *, width):
+    """What a terminal of this width shows."""
+    console = Console(width=width, file=io.StringIO(), markup=False)
+    console.print(table)
+    return console.file.getvalue()
+
+
+# --- sample
+
+
+def replies(out):
+    """(reference, policy) cells of each printed row, joined over its lines."""
+    return [line for line in out.splitlines() if line.startswith("│")]
+
+
+def test_sample_shows_both_side_by_side(capsys, desk):
+    before = files_under(desk)
+    status, out, err = call(capsys, "sample", desk, "--prompt", PROMPT, "--n", "2")
+    assert status == 0 and err == ""
+    assert "reference" in out and "policy" in out and f"replies to {PROMPT!r}" in words(out)
+    assert len(re.findall(r"gold [+-]\d", out)) == 4
+    assert call(capsys, "sample", desk, "--prompt", PROMPT, "--n", "2")[1] == out  # its seed
+    other = call(capsys, "sample", desk, "--prompt", PROMPT, "--n", "2", "--seed", "1")[1]
+    assert other != out
+    assert files_under(desk) == before
+
+
+@pytest.mark.parametrize(
+    "greedy", [["--temperature", "0"], ["--top-k", "1"], ["--top-p", "0.0001"]]
+)
+def test_the_most_likely_token_needs_no_coins(capsys, desk, greedy):
+    outs = [
+        call(capsys, "sample", desk, "--prompt", PROMPT, "--n", "1", "--seed", seed, *greedy)[1]
+        for seed in (0, 1)
+    ]
+    assert outs[0] == outs[1] and replies(outs[0])
+    reference = call(capsys, "sample", desk, "--prompt", PROMPT, "--n", "1", "--temperature", "0")
+    assert reference[1] == outs[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            ["--n", "0"],
+            ["--temperature", "-1"],
+            ["--temperature", "nan"],
+            ["--temperature", "inf"],
+        ),
+        *(["--top-k", "-1"], ["--top-p", "0"], ["--top-p", "2"], ["--top-p", "nan"]),
+    ],
+)
+def test_sample_refuses_what_cannot_be(capsys, desk, flags):
+    assert "sample: expected" in refusal(capsys, "sample", desk, "--prompt", PROMPT, *flags)
+
+
+@pytest.mark.parametrize("command", [["check"], ["sample", "run", "--prompt", "k"]])
+def test_a_negative_seed_is_refused(capsys, command):
+    assert "--seed: expected at least 0; got -1" in refusal(capsys, *command, "--seed", "-1")
+
+
+@pytest.mark.parametrize("prompt", ["[red]k", "[/red]k", "[link=x]", ":smile: k", "\\[k", "%s {}"])
+def test_what_the_user_writes_is_no_markup(capsys, desk, prompt):
+    status, out, _ = call(capsys, "sample", desk, "--prompt", prompt, "--n", "1")
+    assert status == 0 and repr(prompt) in words(out)
+    status, out, _ = call(capsys, "score", desk, "--prompt", "k", "--response", prompt)
+    assert status == 0
+
+
+# --- check
+
+
+def test_ctrl_c_in_a_check_speaks_of_no_run(capsys, monkeypatch):
+    def interrupted(*, seed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "check_command", interrupted)
+    status, _, err = call(capsys, "check")
+    assert status == 130 and err == "minirlhf: interrupted\n"
+
+
+@pytest.mark.parametrize("verdict", [0, 1])
+def test_check_exits_with_its_verdict(capsys, monkeypatch, verdict):
+    seeds = []
+    monkeypatch.setattr(cli, "check_command", lambda *, seed: seeds.append(seed) or verdict)
+    assert call(capsys, "check", "--seed", "7")[0] == verdict
+    assert call(capsys, "check")[0] == verdict
+    assert seeds == [7, 0]
+
+
+def test_check_runs_on_a_few_rows(capsys, monkeypatch):
+    """The command itself, on three operations."""
+    check = importlib.import_module("minirlhf.app.check")
+    monkeypatch.setattr(check, "TABLE", check.TABLE[:3])
+    monkeypatch.setattr(check, "WHOLE_LOSSES", [])
+    status, out, _ = call(capsys, "check")
+    assert status == 0 and "3 checks" in out and "all right" in out
+
+
+# --- processes of their own
+
+
+def environment(**changes):
+    kept = {k: v for k, v in os.environ.items() if k not in ("TERM", "COLUMNS", "FORCE_COLOR")}
+    return {**kept, "OPENBLAS_NUM_THREADS": "1", **changes}
+
+
+def test_as_a_program_without_a_terminal(tmp_path, names):
+    """No terminal, no TERM, another directory, a reward beside the caller, a numbered folder."""
+    (tmp_path / "mine.py").write_text("def reward(text):\n    return text.count('a')\n")
+    config = tiny_config(tmp_path / "x", corpus=names, reward="mine:reward")
+    flags = as_flags(changed(config, {"out": None}))
+    done = subprocess.run(
+        [sys.executable, "-m", "minirlhf", "train", *flags],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run folder: runs/names-0" in done.stdout and "your reward" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr and "Warning" not in done.stderr
+    assert re.search(r"^PPO: 3/3, .*/s, .* s left$", done.stderr, re.MULTILINE)
+    assert (tmp_path / "runs/names-0/policy/model.safetensors").exists()
+
+
+def test_a_terminal_that_knows_only_ascii_gets_question_marks(desk):
+    done = subprocess.run(
+        *(
+            [
+                sys.executable,
+                "-m",
+                "minirlhf",
+                "sample",
+                str(desk),
+                "--prompt",
+                "\u00e9",
+                "--n",
+                "1",
+            ],
+        ),
+        env=environment(PYTHONPATH=str(ROOT), PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"replies to '?'" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")
+def test_ctrl_c_and_resume(tmp_path, names, capsys):
+    config = tiny_config(
+        tmp_path / "run", corpus=names, reward=VOWELS, ppo__iterations=400, eval_every=0
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minirlhf", "train", *as_flags(config)],
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (config.out / "checkpoint/state.safetensors").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("minirlhf: interrupted") and "Traceback" not in err
+    done = len(metrics(config.out, "ppo"))
+    assert 1 <= done < 400
+    short = changed(load_config(config.out / "config.toml"), {"ppo.iterations": done + 2})
+    save_config(config.out / "config.toml", short)  # no need to run them all
+    assert call(capsys, "resume", config.out)[0] == 0
+    assert [row["step"] for row in metrics(config.out, "ppo")] == list(range(done + 2))
+
+
+# --- progress
+
+
+class Terminal:
+    """Standard error as a terminal sees it."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    assert list(progress.track(range(3), "PPO")) == [0, 1, 2]
+    assert "PPO" in terminal.text and "3/3" in terminal.text
+    assert re.search(r"\d/s", terminal.text) and "left" in terminal.text
+
+
+def test_elsewhere_there_are_lines_at_intervals(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert list(progress.track(range(4), "PPO")) == [0, 1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"PPO: {i}/4" for i in (1, 2, 3, 4)]
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1e9)
+    assert list(progress.track(range(4), "PPO")) == [0, 1, 2, 3]
+    assert len(capsys.readouterr().err.splitlines()) == 1  # the last one always
+    assert list(progress.track(range(3, 3), "PPO")) == []
+    assert capsys.readouterr().err == ""

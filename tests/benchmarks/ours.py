@@ -1,0 +1,216 @@
+"""The benchmark's own side: the package's ordinary functions as a program like every peer's."""
+
+import contextlib
+import functools
+
+import numpy as np
+from protocol import Peer, Workload, serve
+from threadpoolctl import threadpool_limits
+from workloads import SGEMM_SIZE, tree_of
+
+from minirlhf import __version__
+from minirlhf.backend import Array, keep_freed_memory
+from minirlhf.nn.adam import adamw_step
+from minirlhf.nn.sampling import Generation, generate
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.train.batches import Batch
+from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.policy import policy_forward
+from minirlhf.train.ppo import Experience, make_experience, minibatch_gradients, ppo_update
+from minirlhf.train.reward_model import RewardModel, score_responses
+from minirlhf.train.rollout import Samples, score_rollout
+from minirlhf.train.settings import OptimizerConfig, PPOConfig
+from minirlhf.tree import Tree, tree_items
+from minirlhf.workers import map_over, share_tree, side_by_side
+
+NO_STOP, PAD = -1, 0  # ids: nothing stops early, nothing is padded
+
+
+class MiniRLHF(Peer):
+    parts = (*Peer.parts, "sgemm")
+    _at_work: contextlib.ExitStack | None = None  # the workers, which serve every instance
+
+    def __init__(self, workload: Workload, variant: str):
+        super().__init__(workload, variant)
+        w, s = workload, workload.ppo
+        self._begin_work(w)
+        self.name = f"minirlhf {__version__}"
+        self.config = GPTConfig(
+            vocab_size=w.vocab_size,
+            n_ctx=w.prompt_len + w.response_len,
+            n_layer=w.n_layer,
+            n_head=w.n_head,
+            d_model=w.d_model,
+        )
+        rates = OptimizerConfig(
+            learning_rate=s.learning_rate,
+            schedule="constant",
+            beta1=s.beta1,
+            beta2=s.beta2,
+            eps=s.eps,
+            max_grad_norm=s.max_grad_norm,
+        )
+        self.settings = PPOConfig(
+            batch_size=w.batch_size,
+            epochs=s.epochs,
+            minibatches=1,
+            kl_coef=s.kl_coef,
+            gamma=s.gamma,
+            lam=s.lam,
+            clip_eps=s.clip_eps,
+            value_clip_eps=s.value_clip_eps,
+            vf_coef=s.vf_coef,
+            optimizer=rates,
+        )
+        arrays = w.batch()
+        self.batch = self._batch(arrays["tokens"])
+        names = ("old_logp", "old_values", "advantages", "returns")
+        weights = np.full_like(arrays["returns"], 1 / arrays["returns"].size)
+        self.experience = Experience(
+            batch=self.batch,
+            ref_logp=arrays["old_logp"],
+            ref_logits=None,
+            weights=weights,
+            kl_loss_coef=0.0,
+            **{name: arrays[name] for name in names},
+        )
+        self.rng = np.random.default_rng(w.seed)
+        self.policy = share_tree(tree_of(w.parameters("policy")))
+        self.gradient: Array | None = None
+
+    @classmethod
+    def _begin_work(cls, w: Workload) -> None:
+        """A worker for each thread; a single sequence is left to the BLAS and its threads."""
+        if cls._at_work is None:
+            cls._at_work = contextlib.ExitStack()
+            alone = w.batch_size == 1
+            cls._at_work.enter_context(threadpool_limits(w.threads if alone else 1))
+            cls._at_work.enter_context(side_by_side(1 if alone else w.threads))
+
+    # -- parts
+
+    def sgemm(self) -> None:
+        """A product of square matrices, the most that the BLAS does here on all threads."""
+        with threadpool_limits(self.workload.threads):
+            a, b, out = self._matrices
+            np.matmul(a, b, out=out)
+
+    def loss(self) -> Tree:
+        return minibatch_gradients(
+            self.policy, self.experience, config=self.config, settings=self.settings
+        ).gradients
+
+    def sample(self) -> Generation:
+        P, R = self.workload.prompt_len, self.workload.response_len
+        return generate(
+            self.policy["transformer"],
+            tokens=self.batch.tokens[:, :P],
+            mask=self.batch.mask[:, :P],
+            config=self.config,
+            max_new=R,
+            stop_id=NO_STOP,
+            pad_id=PAD,
+            rng=self.rng,
+        )
+
+    def logprobs(self) -> Array:
+        groups = self.batch.groups(size=0, config=self.config)
+        f = functools.partial(_logprobs, self.reference, self.config)
+        logp = np.empty(self.batch.responses.shape, np.float32)
+        parts = map_over(f, [self.batch.part(rows) for rows in groups])
+        logp[np.concatenate(groups)] = np.concatenate(parts)
+        return logp
+
+    def adamw(self) -> None:
+        if self.gradient is None:
+            leaves = [g.reshape(-1) for _, g in tree_items(self.loss())]
+            self.gradient = np.concatenate(leaves)
+        c, opt = self.optimizer.config, self.optimizer
+        rates = {"learning_rate": c.learning_rate, "eps": c.eps}
+        opt.state = adamw_step(
+            opt.flat, self.gradient, opt.state, beta1=c.beta1, beta2=c.beta2, **rates
+        )
+
+    def iteration(self) -> None:
+        self.policy = self.optimizer.params
+        out = self.sample()
+        self.learn(out.tokens, out.hidden)
+
+    def learn(self, tokens: Array, hidden: Array | None = None) -> dict[str, Array]:
+        """From samples to updated parameters; returns the advantages and scores."""
+        w, P = self.workload, self.workload.prompt_len
+        prompts, responses = tokens[:, :P].tolist(), tokens[:, P:].tolist()
+        texts = [""] * w.batch_size
+        samples = Samples(texts, texts, prompts, responses, self._batch(tokens), hidden)
+        rollout = score_rollout(
+            self.optimizer.params,
+            self.reference,
+            samples,
+            score=lambda s: score_responses(self.reward, s.prompt_ids, s.response_ids, pad_id=PAD),
+            config=self.config,
+        )
+        experience = make_experience(
+            rollout, settings=self.settings, kl_coef=self.settings.kl_coef, stop_id=NO_STOP
+        )
+        ppo_update(
+            self.optimizer, experience, config=self.config, settings=self.settings, rng=self.rng
+        )
+        return {"advantages": experience.advantages, "score": rollout.score}
+
+    # -- results to compare
+
+    def check(self, part: str) -> dict[str, Array]:
+        if part == "loss":
+            step = minibatch_gradients(
+                self.policy, self.experience, config=self.config, settings=self.settings
+            )
+            return {"loss": np.float32(step.loss), **_paths(step.gradients)}
+        if part == "sample":
+            tokens, params = self.sample().tokens, self.policy
+            return {"tokens": tokens, "logp": _logprobs(params, self.config, self._batch(tokens))}
+        if part == "logprobs":
+            return {"logp": self.logprobs()}
+        if part == "adamw":
+            self.adamw()
+            return _paths(self.optimizer.params)
+        results = self.learn(self.batch.tokens)
+        return results | _paths(self.optimizer.params)
+
+    # -- from the folder
+
+    @functools.cached_property
+    def optimizer(self) -> Optimizer:
+        return Optimizer(self.policy, self.settings.optimizer, total_steps=1)
+
+    @functools.cached_property
+    def reference(self) -> Tree:
+        return share_tree(tree_of(self.workload.parameters("reference")))
+
+    @functools.cached_property
+    def reward(self) -> RewardModel:
+        return RewardModel(share_tree(tree_of(self.workload.parameters("reward"))), self.config)
+
+    @functools.cached_property
+    def _matrices(self) -> list[Array]:
+        shape = (SGEMM_SIZE, SGEMM_SIZE)
+        return [self.rng.standard_normal(shape).astype(np.float32) for _ in range(3)]
+
+    def _batch(self, tokens: Array) -> Batch:
+        return Batch(tokens, np.ones(tokens.shape, np.float32), self.workload.prompt_len)
+
+
+def _logprobs(params: Tree, config: GPTConfig, batch: Batch) -> Array:
+    return policy_forward(params, batch=batch, config=config, keep=False)[0].logp
+
+
+def _paths(tree: Tree) -> dict[str, Array]:
+    return {f"policy.{path}": leaf for path, leaf in tree_items(tree)}
+
+
+def main() -> None:
+    keep_freed_memory()
+    serve(MiniRLHF)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,568 @@
+"""Checkpoints: equal after a round trip, whole or not at all, and everything foreign refused."""
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from minirlhf.errors import InputError
+from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.runs.checkpoint import load_config, load_model, load_state, save_model, save_state
+from minirlhf.tree import tree_items, tree_map
+
+CONFIG = GPTConfig(vocab_size=7, n_ctx=5, n_layer=2, n_head=2, d_model=4, ln_eps=1e-6)
+
+
+def model(seed=0, dtype=np.float32):
+    return init_transformer(CONFIG, rng=np.random.default_rng(seed), dtype=dtype)
+
+
+def heads(seed=0):
+    rng = np.random.default_rng(seed)
+    return {"value_head": {"w": rng.standard_normal((4, 1)), "b": np.zeros(1)}}
+
+
+def assert_same(got, expected):
+    got, expected = dict(tree_items(got)), dict(tree_items(expected))
+    assert got.keys() == expected.keys()
+    for path, array in expected.items():
+        assert got[path].dtype == array.dtype, path
+        assert got[path].shape == array.shape, path
+        assert np.array_equal(got[path], array), path
+
+
+# --- models
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_model_comes_back(tmp_path, dtype):
+    save_model(
+        tmp_path / "a/b", model(dtype=dtype), CONFIG, heads=heads(), meta={"eos_token_id": 3}
+    )
+    params, config, got_heads = load_model(tmp_path / "a/b")
+    assert config == CONFIG
+    assert_same(params, model(dtype=dtype))
+    assert_same(got_heads, heads())
+    assert load_config(tmp_path / "a/b")["eos_token_id"] == 3
+
+
+def test_loaded_arrays_are_ours_to_write(tmp_path):
+    save_model(tmp_path, model(), CONFIG, heads=heads())
+    params, _, got_heads = load_model(tmp_path)
+    for path, array in [*tree_items(params), *tree_items(got_heads)]:
+        assert type(array) is np.ndarray and array.flags.writeable, path
+        assert array.flags.c_contiguous and array.flags.aligned, path
+        array += 1
+    assert_same(load_model(tmp_path)[0], model())
+
+
+def test_dtype_converts_everything(tmp_path):
+    save_model(tmp_path, model(), CONFIG, heads=heads())
+    params, _, got_heads = load_model(tmp_path, dtype=np.float64)
+    assert_same(params, tree_map(lambda x: x.astype(np.float64), model()))
+    assert {a.dtype.name for _, a in tree_items(got_heads)} == {"float64"}
+
+
+def test_arrays_that_are_not_c_contiguous_are_saved_right(tmp_path):
+    # safetensors 0.8.0 writes the memory as it lies, so a transposed view would come back wrong
+    views = tree_map(lambda x: np.asfortranarray(x) if x.ndim > 1 else x[::-1][::-1], model())
+    wide = np.random.default_rng(1).standard_normal((4, 14)).astype(np.float32)
+    views["wte"] = wide.T[::2]
+    save_model(tmp_path, views, CONFIG)
+    expected = model() | {"wte": np.ascontiguousarray(wide.T[::2])}
+    assert_same(load_model(tmp_path)[0], expected)
+
+
+def test_arrays_of_any_device_are_saved(tmp_path, xp):
+    there = tree_map(xp.asarray, model())
+    save_model(tmp_path, there, CONFIG, heads=tree_map(xp.asarray, heads()))
+    save_state(tmp_path, {"moments": there}, {})
+    assert_same(load_model(tmp_path)[0], model())
+    assert_same(load_model(tmp_path)[2], heads())
+    assert_same(load_state(tmp_path)[0], {"moments": model()})
+
+
+def test_names_and_metadata_are_hugging_face_s(tmp_path):
+    save_model(tmp_path, model(), CONFIG, heads=heads())
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert len(tensors) == 2 + 12 * CONFIG.n_layer + 2
+    qkv = tensors["transformer.h.1.attn.c_attn.weight"]
+    assert np.array_equal(qkv, model()["blocks"][1]["attn"]["qkv"]["w"])
+    assert "lm_head.weight" not in tensors and not any("minirlhf" in name for name in tensors)
+    header = (tmp_path / "model.safetensors").read_bytes()[8:2000]
+    assert b'"__metadata__":{"format":"pt"}' in header
+
+
+def test_saving_again_forgets_old_heads_and_keeps_other_files(tmp_path):
+    folder = tmp_path / "policy"
+    save_model(folder, model(), CONFIG, heads=heads())
+    (folder / "tiktoken.json").write_text("{}")
+    (folder / "notes").mkdir()
+    (folder / "notes/config.json").write_text("mine")
+    save_model(folder, model(1), CONFIG)
+    params, _, got_heads = load_model(folder)
+    assert_same(params, model(1))
+    assert got_heads == {}
+    assert (folder / "tiktoken.json").read_text() == "{}"
+    assert (folder / "notes/config.json").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["policy"]
+
+
+def test_a_model_that_does_not_fit_is_not_saved(tmp_path):
+    wrong_shape = model() | {"wpe": np.zeros((6, 4), np.float32)}
+    with pytest.raises(ValueError, match=r"wpe.weight of shape \(5, 4\); got \(6, 4\)"):
+        save_model(tmp_path / "m", wrong_shape, CONFIG)
+    with pytest.raises(ValueError, match="float16"):
+        save_model(tmp_path / "m", model(dtype=np.float16), CONFIG)
+    with pytest.raises(ValueError, match="keys"):
+        save_model(tmp_path / "m", model() | {"head": np.zeros(1)}, CONFIG)
+    with pytest.raises(ValueError, match="n_embd"):
+        save_model(tmp_path / "m", model(), CONFIG, meta={"n_embd": 3})
+    broken = model()
+    broken["blocks"][1]["mlp"]["up"]["b"][2] = np.nan
+    with pytest.raises(ValueError, match="h.1.mlp.c_fc.bias has NaN or inf"):
+        save_model(tmp_path / "m", broken, CONFIG)
+    assert not (tmp_path / "m").exists()
+
+
+# --- models of others
+
+
+def foreign(folder, *, change=lambda tensors: tensors, prefix="transformer.", **config):
+    """A folder as transformers writes it, then changed."""
+    save_model(folder, model(), CONFIG)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.replace("transformer.", prefix): array for name, array in tensors.items()}
+    save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
+    entries = json.loads((folder / "config.json").read_text()) | config
+    entries = {key: value for key, value in entries.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(entries))
+    return folder
+
+
+def test_names_without_prefix_and_old_buffers_are_read(tmp_path):
+    def add_buffers(tensors):
+        mask = {f"h.{i}.attn.bias": np.tri(5, dtype=np.uint8)[None, None] for i in range(2)}
+        masked = {f"h.{i}.attn.masked_bias": np.array(-1e4, np.float32) for i in range(2)}
+        return tensors | mask | masked | {"lm_head.weight": tensors["wte.weight"]}
+
+    folder = foreign(tmp_path, change=add_buffers, prefix="", n_ctx=5, n_inner=16)
+    assert_same(load_model(folder)[0], model())
+
+
+def test_left_out_entries_have_the_defaults_of_gpt2(tmp_path):
+    foreign(
+        tmp_path,
+        activation_function="absent",
+        tie_word_embeddings="absent",
+        n_inner="absent",
+        layer_norm_epsilon="absent",
+    )
+    assert load_model(tmp_path)[1].ln_eps == 1e-5
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    foreign(tmp_path, change=lambda t: {k: v.astype(np.float16) for k, v in t.items()})
+    expected = tree_map(lambda x: x.astype(np.float16).astype(np.float32), model())
+    assert_same(load_model(tmp_path)[0], expected)
+
+
+def test_bfloat16_becomes_float32(tmp_path):
+    # bfloat16 is the upper half of float32: write the halves, then rename their type
+    foreign(tmp_path, change=lambda t: {k: (v.view("u4") >> 16).astype("u2") for k, v in t.items()})
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"U16"', b'"BF16"').rstrip()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    expected = tree_map(lambda x: (x.view("u4") >> 16 << 16).view(np.float32), model())
+    assert_same(load_model(tmp_path)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "model_type to be 'gpt2'; got 'llama'"),
+        ({"model_type": "absent"}, "model_type to be 'gpt2'; got None"),
+        ({"activation_function": "relu"}, "activation_function .*got 'relu'"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx to be false"),
+        ({"scale_attn_weights": False}, "scale_attn_weights to be true"),
+        ({"add_cross_attention": True}, "add_cross_attention to be false"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings to be true"),
+        ({"n_inner": 15}, "n_inner to be null or 16; got 15"),
+        ({"n_embd": 0}, "n_embd to be a number above 0"),
+        ({"n_layer": "2"}, "n_layer to be a number above 0; got '2'"),
+        ({"n_layer": True}, "n_layer to be a number above 0; got True"),
+        ({"n_head": 3}, "n_embd to be a multiple of n_head = 3"),
+        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon"),
+        ({"n_positions": 6}, r"wpe.weight of shape \(6, 4\), by config.json; got \(5, 4\)"),
+        ({"vocab_size": 8}, r"wte.weight of shape \(8, 4\)"),
+        ({"n_layer": 3}, "expected a tensor h.2.ln_1.weight; found none"),
+        ({"n_layer": 1}, r"got also h.1.attn.c_attn.bias, .* \(12 in all"),
+    ],
+)
+def test_a_foreign_config_is_refused(tmp_path, config, message):
+    foreign(tmp_path, **config)
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "wpe" not in k}, "wpe.weight; found none"),
+        (lambda t: t | {"score.weight": np.zeros(3)}, "got also score.weight"),
+        (
+            lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] * 2},
+            "lm_head.weight differs",
+        ),
+        (lambda t: {k: v.astype(np.int8) for k, v in t.items()}, "floating point; got int8"),
+        (lambda t: {k: v * np.float32(np.nan) for k, v in t.items()}, "wte.weight has NaN or inf"),
+    ],
+)
+def test_foreign_tensors_are_refused(tmp_path, change, message):
+    foreign(tmp_path, change=change)
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path)
+
+
+def test_foreign_heads_are_refused(tmp_path):
+    save_model(tmp_path, model(), CONFIG)
+    save_file({"score.weight": np.zeros(3)}, tmp_path / "heads.safetensors")
+    with pytest.raises(InputError, match="expected tensors named minirlhf.HEAD.KEY; got score"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "heads.safetensors", "config.json"])
+def test_truncated_and_foreign_files_are_refused(tmp_path, name):
+    save_model(tmp_path, model(), CONFIG, heads=heads())
+    data = (tmp_path / name).read_bytes()
+    sizes = {0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 3}
+    for damaged in [*(data[:size] for size in sizes), b"PK\x03\x04" * 99, b"\x80\x04pickle"]:
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{name}: expected") as caught:
+            load_model(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="expected a folder; found none"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="config.json: expected a file; found none"):
+        load_model(tmp_path)
+    save_model(tmp_path, model(), CONFIG)
+    with pytest.raises(InputError, match="expected a folder; got a file"):
+        load_model(tmp_path / "config.json")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="model.safetensors: expected a file; found none"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="several parts"):
+        load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(InputError, match="a pickle, which is never read"):
+        load_model(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(InputError, match="cannot be written"):
+            save_model(folder, model(), CONFIG)
+        with pytest.raises(InputError, match="cannot be written"):
+            save_state(folder, {}, {})
+
+
+# --- states
+
+leaves = st.builds(
+    lambda shape, dtype, seed: np.random.default_rng(seed).integers(0, 2, shape).astype(dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 ?".split()),
+    st.integers(0, 9),
+)
+trees = st.recursive(
+    leaves,
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(st.text("ab.0é", max_size=3), children, max_size=3)
+    ),
+    max_leaves=6,
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def assert_same_tree(got, expected):
+    assert type(got) is type(expected)
+    if isinstance(expected, dict):
+        assert list(got) == list(expected)
+        for key in expected:
+            assert_same_tree(got[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert_same_tree(a, b)
+    else:
+        assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+        assert np.array_equal(got, expected)
+        assert got.flags.writeable and got.flags.c_contiguous
+
+
+@given(trees, st.dictionaries(st.text(), json_values))
+def test_any_state_comes_back(tmp_path_factory, tree, meta):
+    folder = tmp_path_factory.mktemp("state")
+    save_state(folder, tree, meta)
+    got, got_meta = load_state(folder)
+    assert_same_tree(got, tree)
+    assert got_meta == meta
+
+
+def test_paths_that_read_alike_are_kept_apart(tmp_path):
+    tree = {"a.b": np.array(1), "a": {"b": np.array(2)}, "": [np.array(3)], ".0": np.array(4)}
+    save_state(tmp_path, tree, {})
+    assert_same_tree(load_state(tmp_path)[0], tree)
+
+
+def test_values_come_back_to_the_last_bit(tmp_path):
+    rng = np.random.default_rng(3)
+    special = np.array([np.nan, np.inf, -np.inf, -0.0, 5e-324, 0.1])
+    tree = {"moments": [rng.standard_normal((3, 4)).T, special], "count": np.array(7)}
+    save_state(tmp_path, tree, {"rng": rng.bit_generator.state})
+    expected = rng.random(5)
+    got, meta = load_state(tmp_path)
+    assert got["moments"][0].tobytes() == np.ascontiguousarray(tree["moments"][0]).tobytes()
+    assert got["moments"][1].tobytes() == special.tobytes()
+    resumed = np.random.default_rng(0)
+    resumed.bit_generator.state = meta["rng"]
+    assert np.array_equal(resumed.random(5), expected)
+
+
+@pytest.mark.parametrize(
+    ("tree", "error"),
+    [
+        ({"a": 1.0}, TypeError),
+        ({"a": None}, TypeError),
+        ({"a": (np.zeros(1),)}, TypeError),
+        ({1: np.zeros(1)}, TypeError),
+    ],
+)
+def test_a_tree_that_would_come_back_different_is_refused(tmp_path, tree, error):
+    with pytest.raises(error):
+        save_state(tmp_path, tree, {})
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("meta", "error"),
+    [
+        ({"a": (1, 2)}, ValueError),
+        ({1: 2}, ValueError),
+        ({"a": float("nan")}, ValueError),
+        ({"a": np.int64(3)}, TypeError),
+    ],
+)
+def test_meta_that_would_come_back_different_is_refused(tmp_path, meta, error):
+    with pytest.raises(error):
+        save_state(tmp_path, {}, meta)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_bad_state_is_refused(tmp_path):
+    with pytest.raises(InputError, match="found none"):
+        load_state(tmp_path)
+    path = tmp_path / "state.safetensors"
+    save_file({"a": np.zeros(2)}, path)
+    with pytest.raises(InputError, match="got another safetensors file"):
+        load_state(tmp_path)
+    save_state(tmp_path, {"a": np.zeros(9)}, {})
+    data = path.read_bytes()
+    for size in (0, 5, 60, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(InputError, match="corrupt, cut short or of another kind"):
+            load_state(tmp_path)
+
+
+# --- whole or not at all
+
+
+class Crash(BaseException):
+    """The power goes off: nothing after it runs, no clean-up either."""
+
+
+STEPS = [(os, "fsync"), (os, "replace"), (os, "link"), (os, "mkdir"), (shutil, "rmtree")]
+
+
+def fail_at(monkeypatch, step, error):
+    """Let the step-th of all calls that touch the disk raise; returns the calls so far.
+
+    Before it is synced a file may lack its second half.
+    """
+    calls = []
+
+    def patch(module, name):
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == step:
+                if name == "fsync" and stat.S_ISREG(os.fstat(args[0]).st_mode):
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                raise error
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in STEPS:
+        patch(module, name)
+    return calls
+
+
+def crash_everywhere(monkeypatch, error, prepare, write, check):
+    """Fail write() at its first step, then at its second ... until it goes through."""
+    for step in range(1, 99):
+        prepare()
+        with monkeypatch.context() as patched:
+            calls = fail_at(patched, step, error)
+            try:
+                write()
+            except (Crash, InputError):
+                check(step)
+            if len(calls) < step:
+                return step - 1
+    raise AssertionError("write() never went through")
+
+
+@pytest.mark.parametrize("error", [Crash(), OSError(28, "No space left on device")])
+def test_a_crash_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, error):
+    folder = tmp_path / "policy"
+    smaller = GPTConfig(vocab_size=3, n_ctx=2, n_layer=1, n_head=1, d_model=2)
+
+    def write_old():
+        save_model(folder, model(), CONFIG, heads=heads())
+        (folder / "tiktoken.json").write_text("{}")
+
+    def write_new():
+        rng = np.random.default_rng(1)
+        save_model(folder, init_transformer(smaller, rng=rng), smaller, meta={"kind": "new"})
+
+    outcomes = set()
+
+    def check(step):
+        params, config, got_heads = load_model(folder)
+        outcomes.add(config)
+        if config == CONFIG:
+            assert_same(params, model())
+            assert_same(got_heads, heads())
+        else:
+            assert config == smaller and got_heads == {} and load_config(folder)["kind"] == "new"
+        if isinstance(error, OSError):
+            assert ".policy.new" not in os.listdir(tmp_path)
+        write_new()  # the next save goes through and cleans up
+        assert load_model(folder)[1] == smaller
+        assert os.listdir(tmp_path) == ["policy"]
+        assert (folder / "tiktoken.json").read_text() == "{}"
+
+    steps = crash_everywhere(monkeypatch, error, write_old, write_new, check)
+    assert steps >= 8 and outcomes == {CONFIG, smaller}
+
+
+@pytest.mark.parametrize("error", [Crash(), OSError(28, "No space left on device")])
+def test_a_crash_leaves_the_old_state_or_the_new_one(tmp_path, monkeypatch, error):
+    outcomes = set()
+
+    def check(step):
+        tree, meta = load_state(tmp_path)
+        assert np.array_equal(tree["a"], np.full(3, meta["version"]))
+        outcomes.add(meta["version"])
+
+    def write(version):
+        save_state(tmp_path, {"a": np.full(3, version)}, {"version": version})
+
+    steps = crash_everywhere(monkeypatch, error, lambda: write(1), lambda: write(2), check)
+    assert steps >= 3 and outcomes == {1, 2}
+    assert load_state(tmp_path)[1] == {"version": 2}
+
+
+def test_a_crash_at_the_first_save_leaves_nothing_to_load(tmp_path, monkeypatch):
+    folder = tmp_path / "m"
+    outcomes = set()
+
+    def check(step):
+        try:
+            assert_same(load_model(folder)[0], model())
+            outcomes.add("whole")
+        except InputError as error:
+            assert "found none" in str(error)
+            outcomes.add("nothing")
+
+    crash_everywhere(
+        monkeypatch,
+        Crash(),
+        lambda: shutil.rmtree(folder, ignore_errors=True),
+        lambda: save_model(folder, model(), CONFIG),
+        check,
+    )
+    assert outcomes == {"whole", "nothing"}
+
+
+def test_a_second_crash_does_not_lose_the_only_copy(tmp_path, monkeypatch):
+    folder = tmp_path / "m"
+
+    def crash_between_the_renames():
+        save_model(folder, model(), CONFIG)
+        os.replace(folder, tmp_path / ".m.old")
+
+    crash_everywhere(
+        monkeypatch,
+        Crash(),
+        crash_between_the_renames,
+        lambda: save_model(folder, model(), CONFIG),
+        lambda step: assert_same(load_model(folder)[0], model()),
+    )
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_every_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced, renamed = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(handle):
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def note_rename(source, target):
+        source = Path(source)
+        if source.name.endswith(".new"):
+            files = [source, *source.iterdir()] if source.is_dir() else [source]
+            renamed.extend(path.stat().st_ino for path in files)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    save_model(tmp_path / "m", model(), CONFIG, heads=heads())
+    save_state(tmp_path / "s", {}, {})
+    assert len(renamed) == 5 and set(renamed) <= synced
+    assert {tmp_path.stat().st_ino, (tmp_path / "s").stat().st_ino} <= synced
+
+
+def test_disks_without_hard_links_keep_other_files_too(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_model(tmp_path / "m", model(), CONFIG)
+    (tmp_path / "m/tiktoken.json").write_text("{}")
+    save_model(tmp_path / "m", model(1), CONFIG)
+    assert (tmp_path / "m/tiktoken.json").read_text() == "{}"

@@ -1,0 +1,474 @@
+"""The user's own files: split into prompt and response, split into train and held-out, refused."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minirlhf.errors import InputError
+from minirlhf.worlds.files import (
+    UserReward,
+    _cut_end,
+    _cut_front,
+    _split_prompts,
+    absolute_reward,
+    corpus_world,
+    load_reward,
+    read_pairs,
+    split_pairs,
+)
+from minirlhf.worlds.rewards import distinct_words, short_words, vowel_share
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+VOWELS = "minirlhf.worlds.rewards:vowel_share"
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_jsonl(path, *entries):
+    return write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def world_of(path, **options):
+    options = {"reward": VOWELS, "rng": np.random.default_rng(0)} | options
+    return corpus_world(path, **options)
+
+
+def world_of_text(tmp_path, text, **options):
+    return world_of(write(tmp_path / "corpus.txt", text), **options)
+
+
+# --- plain text
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "joiner", "demonstration"),
+    [
+        ("a:\nb c\nd\n\na:\ne f", "document", "\n", ("a:", "b c\nd")),
+        ("a:\r\nb c\r\n\r\na:\r\ne f\r\n", "document", "\n", ("a:", "b c")),
+        ("\ufeffa:\n b\n\n\n \na:\nc \n", "document", "\n", ("a:", "b")),
+        ("the cat sat\nthe dog", "line", " ", ("the", "cat sat")),
+        ("the  cat\tsat\n\nthe dog", "line", " ", ("the", "cat\tsat")),
+        ("one two\n\none three", "document", " ", ("one", "two")),
+        ("emma\neva", "line", "", ("e", "mma")),
+        ("émma\néva", "line", "", ("é", "mma")),
+    ],
+)
+def test_examples_by_hand(tmp_path, text, unit, joiner, demonstration):
+    world = world_of_text(tmp_path, text, unit=unit)
+    assert world.joiner == joiner
+    assert world.demonstrations[0] == demonstration
+
+
+def test_auto_is_document_from_one_blank_line_in_a_hundred_lines(tmp_path):
+    def text(n_lines, n_gaps):
+        lines = [f"a{i}: b" for i in range(n_lines)]
+        return "\n\n".join(["\n".join(lines[i :: n_gaps + 1]) for i in range(n_gaps + 1)])
+
+    assert world_of_text(tmp_path, text(100, 1)).joiner == "\n"
+    assert world_of_text(tmp_path, text(101, 1)).joiner == " "
+    assert world_of_text(tmp_path, text(100, 0)).joiner == " "
+    assert world_of_text(tmp_path, text(100, 1), unit="line").joiner == " "
+
+
+def test_what_is_dropped_is_counted(tmp_path):
+    world = world_of_text(tmp_path, "a b\na b\na c\nalone\nd e", unit="line")
+    assert any("dropped 1 of 5 examples without a response" in note for note in world.notes)
+    assert any("dropped 1 of 4 examples that occur twice" in note for note in world.notes)
+    assert world_of_text(tmp_path, "a b\nc d", unit="line").notes == ()
+
+
+def test_long_responses_are_cut_at_a_word(tmp_path):
+    world = world_of_text(tmp_path, "a bcd efg\na bcd ef", unit="line", max_response_chars=6)
+    assert world.demonstrations == [("a", "bcd"), ("a", "bcd ef")]
+    assert any(note.startswith("cut 1 of 2 examples") for note in world.notes)
+
+
+@given(st.text("ab \n", min_size=1).filter(lambda t: t.strip()), st.integers(1, 30))
+def test_cuts_keep_whole_words_within_the_limit(text, limit):
+    text = text.strip()
+    head, tail = _cut_end(text, limit), _cut_front(text, limit)
+    assert 1 <= len(head) <= limit and 1 <= len(tail) <= limit
+    assert text.startswith(head) and text.endswith(tail)
+    words, n_head, n_tail = text.split(), len(head.split()), len(tail.split())
+    if len(words[0]) <= limit:
+        assert head.split() == words[:n_head]
+    if len(words[-1]) <= limit:
+        assert tail.split() == words[-n_tail:]
+
+
+def test_a_corpus_of_json_lines(tmp_path):
+    path = write_jsonl(
+        tmp_path / "my.jsonl",
+        {"prompt": " p q ", "response": " r\n", "source": 3},
+        {"prompt": "p q", "response": "s"},
+    )
+    world = world_of(path)
+    assert world.demonstrations == [("p q", "r"), ("p q", "s")]
+    assert (world.name, world.joiner) == ("my", " ")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"prompt": "p"}, "response is missing, got prompt: add it"),
+        ({"prompt": "p", "response": 3}, "expected response to be text; got 3"),
+        ({"prompt": "p", "response": " "}, "expected some text as response; got ' '"),
+        ({"prompt": "", "response": "r"}, "expected some text as prompt; got ''"),
+    ],
+)
+def test_a_bad_line_of_a_corpus_is_named(tmp_path, entry, message):
+    path = write_jsonl(tmp_path / "c.jsonl", {"prompt": "p", "response": "r"}, entry)
+    with pytest.raises(InputError, match=f"c.jsonl:2: .*{message}"):
+        world_of(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b" \n\n", "the file is empty"),
+        (b"a b\nc \xff d", "expected UTF-8 text; got the byte 0xff in line 2"),
+        ("a b".encode("utf-16"), "expected UTF-8 text"),
+        (b"a\nb", "expected examples that can be split"),
+    ],
+)
+def test_an_unusable_corpus_is_one_sentence(tmp_path, content, message):
+    with pytest.raises(InputError, match=message) as caught:
+        world_of(write(tmp_path / "corpus.txt", content))
+    assert "corpus.txt: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_corpus_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match="found none"):
+        world_of(tmp_path / "nowhere.txt")
+    with pytest.raises(InputError, match="got a folder"):
+        world_of(tmp_path)
+
+
+def test_choices_that_do_not_fit_are_refused(tmp_path):
+    corpus = write(tmp_path / "c.txt", "a b\nc d")
+    pairs = write_jsonl(tmp_path / "p.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r"})
+    with pytest.raises(InputError, match="unit: expected auto, line or document; got 'page'"):
+        world_of(corpus, unit="page")
+    with pytest.raises(InputError, match="got neither"):
+        world_of(corpus, reward=None)
+    with pytest.raises(InputError, match="got both"):
+        world_of(corpus, pairs_path=pairs)
+    with pytest.raises(InputError, match="expected a corpus or preference pairs"):
+        world_of(None)
+    with pytest.raises(InputError, match="at least 1 character"):
+        world_of(corpus, max_response_chars=0)
+
+
+# --- train and held-out prompts
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.integers(1, 50), min_size=2), st.integers(0, 2**32 - 1)
+)
+def test_prompts_are_split_into_two_disjoint_parts(weights, seed):
+    train, heldout = _split_prompts(weights, np.random.default_rng(seed))
+    assert train and heldout
+    assert sorted(train + heldout) == sorted(weights)
+    assert len(heldout) <= max(1, round(0.15 * len(weights)))
+    share = sum(weights[prompt] for prompt in heldout) / sum(weights.values())
+    smallest = min(weights.values()) / sum(weights.values())
+    assert share <= max(0.2, smallest)
+    assert (train, heldout) == _split_prompts(weights, np.random.default_rng(seed))
+
+
+def test_about_15_percent_of_many_prompts_are_held_out():
+    train, heldout = _split_prompts({str(i): 1 for i in range(200)}, np.random.default_rng(0))
+    assert (len(train), len(heldout)) == (170, 30)
+    other = _split_prompts({str(i): 1 for i in range(200)}, np.random.default_rng(1))[1]
+    assert heldout != other
+
+
+def test_a_single_prompt_is_in_both_lists(tmp_path):
+    assert _split_prompts({"a": 3}, np.random.default_rng(0)) == (["a"], ["a"])
+    corpus = write(tmp_path / "c.txt", "one two\none three\n")
+    assert [n for n in world_of(corpus).notes if "one prompt in all" in n]
+    corpus = write(tmp_path / "c.txt", "one two\ntwo three\n")
+    assert not world_of(corpus).notes
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.integers(1, 50), min_size=1),
+    st.integers(0, 2**32 - 1),
+    st.data(),
+)
+def test_a_prompt_of_the_pairs_is_always_trained_on(weights, seed, data):
+    judged = data.draw(st.sets(st.sampled_from(sorted(weights)), min_size=1, max_size=3))
+    train, heldout = _split_prompts(weights, np.random.default_rng(seed), judged)
+    assert judged & set(train) and heldout
+    assert set(train) | set(heldout) == set(weights)
+    assert len(weights) == 1 or not set(train) & set(heldout)
+    plain = _split_prompts(weights, np.random.default_rng(seed))
+    if judged & set(plain[0]):
+        assert (train, heldout) == plain  # nothing else changes
+
+
+def test_pairs_of_one_prompt_beside_a_corpus_are_trained_on(tmp_path):
+    corpus = write(tmp_path / "c.txt", "\n".join(f"p{i} text {i}" for i in range(12)))
+    pairs = write_jsonl(tmp_path / "p.jsonl", {"prompt": "p3", "chosen": "a", "rejected": "b"})
+    for seed in range(20):
+        world = world_of(corpus, pairs_path=pairs, reward=None, rng=np.random.default_rng(seed))
+        assert "p3" in world.train_prompts and world.heldout_prompts
+
+
+def test_demonstrations_of_heldout_prompts_are_kept_apart(tmp_path):
+    corpus = write(tmp_path / "c.txt", "\n".join(f"p{i % 7} text {i}" for i in range(30)))
+    world = world_of(corpus)
+    assert {p for p, _ in world.heldout_demonstrations} == set(world.heldout_prompts)
+    assert {p for p, _ in world.demonstrations} == set(world.train_prompts)
+    assert len(world.demonstrations) + len(world.heldout_demonstrations) == 30
+
+
+def test_a_reward_in_a_file_is_named_absolutely(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute_reward("mine.py:f") == f"{tmp_path / 'mine.py'}:f"
+    assert absolute_reward("package.module:f") == "package.module:f"
+    assert absolute_reward("") == ""
+
+
+# --- pairs
+
+
+def test_pairs_of_both_forms(tmp_path):
+    human = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
+    path = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        {"prompt": "p ", "chosen": " c", "rejected": "r", "margin": 1},
+        {"chosen": human + " so long", "rejected": human + " so what"},
+    )
+    write(path, path.read_bytes() + b"\n")
+    assert read_pairs(path) == [("p", "c", "r"), (human.strip(), "so long", "so what")]
+
+
+def test_dialogues_are_split_before_they_differ(tmp_path):
+    # the last turn of one is longer: only what both share is the prompt
+    shared = "\n\nHuman: hi\n\nAssistant:"
+    path = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        {"chosen": shared + " a\n\nHuman: b\n\nAssistant: c", "rejected": shared + " d"},
+    )
+    assert read_pairs(path) == [(shared.strip(), "a\n\nHuman: b\n\nAssistant: c", "d")]
+
+
+GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected a JSON object; got '{'"),
+        ("[1]", r"expected a JSON object in braces; got '\[1\]'"),
+        ('{"prompt": NaN}', "NaN is not JSON"),
+        ("[" * 100_000, "expected a JSON object"),
+        ({"prompt": "p", "chosen": "c"}, "rejected is missing, got prompt, chosen"),
+        ({"prompt": "p"}, "chosen is missing"),
+        ({}, "chosen is missing, got none"),
+        (GOOD | {"chosen": ["c"]}, r"expected chosen to be text; got \['c'\]"),
+        (GOOD | {"prompt": None}, "expected prompt to be text; got None"),
+        (GOOD | {"prompt": ""}, "expected some text as prompt"),
+        (GOOD | {"rejected": "\n"}, "expected some text as rejected"),
+        (GOOD | {"chosen": "r "}, "expected chosen and rejected to differ; got 'r' twice"),
+        ({"chosen": "a", "rejected": "b"}, "expected a prompt, or dialogues that share"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"},
+            "expected a reply after .* of rejected; got none",
+        ),
+    ],
+)
+def test_a_bad_pair_is_named(tmp_path, line, message):
+    line = line if isinstance(line, str) else json.dumps(line)
+    path = write(tmp_path / "pairs.jsonl", f"{json.dumps(GOOD)}\n\n{line}\n{json.dumps(GOOD)}\n")
+    with pytest.raises(InputError, match=rf"pairs.jsonl:3: .*{message}") as caught:
+        read_pairs(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
+
+
+@given(st.lists(st.tuples(texts, texts, texts).filter(lambda p: p[1].strip() != p[2].strip())))
+def test_any_pairs_come_back(tmp_path_factory, pairs):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    write_jsonl(
+        path,
+        *({"prompt": p, "chosen": c, "rejected": r} for p, c, r in [*pairs, ("p", "c", "r")]),
+    )
+    assert read_pairs(path)[:-1] == [tuple(text.strip() for text in pair) for pair in pairs]
+
+
+def pairs_file(tmp_path, n=40):
+    entries = [
+        {"prompt": f"p{i % (n // 2)}", "chosen": f"good {i}", "rejected": "bad"} for i in range(n)
+    ]
+    return write_jsonl(tmp_path / "pairs.jsonl", *entries)
+
+
+def test_pairs_alone_make_a_world(tmp_path):
+    world = world_of(None, pairs_path=pairs_file(tmp_path), reward=None)
+    assert (len(world.train_prompts), len(world.heldout_prompts)) == (17, 3)
+    assert world.reward is None and world.joiner == " " and len(world.pairs) == 40
+    chosen = {(prompt, chosen) for prompt, chosen, _ in world.pairs}
+    assert len(world.demonstrations) == 34 and set(world.demonstrations) <= chosen
+    train, heldout = split_pairs(world.pairs, train_prompts=world.train_prompts)
+    assert (len(train), len(heldout)) == (34, 6)
+    assert {prompt for prompt, _, _ in heldout} == set(world.heldout_prompts)
+
+
+def test_pairs_beside_a_corpus_share_its_split(tmp_path):
+    corpus = write(tmp_path / "c.txt", "\n".join(f"p{i} text {i}" for i in range(20)))
+    world = world_of(corpus, pairs_path=pairs_file(tmp_path, n=60), reward=None)
+    assert set(world.train_prompts) | set(world.heldout_prompts) == {f"p{i}" for i in range(30)}
+    assert all(response.startswith("text") for _, response in world.demonstrations)
+    train, heldout = split_pairs(world.pairs, train_prompts=world.train_prompts)
+    assert train and heldout and len(train) + len(heldout) == 60
+
+
+def test_pairs_are_cut_too_and_dropped_where_they_become_equal(tmp_path):
+    path = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        {"prompt": "one two", "chosen": "aa bb cc", "rejected": "aa bb dd"},
+        {"prompt": "one two", "chosen": "aa bb cc", "rejected": "ee"},
+    )
+    options = {"pairs_path": path, "reward": None, "max_prompt_chars": 4}
+    world = world_of(None, max_response_chars=6, **options)
+    assert world.pairs == [("two", "aa bb", "ee")]
+    assert any("dropped 1 of 2 pairs" in note for note in world.notes)
+    write_jsonl(path, {"prompt": "p", "chosen": "aa b", "rejected": "aa c"})
+    with pytest.raises(InputError, match="differ in their first 2 characters"):
+        world_of(None, max_response_chars=2, **options)
+
+
+# --- the reward function
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_reward_from_the_current_directory_and_from_a_file(here):
+    write(here / "my_reward_helper.py", "WEIGHT = 2")
+    code = "from my_reward_helper import WEIGHT\ndef count(text): return WEIGHT * len(text)"
+    write(here / "my_reward_one.py", code)
+    assert load_reward("my_reward_one:count")("abc") == 6.0
+    (here / "sub").mkdir()
+    write(here / "sub/my_reward_two.py", "def one(text): return 1")
+    assert load_reward("sub/my_reward_two.py:one")("abc") == 1.0
+    assert load_reward(f"{here / 'sub/my_reward_two.py'}:one")("abc") == 1.0
+
+
+def test_a_reward_by_its_module():
+    reward = load_reward(VOWELS)
+    assert reward("ab") == 0.5 and type(reward("ab")) is float
+
+
+def test_a_world_takes_a_function_too_and_checks_it(tmp_path):
+    corpus = write(tmp_path / "c.txt", "a b\nc d")
+    assert world_of(corpus, reward=len).reward("abc") == 3.0
+    with pytest.raises(InputError, match="finite"):
+        world_of(corpus, reward=lambda text: None).reward("abc")
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("vowel_share", "expected module:function or file.py:function; got 'vowel_share'"),
+        ("module:", "expected module:function"),
+        (":f", "expected module:function"),
+        ("no_such_module_here:f", "ModuleNotFoundError: No module named 'no_such_module_here'"),
+        ("nowhere.py:f", "expected a Python file nowhere.py; found none"),
+        ("minirlhf.worlds.rewards:nothing", "expected a function nothing in .*; found none"),
+        ("math:pi", "to be a function; got 3.14"),
+        ("broken_syntax.py:f", "SyntaxError"),
+        ("raises_at_import:f", "it raised RuntimeError: boom"),
+        ("leaves_at_import.py:f", "it raised SystemExit"),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_one_sentence(here, where, message):
+    write(here / "broken_syntax.py", "def f(:")
+    write(here / "raises_at_import.py", "raise RuntimeError('boom')")
+    write(here / "leaves_at_import.py", "raise SystemExit(3)")
+    with pytest.raises(InputError, match=f"reward: .*{message}") as caught:
+        load_reward(where)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "1.0", math.nan, math.inf, -np.float32(np.inf), [1.0], np.zeros(1), 1j, 10**400]
+    + [np.complex64(1), np.str_("1"), np.array(np.nan)],
+)
+def test_a_reward_that_is_no_finite_number_is_refused(value):
+    with pytest.raises(InputError, match="finite number for the text 'some text'; got") as caught:
+        UserReward(lambda text: value)("some text")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.int64(2), np.array(2.0)])
+def test_every_kind_of_number_is_a_reward(value):
+    reward = UserReward(lambda text: value)("")
+    assert reward == 2.0 and type(reward) is float
+
+
+def test_a_reward_that_raises_quotes_the_text_shortened():
+    with pytest.raises(InputError, match=r"'x{57}\.\.\.'; it raised ZeroDivisionError"):
+        UserReward(lambda text: 1 / 0)("x" * 500)
+
+
+def test_shipped_rewards_by_hand():
+    assert vowel_share("Emma") == 2 / 4
+    assert short_words("To be, or naught else") == 4 / 5
+    assert distinct_words("the cat, The dog") == 3 / 4
+
+
+@given(st.text())
+def test_shipped_rewards_are_between_0_and_1(text):
+    for reward in (vowel_share, short_words, distinct_words):
+        assert 0 <= UserReward(reward)(text) <= 1
+
+
+# --- text that nobody here wrote
+
+
+def real(name):
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    return world_of(path)
+
+
+def test_names():
+    world = real("names.txt")
+    assert world.joiner == "" and len(world.train_prompts) + len(world.heldout_prompts) == 26
+    assert set(world.train_prompts).isdisjoint(world.heldout_prompts)
+    assert 0.8 * 29_494 <= len(world.demonstrations) < 29_494  # distinct names
+    assert ("e", "mma") in world.demonstrations or "e" in world.heldout_prompts
+    assert all(len(prompt) == 1 for prompt in world.train_prompts)
+
+
+def test_shakespeare():
+    world = real("tinyshakespeare.txt")
+    assert world.joiner == "\n"
+    prompts = world.train_prompts + world.heldout_prompts
+    speakers = sum(prompt.endswith(":") for prompt in prompts)
+    assert speakers > 0.9 * len(prompts)
+    assert 0.8 <= len(world.demonstrations) / 7_083 <= 0.99
+    assert max(len(response) for _, response in world.demonstrations) <= 120
+    assert world.max_response_tokens < 80
+    most = Counter(prompt for prompt, _ in world.demonstrations).most_common(1)[0]
+    assert most[1] > 100
