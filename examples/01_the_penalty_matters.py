@@ -20,13 +20,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from minirlhf.app import pictures
 from minirlhf.backend import keep_freed_memory
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_jsonl
 from minirlhf.runs.pipeline import resume, train
-from minirlhf.runs.run import fork_run
+from minirlhf.runs.session import fork_run
 from minirlhf.train.settings import PPOConfig
 
 DEFAULT = PPOConfig().kl_coef
@@ -72,45 +72,41 @@ def claims(rows: dict[str, dict]) -> dict[str, bool]:
     }
 
 
-def path_of(folder: Path) -> np.ndarray:
+def path_of(folder: Path, reference: dict[str, float]) -> np.ndarray:
     """(points, 3): sqrt(kl_seq), proxy and gold on held-out prompts along the run."""
     rows = read_jsonl(folder / "metrics.jsonl")
     rows = [row for row in rows if row["stage"] == "ppo" and "eval/gold" in row]
     keys = ("eval/kl_seq", "eval/proxy", "eval/gold")
-    points = np.array([[row[key] for key in keys] for row in rows])
+    points = [[row[key] for key in keys] for row in rows]
+    points = np.array([[0.0, reference["proxy"], reference["gold"]], *points])
     points[:, 0] = np.sqrt(np.maximum(points[:, 0], 0.0))
     return points
 
 
 def draw(seeds: list[dict], out: Path, path: Path) -> None:
-    """Left: gold and proxy against the distance from the reference. Right: gold of every run."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    colours = {0.0: "tab:red", DEFAULT: "tab:blue"}
-    for beta, colour in colours.items():
-        for k, seed in enumerate(seeds):
-            start = seed["rows"]["reference"]
-            points = path_of(out / f"seed{seed['seed']}-beta{beta:g}")
-            points = np.vstack([[0.0, start["proxy"], start["gold"]], points])
-            label = f"beta = {beta:g}" if k == 0 else None
-            left.plot(points[:, 0], points[:, 2], "-o", ms=3, color=colour, label=label)
-            left.plot(points[:, 0], points[:, 1], ":", color=colour, alpha=0.6)
-    left.set_xlabel("distance from the reference, sqrt(kl_seq) [nats^1/2]")
-    left.set_ylabel("reward on held-out prompts")
-    left.set_title("solid: gold (what is wanted), dotted: proxy (what PPO sees)", fontsize=9)
-    left.legend()
+    """Proxy and gold against the distance from the reference, means and seeds; gold at the end."""
+    figure, ((proxy, gold, end),) = pictures.new_figure(12, 3.8, 1, 3, width_ratios=(3, 3, 2))
+    x = "distance from the reference, √kl_seq [nats^½]"
+    for axis, column in ((proxy, 1), (gold, 2)):
+        lines = {}
+        for beta, look in zip((DEFAULT, 0.0), pictures.LOOKS, strict=False):
+            folders = [out / f"seed{seed['seed']}-beta{beta:g}" for seed in seeds]
+            starts = [seed["rows"]["reference"] for seed in seeds]
+            runs = np.array([path_of(*of_seed) for of_seed in zip(folders, starts, strict=True)])
+            axis.scatter(runs[..., 0], runs[..., column], s=6, alpha=0.4, color=look["color"])
+            mean = runs.mean(axis=0)
+            lines[f"β = {beta:g}: mean of {len(seeds)} seeds"] = (mean[:, 0], mean[:, column])
+        pictures.draw_lines(axis, lines)
+    pictures.say(proxy, "proxy, what PPO sees: it rises and rises", x, "on held-out prompts")
+    pictures.say(gold, "gold, what is wanted: without a penalty it is lost", x)
     names = ["0", f"{DEFAULT:g}", "5", "reference"]
-    for x, name in enumerate(names):
-        gold = [seed["rows"][name]["gold"] for seed in seeds]
-        right.plot([x] * len(gold), gold, "o", color="tab:gray", alpha=0.6)
-        right.hlines(np.mean(gold), x - 0.3, x + 0.3, color="black")
-    right.set_xticks(range(len(names)), [f"beta = {n}" if n != "reference" else n for n in names])
-    right.tick_params(axis="x", labelsize=8)
-    right.set_title("gold reward of every seed, and the mean", fontsize=9)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    print(f"picture: {path}")
+    for i, name in enumerate(names):
+        values = [seed["rows"][name]["gold"] for seed in seeds]
+        end.plot([i] * len(values), values, "o", color=pictures.BLUE, alpha=0.5)
+        end.hlines(np.mean(values), i - 0.3, i + 0.3, color=pictures.BLACK)
+    end.set_xticks(range(len(names)), [f"β = {n}" if n != "reference" else n for n in names])
+    pictures.say(end, "gold at the end: every seed, and the mean", "")
+    print(f"picture: {pictures.save(figure, path)}")
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ import multiprocessing
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
+from minirlhf.app import pictures
 from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.experiments import changed
 from minirlhf.exact.ground_truth import (
@@ -98,28 +98,24 @@ def some_walks(params: Tree, world: TokenWorld, config: GPTConfig) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """J/J* and the optimality over training; dashed: the optimality of the optimum."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for row in rows:
-        colour = f"C{BETAS.index(row['beta'])}"
-        label = f"β = {row['beta']:g}" if row["seed"] == rows[0]["seed"] else None
-        x = [point["iteration"] for point in row["history"]]
-        share = [point["exact/objective"] / row["J*"] for point in row["history"]]
-        left.plot(x, share, "-o", ms=3, color=colour, label=label)
-        reward = [point["exact/reward"] for point in row["history"]]
-        right.plot(x, reward, "-o", ms=3, color=colour, label=label)
-        right.axhline(row["optimum"], ls="--", lw=1, color=colour)
-    left.axhline(1.0, color="black", lw=0.8)
-    left.set_title("J / J* of the model's own optimum", fontsize=9)
-    right.set_title("optimality; dashed: of the optimum", fontsize=9)
-    for axis in (left, right):
-        axis.set_xlabel("PPO iteration", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    print(f"picture: {path}")
+    """J/J* and the optimality over training, means over the seeds; of the optimum as well."""
+    figure, ((left, right),) = pictures.new_figure(9.5, 3.6, 1, 2)
+    shares, rewards = {}, {}
+    for beta, look in zip(BETAS, pictures.LOOKS, strict=False):
+        same = [row for row in rows if row["beta"] == beta]
+        x = [point["iteration"] for point in same[0]["history"]]
+        share = [[point["exact/objective"] / row["J*"] for point in row["history"]] for row in same]
+        reward = [[point["exact/reward"] for point in row["history"]] for row in same]
+        shares[f"β = {beta:g}"] = (x, np.mean(share, axis=0))
+        rewards[f"β = {beta:g}"] = (x, np.mean(reward, axis=0))
+        best = np.mean([row["optimum"] for row in same])
+        right.axhline(best, ls=":", color=look["color"], label=f"of the optimum, β = {beta:g}")
+    pictures.draw_lines(left, shares)
+    pictures.draw_lines(right, rewards)
+    pictures.say(left, "J / J*: 1 is the model's own optimum", "PPO iteration", "share of J*")
+    title = "optimality: 1 is a shortest walk; PPO goes to that of the optimum"
+    pictures.say(right, title, "PPO iteration", "E[optimality]")
+    print(f"picture: {pictures.save(figure, path)}")
 
 
 @threadpool_limits.wrap(limits=1)

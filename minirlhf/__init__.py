@@ -1,4 +1,9 @@
-"""RLHF in NumPy and CuPy, written to be read: every operation beside its gradient."""
+"""RLHF in NumPy and CuPy, written to be read: every operation beside its gradient.
+
+    run = minirlhf.train(ppo={"iterations": 10})      supervised fine-tuning, reward model, PPO
+    run.sample(["Where is my kettle?"])               replies of the trained policy
+    run.score("Where is my kettle?", "On its way.")   the summed KL penalty, token by token
+"""
 
 import importlib
 from typing import Any
@@ -6,6 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {  # name -> where it is defined; imported at first use, so `import minirlhf` is cheap
+    "Run": "app.api",
+    "open_run": "app.api",
+    "resume": "app.api",
+    "TrainConfig": "runs.config",
     "GPTConfig": "nn.transformer",
     "init_transformer": "nn.transformer",
     "generate": "nn.sampling",
@@ -16,15 +25,21 @@ _HOME = {  # name -> where it is defined; imported at first use, so `import mini
     "enumerate_responses": "exact.enumeration",
     "evaluate_exactly": "exact.optimum",
     "soft_optimum": "exact.optimum",
+    "optimality_gap": "exact.optimum",
     "tree_log_probs": "exact.tree_policy",
     "check_pair": "gradcheck",
     "check_directions": "gradcheck",
-    "TrainConfig": "runs.config",
 }
-__all__ = sorted(_HOME)
+__all__ = ["train", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":  # the room of the loops, which can be called
+        return importlib.import_module("minirlhf.train")
     if name not in _HOME:
         raise AttributeError(f"module 'minirlhf' has no attribute {name!r}")
     return getattr(importlib.import_module(f"minirlhf.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *__all__]

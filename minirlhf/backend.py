@@ -55,6 +55,49 @@ def check_same_shape(where: str, **arrays: Array) -> None:
         raise ValueError(f"{where}: expected {names} of one shape; got {got}")
 
 
+def as_float(array: Array) -> Array:
+    """The array in a dtype to compute in: booleans, integers and float16 are widened, others pass.
+
+    Booleans, float16 and integers of up to 16 bits become float32, longer integers float64. Left as
+    they are, integers would cut a mean or a scale to a whole number without a word.
+
+    Raises:
+        TypeError: the array holds no numbers.
+    """
+    dtype = array.dtype
+    if dtype.char in "fdFD":  # float32, float64 and their complex kin: as they are, not a copy
+        return array
+    if dtype.kind not in "biufc":
+        raise TypeError(f"expected an array of numbers; got one of dtype {dtype}")
+    return array.astype(np.result_type(dtype, np.float32))
+
+
+def check_positive(where: str, name: str, number: float) -> None:
+    """Refuse a number that is not positive, or that float32 would turn into 0 or inf.
+
+    Raises:
+        ValueError: it is; the message begins with `where` and the number's name.
+    """
+    if not 2.0**-126 <= number <= 2.0**126:
+        raise ValueError(
+            f"{where}: expected {name} > 0, neither 0 nor inf in float32; got {number}"
+        )
+
+
+def check_ids(where: str, ids: Array, size: int) -> None:
+    """Refuse ids that are no integers, or outside [0, size): NumPy takes -1 for the last row.
+
+    The range is looked at in main memory only; a GPU is not waited for.
+
+    Raises:
+        ValueError: an id is wrong; the message begins with `where`.
+    """
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{where}: expected integers; got {ids.dtype}")
+    if get_xp(ids) is np and ids.size and not (ids.min() >= 0 and ids.max() < size):
+        raise ValueError(f"{where}: expected ids in [0, {size}); got {ids.min()} to {ids.max()}")
+
+
 def _adopt(array: Array) -> ModuleType:
     """Register cupy when the first of its arrays appears; refuse anything else."""
     if type(array).__module__.partition(".")[0] == "cupy" and "cupy" in sys.modules:

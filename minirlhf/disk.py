@@ -49,26 +49,25 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_object(text: str, where: str) -> dict:
+def parse_object(text: str | bytes, where: str) -> dict:
     """A JSON object. `where` (a file, or file:line) opens the message if it is none.
 
     Raises:
-        InputError: not JSON (NaN and Infinity are not), or JSON of another kind.
+        InputError: not UTF-8, not JSON (NaN and Infinity are not), or JSON of another kind.
     """
 
     def refuse_constant(name):
         raise ValueError(f"{name} is not JSON")
 
     try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=refuse_constant)
+        if not isinstance(value, dict):
+            raise ValueError("no object in braces")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{where}: expected a JSON object; got {shorten(text)!r} ({error}): correct it"
+            f"{where}: expected a JSON object; got {shorten(str(text))!r} ({error}): correct it"
         ) from error
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{where}: expected a JSON object in braces; got {shorten(text)!r}: correct it"
-        )
     return value
 
 
@@ -140,13 +139,8 @@ def write_whole_folder(
         current = folder if folder.exists() else old
         if current.exists():
             replaced = files.keys() | drop
-            shutil.copytree(
-                current,
-                new,
-                symlinks=True,
-                copy_function=_link,
-                ignore=lambda at, names: replaced if Path(at) == current else (),
-            )
+            ignore = lambda at, names: replaced if Path(at) == current else ()  # noqa: E731
+            shutil.copytree(current, new, symlinks=True, copy_function=_link, ignore=ignore)
         new.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             _write_synced(new / name, data)

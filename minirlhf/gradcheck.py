@@ -18,12 +18,13 @@ Four independent tests, all in float64:
 """
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.tree import Tree, tree_items, tree_map
+from minirlhf.tree import Tree, global_norm, tree_copy, tree_items, tree_leaves, tree_map
 
 CENTRAL_TOLERANCE = 1e-6
 COMPLEX_TOLERANCE = 1e-10
@@ -129,42 +130,23 @@ def check_pair(
         ValueError: an argument is not float64.
     """
     name = name or getattr(forward, "__name__", "pair").removesuffix("_forward")
-    labels = argument_names(forward, len(arrays))
-    named = dict(zip(labels, arrays, strict=True))
+    named = dict(zip(argument_names(forward, len(arrays)), arrays, strict=True))
     for path, leaf in tree_items(named):
         if not isinstance(leaf, np.ndarray) or leaf.dtype != np.float64:
             raise ValueError(f"check_pair: expected float64 arrays; {path} is not one")
     rng = np.random.default_rng(seed)
-    owned = [(path, leaf, leaf.copy()) for path, leaf in tree_items(named)]
-    owned += [(key, a, a.copy()) for key in constants for a in _arrays_in(constants[key])]
-    out, cache = forward(*arrays, **constants)
-    _check_untouched(f"{name}: the forward", owned)
-    if dout is None:
-        dout = rng.standard_normal(np.shape(out))
-    owned += [("the cache", a, a.copy()) for a in _arrays_in(cache)]
-    owned += [("dout", a, a.copy()) for a in _arrays_in(dout)]
-    gradients = _gradients_like(name, named, backward(dout, cache))
-    again = _gradients_like(name, named, backward(dout, cache))
-    _check_untouched(f"{name}: the backward", owned)
-    for (path, g), (_, g2) in zip(tree_items(gradients), tree_items(again), strict=True):
-        if not np.array_equal(g, g2, equal_nan=True):
-            raise GradientError(f"{name}: a second backward gave another gradient of {path}")
-    gradients = list(gradients.values())
-
-    f = lambda args: (np.asarray(forward(*args, **constants)[0]) * dout).sum()  # noqa: E731
+    out, dout, gradients = _call_twice(name, forward, backward, named, constants, dout, rng)
     values = lambda args: np.asarray(forward(*args, **constants)[0])  # noqa: E731
-    args, indices = list(arrays), range(len(arrays))
+    f = lambda args: (values(args) * dout).sum()  # noqa: E731
     size = float(np.abs(np.asarray(out) * dout).sum())
-    numerics = [central_difference(values, args, i, dout) for i in indices]
-    findings = _compare("central difference", labels, gradients, numerics, size, CENTRAL_TOLERANCE)
+    args = list(arrays)
+    numeric = {path: central_difference(values, args, i, dout) for i, path in enumerate(named)}
+    findings = _compare("central difference", gradients, numeric, size, CENTRAL_TOLERANCE)
     if smooth:
-        numerics = [complex_step(f, args, i) for i in indices]
-        findings += _compare("complex step", labels, gradients, numerics, size, COMPLEX_TOLERANCE)
-        findings += dot_product(f, args, gradients, size=size, rng=rng)
-    report = Report(name, findings)
-    if raises and not report.ok:
-        raise GradientError(str(report))
-    return report
+        numeric = {path: complex_step(f, args, i) for i, path in enumerate(named)}
+        findings += _compare("complex step", gradients, numeric, size, COMPLEX_TOLERANCE)
+        findings.append(_dot_product(f, args, gradients.values(), size, rng))
+    return _judged(Report(name, findings), raises)
 
 
 def central_difference(values: Callable, args: list[Tree], i: int, dout: np.ndarray) -> Tree:
@@ -173,67 +155,45 @@ def central_difference(values: Callable, args: list[Tree], i: int, dout: np.ndar
     D(h) = <values(x + h) - values(x - h), dout> / 2h errs by h^2 f'''/6 + O(h^4): the combination
     has no h^2 term, so a function that bends sharply raises no false alarm.
     """
+    args = tree_copy(args)
 
-    def one(x: np.ndarray, evaluate: Callable) -> np.ndarray:
-        grad = np.zeros(x.shape)
-        for entry in np.ndindex(x.shape):
-            h = CENTRAL_H * max(1.0, abs(x[entry]))
+    def gradient(leaf: np.ndarray) -> np.ndarray:
+        grad = np.zeros(leaf.shape)
+        for entry in np.ndindex(leaf.shape):
+            x = leaf[entry]
+            h = CENTRAL_H * max(1.0, abs(x))
             slopes = []
             for step in (h, 2 * h):
-                up, down = x.copy(), x.copy()
-                up[entry] += step
-                down[entry] -= step
-                rise = ((evaluate(up) - evaluate(down)) * dout).sum()
-                slopes.append(rise / (up[entry] - down[entry]))
+                leaf[entry] = up = x + step
+                above = np.array(values(args))  # a copy: it may be a view of the leaf
+                leaf[entry] = down = x - step
+                slopes.append(((above - values(args)) * dout).sum() / (up - down))
+            leaf[entry] = x
             grad[entry] = (4 * slopes[0] - slopes[1]) / 3
         return grad
 
-    return _leafwise(one, values, args, i)
+    return tree_map(gradient, args[i])
 
 
 def complex_step(f: Callable, args: list[Tree], i: int) -> Tree:
     """df / d args[i] = Im f(x + ih) / h on every entry: nothing is subtracted, nothing cancels."""
-    args = [tree_map(lambda a: a.astype(complex), arg) for arg in args]  # for code working in place
+    args = tree_map(lambda a: a.astype(complex), args)  # all of them, for code working in place
 
-    def one(x: np.ndarray, evaluate: Callable) -> np.ndarray:
-        grad = np.zeros(x.shape)
-        for entry in np.ndindex(x.shape):
-            moved = x.copy()
-            moved[entry] += 1j * COMPLEX_H
-            grad[entry] = evaluate(moved).imag / COMPLEX_H
+    def gradient(leaf: np.ndarray) -> np.ndarray:
+        grad = np.zeros(leaf.shape)
+        for entry in np.ndindex(leaf.shape):
+            leaf[entry] += 1j * COMPLEX_H
+            grad[entry] = f(args).imag / COMPLEX_H
+            leaf[entry] = leaf[entry].real
         return grad
 
-    return _leafwise(one, f, args, i)
+    return tree_map(gradient, args[i])
 
 
 def directional_derivative(f: Callable, args: list[Tree], direction: list[Tree]) -> float:
     """d f(args + s direction) / ds at s = 0 by the complex step: one forward, all parameters."""
     moved = tree_map(lambda a, u: a + (1j * COMPLEX_H) * u, args, direction)
     return float(np.asarray(f(moved)).imag / COMPLEX_H)
-
-
-def dot_product(
-    f: Callable,
-    args: list[Tree],
-    gradients: list[Tree],
-    *,
-    size: float,
-    rng: np.random.Generator,
-) -> list[Finding]:
-    """<dout, J u> by one complex step against <J^T dout, u> from the backward, for one random u.
-
-    The error is relative to the sum of the sizes of all products g * u.
-    """
-    direction = tree_map(lambda a: rng.standard_normal(a.shape), args)
-    numeric = directional_derivative(f, args, direction)
-    products = tree_map(lambda g, u: float((g * u).sum()), gradients, direction)
-    analytic = sum(value for _, value in tree_items(products))
-    total = sum(float(np.abs(value)) for _, value in tree_items(products))
-    scale = total + absolute_term([], size, COMPLEX_TOLERANCE)
-    error = abs(analytic - numeric) / scale if np.isfinite(total) else float("inf")
-    return [
-        Finding("dot product", "all", (), analytic, numeric, _nan_is_inf(error), COMPLEX_TOLERANCE)
-    ]
 
 
 def check_directions(
@@ -259,35 +219,19 @@ def check_directions(
     Raises:
         GradientError: an error exceeds 1e-10.
     """
-    by_path = dict(tree_items(_tree_like(name, params, gradients)))
-    whole = np.sqrt(sum(float((g * g).sum()) for g in by_path.values()))
-    paths = list(by_path)
+    by_path = _by_path(name, params, gradients)
+    whole = global_norm(by_path)
     findings = []
-    for only in [None] * n_directions + paths:
-        direction = _unit_direction(params, only, rng)
+    for only in [None] * n_directions + [path for path in by_path if by_path[path].size]:
+        along = by_path if only is None else [only]
+        drawn = {path: rng.standard_normal(by_path[path].shape) for path in along}
+        norm, paths = global_norm(drawn), iter(by_path)
+        direction = tree_map(lambda _: drawn.get(next(paths), 0.0) / norm, params)  # noqa: B023
         numeric = directional_derivative(loss, params, direction)
-        moved = dict(tree_items(direction))
-        along = paths if only is None else [only]
-        analytic = sum(float((by_path[path] * moved[path]).sum()) for path in along)
-        scale = whole
-        if only is not None:
-            scale = max(float(np.sqrt((by_path[only] ** 2).sum())), 1e-3 * whole)
-        error = abs(analytic - numeric) / max(scale, 1e-300)
-        findings.append(
-            Finding(
-                "direction",
-                only or "all",
-                (),
-                analytic,
-                numeric,
-                _nan_is_inf(error),
-                COMPLEX_TOLERANCE,
-            )
-        )
-    report = Report(name, findings)
-    if raises and not report.ok:
-        raise GradientError(str(report))
-    return report
+        analytic = sum(float((by_path[path] * drawn[path]).sum()) for path in along) / norm
+        scale = whole if only is None else max(global_norm(by_path[only]), 1e-3 * whole)
+        findings.append(_summed("direction", only or "all", analytic, numeric, max(scale, 1e-300)))
+    return _judged(Report(name, findings), raises)
 
 
 def argument_names(forward: Callable[..., Any], n: int) -> list[str]:
@@ -343,51 +287,30 @@ def masks(B: int, T: int, *, side: str = "right"):
 # -- details -------------------------------------------------------------------------------------
 
 
-def _leafwise(one: Callable, f: Callable, args: list[Tree], i: int) -> Tree:
-    """`one(leaf, evaluate)` of every leaf of args[i]; evaluate(leaf) is f with it replaced."""
-
-    def visit(tree: Tree, rebuild: Callable) -> Tree:
-        if isinstance(tree, dict):
-            return {k: visit(v, lambda x, k=k: rebuild({**tree, k: x})) for k, v in tree.items()}
-        if isinstance(tree, list):
-            return [
-                visit(v, lambda x, k=k: rebuild([*tree[:k], x, *tree[k + 1 :]]))
-                for k, v in enumerate(tree)
-            ]
-        return one(tree, lambda x: f(rebuild(x)))
-
-    return visit(args[i], lambda x: [*args[:i], x, *args[i + 1 :]])
+def _judged(report: Report, raises: bool) -> Report:
+    if raises and not report.ok:
+        raise GradientError(str(report))
+    return report
 
 
-def _compare(
-    method: str,
-    labels: list[str],
-    analytic: list[Tree],
-    numeric: list[Tree],
-    size: float,
-    tolerance: float,
-) -> list[Finding]:
-    """The worst entry of every leaf of every argument."""
-    scale = absolute_term(numeric, size, tolerance)
-    findings = []
-    by_label = [dict(zip(labels, trees, strict=True)) for trees in (analytic, numeric)]
-    for (where, a), (_, n) in zip(*map(tree_items, by_label), strict=True):
-        if n.size == 0:
-            continue
-        error = relative_error(a, n, scale)
-        entry = np.unravel_index(int(np.argmax(error)), error.shape)
-        findings.append(
-            Finding(
-                method,
-                where,
-                tuple(int(k) for k in entry),
-                float(a[entry]),
-                float(n[entry]),
-                float(error[entry]),
-                tolerance,
-            )
-        )
-    return findings
+def _call_twice(
+    name: str, forward: Callable, backward: Callable, named: dict, constants: dict, dout, rng
+) -> tuple[Any, np.ndarray, dict[str, np.ndarray]]:
+    """out, dout and the gradients by path; refused where a call writes or does not repeat."""
+    owned = [(path, leaf, leaf.copy()) for path, leaf in tree_items(named)]
+    owned += [(key, a, a.copy()) for key in constants for a in _arrays_in(constants[key])]
+    out, cache = forward(*named.values(), **constants)
+    _check_untouched(f"{name}: the forward", owned)
+    if dout is None:
+        dout = rng.standard_normal(np.shape(out))
+    owned += [("the cache", a, a.copy()) for a in _arrays_in(cache)]
+    owned += [("dout", a, a.copy()) for a in _arrays_in(dout)]
+    gradients, again = (_by_argument(name, named, backward(dout, cache)) for _ in range(2))
+    _check_untouched(f"{name}: the backward", owned)
+    for path, g in gradients.items():
+        if not np.array_equal(g, again[path], equal_nan=True):
+            raise GradientError(f"{name}: a second backward gave another gradient of {path}")
+    return out, dout, gradients
 
 
 def _check_untouched(who: str, owned: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
@@ -397,42 +320,36 @@ def _check_untouched(who: str, owned: list[tuple[str, np.ndarray, np.ndarray]]) 
             raise GradientError(f"{who} wrote into {what}")
 
 
-def _gradients_like(name: str, named: dict[str, Tree], returned: Any) -> dict[str, Tree]:
-    """Gradients by argument name: a single one comes bare, several come as a tuple."""
+def _by_argument(name: str, named: dict[str, Tree], returned: Any) -> dict[str, np.ndarray]:
+    """The gradients by path: of one argument it comes bare, of several as a tuple."""
     listed = list(returned) if isinstance(returned, tuple) else [returned]
     if len(listed) != len(named):
         raise GradientError(
             f"{name}: expected {len(named)} gradients, one for each of {', '.join(named)}; "
             f"got {len(listed)}"
         )
-    return _tree_like(name, named, dict(zip(named, listed, strict=True)))
+    return _by_path(name, named, dict(zip(named, listed, strict=True)))
 
 
-def _tree_like(name: str, tree: Tree, gradients: Tree, path: str = "") -> Tree:
-    """`gradients` in the order of `tree`; refused where keys, shapes or dtypes differ."""
-    if isinstance(tree, dict | list):
-        keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
-        got = type(gradients).__name__
-        if isinstance(gradients, dict | list):
-            got = list(gradients) if isinstance(gradients, dict) else list(range(len(gradients)))
-        if got != keys and (isinstance(got, str) or set(got) != set(keys)):
-            of = f"gradients of {path}" if path else "gradients"
-            raise GradientError(f"{name}: expected {of} under the keys {keys}; got {got}")
-        down = [
-            _tree_like(name, tree[key], gradients[key], f"{path}.{key}" if path else str(key))
-            for key in keys
-        ]
-        return dict(zip(keys, down, strict=True)) if isinstance(tree, dict) else down
-    if (
-        not isinstance(gradients, np.ndarray | np.generic)
-        or gradients.shape != tree.shape
-        or gradients.dtype != tree.dtype
-    ):
-        got = f"{getattr(gradients, 'dtype', type(gradients).__name__)} {np.shape(gradients)}"
+def _by_path(name: str, tree: Tree, gradients: Tree) -> dict[str, np.ndarray]:
+    """The leaves of `gradients` in the order of `tree`; refused where paths or shapes differ."""
+    expected, got = dict(tree_items(tree)), dict(tree_items(gradients))
+    if expected.keys() != got.keys():
+        missing = ", ".join(path for path in expected if path not in got)
+        added = ", ".join(path for path in got if path not in expected)
         raise GradientError(
-            f"{name}: expected the gradient of {path} as {tree.dtype} {tree.shape}; got {got}"
+            f"{name}: expected a gradient for each array of the arguments; missing are "
+            f"{missing or 'none'}; got also {added or 'none'}"
         )
-    return np.asarray(gradients)
+    for path, leaf in expected.items():
+        g = got[path]
+        is_array = isinstance(g, np.ndarray | np.generic)
+        if not is_array or (g.shape, g.dtype) != (leaf.shape, leaf.dtype):
+            came = f"{getattr(g, 'dtype', type(g).__name__)} {np.shape(g)}"
+            raise GradientError(
+                f"{name}: expected the gradient of {path} as {leaf.dtype} {leaf.shape}; got {came}"
+            )
+    return {path: np.asarray(got[path]) for path in expected}
 
 
 def _arrays_in(value: Any) -> list[np.ndarray]:
@@ -446,17 +363,38 @@ def _arrays_in(value: Any) -> list[np.ndarray]:
     return []
 
 
-def _unit_direction(params: Tree, only: str | None, rng: np.random.Generator) -> Tree:
-    """A random tree of norm 1: over all leaves, or 0 except at the path `only`."""
-    items = dict(tree_items(params))
-    drawn = {
-        path: rng.standard_normal(leaf.shape) * (only in (None, path))
-        for path, leaf in items.items()
-    }
-    norm = np.sqrt(sum((u * u).sum() for u in drawn.values()))
-    leaves = iter(drawn.values())
-    return tree_map(lambda _: next(leaves) / norm, params)
+def _compare(
+    method: str, analytic: dict[str, np.ndarray], numeric: Tree, size: float, tolerance: float
+) -> list[Finding]:
+    """The worst entry of every leaf of every argument."""
+    scale = absolute_term(numeric, size, tolerance)
+    findings = []
+    for path, n in tree_items(numeric):
+        if n.size > 0:
+            error = relative_error(analytic[path], n, scale)
+            entry = tuple(map(int, np.unravel_index(error.argmax(), error.shape)))
+            numbers = [float(array[entry]) for array in (analytic[path], n, error)]
+            findings.append(Finding(method, path, entry, *numbers, tolerance))
+    return findings
 
 
-def _nan_is_inf(error: float) -> float:
-    return float("inf") if error != error else float(error)
+def _dot_product(
+    f: Callable, args: list[Tree], gradients: Iterable[np.ndarray], size: float, rng
+) -> Finding:
+    """<dout, J u> by one complex step against <J^T dout, u> from the backward, for one random u.
+
+    The error is relative to the sum over all leaves of |<g, u>|.
+    """
+    direction = tree_map(lambda a: rng.standard_normal(a.shape), args)
+    numeric = directional_derivative(f, args, direction)
+    pairs = zip(gradients, tree_leaves(direction), strict=True)
+    products = [float((g * u).sum()) for g, u in pairs]
+    scale = sum(map(abs, products)) + absolute_term([], size, COMPLEX_TOLERANCE)
+    return _summed("dot product", "all", sum(products), numeric, scale)
+
+
+def _summed(method: str, argument: str, analytic: float, numeric: float, scale: float) -> Finding:
+    """What a method says about all entries together: |analytic - numeric| / scale."""
+    error = abs(analytic - numeric) / float(scale)
+    error = math.inf if math.isnan(error) else error
+    return Finding(method, argument, (), analytic, numeric, error, COMPLEX_TOLERANCE)

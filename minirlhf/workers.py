@@ -5,10 +5,9 @@
         results = map_over(f, parts)    [f(part), f(part), ...]
 
 Many small NumPy calls in threads wait for the interpreter's lock more than they compute, so the
-workers are processes, forked when the block begins. A message carries the function (by its name, or
-a functools.partial of it) and its parts. Arrays from `share` are not copied into messages: all
-processes see one memory, and what an optimiser writes there all of them see. Where forking is not
-safe, anywhere but on Linux, the workers are threads.
+workers are processes, forked at the first use: a ProcessPoolExecutor. Arrays from `share` are not
+copied into its messages: all processes see one memory, and what an optimiser writes there all of
+them see. Where forking is not safe, anywhere but on Linux, the workers are threads.
 
 Tell the BLAS to use one thread (threadpoolctl), or the workers wait for each other.
 """
@@ -16,19 +15,19 @@ Tell the BLAS to use one thread (threadpoolctl), or the workers wait for each ot
 import contextlib
 import functools
 import io
-import itertools
 import mmap
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
-from multiprocessing.pool import ExceptionWithTraceback
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,30 +39,32 @@ from minirlhf.tree import Tree, tree_pack, tree_sum, tree_unpack
 Part, Result = TypeVar("Part"), TypeVar("Result")
 CAN_FORK = sys.platform == "linux"
 
-
-# -- what callers use ----------------------------------------------------------------------------
+_n = 1  # how many work side by side here, this process among them
+_pool: Executor | None = None  # the n - 1 others, once there was something to do
+_shared = weakref.WeakValueDictionary()  # address -> memory that forked processes see
 
 
 @contextlib.contextmanager
 def side_by_side(n_workers: int) -> Iterator[None]:
     """Within the block `sum_over` and `map_over` use n_workers; 0: one for each core we may use.
 
-    For NumPy arrays only. Begin it before other threads start. A process that multiprocessing runs
-    as a daemon may not have children, and works alone.
+    For NumPy arrays only. A process that multiprocessing runs as a daemon may not have children,
+    and works alone.
     """
-    global _crew
+    global _n
     alone = multiprocessing.current_process().daemon
-    before, _crew = _crew, Crew(1 if alone else n_workers or usable_cores())
+    before, _n = _n, 1 if alone else n_workers or usable_cores()
+    _dismiss()
     try:
         yield
     finally:
-        _crew.dismiss()
-        _crew = before
+        _dismiss()
+        _n = before
 
 
 def n_workers() -> int:
     """How many parts are worked on at a time here."""
-    return _crew.n
+    return _n
 
 
 def usable_cores() -> int:
@@ -72,13 +73,13 @@ def usable_cores() -> int:
 
 
 def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
-    """[f(part) for each part], in order. Part k is done by worker k mod n.
+    """[f(part) for each part], in order.
 
     Raises:
         whatever f raises.
     """
-    n = min(_crew.n, len(parts)) or 1
-    done = _crew.run(functools.partial(_map, f), [parts[k::n] for k in range(n)])
+    n = min(_n, len(parts)) or 1
+    done = _run(functools.partial(_map, f), [parts[k::n] for k in range(n)])
     return [done[i % n][i // n] for i in range(len(parts))]
 
 
@@ -93,24 +94,22 @@ def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
     """
     if not parts:
         raise ValueError("sum_over: expected at least one part; got none")
-    n = min(_crew.n, len(parts))
-    return tree_sum(_crew.run(functools.partial(_sum, f), [parts[k::n] for k in range(n)]))
+    n = min(_n, len(parts))
+    return tree_sum(_run(functools.partial(_sum, f), [parts[k::n] for k in range(n)]))
 
 
 def share(array: np.ndarray) -> np.ndarray:
-    """A copy that all workers see, also those that were forked before; written to by one only.
+    """A copy that all workers see; written to by one process only.
 
     An array on a GPU is copied there: nobody shares it.
     """
     if not CAN_FORK or get_xp(array) is not np:
         return array.copy()
-    fd = os.memfd_create("minirlhf")
-    os.truncate(fd, max(array.nbytes, 1))
-    memory = mmap.mmap(fd, 0)
-    _names[id(memory)] = (fd, next(_serial))
-    weakref.finalize(memory, _forget, id(memory), fd)
+    _dismiss()  # who was forked before does not see it: the next use forks anew
+    memory = mmap.mmap(-1, max(array.nbytes, 1))  # anonymous and shared: children inherit it
     block = np.ndarray(array.shape, array.dtype, memory)
     block[...] = array
+    _shared[id(memory)] = memory
     return block
 
 
@@ -119,100 +118,7 @@ def share_tree(tree: Tree) -> Tree:
     return tree_unpack(share(tree_pack(tree)[0]), tree)
 
 
-# -- the crew ------------------------------------------------------------------------------------
-
-
-class Crew:
-    """This process and n - 1 more (or threads) that wait for messages."""
-
-    def __init__(self, n: int):
-        self.n = n
-        self._threads = None if CAN_FORK or n == 1 else ThreadPoolExecutor(n - 1)
-        self._workers: list[tuple[multiprocessing.Process, Connection]] = []
-        for _ in range(n - 1 if CAN_FORK else 0):
-            ours, theirs = multiprocessing.Pipe()
-            inherited = [ours, *(pipe for _, pipe in self._workers)]
-            process = multiprocessing.get_context("fork").Process(
-                target=_serve, args=(theirs, inherited), daemon=True
-            )
-            with warnings.catch_warnings():
-                # Python 3.12 warns of threads beside a fork; the BLAS's are idle and not used there
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-            theirs.close()
-            self._workers.append((process, ours))
-
-    def run(self, f: Callable[[list[Part]], Result], shares: list[list[Part]]) -> list[Result]:
-        """[f(share), ...]: at most n shares, the first of them done here."""
-        if self._threads:
-            waiting = [self._threads.submit(_answer, f, part) for part in shares[1:]]
-            return _unless_one_failed([_answer(f, shares[0]), *(w.result() for w in waiting)])
-        pipes = [pipe for _, pipe in self._workers[: len(shares) - 1]]
-        try:
-            for pipe, part in zip(pipes, shares[1:], strict=True):
-                _send(pipe, _dumps((f, part), _ByReference))
-            results = [_answer(f, shares[0])]
-            results += [_loads(_receive(pipe)) for pipe in pipes]
-        except BaseException as error:
-            self.dismiss()  # answers may be under way that nobody will fetch
-            if isinstance(error, EOFError | ConnectionError):
-                raise InputError(
-                    "workers: expected an answer; a worker process has ended, perhaps for want of "
-                    "memory: use fewer --workers, or a smaller --ppo.micro-batch-size"
-                ) from error
-            raise
-        return _unless_one_failed(results)
-
-    def dismiss(self) -> None:
-        """Let all go. A crew that was dismissed works alone."""
-        for process, pipe in self._workers:
-            process.kill()
-            process.join()
-            pipe.close()
-        if self._threads:
-            self._threads.shutdown()
-        self.n, self._threads, self._workers = 1, None, []
-
-
-def _serve(pipe: Connection, inherited: list[Connection]) -> None:
-    """A worker's life: one message after the other, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asked decides
-    for other in inherited:
-        other.close()  # or the end of the one who forked us would go unnoticed
-    while True:
-        try:
-            _serve_once(pipe)
-        except (EOFError, OSError):
-            return
-
-
-def _serve_once(pipe: Connection) -> None:
-    """One message, and its answer, or the error: of reading it, of f, or of the answer."""
-    message = _receive(pipe)
-    try:
-        f, part = _loads(message)
-        answer = _dumps(f(part))
-    except Exception as error:
-        try:
-            answer = _dumps(ExceptionWithTraceback(error, error.__traceback__))
-            _loads(answer)
-        except Exception:  # an error that does not survive the way
-            answer = _dumps(RuntimeError(f"in a worker: {error!r}"))
-    _send(pipe, answer)
-
-
-def _answer(f: Callable[[Part], Result], part: Part) -> Result | Exception:
-    try:
-        return f(part)
-    except Exception as error:
-        return error
-
-
-def _unless_one_failed(results: list[Result | Exception]) -> list[Result]:
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+# -- the pool ------------------------------------------------------------------------------------
 
 
 def _map(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
@@ -223,45 +129,79 @@ def _sum(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
     return tree_sum(map(f, parts))
 
 
-_crew = Crew(1)
+def _run(f: Callable[[list[Part]], Result], shares: list[list[Part]]) -> list[Result]:
+    """[f(share), ...]: the first share here, the others in the pool."""
+    if len(shares) == 1:
+        return [f(shares[0])]
+    pool = _executor()
+    if CAN_FORK:
+        others = [pool.submit(_answer, _dumps((f, share))) for share in shares[1:]]
+    else:
+        others = [pool.submit(f, share) for share in shares[1:]]
+    try:
+        return [f(shares[0]), *(other.result() for other in others)]
+    except BrokenProcessPool as error:
+        _dismiss()
+        raise InputError(
+            "workers: expected an answer; a worker process has ended, perhaps for want of "
+            "memory: use fewer --workers, or a smaller --ppo.micro-batch-size"
+        ) from error
+
+
+def _executor() -> Executor:
+    global _pool
+    if _pool is None and CAN_FORK:
+        context = multiprocessing.get_context("fork")
+        _pool = ProcessPoolExecutor(_n - 1, mp_context=context, initializer=_begin)
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads beside a fork; the BLAS's are idle and not used there
+            warnings.simplefilter("ignore", DeprecationWarning)
+            _pool.submit(int)  # forks all of them
+    elif _pool is None:
+        _pool = ThreadPoolExecutor(_n - 1)
+    return _pool
+
+
+def _dismiss() -> None:
+    """Let the others go; `_executor` makes new ones."""
+    global _pool
+    if _pool is not None:
+        _pool.shutdown()
+    _pool = None
 
 
 def _work_alone() -> None:
-    """In a forked process: the pipes belong to the one who forked it."""
-    global _crew
-    _crew = Crew(1)
+    """In a forked process: the pool belongs to the one who forked it."""
+    global _n, _pool
+    _n, _pool = 1, None
 
 
 if CAN_FORK:
     os.register_at_fork(after_in_child=_work_alone)
 
 
-# -- messages ------------------------------------------------------------------------------------
+def _begin() -> None:
+    """A worker's first act: leave Ctrl-C to the one who forked it, and end when that one does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: wait([parent.sentinel]) and os._exit(1), daemon=True).start()
 
 
-_names: dict[int, tuple[int, int]] = {}  # id of the memory -> file, serial number
-_serial = itertools.count()  # a file's number is given again after it was closed; this is not
-
-
-def _forget(memory_id: int, fd: int) -> None:
-    del _names[memory_id]
-    os.close(fd)
-
-
-@functools.lru_cache(maxsize=4)  # that a worker keeps in reach, freed ones until pushed out
-def _attach(pid: int, fd: int, serial: int) -> mmap.mmap:
-    with open(f"/proc/{pid}/fd/{fd}", "r+b") as file:
-        return mmap.mmap(file.fileno(), 0)
-
-
-def _attached(
-    pid: int, fd: int, serial: int, offset: int, shape: tuple, dtype: str, strides: tuple
-) -> np.ndarray:
-    return np.ndarray(shape, dtype, _attach(pid, fd, serial), offset, strides)
+def _answer(message: bytes) -> Any:
+    """f(share) of a message; an error that does not survive the way back is told in words."""
+    try:
+        f, share = pickle.loads(message)
+        return f(share)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(f"in a worker: {error!r}") from None
+        raise
 
 
 class _ByReference(pickle.Pickler):
-    """Arrays in shared memory go by reference: whose memory, and where in it."""
+    """Arrays in shared memory go by reference: which memory, and where in it."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not np.ndarray:
@@ -269,45 +209,18 @@ class _ByReference(pickle.Pickler):
         block = value
         while isinstance(block.base, np.ndarray):
             block = block.base
-        name = _names.get(id(block.base))
-        if name is None:
+        if id(block.base) not in _shared:
             return NotImplemented
         offset = value.ctypes.data - block.ctypes.data
-        return _attached, (os.getpid(), *name, offset, value.shape, value.dtype.str, value.strides)
+        return _seen, (id(block.base), offset, value.shape, value.dtype.str, value.strides)
 
 
-Message = tuple[bytes, list]  # a pickle, and the memory of its large arrays
-LARGE = 1 << 16  # bytes from which an array's memory is sent as it is, without a copy
+def _seen(memory: int, offset: int, shape: tuple, dtype: str, strides: tuple) -> np.ndarray:
+    """The array in this process: a forked one has the memory under the same name."""
+    return np.ndarray(shape, dtype, _shared[memory], offset, strides)
 
 
-def _dumps(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> Message:
-    stream, beside = io.BytesIO(), []
-
-    def is_small(buffer: pickle.PickleBuffer) -> bool:
-        memory = buffer.raw()
-        if memory.nbytes >= LARGE:
-            beside.append(memory)
-        return memory.nbytes < LARGE
-
-    pickler(stream, protocol=5, buffer_callback=is_small).dump(value)
-    return stream.getvalue(), beside
-
-
-def _loads(message: Message) -> Any:
-    pickled, beside = message
-    return pickle.loads(pickled, buffers=beside)
-
-
-def _send(pipe: Connection, message: Message) -> None:
-    pickled, beside = message
-    pipe.send_bytes(pickle.dumps((pickled, [memory.nbytes for memory in beside])))
-    for memory in beside:
-        pipe.send_bytes(memory)
-
-
-def _receive(pipe: Connection) -> Message:
-    pickled, sizes = pickle.loads(pipe.recv_bytes())
-    beside = [np.empty(size, np.uint8) for size in sizes]
-    for memory in beside:
-        pipe.recv_bytes_into(memory)
-    return pickled, beside
+def _dumps(value: Any) -> bytes:
+    stream = io.BytesIO()
+    _ByReference(stream, protocol=5).dump(value)
+    return stream.getvalue()

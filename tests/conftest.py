@@ -3,6 +3,9 @@
 import importlib.util
 import os
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: two workers on two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from fakegpu import fakegpu
 from hypothesis import HealthCheck, settings

@@ -4,11 +4,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minirlhf.backend import to_device, to_host
+from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train.batches import pad_batch
+from minirlhf.train.metrics import mean_of_updates, rollout_metrics
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.ppo import make_experience, ppo_update, rollout_metrics
+from minirlhf.train.ppo import make_experience, ppo_update
 from minirlhf.train.rollout import sample_responses, score_rollout
 from minirlhf.tree import tree_map
 
@@ -19,7 +20,7 @@ class Letters:
     bos, sep, eos, pad = 7, 8, 9, 10
     vocab_size = 11
 
-    def prompt_ids(self, text):
+    def prompt_ids(self, text, max_tokens=None):
         return [self.bos, *("abcdefg".index(letter) for letter in text), self.sep]
 
     def decode(self, ids):
@@ -27,6 +28,24 @@ class Letters:
 
 
 CONFIG = GPTConfig(vocab_size=Letters.vocab_size, n_ctx=12, n_layer=2, n_head=2, d_model=8)
+
+
+def sampled(params, texts, *, seed, max_tokens=6, temperature=1.0, device="cpu"):
+    """`sample_responses` to prompts of letters."""
+    letters = Letters()
+    samples = sample_responses(
+        params,
+        [letters.prompt_ids(text) for text in texts],
+        config=CONFIG,
+        stop_id=letters.eos,
+        pad_id=letters.pad,
+        max_tokens=max_tokens,
+        rng=np.random.default_rng(seed),
+        sampling=Sampling(temperature),
+        device=device,
+    )
+    responses = [letters.decode(ids) for ids in samples.response_ids]
+    return samples._replace(prompts=list(texts), responses=responses)
 
 
 def make_params(*, seed=0, dtype=np.float64, heads=("value_head",), config=CONFIG):
@@ -93,14 +112,11 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
     policy = on_device(make_params(seed=1, dtype=dtype))
     reference = on_device(make_params(seed=2, dtype=dtype, heads=()))
     optimizer = Optimizer(policy, settings.optimizer, total_steps=8)
-    samples = sample_responses(
+    samples = sampled(
         optimizer.params,
         ["abc", "d", "ga", "bbbb", "", "ce"],
-        tokenizer=Letters(),
-        config=CONFIG,
-        max_prompt_tokens=6,
-        max_response_tokens=5,
-        rng=np.random.default_rng(3),
+        seed=3,
+        max_tokens=5,
         temperature=settings.temperature,
         device=device,
     )
@@ -118,20 +134,14 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
             ]
         ),
         config=CONFIG,
-        temperature=settings.temperature,
-        keep_ref_logits=KL_MODES[settings.kl_mode].needs_ref_logits,
-        micro_batch_size=settings.micro_batch_size,
-        device=device,
+        settings=settings,
     )
     known = {"settings": settings, "kl_coef": kl_coef, "stop_id": Letters.eos}
     experience = make_experience(rollout, **known)
     metrics = rollout_metrics(rollout, experience, **known)
-    metrics |= ppo_update(
-        optimizer,
-        experience,
-        config=CONFIG,
-        settings=settings,
-        rng=np.random.default_rng(4),
+    updates = ppo_update(
+        optimizer, experience, config=CONFIG, settings=settings, rng=np.random.default_rng(4)
     )
+    metrics |= mean_of_updates(updates, settings)
     mask = to_host(rollout.batch.response_mask)
     return samples.response_ids, mask, to_host(optimizer.flat), metrics

@@ -11,7 +11,7 @@ import pytest
 from minirlhf.app.cli import main
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.log import read_jsonl
-from minirlhf.runs.run import no_progress
+from minirlhf.runs.session import no_progress
 from minirlhf.train.settings import (
     ModelConfig,
     OptimizerConfig,

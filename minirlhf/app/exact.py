@@ -5,20 +5,19 @@ import json
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from threadpoolctl import threadpool_limits
 
-from minirlhf.app import pictures as pictures
+from minirlhf.app import pictures
 from minirlhf.app.progress import track
+from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.backend import keep_freed_memory
 from minirlhf.disk import new_folder, next_numbered_folder, write_whole
 from minirlhf.errors import InputError
@@ -36,42 +35,43 @@ PARTS: tuple[Part, ...] = Part.__args__
 EQUAL, DIFFERENT = 1e-8, 1e-2  # a right placement errs by less than the one, a wrong one by more
 
 
-@dataclass(frozen=True)
-class ExactOptions:
+def exact_command(
+    *,
+    parts: tuple[Part, ...] = PARTS,
+    seeds: tuple[int, ...] = (0,),
+    iterations: int = 150,
+    out: Path | None = None,
+    processes: int = 2,
+) -> int:
     """The exact answer on small worlds, and how far every estimate and every policy is from it.
 
-    kl                where the penalty stands and what its gradient is then
-    gae, surrogate    bias of advantages; how long PPO's surrogate can be followed
-    flatness          why the noise of the sampled penalty vanishes at the optimum
-    optimum           PPO and one-step REINFORCE against J* = beta log Z
-    placement, clip   the same training with other placements of the penalty, other clips
-    overoptimisation  proxy and gold along the exact frontier, best-of-n, PPO
-    """
+    - kl: where the penalty stands and what its gradient is then
+    - gae, surrogate: bias of advantages; how long PPO's surrogate can be followed
+    - flatness: why the noise of the sampled penalty vanishes at the optimum
+    - optimum: PPO and one-step REINFORCE against J* = beta log Z
+    - placement, clip: the same training with other placements of the penalty, other clips
+    - overoptimisation: proxy and gold along the exact frontier, best-of-n, PPO
 
-    parts: tuple[Part, ...] = PARTS
-    """Which experiments."""
-    seeds: tuple[int, ...] = (0,)
-    """Each trains a reference of its own, and every policy from it."""
-    iterations: int = 150
-    """Of the runs in optimum."""
-    out: Path | None = None
-    """Folder for exact.json and the pictures; default: runs/exact-N with the next free N."""
-    processes: int = 2
-    """Training runs side by side, one thread each."""
-
-
-def exact_command(options: ExactOptions) -> int:
-    """Run the experiments, print their tables, write exact.json and the pictures.
-
+    Args:
+        parts: Which experiments.
+        seeds: Each trains a reference of its own, and every policy from it.
+        iterations: Of the runs in optimum.
+        out: Folder for exact.json and the pictures; default: runs/exact-N with the next free N.
+        processes: Training runs side by side, one thread each.
     Returns:
         exit status: 0, or 1 if an identity that must hold to rounding did not.
     Raises:
         InputError: an option is out of its range, or the folder holds results already.
     """
     started = time.perf_counter()
-    _check_options(options)
-    out = new_folder(options.out or next_numbered_folder("exact"), holds="exact.json")
-    results = run_experiments(options)
+    if not parts or not seeds or min(seeds) < 0 or iterations < 1 or processes < 1:
+        raise InputError(
+            "exact: expected at least one part and one seed, none below 0, iterations >= 1 and "
+            f"processes >= 1; got {len(parts)} parts, seeds {list(seeds)}, {iterations} and "
+            f"{processes}: choose such numbers"
+        )
+    out = new_folder(out or next_numbered_folder("exact"), holds="exact.json")
+    results = run_experiments(parts, seeds, iterations=iterations, processes=processes)
     write_whole(out / "exact.json", (json.dumps(results, indent=1) + "\n").encode())
     console = Console()
     show_tables(results, console)
@@ -79,69 +79,48 @@ def exact_command(options: ExactOptions) -> int:
         console.print(f"picture: {path}", soft_wrap=True, highlight=False)
     claims = check_claims(results)
     for claim, holds in claims.items():
-        console.print(Text(f"{'holds' if holds else 'FAILS'}: {claim}", "" if holds else "red"))
+        console.print(Text(f"{'holds' if holds else 'FAILS'}: {claim}", "" if holds else BAD))
     spent = time.perf_counter() - started
     console.print(f"numbers: {out / 'exact.json'}; {spent:.0f} s in all", soft_wrap=True)
     return 0 if all(claims.values()) else 1
 
 
-def _check_options(options: ExactOptions) -> None:
-    if not options.parts or not options.seeds or min(options.seeds, default=0) < 0:
-        raise InputError(
-            "exact: expected at least one part and one seed, none below 0; got "
-            f"{len(options.parts)} parts and seeds {list(options.seeds)}: name some"
-        )
-    if options.iterations < 1 or options.processes < 1:
-        raise InputError(
-            "exact: expected iterations >= 1 and processes >= 1; "
-            f"got {options.iterations} and {options.processes}: choose such numbers"
-        )
-
-
 # -- running -------------------------------------------------------------------------------------
 
 
-def run_experiments(options: ExactOptions) -> Row:
+def run_experiments(
+    parts: tuple[Part, ...], seeds: tuple[int, ...], *, iterations: int, processes: int
+) -> Row:
     """All numbers of the chosen parts, as exact.json holds them; each process has one thread."""
-    analytic: dict[str, Callable[[], Any]] = {
+    analytic = {
         "kl": experiments.kl_gradient_table,
         "gae": experiments.gae_table,
         "surrogate": experiments.surrogate_table,
         "flatness": _flatness,
     }
-    runs = _training_runs(options)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.processes, initializer=_start_worker) as pool:
-        wanted = [part for part in options.parts if part in analytic]
-        tables = [pool.apply_async(analytic[part]) for part in wanted]
-        seeds = tuple(dict.fromkeys(options.seeds)) if runs else ()
-        fits = [pool.apply_async(_fit, (seed,)) for seed in seeds]
-        references = dict(zip(seeds, _gather(fits, "fitting the references"), strict=True))
-        jobs = [(run, seed) for run in runs for seed in seeds]
-        training = [pool.apply_async(_train, (*job, references[job[1]])) for job in jobs]
-        results: Row = dict(zip(wanted, [table.get() for table in tables], strict=True))
-        results["runs"] = _gather(training, "training policies")
-        if "overoptimisation" in options.parts:
-            curves = [pool.apply_async(_overoptimisation, (ref,)) for ref in references.values()]
-            results["overoptimisation"] = _gather(curves, "exact curves")
-    return results
+    trained = {
+        "optimum": functools.partial(experiments.optimum_runs, iterations=iterations),
+        "placement": experiments.placement_runs,
+        "clip": experiments.clip_runs,
+        "overoptimisation": experiments.overoptimisation_runs,
+    }
+    runs = [run for part, make in trained.items() if part in parts for run in make()]
+    seeds = seeds if runs else ()
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=_start_worker) as pool:
 
+        def each(f: Callable[..., Any], jobs: Iterable[tuple], title: str) -> list:
+            pending = [pool.apply_async(f, job) for job in jobs]
+            return [done.get() for done in track(pending, title)]
 
-def _training_runs(options: ExactOptions) -> list[experiments.TrainingRun]:
-    runs = []
-    if "optimum" in options.parts:
-        runs += experiments.optimum_runs(iterations=options.iterations)
-    if "placement" in options.parts:
-        runs += experiments.placement_runs()
-    if "clip" in options.parts:
-        runs += experiments.clip_runs()
-    if "overoptimisation" in options.parts:
-        runs += experiments.overoptimisation_runs()
-    return runs
-
-
-def _gather(pending: list, title: str) -> list:
-    return [job.get() for job in track(pending, title)]
+        tables = {part: pool.apply_async(analytic[part]) for part in parts if part in analytic}
+        references = each(_fit, [(seed,) for seed in seeds], "fitting the references")
+        fitted = list(zip(seeds, references, strict=True))
+        jobs = [(run, *of_seed) for run in runs for of_seed in fitted]
+        results: Row = {"runs": each(_train, jobs, "training policies")}
+        if "overoptimisation" in parts:
+            pairs = [(reference,) for reference in references]
+            results["overoptimisation"] = each(_overoptimisation, pairs, "exact curves")
+        return {**{part: table.get() for part, table in tables.items()}, **results}
 
 
 def _start_worker() -> None:
@@ -191,20 +170,16 @@ def draw_pictures(results: Row, out: Path) -> list[Path]:
         paths.append(pictures.draw_advantages(*tables, out / "advantages.png"))
     if "flatness" in results:
         paths.append(pictures.draw_flatness(results["flatness"], out / "flatness.png"))
-    optimum = of_part(runs, "optimum")
-    if optimum:
-        paths.append(pictures.draw_optimum(optimum, out / "optimum.png"))
-    groups = {
-        title: of_part(runs, part)
-        for part, title in (("placement", "placement of the penalty"), ("clip", "clip"))
-        if of_part(runs, part)
-    }
+    if of_part(runs, "optimum"):
+        paths.append(pictures.draw_optimum(of_part(runs, "optimum"), out / "optimum.png"))
+    titles = {"placement": "the penalty in other places", "clip": "three clips, large steps"}
+    groups = {title: of_part(runs, part) for part, title in titles.items() if of_part(runs, part)}
     if groups:
         paths.append(pictures.draw_runs(groups, out / "placement_and_clip.png"))
     if "overoptimisation" in results:
-        path = out / "overoptimisation.png"
-        ends = _linear_of_first_seed(runs)
-        paths.append(pictures.draw_overoptimisation(results["overoptimisation"][0], ends, path))
+        first, ends = results["overoptimisation"][0], _linear_of_first_seed(runs)
+        picture = out / "overoptimisation.png"
+        paths.append(pictures.draw_overoptimisation(first, ends, picture))
     return paths
 
 
@@ -227,50 +202,43 @@ def check_claims(results: Row) -> dict[str, bool]:
         right = [row["error"] for row in results["kl"] if row["right"]]
         wrong = [row["error"] for row in results["kl"] if not row["right"]]
         claims[f"{len(right)} right placements err by less than {EQUAL:g}"] = max(right) < EQUAL
-        claims[f"{len(wrong)} wrong placements err by more than {DIFFERENT:g}"] = (
-            min(wrong) > DIFFERENT
-        )
+        claim = f"{len(wrong)} wrong placements err by more than {DIFFERENT:g}"
+        claims[claim] = min(wrong) > DIFFERENT
     if "gae" in results:
-        unbiased = [row["bias"] for row in results["gae"] if row["lam"] == 1.0]
-        unbiased += [row["bias"] for row in results["gae"] if row["value"] == "exact"]
-        claims["GAE is unbiased at lambda = 1, and with exact values"] = max(unbiased) < EQUAL
+        free = [row for row in results["gae"] if row["lam"] == 1.0 or row["value"] == "exact"]
+        claim = "GAE is unbiased at lambda = 1, and with exact values"
+        claims[claim] = max(row["bias"] for row in free) < EQUAL
     if "flatness" in results:
-        at_optimum = results["flatness"][-1]
-        claims["at the optimum k1's noise is 0 and the full KL's is not"] = (
-            at_optimum["k1"] < EQUAL and at_optimum["full"] > DIFFERENT
-        )
+        end = results["flatness"][-1]
+        claim = "at the optimum k1's noise is 0 and the full KL's is not"
+        claims[claim] = end["k1"] < EQUAL and end["full"] > DIFFERENT
     if results["runs"]:
         ends = [(run["history"][-1]["exact/reward"], run["frontier"]) for run in results["runs"]]
         under = all(reward <= frontier + EQUAL for reward, frontier in ends)
         claims[f"{len(ends)} trained policies lie under the exact frontier"] = under
-        sums = [
-            abs(sum(row["exact/gap_by_depth"]) - 1 + row["exact/fraction"])
-            for run in results["runs"]
-            for row in run["history"]
-        ]
-        claims["J* - J is the sum of its shares by depth"] = max(sums) < 1e-6
+        measured = [row for run in results["runs"] for row in run["history"]]
+        lost = [sum(row["exact/gap_by_depth"]) - 1 + row["exact/fraction"] for row in measured]
+        claims["J* - J is the sum of its shares by depth"] = max(map(abs, lost)) < 1e-6
     return claims
 
 
 def show_tables(results: Row, console: Console) -> None:
     """The numbers a person looks at."""
-    for part, show in (
-        ("kl", kl_table),
-        ("gae", gae_table),
-        ("surrogate", surrogate_table),
-        ("flatness", flatness_table),
-    ):
+    tables = {"kl": kl_table, "gae": gae_table}
+    tables |= {"surrogate": surrogate_table, "flatness": flatness_table}
+    for part, show in tables.items():
         if part in results:
             console.print(show(results[part]))
-    for part, title in (
-        ("optimum", "trained policies against their exact optimum"),
-        ("placement", "the penalty in other places"),
-        ("clip", "three clips, large steps"),
-    ):
+    titles = {
+        "optimum": "trained policies against their exact optimum",
+        "placement": "the penalty in other places",
+        "clip": "three clips, large steps",
+    }
+    for part, title in titles.items():
         runs = of_part(results["runs"], part)
         if runs:
             console.print(runs_table(runs, title))
-        if part == "optimum" and runs:
+        if runs and part == "optimum":
             console.print(depth_table(runs))
     if "overoptimisation" in results:
         first = results["overoptimisation"][0]
@@ -278,75 +246,72 @@ def show_tables(results: Row, console: Console) -> None:
         console.print(gao_table(first["fits"]))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    return table
-
-
 def kl_table(rows: list[Row]) -> Table:
     """Every placement: its error, cosine and noise against g = grad KL(pi || ref)."""
     title = "expected gradient of the penalty against g = grad KL(pi || ref), by enumeration"
-    table = _table(title, "placement", "error", "cosine", "noise", "gives")
+    heads = ("placement", "error", "cosine", "noise", "gives")
+    table = number_table(title, *heads, texts=(0, 4))
     samplers = {"theta": "on-policy", "old": "samples of old", "ref": "samples of the reference"}
     for sampler, heading in samplers.items():
         table.add_section()
         table.add_row(Text(heading, "bold"))
         for row in (row for row in rows if row["sampler"] == sampler):
-            error = Text(f"{row['error']:.1e}", "green" if row["right"] else "red")
+            error = Text(f"{row['error']:.1e}", GOOD if row["right"] else BAD)
             numbers = (f"{row['cosine']:+.3f}", f"{row['noise']:.2f}")
             table.add_row(f"  {row['name']}", error, *numbers, row["gives"])
+    table.caption = "error: |mean - g| / |g|. noise: sd of one sample's gradient / |g|."
     return table
 
 
 def gae_table(rows: list[Row]) -> Table:
-    """Bias (and noise) of the policy gradient for each value and lambda."""
+    """Bias and noise of the policy gradient for each value and lambda."""
     lams = list(dict.fromkeys(row["lam"] for row in rows))
-    title = "policy gradient by GAE: bias / |grad J|  (noise of one sample / |grad J|)"
-    table = _table(title, "value", *(f"lambda {lam:g}" for lam in lams))
+    table = number_table("policy gradient by GAE", "value", *(f"lambda\n{lam:g}" for lam in lams))
     for value in dict.fromkeys(row["value"] for row in rows):
-        cells = [f"{r['bias']:.1e} ({r['noise']:.2f})" for r in rows if r["value"] == value]
-        table.add_row(value, *cells)
+        same = [row for row in rows if row["value"] == value]
+        table.add_row(f"{value}: bias", *(f"{row['bias']:.1e}" for row in same))
+        table.add_row("  noise", *(f"{row['noise']:.2f}" for row in same))
+    table.caption = "bias: |mean - grad J| / |grad J|. noise: sd of one sample / |grad J|."
     return table
 
 
 def surrogate_table(rows: list[Row]) -> Table:
     """How the surrogate's gradient turns away from grad J as theta leaves old."""
     title = "PPO's surrogate as theta leaves old along grad J"
-    columns = ("kl_old_seq", "objective", "clipped", "unclipped", "clip_fraction")
-    heads = ("KL(old||theta)", "J", "cos, clipped", "cos, unclipped", "clip fraction")
-    table = _table(title, *heads)
+    heads = ("KL\n(old||theta)", "J", "cosine,\nclipped", "cosine,\nunclipped", "clip\nfraction")
+    table = number_table(title, *heads, texts=())
+    columns = ("objective", "clipped", "unclipped", "clip_fraction")
     for row in rows:
-        table.add_row(f"{row['kl_old_seq']:.2g}", *(f"{row[c]:.3f}" for c in columns[1:]))
+        table.add_row(f"{row['kl_old_seq']:.2g}", *(f"{row[c]:.3f}" for c in columns))
     return table
 
 
 def flatness_table(rows: list[Row]) -> Table:
     """Variance of one sample's gradient against the distance to the optimum."""
     title = "variance of one sample's policy gradient, exact values as the baseline"
-    table = _table(title, "J* - J", "k1 in the reward", "full KL in reward and loss")
+    heads = ("J* - J", "k1 in\nthe reward", "full KL in\nreward and loss")
+    table = number_table(title, *heads, texts=())
     for row in rows:
         table.add_row(*(f"{row[name]:.2e}" for name in ("gap", "k1", "full")))
     return table
 
 
 def runs_table(runs: list[Row], title: str) -> Table:
-    """Runs of the same name and beta in one line: mean, sd and least over the seeds."""
-    heads = ("beta", "share of J*", "least", "KL", "gold", "Var", "s a run")
-    table = _table(f"{title}; {_of_seeds(runs)}", "", *heads)
-    for name, beta, same in _by_name_and_beta(runs):
+    """Runs of the same name and beta in one line: means, and of several seeds sd and least."""
+    seeds = [("sd", np.std), ("least", np.min)] if len({run["seed"] for run in runs}) > 1 else []
+    heads = ("share\nof J*", *(name for name, _ in seeds), "KL", "gold", "Var", "s a\nrun")
+    table = number_table(f"{title}; {_of_seeds(runs)}", "", *heads)
+    for (name, beta), same in pictures.by_run(runs).items():
         ends = [run["history"][-1] for run in same]
-        kl, gold, var = (
-            float(np.mean([end[f"exact/{key}"] for end in ends]))
-            for key in ("kl_seq", "gold", "flatness")
+        shares, kl, gold, var = (
+            [end[f"exact/{key}"] for end in ends]
+            for key in ("fraction", "kl_seq", "gold", "flatness")
         )
-        shares = [end["exact/fraction"] for end in ends]
-        spread = f" ± {np.std(shares):.4f}" if len(shares) > 1 else ""
+        numbers = [np.mean(shares), *(of(shares) for _, of in seeds)]
+        seconds = np.mean([run["seconds"] for run in same])
         table.add_row(
-            *(name, f"{beta:g}", f"{np.mean(shares):.4f}{spread}", f"{min(shares):.4f}"),
-            *(f"{kl:.3f}", f"{gold:.3f}", f"{var:.1e}"),
-            f"{np.mean([run['seconds'] for run in same]):.0f}",
+            *(f"{name}, beta {beta:g}", *(f"{x:.4f}" for x in numbers), f"{np.mean(kl):.3f}"),
+            *(f"{np.mean(gold):.3f}", f"{np.mean(var):.1e}", f"{seconds:.0f}"),
         )
     table.caption = (
         "share of J*: (J - E_ref r) / (J* - E_ref r). Var: of r - beta log_ratio over responses, "
@@ -358,11 +323,12 @@ def runs_table(runs: list[Row], title: str) -> Table:
 def depth_table(runs: list[Row]) -> Table:
     """Where J* - J is lost: its share at each token of the response."""
     depths = len(runs[0]["history"][-1]["exact/gap_by_depth"])
-    title = f"where the rest is lost: (J* - J) / (J* - E_ref r) by token; {_of_seeds(runs)}"
-    table = _table(title, "", "beta", *(f"token {t + 1}" for t in range(depths)), "sum")
-    for name, beta, same in _by_name_and_beta(runs):
+    title = f"where J is lost: thousandths of J* - E_ref r, by token; {_of_seeds(runs)}"
+    table = number_table(title, "", *(f"token\n{t + 1}" for t in range(depths)), "sum")
+    for (name, beta), same in pictures.by_run(runs).items():
         lost = np.mean([run["history"][-1]["exact/gap_by_depth"] for run in same], axis=0)
-        table.add_row(name, f"{beta:g}", *(f"{x:.5f}" for x in [*lost, lost.sum()]))
+        label = f"{name}, beta {beta:g}"
+        table.add_row(label, *(f"{1000 * x:.2f}" for x in [*lost, lost.sum()]))
     return table
 
 
@@ -371,25 +337,15 @@ def _of_seeds(runs: list[Row]) -> str:
     return f"{n} seed{'s' * (n > 1)}, {runs[0]['iterations']} iterations"
 
 
-def _by_name_and_beta(runs: list[Row]) -> list[tuple[str, float, list[Row]]]:
-    groups: dict[tuple[str, float], list[Row]] = {}
-    for run in runs:
-        groups.setdefault((run["name"], run["kl_coef"]), []).append(run)
-    return [(*key, same) for key, same in groups.items()]
-
-
 def overoptimisation_table(result: Row, runs: list[Row]) -> Table:
     """The exact curve, best-of-n and the ends of PPO runs from one reference, by their KL."""
     seed = f", seed {runs[0]['seed']}" if runs else ""
-    table = _table(f"over-optimisation{seed}", "", "KL", "proxy", "most at this KL", "gold")
-    rows = [
-        (f"optimum, beta {row['kl_coef']:g}", row["kl_seq"], row["reward"], None, row["gold"])
-        for row in result["curve"]
-    ]
-    rows += [
-        (f"best of {row['n']}", row["kl_seq"], row["reward"], None, row["gold"])
-        for row in result["best_of_n"]
-    ]
+    heads = ("", "KL", "proxy", "most at\nthis KL", "gold")
+    table = number_table(f"over-optimisation{seed}", *heads)
+    rows = []
+    for row in result["curve"] + result["best_of_n"]:
+        name = f"best of {row['n']}" if "n" in row else f"optimum, beta {row['kl_coef']:g}"
+        rows.append((name, row["kl_seq"], row["reward"], None, row["gold"]))
     for run in runs:
         end = run["history"][-1]
         numbers = (end["exact/kl_seq"], end["exact/reward"], run["frontier"], end["exact/gold"])
@@ -402,7 +358,8 @@ def overoptimisation_table(result: Row, runs: list[Row]) -> Table:
 def gao_table(fits: list[Row]) -> Table:
     """Gao's laws for the gain in gold, as fitted."""
     title = "Gao's laws for the gain in gold, d = sqrt(KL)"
-    table = _table(title, "of", "law", "a", "b", "R2", "KL at the peak")
+    heads = ("of", "law", "a", "b", "R2", "KL at\nthe peak")
+    table = number_table(title, *heads, texts=(0, 1))
     for fit in fits:
         law = "d (a - b d)" if fit["law"] == "linear" else "d (a - b log d)"
         numbers = (f"{fit[name]:.3f}" for name in ("alpha", "slope", "r_squared"))

@@ -1,192 +1,243 @@
-"""Pictures of the exact experiments: what `minirlhf exact` and the examples save."""
+"""Pictures for people: what `minirlhf train`, `minirlhf exact` and the examples save.
 
+At most five lines an axis, in colours that every eye can tell apart (Okabe and Ito) and with a
+marker each. A number that differs from 0 by rounding alone is drawn as 0.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from minirlhf.exact.optimum import GaoFit
 
 Row = dict[str, Any]
-RIGHT_COLOUR, WRONG_COLOUR = "tab:green", "tab:red"
-BETA_COLOURS = {2.0: "tab:gray", 1.0: "tab:blue", 0.5: "tab:orange", 0.25: "tab:green"}
+ROUNDING = 1e-12  # below, an error is rounding
+BLUE, VERMILION, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+LOOKS = [  # of the lines of an axis, in their order
+    {"color": BLUE, "marker": "o", "ls": "-"},
+    {"color": VERMILION, "marker": "s", "ls": "--"},
+    {"color": GREEN, "marker": "^", "ls": "-."},
+    {"color": PURPLE, "marker": "D", "ls": ":"},
+    {"color": BLACK, "marker": "v", "ls": (0, (6, 1))},
+]
 
 
-def _colour(beta: float) -> str:
-    return BETA_COLOURS.get(beta, "tab:red")
+def new_figure(width: float, height: float, rows: int, columns: int, **options):
+    """(figure, its axes as an array (rows, columns)); matplotlib is imported here at last."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def draw_lines(axis, lines: dict[str, tuple], looks: list[dict] = LOOKS) -> None:
+    """Each line {label: (x, y)} in a look of its own."""
+    for look, (label, points) in zip(looks, lines.items(), strict=False):
+        axis.plot(*points, **{"label": label, "ms": 3.5, "lw": 1.4, **look})
+
+
+def say(axis, title: str, x: str, y: str = "", *, legend: dict | None = None) -> None:
+    """What the axis shows and what to see in it; where the legend stands, if there is one."""
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    if len(axis.get_legend_handles_labels()[1]) > 1:
+        axis.legend(**{"fontsize": 7, **(legend or {})})
+
+
+def save(figure, path: Path) -> Path:
+    """The figure as a file, with a grid on every axis."""
     for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
     return path
+
+
+def _column(rows: list[Row], *names: str) -> tuple[list[float], ...]:
+    """Columns of rows; rounding as 0."""
+    return tuple(
+        [0.0 if abs(row[name]) < ROUNDING else row[name] for row in rows] for name in names
+    )
+
+
+def curves_figure(metrics: list[Row]) -> Any:
+    """Reward, KL, entropy and length against the iterations of PPO, from a run's metrics."""
+    rows = [row for row in metrics if row["stage"] == "ppo"]
+    panels = {
+        "reward": ("higher is better", {"objective/scores": "proxy", "objective/gold": "gold"}),
+        "KL to the reference: how far it went": ("nats per reply", {"objective/kl": "kl_seq"}),
+        "entropy: 0 is a policy without choice": ("nats per token", {"policy/entropy_avg": ""}),
+        "length of a reply": ("tokens", {"response_length/mean": ""}),
+    }
+    figure, axes = new_figure(11, 2.8, 1, len(panels))
+    for axis, (title, (unit, keys)) in zip(axes[0], panels.items(), strict=True):
+        lines = {}
+        for key, label in keys.items():
+            points = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                lines[label] = tuple(zip(*points, strict=True))
+        draw_lines(axis, lines)
+        say(axis, title, "PPO iteration", unit)
+    return figure
 
 
 def draw_kl(rows: list[Row], path: Path) -> Path:
     """Left: error of the expected gradient of every placement. Right: noise of one sample."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(11, 0.36 * len(names) + 1.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    lanes = {"theta": (0.2, 1.0), "old": (-0.15, 0.6), "ref": (-0.42, 0.35)}  # offset, opacity
-    for sampler, (offset, opacity) in lanes.items():
+    figure, axes = new_figure(11, 0.32 * len(names) + 1.4, 1, 2, sharey=True)
+    left, right = axes[0]
+    lanes = {"theta": ("o", 0.2, "on-policy"), "old": ("s", 0.0, "samples of an old policy")}
+    lanes["ref"] = ("^", -0.2, "samples of the reference")
+    for sampler, (marker, offset, label) in lanes.items():
         same = [row for row in rows if row["sampler"] == sampler]
         places = [offset - names.index(row["name"]) for row in same]
-        look = {
-            "color": [RIGHT_COLOUR if row["right"] else WRONG_COLOUR for row in same],
-            "height": 0.2 if sampler == "ref" else 0.34,
-            "alpha": opacity,
-            "label": {"theta": "on-policy", "old": "samples of old", "ref": "of ref"}[sampler],
-        }
-        left.barh(places, [max(row["error"], 1e-17) for row in same], left=1e-17, **look)
-        right.barh(places, [row["noise"] for row in same], **look)
-    left.set_xscale("log")
-    left.set_xlim(1e-17, 3 * max(row["error"] for row in rows))
+        colours = [BLUE if row["right"] else VERMILION for row in same]
+        errors, noise = _column(same, "error", "noise")
+        for axis, values in ((left, errors), (right, noise)):
+            axis.scatter(values, places, c=colours, marker=marker, s=22)
+        left.scatter([], [], c="gray", marker=marker, s=22, label=label)
+    for colour, label in ((BLUE, "right: its mean is g"), (VERMILION, "wrong")):
+        left.fill_between([], [], [], color=colour, label=label)
+    left.set_xscale("symlog", linthresh=0.1, linscale=0.4)
+    left.set_xticks([0, 0.1, 1, 10, 100, 1000], ["0: exact", "0.1", "1", "10", "100", "1000"])
     left.set_yticks([-i for i in range(len(names))], names)
-    left.set_title("|E[estimate] − g| / |g|,  g = ∇KL(π‖ref), by enumeration", fontsize=9)
-    left.legend(fontsize=7, loc="center", bbox_to_anchor=(0.6, 0.17))  # where the bars are short
+    error = "|mean − g| / |g|,  g = ∇KL(π‖ref), all responses enumerated"
+    title = "error of the mean gradient of the penalty: only 0 is right"
+    say(left, title, error, legend={"loc": "lower right"})
     right.set_xscale("log")
-    right.set_title("noise of one sample: sd of the estimate / |g|", fontsize=9)
-    return _save(figure, path)
+    say(right, "noise of one sample: lower is better", "sd of one sample's gradient / |g|")
+    return save(figure, path)
 
 
 def draw_advantages(gae: list[Row], surrogate: list[Row], path: Path) -> Path:
     """GAE's bias and noise against lambda; PPO's surrogate as theta leaves old."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    bias, noise, cosines = figure.subplots(1, 3)
-    for value in dict.fromkeys(row["value"] for row in gae):
-        rows = [row for row in gae if row["value"] == value]
-        lams = [row["lam"] for row in rows]
-        bias.semilogy(lams, [max(row["bias"], 1e-17) for row in rows], "-o", ms=3, label=value)
-        noise.plot(lams, [row["noise"] for row in rows], "-o", ms=3, label=value)
-    bias.set_title("bias of the policy gradient / |∇J|", fontsize=9)
-    noise.set_title("noise of one sample / |∇J|", fontsize=9)
-    for axis in (bias, noise):
-        axis.set_xlabel("GAE's λ", fontsize=8)
-    if gae:
-        bias.legend(title="value", fontsize=7, title_fontsize=7)
-    kl = [row["kl_old_seq"] for row in surrogate]
-    for name in ("clipped", "unclipped", "clip_fraction"):
-        style = ":" if name == "clip_fraction" else "-o"
-        label = name.replace("_", " ")
-        cosines.semilogx(kl, [row[name] for row in surrogate], style, ms=3, label=label)
-    cosines.set_title("cosine of the surrogate's gradient with ∇J(θ)", fontsize=9)
-    cosines.set_xlabel("KL(old‖θ) [nats per response]", fontsize=8)
-    cosines.legend(fontsize=7, loc="center left")
-    return _save(figure, path)
+    figure, axes = new_figure(12, 3.4, 1, 3)
+    bias, noise, cosines = axes[0]
+    for axis, name in ((bias, "bias"), (noise, "noise")):
+        values = dict.fromkeys(row["value"] for row in gae)
+        same = {value: [row for row in gae if row["value"] == value] for value in values}
+        draw_lines(axis, {f"V: {v}": _column(rows, "lam", name) for v, rows in same.items()})
+    say(bias, "bias: 0 at λ = 1 and with an exact value", "λ of GAE", "|mean − ∇J| / |∇J|")
+    say(noise, "noise: what a smaller λ saves", "λ of GAE", "sd of one sample / |∇J|")
+    names = {"clipped": "cosine, clipped", "unclipped": "cosine, not clipped"}
+    names["clip_fraction"] = "share of tokens cut off"
+    draw_lines(cosines, {label: _column(surrogate, "kl_old_seq", n) for n, label in names.items()})
+    cosines.set_xscale("log")
+    title = "a cosine of 1: PPO's surrogate points along ∇J"
+    say(cosines, title, "KL(old‖θ) [nats per response]", legend={"loc": "center left"})
+    return save(figure, path)
 
 
 def draw_flatness(rows: list[Row], path: Path) -> Path:
     """Noise of one sample's policy gradient against the distance to the optimum."""
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
-    axis = figure.subplots()
-    rows = [row for row in rows if row["gap"] > 1e-9]
-    gap = [row["gap"] for row in rows]
-    axis.loglog(gap, [row["k1"] for row in rows], "-o", label="sampled k1 in the reward")
-    axis.loglog(gap, [row["full"] for row in rows], "-s", label="whole-vocabulary KL")
+    figure, axes = new_figure(5.8, 3.8, 1, 1)
+    axis, rows = axes[0, 0], [row for row in rows if row["gap"] > 1e-9]
+    names = {"k1": "sampled k1 in the reward", "full": "KL over the whole vocabulary"}
+    draw_lines(axis, {label: _column(rows, "gap", name) for name, label in names.items()})
+    axis.set_xscale("log")
+    axis.set_yscale("log")
     axis.invert_xaxis()
-    axis.set_xlabel("J* − J  (the optimum is on the right)")
-    axis.set_ylabel("variance of one sample's gradient")
-    axis.set_title("at the optimum r − β·log-ratio is flat: the noise of k1 is gone", fontsize=9)
-    axis.legend(fontsize=8)
-    return _save(figure, path)
+    title = "towards the optimum k1's noise goes to 0, the full KL's does not"
+    say(axis, title, "J* − J [reward units]; the optimum is on the right", "variance of one sample")
+    return save(figure, path)
+
+
+def by_run(runs: list[Row]) -> dict[tuple[str, float], list[Row]]:
+    """{(name, beta): its runs, one a seed}."""
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for run in runs:
+        groups.setdefault((run["name"], run["kl_coef"]), []).append(run)
+    return groups
+
+
+def geometric_mean(values: Any) -> np.ndarray:
+    """Over the first axis, the seeds; what is 0 to rounding counts as 1e-12."""
+    return np.exp(np.log(np.maximum(values, ROUNDING)).mean(axis=0))
+
+
+def _lost(run: Row) -> list[tuple]:
+    """Along a run, (J* - J) / (J* - E_ref r): 1 at the reference, 0 at the optimum."""
+    return [(row["iteration"], 1 - row["exact/fraction"]) for row in run["history"]]
+
+
+def _means(groups: dict[str, list[Row]], of: Callable[[Row], list[tuple]]) -> dict[str, tuple]:
+    """{name: (x, mean of y over the seeds)} of the points that `of` sees in a run."""
+    points = {name: np.array([of(run) for run in runs]) for name, runs in groups.items()}
+    return {name: (xy[0, :, 0], geometric_mean(xy[..., 1])) for name, xy in points.items()}
 
 
 def draw_optimum(runs: list[Row], path: Path) -> Path:
-    """1 - fraction and Var(r - beta log_ratio) over training, and where the rest is lost.
+    """A row for each beta: what is lost, and its spread, over training; what is lost by token."""
+    betas = sorted({run["kl_coef"] for run in runs}, reverse=True)
+    figure, axes = new_figure(12, 2.9 * len(betas) + 0.4, len(betas), 3, sharey="col")
 
-    A line is the geometric mean over the seeds.
-    """
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    gap, flat, depth = figure.subplots(1, 3)
-    styles = {"PPO, linear decay": "-", "PPO, constant rate": ":", "one-step RLOO": "--"}
-    for name, beta in dict.fromkeys((run["name"], run["kl_coef"]) for run in runs):
-        histories = [r["history"] for r in runs if (r["name"], r["kl_coef"]) == (name, beta)]
-        x = [row["iteration"] for row in histories[0]]
-        look = {"ls": styles[name], "color": _colour(beta), "label": f"{name}, β = {beta:g}"}
-        lost = [[1 - row["exact/fraction"] for row in history] for history in histories]
-        gap.semilogy(x, _geometric_mean(lost), **look)
-        noise = [[row["exact/flatness"] for row in history] for history in histories]
-        flat.semilogy(x, _geometric_mean(noise), **look)
-        at_end = _geometric_mean([history[-1]["exact/gap_by_depth"] for history in histories])
-        depth.semilogy(range(1, len(at_end) + 1), at_end, **look, marker=".")
-    gap.set_title("(J* − J) / (J* − E_ref r)", fontsize=9)
-    flat.set_title("Var(r − β·log-ratio): 0 at the optimum", fontsize=9)
-    depth.set_title("the same gap at the end, by token", fontsize=9)
-    for axis in (gap, flat):
-        axis.set_xlabel("iteration", fontsize=8)
-    depth.set_xlabel("position of the token", fontsize=8)
-    handles = flat.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center", fontsize=7)
-    return _save(figure, path)
+    def spread(run: Row) -> list[tuple]:
+        return [(row["iteration"], row["exact/flatness"]) for row in run["history"]]
 
+    def by_token(run: Row) -> list[tuple]:
+        return list(enumerate(run["history"][-1]["exact/gap_by_depth"], 1))
 
-def _geometric_mean(values: list[list[float]]) -> np.ndarray:
-    """Over the first axis; what is 0 to rounding counts as 1e-12."""
-    return np.exp(np.log(np.maximum(values, 1e-12)).mean(axis=0))
+    for beta, (gap, flat, depth) in zip(betas, axes, strict=True):
+        same = {name: seeds for (name, b), seeds in by_run(runs).items() if b == beta}
+        for axis, of in ((gap, _lost), (flat, spread), (depth, by_token)):
+            draw_lines(axis, _means(same, of))
+            axis.set_yscale("log")
+        y = "(J* − J) / (J* − J_ref)"
+        say(gap, f"β = {beta:g}: what is still lost; 0 is the optimum", "iteration", y)
+        say(flat, "Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]")
+        say(depth, "what is lost at the end, by token", "position of the token", y)
+    return save(figure, path)
 
 
 def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
-    """The distance to the optimum over training: a panel a group, a colour a name."""
-    figure = Figure(figsize=(5.5 * len(groups), 3.6), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(groups)))
-    for axis, (title, runs) in zip(axes, groups.items(), strict=True):
-        names = list(dict.fromkeys(run["name"] for run in runs))
-        for name in names:
-            same = [run for run in runs if run["name"] == name]
-            for run in same:
-                x = [row["iteration"] for row in run["history"]]
-                y = [1 - row["exact/fraction"] for row in run["history"]]
-                label = name if run is same[0] else None
-                axis.semilogy(x, y, color=f"C{names.index(name)}", label=label)
-        axis.axhline(1.0, color="black", lw=0.8)
-        axis.annotate(
-            "the reference", (1.0, 1.0), xycoords=("axes fraction", "data"), fontsize=7, ha="right"
-        )
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("iteration", fontsize=8)
-        axis.set_ylabel("(J* − J) / (J* − E_ref r)", fontsize=8)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    return _save(figure, path)
+    """The distance to the optimum over training: a panel a group, a line a name."""
+    figure, axes = new_figure(5.6 * len(groups), 4.2, 1, len(groups))
+    for axis, (title, runs) in zip(axes[0], groups.items(), strict=True):
+        draw_lines(axis, _means({name: same for (name, _), same in by_run(runs).items()}, _lost))
+        axis.set_yscale("log")
+        top = max(2.0, axis.get_ylim()[1])
+        axis.axhspan(1, top, color="gray", alpha=0.15, lw=0, label="worse than the reference")
+        axis.set_ylim(top=top)
+        y = "(J* − J) / (J* − J_ref): lower is better"
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+        say(axis, title, "iteration", y, legend=below)
+    return save(figure, path)
+
+
+def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
+    """Proxy and gold against sqrt(KL): the frontier, best-of-n, and where PPO ended."""
+    figure, axes = new_figure(11, 4.2, 1, 2)
+    ends = [(run["kl_coef"], run["history"][-1]) for run in runs]
+    for axis, key in zip(axes[0], ("reward", "gold"), strict=True):
+        start = result["reference"][key]
+        lines = {}
+        for part, label in (("curve", "π ∝ ref·exp(proxy/β)"), ("best_of_n", "best of n")):
+            points = [(_distance(row["kl_seq"]), row[key]) for row in result[part]]
+            lines[label] = tuple(zip(*sorted([(0.0, start), *points]), strict=True))
+        draw_lines(axis, lines)
+        points = [(_distance(end["exact/kl_seq"]), end[f"exact/{key}"]) for _, end in ends]
+        axis.scatter(*zip(*points, strict=True), c=BLACK, marker="*", s=60, label="PPO, trained")
+        for (beta, _), point in zip(ends, points, strict=True):
+            offset = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(f"β={beta:g}", point, fontsize=7, **offset)
+    d = np.linspace(0.05, _distance(result["curve"][-1]["kl_seq"]), 200)
+    laws = {}
+    for fit in (fit for fit in result["fits"] if fit["of"] == "tilt"):
+        gain = GaoFit(*(fit[name] for name in GaoFit._fields))(d)
+        label = f"Gao's law ({fit['law']}), R² = {fit['r_squared']:.3f}"
+        laws[label] = (d, result["reference"]["gold"] + gain)
+    draw_lines(axes[0, 1], laws, [{**look, "marker": "", "lw": 1} for look in LOOKS[2:]])
+    x = "√KL(π‖ref) [nats^½ per response]"
+    say(axes[0, 0], "proxy, what is maximised: nothing lies above the curve", x, "E[proxy]")
+    say(axes[0, 1], "gold, what is wanted: it rises, turns and falls", x, "E[gold]")
+    gold = [row["gold"] for row in result["curve"] + result["best_of_n"]]
+    axes[0, 1].set_ylim(min(gold) - 0.3, max(gold) + 0.3)
+    return save(figure, path)
 
 
 def _distance(kl_seq: float) -> float:
     """sqrt(KL); rounding may leave a KL of 0 a little below it."""
     return max(kl_seq, 0.0) ** 0.5
-
-
-def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
-    """Proxy and gold against sqrt(KL): the frontier, best-of-n, and where PPO ended."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    curve, drawn = result["curve"], result["best_of_n"]
-    for axis, key in ((left, "reward"), (right, "gold")):
-        start = [(0.0, result["reference"][key])]
-        for rows, style, name in (
-            (curve, "-", "optimum at this KL, π ∝ ref·exp(proxy/β)"),
-            (drawn, "--s", "best of n"),
-        ):
-            points = start + [(_distance(row["kl_seq"]), row[key]) for row in rows]
-            axis.plot(*zip(*sorted(points), strict=True), style, ms=3, label=name)
-        for run in runs:
-            end = run["history"][-1]
-            label = "PPO" if run is runs[0] else None
-            point = (_distance(end["exact/kl_seq"]), end[f"exact/{key}"])
-            axis.plot(*point, "o", color="tab:red", ms=5, label=label)
-            axis.annotate(f" β={run['kl_coef']:g}", point, fontsize=7)
-        axis.set_xlabel("√KL(π‖ref) [nats^½ per response]", fontsize=8)
-    left.set_title("proxy: what is maximised; nothing lies above the curve", fontsize=9)
-    right.set_title("gold: what is wanted; it falls again", fontsize=9)
-    d = np.linspace(0.05, _distance(curve[-1]["kl_seq"]), 200)
-    for fit in result["fits"]:
-        if fit["of"] == "tilt":
-            gain = GaoFit(*(fit[name] for name in GaoFit._fields))(d)
-            label = f"Gao's law ({fit['law']}), R² = {fit['r_squared']:.3f}"
-            right.plot(d, result["reference"]["gold"] + gain, ":", lw=1, label=label)
-    low = min(row["gold"] for row in curve)
-    right.set_ylim(low - 0.3, max(row["gold"] for row in drawn) + 0.3)
-    left.legend(fontsize=7)
-    right.legend(fontsize=7)
-    return _save(figure, path)

@@ -1,15 +1,15 @@
 """Progress bars: a moving bar with rate and time left on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -17,41 +17,40 @@ from rich.progress import (
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def say(line: str) -> None:
+    """A note beside the bars, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def track(steps: Iterable, title: str) -> Iterator:
     """Iterate over `steps` (which has a length) and show how far it is, on stderr."""
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description:24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+    started = time.perf_counter()
+    with (_bar if sys.stderr.isatty() else _lines)(title, len(steps)) as show:
+        for done, step in enumerate(steps, 1):
+            yield step
+            show(done, max(time.perf_counter() - started, 1e-9))
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+    times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
+    columns = ("{task.description:24}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")
+    with Progress(*columns, *times, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total, rate="")
+        yield lambda done, spent: progress.update(
+            task, completed=done, rate=f"{done / spent:.1f}/s"
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(title, total=len(steps), rate="")
-            started = time.perf_counter()
-            for done, step in enumerate(steps, 1):
-                yield step
-                rate = done / max(time.perf_counter() - started, 1e-9)
-                progress.update(task, advance=1, rate=f"{rate:.1f}/s")
-    else:
-        yield from _track_lines(steps, title)
 
 
-def _track_lines(steps: Iterable, title: str) -> Iterator:
-    total = len(steps)
-    started = last = time.perf_counter()
-    for done, step in enumerate(steps, 1):
-        yield step
-        now = time.perf_counter()
-        if done == total or now - last >= SECONDS_BETWEEN_LINES:
-            last, spent = now, now - started
-            rate = done / max(spent, 1e-9)
+@contextlib.contextmanager
+def _lines(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+    last = 0.0
+
+    def show(done: int, spent: float) -> None:
+        nonlocal last
+        if done == total or spent - last >= SECONDS_BETWEEN_LINES:
+            last, rate = spent, done / spent
             left = (total - done) / rate
-            print(
-                f"{title}: {done}/{total}, {rate:.1f}/s, {spent:.0f} s spent, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{title}: {done}/{total}, {rate:.1f}/s, {spent:.0f} s spent, {left:.0f} s left")
+
+    yield show

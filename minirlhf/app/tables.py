@@ -1,16 +1,21 @@
-"""Results a person looks at: the final table, replies side by side, curves, a penalty on a text."""
+"""Tables a person looks at: numbers are never cut, however narrow the terminal; text folds."""
 
-from pathlib import Path
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from rich.console import Console
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-from minirlhf.runs.log import read_jsonl
 from minirlhf.runs.pipeline import Result
 from minirlhf.worlds.world import World
 
+GOOD, BAD = "#0072b2", "#d55e00"  # blue and vermilion: every eye can tell them apart
 ROWS = {  # metric of `evaluate.response_metrics` -> (label, format)
     "proxy": ("proxy reward (what training sees)", "{:.2f}"),
     "gold": ("gold reward (what is wanted)", "{:.2f}"),
@@ -25,18 +30,57 @@ ROWS = {  # metric of `evaluate.response_metrics` -> (label, format)
 }
 
 
+WORDS = {  # what the words of the table mean, where its rows need it
+    "proxy": "proxy: the score of the reward model or your own, scaled: what PPO maximises",
+    "gold": "gold: the world's own measure of a good reply, which training never sees",
+    "distinct_2": "distinct-2: different pairs of neighbouring tokens / all pairs, of all replies",
+}
+
+
+class NumberTable(Table):
+    """Cuts no number: text folds, and columns that find no room stand below, in a further table."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        texts = [column for column in self.columns if not column.no_wrap]
+        pieces, room = [], 0
+        for column in (column for column in self.columns if column.no_wrap):
+            lines = "\n".join(map(str, (column.header, *column.cells))).split("\n")
+            width = max(map(cell_len, lines)) + sum(self.padding[1::2]) + 1
+            if width > room:
+                pieces.append([*texts])
+                room = options.max_width - 1 - 10 * len(texts)
+            pieces[-1].append(column)
+            room -= width
+        for piece in pieces:
+            table = copy.copy(self)
+            kept = [column for column in self.columns if column in piece]
+            table.columns = [replace(column, _index=i) for i, column in enumerate(kept)]
+            table.title = self.title if piece is pieces[0] else None
+            table.caption = self.caption if piece is pieces[-1] else None
+            yield from Table.__rich_console__(table, console, options)
+
+
+def number_table(title: str, *heads: str, texts: tuple[int, ...] = (0,), **look) -> NumberTable:
+    """A table of numbers; `texts` says which of its columns are text."""
+    table = NumberTable(title=title, **{"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), **look})
+    for i, head in enumerate(heads):
+        number = {"justify": "right", "no_wrap": True}
+        table.add_column(head, **{"overflow": "fold"} if i in texts else number)
+    return table
+
+
 def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
-    n = len(result.prompts)
-    table = Table(title=f"{n} replies to held-out prompts of the world {world.name!r}")
-    for column in ("", "reference", "policy"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for name, (label, form) in ROWS.items():
-        if np.isfinite(result.policy[name]):
-            table.add_row(
-                Text(label), form.format(result.reference[name]), form.format(result.policy[name])
-            )
+    title = f"{len(result.prompts)} replies to held-out prompts of the world {world.name!r}"
+    table = number_table(title, "", "reference", "policy", box=box.HEAVY_HEAD, padding=(0, 1))
+    rows = [name for name in ROWS if np.isfinite(result.policy[name])]
+    for name in rows:
+        label, form = ROWS[name]
+        numbers = (form.format(of[name]) for of in (result.reference, result.policy))
+        table.add_row(Text(label), *numbers)
     console.print(table)
+    words = [meaning for name, meaning in WORDS.items() if name in rows]
+    console.print(f"{'. '.join(words)}.", style="dim")
     console.print(samples_table(result, world, n_samples))
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     total = sum(result.seconds.values())
@@ -47,35 +91,20 @@ def samples_table(result: Result, world: World, n: int) -> Table:
     """Prompt, reply of the reference, reply of the policy, with the gold reward of each."""
     table = Table(title="before and after", show_lines=True)
     for column in ("prompt", "reference", "policy"):
-        table.add_column(column, ratio=1)
-
-    for prompt, before, after in list(
-        zip(
-            result.prompts,
-            result.reference_samples.responses,
-            result.policy_samples.responses,
-            strict=True,
-        )
-    )[:n]:
-        cells = (reply_cell(world, prompt, reply) for reply in (before, after))
+        table.add_column(column, ratio=1, overflow="fold")
+    before_and_after = (result.reference_samples.responses, result.policy_samples.responses)
+    for prompt, *replies in list(zip(result.prompts, *before_and_after, strict=True))[:n]:
+        cells = (reply_cell(world, prompt, reply) for reply in replies)
         table.add_row(Text(printable(prompt)), *cells)
     return table
 
 
-def gold_or_none(world: World, prompt: str, reply: str) -> float | None:
-    """The gold reward, or None where the world has none for this prompt."""
-    try:
-        return world.gold(prompt, reply) if world.gold else None
-    except ValueError:  # a prompt that the world does not know
-        return None
-
-
 def reply_cell(world: World, prompt: str, reply: str) -> Text:
-    """A reply, and its gold reward below it in green or red."""
+    """A reply, and its gold reward below it."""
     text = Text(printable(reply))
-    gold = gold_or_none(world, prompt, reply)
+    gold = world.gold_or_none(prompt, reply)
     if gold is not None:
-        text.append(f"\ngold {gold:+.2f}", style="green" if gold > 0 else "red")
+        text.append(f"\ngold {gold:+.2f}", style=GOOD if gold > 0 else BAD)
     return text
 
 
@@ -84,56 +113,22 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def save_curves(folder: Path) -> Path:
-    """curves.png: reward, KL, entropy and repetition of the PPO stage against its iterations."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row["stage"] == "ppo"]
-    panels = [
-        ("reward", [("objective/scores", "proxy"), ("objective/gold", "gold")]),
-        ("KL to the reference [nats per reply]", [("objective/kl", "kl_seq")]),
-        ("entropy [nats per token]", [("policy/entropy_avg", "entropy")]),
-        ("reply length [tokens]", [("response_length/mean", "length")]),
-    ]
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
-    for axis, (title, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for key, label in lines:
-            points = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("PPO iteration", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-        if len(lines) > 1:
-            axis.legend(fontsize=8)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=130)
-    return path
-
-
 def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> Table:
     """Token by token: log pi_theta, log pi_ref, their difference; the last row is the sum [nats].
 
-    Where the terminal is narrow the tokens are folded; the numbers are never cut.
+    A token that the policy has made more likely pays a penalty; one it has made rarer earns it.
     """
-    table = Table(
-        title="Penalty = sum over tokens of  log pi_theta - log pi_ref  [nats]",
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    title = "Penalty = sum over tokens of  log pi_theta - log pi_ref  [nats]"
+    table = Table(title=title, pad_edge=False, collapse_padding=True)
     table.add_column("token", overflow="fold", min_width=1)
     for column in ("log\npi_theta", "log\npi_ref", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
     difference = logp - ref_logp
     for piece, ours, theirs, d in zip(pieces, logp, ref_logp, difference, strict=True):
-        style = "red" if d > 0.5 else "blue" if d < -0.5 else ""
-        table.add_row(
-            Text(repr(piece)[1:-1]), f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style)
-        )
+        style = BAD if d > 0.5 else GOOD if d < -0.5 else ""
+        numbers = (f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style))
+        table.add_row(Text(repr(piece)[1:-1]), *numbers)
     table.add_section()
-    table.add_row(
-        *("sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}"),
-        Text(f"{difference.sum():+.4f}", "bold"),
-    )
+    total = Text(f"{difference.sum():+.4f}", "bold")
+    table.add_row("sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}", total)
     return table

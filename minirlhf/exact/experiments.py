@@ -11,32 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.exact.enumeration import (
-    PrefixTree,
-    Responses,
-    all_responses,
-    enumerate_responses,
-    response_logprobs,
-)
-from minirlhf.exact.expected import (
-    cosine,
-    gather_nodes,
-    gradient_moments,
-    penalty_dlogits,
-    policy_gradient_dlogits,
-    relative_error,
-)
+from minirlhf.exact import enumeration, expected, optimum
+from minirlhf.exact.enumeration import PrefixTree, Responses, all_responses, response_logprobs
 from minirlhf.exact.ground_truth import PPO, RLOO, make_ground_truth, train_on_world
-from minirlhf.exact.optimum import (
-    best_of_n,
-    evaluate_exactly,
-    fit_gao,
-    frontier_reward,
-    objective_gradient,
-    optimal_curve,
-    policy_values,
-    soft_optimum,
-)
+from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
@@ -65,9 +43,18 @@ class RandomWorld(NamedTuple):
         """What `tree_logits` and `tree_gradient` need beside the parameters."""
         return {"tree": self.tree, "prompts": [[0]], "config": self.config}
 
+    def log_probs(self, name: str) -> np.ndarray:
+        """(N, V) log pi(a|s) of one of the policies."""
+        return log_softmax(self.logits[name])
+
     def probs(self, name: str) -> np.ndarray:
         """(M,) probability of every response under one of the policies."""
-        return np.exp(response_logprobs(self.tree, log_softmax(self.logits[name])))
+        return np.exp(response_logprobs(self.tree, self.log_probs(name)))
+
+    def kl_old_seq(self, log_pi: np.ndarray) -> float:
+        """KL(old || pi) of whole responses."""
+        log_old, nothing = self.log_probs("old"), 0.0 * self.rewards
+        return float(evaluate_exactly(self.tree, log_old, log_pi, nothing, kl_coef=0.0).kl_seq)
 
     def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
         """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
@@ -86,7 +73,7 @@ def make_random_world(
 ) -> RandomWorld:
     """Transformers of one block around the usual start, with N(0, scale^2) on every parameter."""
     rng = np.random.default_rng(seed)
-    tree = enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
+    tree = enumeration.enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
     config = GPTConfig(vocab_size, max_tokens + 1, n_layer=1, n_head=2, d_model=d_model)
 
     def policy() -> Tree:
@@ -109,47 +96,39 @@ class Placement(NamedTuple):
     name: str
     kl_mode: str
     sampler: str  # who sampled: theta (on-policy), old or ref
-    right: bool  # is the expected gradient that of KL(pi || ref)?
-    gives: str  # what it is instead
+    gives: str  # the expected gradient; g = grad KL(pi || ref)
     gamma: float = 1.0
+
+    @property
+    def right(self) -> bool:
+        return self.gives == "g"
 
 
 STALE = "biased: samples of old"
-PLACEMENTS = (
-    Placement("k1 in the reward", "reward_k1", "theta", True, "g"),
-    Placement("k1 in the reward, own token only", "reward_k1", "theta", False, "partial", 0.0),
-    Placement("k1 as loss (as printed)", "loss_k1", "theta", False, "0"),
-    Placement("k2 in the reward", "reward_k2", "theta", False, "biased"),
-    Placement("k2 as loss, sequence", "loss_k2_seq", "theta", True, "g"),
-    Placement("k2 as loss, per token", "loss_k2_tok", "theta", False, "partial"),
-    Placement("k3 in the reward", "reward_k3", "theta", False, "g - k3 as loss, per token"),
-    Placement("k3 as loss, sequence", "loss_k3_seq", "theta", False, "grad KL(ref||pi)"),
-    Placement("k3 as loss, per token (GRPO)", "loss_k3_tok", "theta", False, "the same by token"),
-    Placement("k3 in reward and as loss", "reward_and_loss_k3", "theta", True, "g"),
-    Placement("full KL as loss", "loss_full", "theta", False, "partial"),
-    Placement("full KL + score x future KL", "loss_rb", "theta", True, "g"),
-    Placement("full KL in reward and as loss", "reward_and_loss_full", "theta", True, "g"),
-    Placement("sequence ratio x k1", "loss_rho_k1", "theta", True, "g"),
-    Placement("sequence ratio, fixed, x k2", "loss_rho_k2", "theta", True, "g"),
-    Placement("sequence ratio x k3", "loss_rho_k3", "theta", True, "g"),
-    Placement("token ratio x k3", "loss_rho_k3_tok", "theta", False, "partial"),
-    Placement("k1 in the reward", "reward_k1", "old", False, STALE),
-    Placement("k1 as loss (as printed)", "loss_k1", "old", False, "-grad KL(old||pi)"),
-    Placement("k1 as loss (as printed)", "loss_k1", "ref", False, "-grad KL(ref||pi)"),
-    Placement("k2 in the reward", "reward_k2", "old", False, STALE),
-    Placement("k2 as loss, sequence", "loss_k2_seq", "old", False, STALE),
-    Placement("k2 as loss, per token", "loss_k2_tok", "old", False, STALE),
-    Placement("k3 in the reward", "reward_k3", "old", False, STALE),
-    Placement("k3 as loss, sequence", "loss_k3_seq", "old", False, STALE),
-    Placement("k3 as loss, per token (GRPO)", "loss_k3_tok", "old", False, STALE),
-    Placement("k3 in reward and as loss", "reward_and_loss_k3", "old", False, STALE),
-    Placement("full KL as loss", "loss_full", "old", False, "partial, old prefixes"),
-    Placement("full KL + score x future KL", "loss_rb", "old", False, STALE),
-    Placement("full KL in reward and as loss", "reward_and_loss_full", "old", False, STALE),
-    Placement("sequence ratio x k1", "loss_rho_k1", "old", True, "g"),
-    Placement("sequence ratio, fixed, x k2", "loss_rho_k2", "old", True, "g"),
-    Placement("sequence ratio x k3", "loss_rho_k3", "old", True, "g"),
-    Placement("token ratio x k3", "loss_rho_k3_tok", "old", False, "partial, old prefixes"),
+PENALTIES = (  # name, kl_mode, and what the expected gradient is on samples of theta, old, ref
+    ("k1 in the reward", "reward_k1", "g", STALE),
+    ("k1 in the reward, own token only", "reward_k1", "partial"),
+    ("k1 as loss (as printed)", "loss_k1", "0", "-grad KL(old||pi)", "-grad KL(ref||pi)"),
+    ("k2 in the reward", "reward_k2", "biased", STALE),
+    ("k2 as loss, sequence", "loss_k2_seq", "g", STALE),
+    ("k2 as loss, per token", "loss_k2_tok", "partial", STALE),
+    ("k3 in the reward", "reward_k3", "g - k3 as loss, per token", STALE),
+    ("k3 as loss, sequence", "loss_k3_seq", "grad KL(ref||pi)", STALE),
+    ("k3 as loss, per token (GRPO)", "loss_k3_tok", "the same by token", STALE),
+    ("k3 in reward and as loss", "reward_and_loss_k3", "g", STALE),
+    ("full KL as loss", "loss_full", "partial", "partial, old prefixes"),
+    ("full KL + score x future KL", "loss_rb", "g", STALE),
+    ("full KL in reward and as loss", "reward_and_loss_full", "g", STALE),
+    ("sequence ratio x k1", "loss_rho_k1", "g", "g"),
+    ("sequence ratio, fixed, x k2", "loss_rho_k2", "g", "g"),
+    ("sequence ratio x k3", "loss_rho_k3", "g", "g"),
+    ("token ratio x k3", "loss_rho_k3_tok", "partial", "partial, old prefixes"),
+)
+PLACEMENTS = tuple(
+    Placement(name, mode, sampler, gives[i], 0.0 if "own token" in name else 1.0)
+    for i, sampler in enumerate(("theta", "old", "ref"))
+    for name, mode, *gives in PENALTIES
+    if i < len(gives)
 )
 
 
@@ -162,13 +141,12 @@ def kl_gradient_table(*, seed: int = 0) -> list[Row]:
     """
     world = make_random_world(seed=seed)
     tree, responses, jacobian = world.tree, world.responses, world.jacobian("theta")
-    logs = {name: log_softmax(z) for name, z in world.logits.items()}
-    nothing = np.zeros_like(world.rewards)
-    exact = objective_gradient(tree, logs["theta"], logs["ref"], nothing, kl_coef=-1.0)
+    log_pi, log_ref = world.log_probs("theta"), world.log_probs("ref")
+    exact = objective_gradient(tree, log_pi, log_ref, 0.0 * world.rewards, kl_coef=-1.0)
     g = exact.reshape(-1) @ jacobian
-    size, rows = np.sqrt(g @ g), []
+    rows = []
     for place in PLACEMENTS:
-        dlogits = penalty_dlogits(
+        dlogits = expected.penalty_dlogits(
             responses,
             world.logits["theta"],
             old_logits=world.logits[place.sampler],
@@ -176,27 +154,28 @@ def kl_gradient_table(*, seed: int = 0) -> list[Row]:
             kl_mode=place.kl_mode,
             gamma=place.gamma,
         )
-        estimates = _per_response(world, dlogits) @ jacobian  # (M, P)
-        mean, variance = gradient_moments(estimates, world.probs(place.sampler))
-        vanishes = np.sqrt(mean @ mean) < 1e-10 * size
-        rows.append(
-            {
-                **place._asdict(),
-                "error": float(relative_error(mean, g)),
-                "cosine": 0.0 if vanishes else float(cosine(mean, g)),
-                "noise": float(np.sqrt(variance) / size),
-            }
-        )
+        mean, row = _judged(world, dlogits, jacobian, g, world.probs(place.sampler))
+        angle = 0.0 if mean @ mean < 1e-20 * (g @ g) else float(expected.cosine(mean, g))
+        rows.append({**place._asdict(), "right": place.right, "cosine": angle, **row})
     return rows
 
 
-def _per_response(world: RandomWorld, dlogits: np.ndarray) -> np.ndarray:
-    """(M, T, V) at the tokens of each response -> (M, N V) at the prefixes of the tree."""
+def _judged(
+    world: RandomWorld, dlogits: np.ndarray, jacobian: np.ndarray, g: np.ndarray, probs: np.ndarray
+) -> tuple[np.ndarray, Row]:
+    """The expected gradient in the parameters (P,), and its error and noise as shares of |g|.
+
+    Args:
+        dlogits: (M, T, V) the estimate that each response gives, and probs (M,) how likely it is.
+    """
     M, N, V = len(dlogits), world.tree.n_nodes, world.tree.vocab_size
-    dense = np.zeros((M, N, V))
+    at_prefixes = np.zeros((M, N, V))
     kept = dlogits * world.responses.mask[..., None]
-    np.add.at(dense, (np.arange(M)[:, None], world.responses.nodes), kept)
-    return dense.reshape(M, N * V)
+    np.add.at(at_prefixes, (np.arange(M)[:, None], world.responses.nodes), kept)
+    estimates = at_prefixes.reshape(M, N * V) @ jacobian  # (M, P)
+    mean, variance = expected.gradient_moments(estimates, probs)
+    noise = float(np.sqrt(variance / (g @ g)))
+    return mean, {"error": float(expected.relative_error(mean, g)), "noise": noise}
 
 
 # -- advantages and the surrogate ----------------------------------------------------------------
@@ -213,25 +192,22 @@ def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95,
     """
     world = make_random_world(seed=seed)
     tree, responses, mask = world.tree, world.responses, world.responses.mask
-    log_pi, log_ref = (log_softmax(world.logits[name]) for name in ("theta", "ref"))
+    log_pi, log_ref = world.log_probs("theta"), world.log_probs("ref")
     args = (tree, log_pi, log_ref, world.rewards)
     jacobian, probs = world.jacobian("theta"), world.probs("theta")
     g = objective_gradient(*args, kl_coef=kl_coef).reshape(-1) @ jacobian
     exact = policy_values(*args, kl_coef=kl_coef).values
     off = exact + 0.5 * np.random.default_rng(seed).standard_normal(exact.shape)
-    nodes, tokens = responses.nodes, responses.tokens
-    kl_token = np.where(mask > 0, (log_pi - log_ref)[nodes, tokens], 0.0)
+    nodes = responses.nodes
+    kl_token = np.where(mask > 0, (log_pi - log_ref)[nodes, responses.tokens], 0.0)
     rewards = token_rewards(world.rewards, kl_token, mask=mask, kl_coef=kl_coef)
     rows = []
     for name, values in (("exact", exact), ("zero", 0.0 * exact), ("exact + 0.5 noise", off)):
         for lam in lams:
             advantages, _ = gae(rewards, values[nodes], mask=mask, gamma=1.0, lam=lam)
-            dlogits = policy_gradient_dlogits(responses, world.logits["theta"], advantages)
-            estimates = _per_response(world, dlogits) @ jacobian
-            mean, variance = gradient_moments(estimates, probs)
-            noise = float(np.sqrt(variance / (g @ g)))
-            bias = float(relative_error(mean, g))
-            rows.append({"value": name, "lam": lam, "bias": bias, "noise": noise})
+            dlogits = expected.policy_gradient_dlogits(responses, world.logits["theta"], advantages)
+            _, row = _judged(world, dlogits, jacobian, g, probs)
+            rows.append({"value": name, "lam": lam, "bias": row["error"], "noise": row["noise"]})
     return rows
 
 
@@ -248,22 +224,20 @@ def surrogate_table(
     """
     world = make_random_world(seed=seed)
     tree, responses, mask = world.tree, world.responses, world.responses.mask
-    log_old, log_ref = (log_softmax(world.logits[name]) for name in ("old", "ref"))
+    log_old, log_ref = world.log_probs("old"), world.log_probs("ref")
     args = (log_ref, world.rewards)
     q, values = policy_values(tree, log_old, *args, kl_coef=kl_coef)
     at = (responses.nodes, responses.tokens)
     advantages, old_logp = (q - values[:, None])[at], log_old[at]
-    old, p_old = world.policies["old"], world.probs("old")
-    uphill = tree_gradient(
-        objective_gradient(tree, log_old, *args, kl_coef=kl_coef), old, **world.where
-    )
+    slope, p_old = objective_gradient(tree, log_old, *args, kl_coef=kl_coef), world.probs("old")
+    uphill = tree_gradient(slope, world.policies["old"], **world.where)
     rows = []
     for kl_step in kl_steps:
-        params = _step_of_kl(world, log_old, old, uphill, kl_step)
+        params = _step_of_kl(world, uphill, kl_step)
         logits = tree_logits(params, **world.where)
         log_pi = log_softmax(logits)
         true = world.pull_back(objective_gradient(tree, log_pi, *args, kl_coef=kl_coef), params)
-        row = {"kl_old_seq": float(_kl(world, log_old, log_pi))}
+        row = {"kl_old_seq": world.kl_old_seq(log_pi)}
         row["objective"] = float(evaluate_exactly(tree, log_pi, *args, kl_coef=kl_coef).objective)
         for name, clip in (("clipped", "ppo"), ("unclipped", "none")):
             logp, cache = token_logprobs_forward(logits[at[0]], targets=at[1])
@@ -271,8 +245,10 @@ def surrogate_table(
                 logp, old_logp=old_logp, advantages=advantages, weights=mask, clip=clip
             )
             dlogits = token_logprobs_backward(-ppo_clip_backward(1.0, clip_cache), cache)
-            mean = world.pull_back(gather_nodes(tree, responses, dlogits, weights=p_old), params)
-            row[name] = float(cosine(mean, true))
+            mean = world.pull_back(
+                expected.gather_nodes(tree, responses, dlogits, weights=p_old), params
+            )
+            row[name] = float(expected.cosine(mean, true))
             if clip == "ppo":
                 weights = p_old[:, None] * mask
                 row["clip_fraction"] = float((weights * clip_cache.clipped).sum() / weights.sum())
@@ -280,23 +256,14 @@ def surrogate_table(
     return rows
 
 
-def _kl(world: RandomWorld, log_p: np.ndarray, log_q: np.ndarray) -> float:
-    """KL(p || q) of whole responses."""
-    nothing = np.zeros_like(world.rewards)
-    return float(evaluate_exactly(world.tree, log_p, log_q, nothing, kl_coef=0.0).kl_seq)
+def _step_of_kl(world: RandomWorld, uphill: Tree, kl_step: float) -> Tree:
+    """old + x uphill with KL(old || theta) = kl_step, by bisection on x."""
 
+    def at(x: float) -> Tree:
+        return tree_map(lambda a, d: a + x * d, world.policies["old"], uphill)
 
-def _step_of_kl(
-    world: RandomWorld, log_old: np.ndarray, old: Tree, uphill: Tree, kl_step: float
-) -> Tree:
-    """old + s uphill with KL(old || theta) = kl_step, by bisection on s."""
-
-    def at(s: float) -> Tree:
-        return tree_map(lambda a, d: a + s * d, old, uphill)
-
-    def is_too_far(s: float) -> bool:
-        log_pi = log_softmax(tree_logits(at(s), **world.where))
-        return _kl(world, log_old, log_pi) > kl_step
+    def is_too_far(x: float) -> bool:
+        return world.kl_old_seq(log_softmax(tree_logits(at(x), **world.where))) > kl_step
 
     low, high = 0.0, 1.0
     while not is_too_far(high) and high < 2**20:
@@ -328,12 +295,14 @@ def flatness_table(
     """
     tree, responses = world.tree, all_responses(world.tree)
     log_ref, mask = world.demonstrator, responses.mask
-    best = soft_optimum(tree, log_ref, world.rewards, kl_coef=kl_coef)
+    best = optimum.soft_optimum(tree, log_ref, world.rewards, kl_coef=kl_coef)
     rows = []
     for share in shares:
         log_pi = log_ref
         if share:
-            log_pi = soft_optimum(tree, log_ref, share * world.rewards, kl_coef=kl_coef).log_probs
+            log_pi = optimum.soft_optimum(
+                tree, log_ref, share * world.rewards, kl_coef=kl_coef
+            ).log_probs
         args = (tree, log_pi, log_ref, world.rewards)
         probs = np.exp(response_logprobs(tree, log_pi))
         value = evaluate_exactly(*args, kl_coef=kl_coef)
@@ -344,22 +313,16 @@ def flatness_table(
         for name, kl_token in (("k1", k1), ("full", full[responses.nodes])):
             rewards = token_rewards(world.rewards, kl_token, mask=mask, kl_coef=kl_coef)
             advantages, _ = gae(rewards, values, mask=mask, gamma=1.0, lam=1.0)
-            dlogits = policy_gradient_dlogits(responses, log_pi, advantages)
+            dlogits = expected.policy_gradient_dlogits(responses, log_pi, advantages)
             if name == "full":
                 own_step = full_kl_backward(np.ones(tree.n_nodes), full_cache)  # (N, V)
                 dlogits = dlogits - kl_coef * own_step[responses.nodes]
-            row[name] = _trace_of_covariance(tree, responses, dlogits, probs)
+            mean = expected.gather_nodes(tree, responses, dlogits, weights=probs)
+            # the tokens of one response stand at different prefixes: their squares add up
+            second = probs @ ((dlogits * dlogits).sum(axis=-1) * mask).sum(axis=-1)
+            row[name] = float(second - (mean * mean).sum())
         rows.append(row)
     return rows
-
-
-def _trace_of_covariance(
-    tree: PrefixTree, responses: Responses, dlogits: np.ndarray, probs: np.ndarray
-) -> float:
-    """E |g|^2 - |E g|^2 over responses; the tokens of one response stand at different prefixes."""
-    mean = gather_nodes(tree, responses, dlogits, weights=probs)
-    second = ((dlogits * dlogits).sum(axis=-1) * responses.mask).sum(axis=-1)
-    return float((probs * second).sum() - (mean * mean).sum())
 
 
 BETAS = (8, 4, 2, 1.5, 1, 0.75, 0.61, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05)
@@ -380,29 +343,28 @@ def overoptimisation(
         fits: law, of, alpha, slope, r_squared, peak (KL at which the fitted gold is highest).
     """
     tree = world.tree
-    curve = optimal_curve(tree, ref_log_probs, world.rewards, world.gold, betas)
+    curve = optimum.optimal_curve(tree, ref_log_probs, world.rewards, world.gold, betas)
     ref_logp = response_logprobs(tree, ref_log_probs)
     ref_gold = float(np.exp(ref_logp) @ world.gold)
-    rows = []
+    best_of_n = []
     for n in draws:
-        logp = best_of_n(ref_logp, world.rewards, n=n)
-        p = np.exp(logp)
-        kl_seq = float(p @ (logp - ref_logp))
-        bound = float(np.log(n) - (n - 1) / n)
-        reward, gold = float(p @ world.rewards), float(p @ world.gold)
-        rows.append({"n": n, "kl_seq": kl_seq, "bound": bound, "reward": reward, "gold": gold})
-    sampled = np.array([(row["kl_seq"], row["gold"]) for row in rows if row["n"] > 1]).T
+        logp = optimum.best_of_n(ref_logp, world.rewards, n=n)
+        p, bound = np.exp(logp), np.log(n) - (n - 1) / n
+        kl_seq = max(0.0, p @ (logp - ref_logp))  # of one draw it is 0, and rounding may be below
+        numbers = (kl_seq, bound, p @ world.rewards, p @ world.gold)
+        names = ("kl_seq", "bound", "reward", "gold")
+        best_of_n.append({"n": n, **dict(zip(names, map(float, numbers), strict=True))})
+    drawn = np.array([(row["kl_seq"], row["gold"]) for row in best_of_n if row["n"] > 1]).T
     fits = []
-    for of, kl_seq, gold in (("tilt", curve.kl_seq, curve.gold), ("best-of-n", *sampled)):
+    for of, kl_seq, gold in (("tilt", curve.kl_seq, curve.gold), ("best-of-n", *drawn)):
         for law in ("linear", "log"):
-            fit = fit_gao(kl_seq, gold - ref_gold, law=law)
+            fit = optimum.fit_gao(kl_seq, gold - ref_gold, law=law)
             fits.append({"of": of, "peak": fit.peak_kl, **fit._asdict()})
+    points = np.stack(curve).T.tolist()
     return {
         "reference": {"gold": ref_gold, "reward": float(np.exp(ref_logp) @ world.rewards)},
-        "curve": [
-            dict(zip(curve._fields, map(float, row), strict=True)) for row in np.stack(curve).T
-        ],
-        "best_of_n": rows,
+        "curve": [dict(zip(curve._fields, point, strict=True)) for point in points],
+        "best_of_n": best_of_n,
         "fits": fits,
     }
 
@@ -430,7 +392,7 @@ def optimum_runs(*, iterations: int = 150, betas=(1.0, 0.5, 0.25)) -> list[Train
     constant = {"learning_rate": 1e-3, "schedule": "constant"}
     runs = []
     for beta in betas:
-        ppo, rloo = (changed(s, kl_coef=beta, iterations=iterations) for s in (PPO, RLOO))
+        ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
         runs.append(TrainingRun("optimum", "PPO, linear decay", ppo))
         runs.append(TrainingRun("optimum", "PPO, constant rate", changed(ppo, optimizer=constant)))
         runs.append(TrainingRun("optimum", "one-step RLOO", rloo, "leave_one_out"))
@@ -446,10 +408,9 @@ def placement_runs(*, iterations: int = 60, beta: float = 0.5) -> list[TrainingR
         "loss_k3_tok": "k3 per token as loss",
         "loss_k1": "k1 as loss (as printed)",
     }
+    settings = changed(PPO, kl_coef=beta, iterations=iterations)
     return [
-        TrainingRun(
-            "placement", name, changed(PPO, kl_coef=beta, kl_mode=mode, iterations=iterations)
-        )
+        TrainingRun("placement", name, changed(settings, kl_mode=mode))
         for mode, name in names.items()
     ]
 
@@ -459,22 +420,13 @@ def clip_runs(*, iterations: int = 40, beta: float = 0.5) -> list[TrainingRun]:
     hard = {"learning_rate": 8e-3, "schedule": "constant"}
     settings = changed(PPO, kl_coef=beta, iterations=iterations, epochs=8, optimizer=hard)
     names = {"ppo": "PPO's clip", "book": "min(ratio, 1 + e) A (textbook)", "none": "no clip"}
-    return [
-        TrainingRun("clip", name, dataclasses.replace(settings, clip=clip))
-        for clip, name in names.items()
-    ]
+    return [TrainingRun("clip", name, changed(settings, clip=clip)) for clip, name in names.items()]
 
 
 def overoptimisation_runs(*, iterations: int = 60, betas=(2.0, 0.1)) -> list[TrainingRun]:
     """PPO with a beta on either side of those of `optimum_runs`."""
-    return [
-        TrainingRun(
-            "overoptimisation",
-            "PPO, linear decay",
-            changed(PPO, kl_coef=beta, iterations=iterations),
-        )
-        for beta in betas
-    ]
+    settings = (changed(PPO, kl_coef=beta, iterations=iterations) for beta in betas)
+    return [TrainingRun("overoptimisation", "PPO, linear decay", each) for each in settings]
 
 
 def train_run(
@@ -482,21 +434,13 @@ def train_run(
 ) -> Row:
     """Train one policy from the reference on; its history, and the frontier where it ended."""
     started = time.perf_counter()
-    beta = run.settings.kl_coef
+    settings, beta = run.settings, run.settings.kl_coef
     truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
-    settings = {"settings": run.settings, "seed": seed, "baseline": run.baseline}
-    history = train_on_world(truth, **settings).history
-    seconds = time.perf_counter() - started
-    frontier = frontier_reward(
-        world.tree, truth.ref_log_probs, world.rewards, kl_seq=history[-1]["exact/kl_seq"]
+    history = train_on_world(truth, settings=settings, seed=seed, baseline=run.baseline).history
+    seconds, kl_seq = time.perf_counter() - started, history[-1]["exact/kl_seq"]
+    frontier = optimum.frontier_reward(
+        world.tree, truth.ref_log_probs, world.rewards, kl_seq=kl_seq
     )
-    return {
-        "part": run.part,
-        "name": run.name,
-        "kl_coef": beta,
-        "seed": seed,
-        "iterations": run.settings.iterations,
-        "seconds": seconds,
-        "frontier": frontier,
-        "history": history,
-    }
+    row = {"part": run.part, "name": run.name, "kl_coef": beta, "seed": seed}
+    row |= {"iterations": settings.iterations, "seconds": seconds, "frontier": frontier}
+    return {**row, "history": history}

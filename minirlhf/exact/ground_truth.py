@@ -7,6 +7,7 @@ J, J*, the KL and the gradient noise are exact, and no evaluation has an error b
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +19,18 @@ from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.advantages import masked_whiten, rloo_advantages
-from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.rlhf.logprobs import log_softmax, response_sum
-from minirlhf.runs.log import NoLog
+from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.ppo import Experience, final_score, make_experience, ppo_update, rollout_penalty
-from minirlhf.train.rollout import Rollout, Samples, sample_ids, score_rollout
+from minirlhf.train.ppo import (
+    Experience,
+    Task,
+    final_score,
+    make_experience,
+    rollout_penalty,
+    train_ppo,
+)
+from minirlhf.train.rollout import Rollout, Samples, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig, SFTConfig
 from minirlhf.train.sft import train_sft
 from minirlhf.tree import Tree, tree_copy
@@ -68,17 +75,19 @@ def fit_reference(
         {"transformer": ...}, the frozen reference of everything that follows.
     """
     rng_init, rng_batches = np.random.default_rng(seed).spawn(2)
-    transformer = train_sft(
-        init_transformer(config, rng=rng_init),
+    start = {"transformer": init_transformer(config, rng=rng_init)}
+    optimizer = Optimizer(start, settings.optimizer, total_steps=settings.steps)
+    loop = train_sft(
+        optimizer,
         world.demonstrations,
         config=config,
         settings=settings,
         pad_id=world.stop_id,
         rng=rng_batches,
-        log=NoLog(),
-        track=lambda steps, title: steps,
     )
-    return {"transformer": tree_copy(transformer)}
+    for _ in loop:
+        pass
+    return tree_copy(optimizer.params)
 
 
 class GroundTruth(NamedTuple):
@@ -174,20 +183,35 @@ def train_on_world(
         ValueError: another baseline, or settings that the ground truth does not speak of.
     """
     _check_settings(truth, settings, baseline)
-    s, config, reference = settings, truth.config, truth.reference
+    config, reference, world = truth.config, truth.reference, truth.world
     rng_rollout, rng_shuffle = np.random.default_rng([seed, 1]).spawn(2)
     dtype = reference["transformer"]["wte"].dtype
     head = init_scalar_head(config.d_model, std=0.0, rng=rng_rollout, dtype=dtype)
     start = {"transformer": tree_copy(reference["transformer"]), "value_head": head}
-    optimizer = Optimizer(start, s.optimizer, total_steps=s.iterations * s.epochs * s.minibatches)
+    total = settings.iterations * settings.updates_per_iteration
+    optimizer = Optimizer(start, settings.optimizer, total_steps=total)
+    task = Task(
+        lambda policy: sample_world(
+            policy, world, settings.batch_size, config=config, rng=rng_rollout
+        ),
+        lambda samples: world.score(samples.prompt_ids, samples.response_ids),
+        world.stop_id,
+    )
+    advantages_of = {"critic": make_experience, "leave_one_out": _leave_one_out(len(world.prompts))}
+    loop = train_ppo(
+        optimizer,
+        reference,
+        task,
+        config=config,
+        settings=settings,
+        rng=rng_shuffle,
+        advantages_of=advantages_of[baseline],
+    )
     history = [{"iteration": 0, **measure(truth, optimizer.params)}]
-    for iteration in range(1, s.iterations + 1):
-        experience = _experience(
-            optimizer.params, truth, settings=s, baseline=baseline, rng=rng_rollout
-        )
-        metrics = ppo_update(optimizer, experience, config=config, settings=s, rng=rng_shuffle)
-        if iteration % measure_every == 0 or iteration == s.iterations:
+    for iteration, turn in enumerate(loop, 1):
+        if iteration % measure_every == 0 or iteration == settings.iterations:
             exact = measure(truth, optimizer.params)
+            metrics = mean_of_updates(turn.updates, settings)
             history.append({"iteration": iteration, **exact, **metrics})
     return Trained(optimizer.params, history)
 
@@ -216,54 +240,34 @@ def sample_world(
 ) -> Samples:
     """n responses, the prompts in turn."""
     prompts = [world.prompts[i % len(world.prompts)] for i in range(n)]
-    batch, responses, hidden = sample_ids(
+    samples = sample_responses(
         params,
         prompts,
+        config=config,
         stop_id=world.stop_id,
         pad_id=world.stop_id,
-        config=config,
-        max_response_tokens=world.max_response_tokens,
+        max_tokens=world.max_response_tokens,
         rng=rng,
     )
-    texts = [[world.text(ids) for ids in lists] for lists in (prompts, responses)]
-    return Samples(*texts, prompts, responses, batch, hidden)
+    texts = [[world.text(ids) for ids in lists] for lists in (prompts, samples.response_ids)]
+    return samples._replace(prompts=texts[0], responses=texts[1])
 
 
-def _experience(
-    policy: Tree,
-    truth: GroundTruth,
-    *,
-    settings: PPOConfig,
-    baseline: str,
-    rng: np.random.Generator,
-) -> Experience:
-    """A batch of samples and what the update holds constant."""
-    world, config = truth.world, truth.config
-    samples = sample_world(policy, world, settings.batch_size, config=config, rng=rng)
-    rollout = score_rollout(
-        policy,
-        truth.reference,
-        samples,
-        score=lambda samples: world.score(samples.prompt_ids, samples.response_ids),
-        config=config,
-        keep_ref_logits=KL_MODES[settings.kl_mode].needs_ref_logits,
-    )
-    known = {"settings": settings, "kl_coef": truth.kl_coef, "stop_id": world.stop_id}
-    experience = make_experience(rollout, **known)
-    if baseline == "critic":
-        return experience
-    return _with_leave_one_out(experience, rollout, settings, truth)
+def _leave_one_out(n_prompts: int) -> Callable[..., Experience]:
+    """`make_experience` with RLOO advantages of whole responses, the prompts in turn."""
 
+    def experience_of(
+        rollout: Rollout, *, settings: PPOConfig, kl_coef: float, stop_id: int
+    ) -> Experience:
+        same = {"settings": settings, "stop_id": stop_id}
+        mask, score = rollout.batch.response_mask, final_score(rollout, **same)
+        kl_token = rollout_penalty(rollout, settings)
+        seq_reward = score - kl_coef * response_sum(kl_token, mask=mask)
+        group = get_xp(mask).arange(mask.shape[0]) % n_prompts
+        advantages, scale = rloo_advantages(seq_reward, group=group, mask=mask), 1.0
+        if settings.whiten_advantages:
+            advantages, scale = masked_whiten(advantages, mask=mask)
+        experience = make_experience(rollout, kl_coef=kl_coef, **same)
+        return experience._replace(advantages=advantages, kl_loss_coef=kl_coef / scale)
 
-def _with_leave_one_out(
-    experience: Experience, rollout: Rollout, settings: PPOConfig, truth: GroundTruth
-) -> Experience:
-    """The same with RLOO advantages of whole responses, whitened if the settings say so."""
-    s, beta, mask = settings, truth.kl_coef, rollout.batch.response_mask
-    score = final_score(rollout, settings=s, stop_id=truth.world.stop_id)
-    seq_reward = score - beta * response_sum(rollout_penalty(rollout, s), mask=mask)
-    group = get_xp(mask).arange(mask.shape[0]) % len(truth.world.prompts)
-    advantages, scale = rloo_advantages(seq_reward, group=group, mask=mask), 1.0
-    if s.whiten_advantages:
-        advantages, scale = masked_whiten(advantages, mask=mask)
-    return experience._replace(advantages=advantages, kl_loss_coef=beta / scale)
+    return experience_of

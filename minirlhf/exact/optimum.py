@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, check_same_shape, get_xp
+from minirlhf.backend import Array, as_float, check_same_shape, get_xp
 from minirlhf.exact.enumeration import (
     PrefixTree,
     check_rows,
@@ -87,12 +87,13 @@ def soft_optimum(
         rewards: (M,).
         kl_coef: beta > 0 [reward units per nat].
     Raises:
-        ValueError: beta is not positive, or shapes do not fit the tree.
-    Tested by: tests/test_exact.py::test_tilt_and_soft_values_are_the_same_optimum
+        ValueError: beta is not positive and finite, a reward is nan or inf, or shapes do not fit.
+    Tested by: tests/exact/test_exact.py::test_tilt_and_soft_values_are_the_same_optimum
     """
     check_rows(tree, ref_log_probs=ref_log_probs)
     check_same_shape("soft_optimum", leaf_node=tree.leaf_node, rewards=rewards)
     _check_positive(kl_coef)
+    _check_finite(rewards)
     xp = get_xp(ref_log_probs, rewards)
     dtype = xp.result_type(ref_log_probs, rewards)
     q = xp.zeros(ref_log_probs.shape, dtype=dtype)
@@ -124,6 +125,7 @@ def tilt(
     """
     check_same_shape("tilt", leaf_node=tree.leaf_node, rewards=rewards)
     _check_positive(kl_coef)
+    _check_finite(rewards)
     xp = get_xp(ref_log_probs, rewards)
     logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
     top, log_sum = (xp.zeros(tree.n_prompts, dtype=logp.dtype) for _ in range(2))
@@ -207,7 +209,7 @@ def objective_gradient(
         as `evaluate_exactly`.
     Returns:
         (N, V) [reward units].
-    Tested by: tests/test_exact.py::test_exact_gradient_in_logits
+    Tested by: tests/exact/test_exact.py::test_exact_gradient_in_logits
     """
     q, values = policy_values(tree, log_probs, ref_log_probs, rewards, kl_coef=kl_coef)
     xp = get_xp(log_probs)
@@ -227,20 +229,25 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
 
     Args:
         ref_logp: (M,) log Pr(y|x) of every response to one prompt under the reference [nats].
-        rewards: (M,); equal to nine digits of the largest counts as equal.
+        rewards: (M,); neighbours that differ by less than 1e-9 of the whole range are ties.
         n: number of draws >= 1.
     Returns:
         (M,) [nats].
     Raises:
-        ValueError: n < 1, or shapes differ.
+        ValueError: n < 1, shapes differ, or a reward is nan or inf.
     """
     check_same_shape("best_of_n", ref_logp=ref_logp, rewards=rewards)
     if n < 1:
         raise ValueError(f"best_of_n: expected n >= 1; got {n}")
+    _check_finite(rewards)
     xp = get_xp(ref_logp, rewards)
-    largest = float(xp.maximum(rewards.max(), -rewards.min())) or 1.0
-    levels, group = xp.unique(xp.round(rewards / largest, 9), return_inverse=True)  # rising
-    mass = xp.zeros(levels.shape[0], dtype=ref_logp.dtype)
+    order = xp.argsort(rewards)
+    rising = as_float(rewards)[order]
+    # a share of the range, so that neither the unit nor the zero of the reward matters
+    steps = rising[1:] - rising[:-1] > 1e-9 * rising[-1] - 1e-9 * rising[0]
+    group = xp.zeros(rewards.shape, dtype=order.dtype)  # (M,) 0 at the lowest reward
+    group[order[1:]] = steps.cumsum()
+    mass = xp.zeros(int(group.max()) + 1, dtype=ref_logp.dtype)
     xp.add.at(mass, group, xp.exp(ref_logp))
     drawn = mass > 0
     mass = xp.where(drawn, mass, 1.0)  # a group that is never drawn keeps the weight 1
@@ -342,11 +349,12 @@ def fit_gao(kl_seq: np.ndarray, gain: np.ndarray, *, law: str) -> GaoFit:
         gain: (n,) gold reward less the reference's.
     Raises:
         ValueError: another law, fewer than 3 points, a KL that is not positive, or gains that are
-            all equal.
+            all equal or not finite.
     """
     kl_seq, gain = np.asarray(kl_seq, dtype=np.float64), np.asarray(gain, dtype=np.float64)
-    enough = kl_seq.shape == gain.shape and kl_seq.size >= 3 and (kl_seq > 0).all()
-    if law not in ("linear", "log") or not enough or np.ptp(gain) == 0:
+    positive = ((kl_seq > 0) & (kl_seq < math.inf)).all()
+    enough = kl_seq.shape == gain.shape and kl_seq.size >= 3 and positive
+    if law not in ("linear", "log") or not enough or not 0 < np.ptp(gain) < math.inf:
         raise ValueError(
             'fit_gao: expected law "linear" or "log" and at least 3 points with kl_seq > 0 and '
             f"gains that differ; got {law!r}, {kl_seq} and {gain}"
@@ -380,5 +388,10 @@ def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
 
 
 def _check_positive(value: float, name: str = "kl_coef") -> None:
-    if not value > 0:
-        raise ValueError(f"exact: expected {name} > 0; got {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"exact: expected {name} > 0 and finite; got {value}")
+
+
+def _check_finite(rewards: Array) -> None:
+    if not bool(get_xp(rewards).isfinite(rewards).all()):
+        raise ValueError("exact: expected finite rewards; got nan or inf")

@@ -36,14 +36,13 @@ def make_graph(seed: int) -> Graph:
     """The benchmark's graph and walks, from the same draws in the same order.
 
     Raises:
-        ValueError: a start has no walk to the goal of fewer than 10 letters, so that its
-            optimality is 0/0.
+        ValueError: from a start no walk of fewer than 10 letters leads to the goal: its optimality
+            is 0/0.
     """
     rng = RandomState(seed)
     adjacency = draw_adjacency(rng)
     shortest = shortest_walks(adjacency)
-    if shortest.max() >= MAX_NODES:
-        far = ", ".join(LETTERS[i] for i in np.flatnonzero(shortest >= MAX_NODES))
+    if far := ", ".join(LETTERS[i] for i in np.flatnonzero(shortest >= MAX_NODES)):
         raise ValueError(
             f"randomwalks: expected a graph whose every letter has a walk to a of fewer than "
             f"{MAX_NODES} letters; got, from seed {seed}, none for {far}: take another seed"
@@ -54,7 +53,7 @@ def make_graph(seed: int) -> Graph:
 def draw_adjacency(rng: RandomState) -> np.ndarray:
     """(21, 21) bool: each edge with probability .1, redrawn until every letter has one to leave by.
 
-    Drawn for the goal too, whose edges are then replaced by one to itself.
+    The goal's are drawn too, and then replaced by one to itself.
     """
     n = len(LETTERS)
     adjacency = np.zeros((n, n), dtype=bool)
@@ -127,7 +126,7 @@ def walk_tree(graph: Graph) -> PrefixTree:
     """
 
     def goes_on(prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        last = np.concatenate([prompt[:, None] + STARTS[0], tokens], axis=1)[:, -1]
+        last = np.column_stack([prompt + STARTS[0], tokens])[:, -1]
         return graph.adjacency[last] & (np.arange(len(LETTERS)) != GOAL)
 
     return grow_tree(
@@ -138,25 +137,21 @@ def walk_tree(graph: Graph) -> PrefixTree:
 def measure_leaves(graph: Graph, tree: PrefixTree) -> WalkMetrics:
     """The metrics of every response of the tree, each (M,)."""
     everything = all_responses(tree)
-    start = everything.prompt[:, None] + STARTS[0]
-    walks = np.concatenate([start, everything.tokens], axis=1)
-    return measure(graph, walks, np.concatenate([np.ones(start.shape), everything.mask], axis=1))
+    walks = np.column_stack([everything.prompt + STARTS[0], everything.tokens])
+    return measure(graph, walks, np.column_stack([np.ones(len(walks)), everything.mask]))
 
 
 def uniform_log_probs(graph: Graph, tree: PrefixTree) -> np.ndarray:
     """(N, V) log pi(j|i) = -log(number of edges that leave i) along them, -inf elsewhere."""
-    adjacency = graph.adjacency
-    log_probs = np.where(adjacency, -np.log(adjacency.sum(axis=1, keepdims=True)), -np.inf)
+    n_edges = graph.adjacency.sum(axis=1, keepdims=True)
     last = tree.token.copy()
     last[tree.levels[0]] = STARTS
-    return log_probs[last]
+    return np.where(graph.adjacency, -np.log(n_edges), -np.inf)[last]
 
 
 def make_randomwalks(*, seed: int = 1000) -> TokenWorld:
     """The benchmark as a world: reward and gold are both the optimality.
 
-    Args:
-        seed: of graph and walks; 1000 is what the benchmark's PPO run uses.
     Raises:
         ValueError: as `make_graph`.
     """

@@ -12,24 +12,21 @@ likes ANS x 6 best, which is worth -2.75.
 import numpy as np
 from numpy.random import Generator
 
-from minirlhf.exact.enumeration import PrefixTree, all_responses, enumerate_responses
+from minirlhf.exact.enumeration import all_responses, enumerate_responses
 from minirlhf.exact.token_world import TokenWorld, rectangle
 from minirlhf.rlhf.logprobs import log_softmax
 
 TOKENS = ("EOS", "ANS", "DET", "POL", "HED", "SAL", "REF", "UNS")
-EOS, ANS, DET, POL, HED, SAL, REF, UNS = range(8)
+EOS, ANS, DET, POL, HED, SAL, REF, UNS = range(len(TOKENS))
 MAX_TOKENS = 6
 
-# Logits of the next token after each token; a reply starts as if after START.
-START, AFTER_ANS, AFTER_POL, AFTER_OTHER = (
-    [-4.0, 2.0, 0.0, 1.0, 0.0, -1.5, -0.5, -2.5],
-    [1.5, -1.0, 1.2, 0.6, -0.3, -1.2, -1.5, -2.5],
-    [0.8, 1.0, 0.8, -1.0, -0.3, -1.2, -1.5, -2.5],
-    [1.2, 0.0, 0.8, 0.4, -0.3, -1.2, -1.5, -2.5],
-)
-CHAIN = log_softmax(  # row EOS: the start, because a prompt is the end of what came before
-    np.array([START, AFTER_ANS, AFTER_OTHER, AFTER_POL, *[AFTER_OTHER] * 4])
-)
+# Logits of the next token: at the start, after ANS, after POL, after any other token.
+START = [-4.0, 2.0, 0.0, 1.0, 0.0, -1.5, -0.5, -2.5]
+AFTER_ANS = [1.5, -1.0, 1.2, 0.6, -0.3, -1.2, -1.5, -2.5]
+AFTER_POL = [0.8, 1.0, 0.8, -1.0, -0.3, -1.2, -1.5, -2.5]
+OTHER = [1.2, 0.0, 0.8, 0.4, -0.3, -1.2, -1.5, -2.5]
+# Row EOS is the start: a prompt is the end of what came before.
+CHAIN = log_softmax(np.array([START, AFTER_ANS, OTHER, AFTER_POL, OTHER, OTHER, OTHER, OTHER]))
 
 # Bradley-Terry on 2,000 pairs of the chain's replies, mean 0 and sd 1 under the chain.
 PROXY_WEIGHTS = np.array(
@@ -53,19 +50,12 @@ def gold_reward(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     Off: .4 a hedge, .5 an upsell, 1.5 an unsafe promise, .3 a refusal, .35 a token equal to the
     one before it, .25 a token over four, .5 a further courtesy, .4 a further answer.  The most is
-    3.0, for ANS DET POL DET.
-
-    Args:
-        tokens: (B, T).
-        mask: (B, T) 1 at real tokens; EOS counts for nothing.
-    Returns:
-        (B,)
+    3.0, for ANS DET POL DET.  EOS counts for nothing.  (B, T), (B, T) -> (B,).
     """
     n = token_counts(tokens, mask)
     length = n[:, 1:].sum(axis=1)
     answers = (tokens == ANS) & (mask > 0)
-    answered = answers.any(axis=1)
-    delay = answers.argmax(axis=1)
+    answered, delay = answers.any(axis=1), answers.argmax(axis=1)
     repeats = ((tokens[:, 1:] == tokens[:, :-1]) & (mask[:, 1:] > 0)).sum(axis=1)
     return (
         answered * (1.5 - 0.15 * delay)
@@ -80,14 +70,6 @@ def gold_reward(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         - 0.5 * np.maximum(n[:, POL] - 1, 0)
         - 0.4 * np.maximum(n[:, ANS] - 1, 0)
     )
-
-
-def chain_log_probs(tree: PrefixTree) -> np.ndarray:
-    """(N, V) log-probs of the Markov chain: the next token depends on the last one alone.
-
-    The tree has EOS (0) as the last token of its prompt, which is the chain's start.
-    """
-    return CHAIN[tree.token]
 
 
 def sample_chain(n: int, *, max_tokens: int = MAX_TOKENS, rng: Generator) -> list[list[int]]:
@@ -120,6 +102,6 @@ def make_tiny_world(
         rewards=proxy_reward(everything.tokens, everything.mask),
         gold=gold_reward(everything.tokens, everything.mask),
         score=lambda prompts, responses: proxy_reward(*rectangle(responses)),
-        demonstrator=chain_log_probs(tree),
+        demonstrator=CHAIN[tree.token],  # the next token depends on the last one alone
         demonstrations=[([EOS], reply) for reply in replies],
     )

@@ -1,4 +1,4 @@
-"""A world of few tokens and short responses, in ids: everything about it can be computed."""
+"""What the tiny world and randomwalks are made of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,15 +1,15 @@
 """A transformer on a tree of prefixes: its log-probs at every prefix, and the way back.
 
 `tree_logits` goes down the tree level by level with a KV cache, so each prefix is computed once.
-`tree_gradient` turns dL/dlogits at every prefix into dL/dparams: the ordinary forward and backward
-over the longest prefixes, whose columns pass through all the others.
+`tree_gradient` turns dL/dlogits at every prefix (`objective_gradient` has those of J) into
+dL/dparams: the ordinary forward and backward over the longest prefixes, whose columns pass through
+all the others.
 """
 
 import numpy as np
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.exact.enumeration import PrefixTree, all_responses
-from minirlhf.exact.optimum import objective_gradient
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
 from minirlhf.rlhf.logprobs import log_softmax
@@ -83,29 +83,6 @@ def tree_gradient(
         return policy_backward(dlogits_rows.astype(dtype), xp.zeros_like(out.logp), None, cache)
 
     return tree_sum(map(of_rows, row_slices(nodes.shape[0], ROWS)))
-
-
-def exact_gradient(
-    params: Tree,
-    ref_log_probs: Array,
-    rewards: Array,
-    *,
-    kl_coef: float,
-    tree: PrefixTree,
-    prompts: list[Ids],
-    config: GPTConfig,
-) -> Tree:
-    """dJ/dparams of the exact objective, every response counted with its probability.
-
-    Args:
-        ref_log_probs: (N, V).
-        rewards: (M,).
-        kl_coef: beta [reward units per nat].
-    """
-    where = {"tree": tree, "prompts": prompts, "config": config}
-    log_probs = tree_log_probs(params, **where)
-    dlogits = objective_gradient(tree, log_probs, ref_log_probs, rewards, kl_coef=kl_coef)
-    return tree_gradient(dlogits, params, **where)
 
 
 def _prompt_batch(tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype, xp) -> Batch:

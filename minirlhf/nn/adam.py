@@ -7,7 +7,7 @@ parameters are views into it and see the update.
 import math
 from typing import NamedTuple
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, as_float, check_positive, get_xp
 from minirlhf.tree import Tree, tree_leaves
 
 
@@ -47,33 +47,35 @@ def adamw_step(
         flat: (N,) parameters, updated in place.
         dflat: (N,) dL/dflat.
         state: from `init_adamw` or the last step; its moments are updated in place.
+        eps: > 0, added to the root of vhat: a gradient that is always 0 has none.
         weight_decay: one number, or (N,) so that biases and layer norms are spared.
     Returns:
         the state with its step advanced.
     Raises:
-        ValueError: another form.
+        ValueError: another form, or eps is not positive.
     """
     if form not in ("torch", "tf"):
         raise ValueError(f'adamw: expected form "torch" or "tf"; got {form!r}')
-    xp = get_xp(flat, dflat)
+    check_positive("adamw", "eps", eps)
+    xp, dflat = get_xp(flat, dflat), as_float(dflat)
     k, m, v = state.step + 1, state.mean, state.var
-    m *= beta1
+    m *= beta1  # in place from here on: the buffers hold all parameters of a model
     m += (1 - beta1) * dflat
     v *= beta2
     update = dflat * dflat
     update *= 1 - beta2
     v += update
-    correction1, correction2 = 1 - beta1**k, math.sqrt(1 - beta2**k)
+    correction1, correction2 = 1 - beta1**k, math.sqrt(1 - beta2**k)  # both moments began at 0
     xp.sqrt(v, out=update)
     if form == "torch":
-        update *= 1 / correction2
+        update *= 1 / correction2  # sqrt(vhat), and eps is added to that
         step_size = learning_rate / correction1
     else:
         step_size = learning_rate * correction2 / correction1
     update += eps
     xp.divide(m, update, out=update)
     update *= step_size
-    flat *= 1.0 - learning_rate * weight_decay
+    flat *= 1.0 - learning_rate * weight_decay  # decoupled: not through the gradient
     flat -= update
     return AdamWState(k, m, v)
 
@@ -122,7 +124,7 @@ def clip_global_norm(dflat: Array, max_norm: float) -> tuple[Array, Array]:
     Returns:
         the clipped gradient (N,) in new memory, and |g| before clipping, 0-d float64.
     """
-    xp = get_xp(dflat)
-    norm = xp.sqrt((dflat * dflat).sum(dtype=xp.float64))
-    scale = xp.minimum(1.0, max_norm / (norm + 1e-6))
+    xp, dflat = get_xp(dflat), as_float(dflat)
+    norm = xp.sqrt((dflat * dflat).sum(dtype=xp.float64))  # many terms: in float64
+    scale = xp.minimum(1.0, max_norm / (norm + 1e-6))  # 0-d on the device: nobody waits for it
     return dflat * scale.astype(dflat.dtype), norm

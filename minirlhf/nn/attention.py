@@ -10,7 +10,6 @@ from typing import NamedTuple
 from minirlhf.backend import Array, get_xp, surely_within
 from minirlhf.nn.layers import TakeColumnsCache, take_columns_backward, take_columns_forward
 
-MASKED = -1e9  # a score that exp turns into exactly 0, and that is finite in float32
 SAFE_SCORE = 60.0  # exp of +-60, and sums of it, neither overflow nor vanish in float32
 
 
@@ -47,12 +46,14 @@ def attention_weights(q_BHQD: Array, k_BHTD: Array, allowed: Array) -> tuple[Arr
     """
     xp = get_xp(q_BHQD, k_BHTD, allowed)
     weights = q_BHQD @ k_BHTD.swapaxes(-1, -2)  # (B, H, Q, T) scores so far
+    # .real: gradient checks pass complex numbers x + ih, which have no order
     if not surely_within(weights.real, SAFE_SCORE):
-        weights = xp.where(allowed > 0, weights, MASKED)
+        # -inf lies below any score, and a row's maximum is finite: it has an allowed entry
+        weights = xp.where(allowed > 0, weights, -xp.inf)
         weights -= weights.real.max(axis=-1, keepdims=True)
     xp.exp(weights, out=weights)
-    weights *= allowed
-    total = weights @ xp.ones((weights.shape[-1], 1), dtype=weights.dtype)
+    weights *= allowed  # exactly 0 at the others, also where no maximum was subtracted
+    total = weights @ xp.ones((weights.shape[-1], 1), dtype=weights.dtype)  # (B, H, Q, 1)
     return weights, total
 
 
@@ -100,13 +101,13 @@ def attention_forward(
     if read is not None:
         q, taken = take_columns_forward(q, columns=read)
         allowed = take_columns_forward(allowed[:, 0], columns=read)[0][:, None]  # (B, 1, Q, T)
-    q = q * (1.0 / math.sqrt(C // n_head))
+    q = q * (1.0 / math.sqrt(C // n_head))  # (B, Q, C) smaller than the scores Q x T
     k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], n_head) for i in (1, 2))
     weights, total = attention_weights(split_heads(q, n_head), k_BHTD, allowed)
-    out = xp.empty(q.shape, dtype=qkv.dtype)
-    out_BHQD = split_heads(out, n_head)
+    out = xp.empty(q.shape, dtype=qkv.dtype)  # (B, Q, C)
+    out_BHQD = split_heads(out, n_head)  # a view: the heads write where they belong
     xp.matmul(weights, v_BHTD, out=out_BHQD)
-    out_BHQD /= total
+    out_BHQD /= total  # the division of the softmax, on D columns instead of T
     return out, AttentionCache(qkv, q, weights, total, out, taken)
 
 
@@ -114,21 +115,16 @@ def attention_backward(dout: Array, cache: AttentionCache) -> Array:
     """dv = A^T do,  dA = do v^T,  dS = A (dA - sum_j A dA),  dq = dS k / sqrt(D),  dk = dS^T q.
 
     With A = E / total the division is made once on do:  A^T do = E^T (do / total), and so on. The
-    row sum needs no pass over Q x T:  sum_j A_ij dA_ij = do_i . out_i.
-
-    Args:
-        dout: (B, Q, C) dL/dout.
-    Returns:
-        dqkv (B, T, 3C).
+    row sum needs no pass over Q x T:  sum_j A_ij dA_ij = do_i . out_i.  (B, Q, C) -> (B, T, 3C).
     """
     qkv, q, weights, total, out, taken = cache
     xp = get_xp(dout, qkv)
     H, C = weights.shape[1], out.shape[-1]
     k_BHTD, v_BHTD = (split_heads(qkv[..., i * C : (i + 1) * C], H) for i in (1, 2))
     dqkv = xp.empty_like(qkv)
-    dk, dv = (split_heads(dqkv[..., i * C : (i + 1) * C], H) for i in (1, 2))
+    dk, dv = (split_heads(dqkv[..., i * C : (i + 1) * C], H) for i in (1, 2))  # views to write to
     dout_BHQD = split_heads(dout, H) / total
-    row_sum = xp.einsum("bhqd,bhqd->bhq", dout_BHQD, split_heads(out, H))
+    row_sum = xp.einsum("bhqd,bhqd->bhq", dout_BHQD, split_heads(out, H))  # (B, H, Q)
 
     xp.matmul(weights.swapaxes(-1, -2), dout_BHQD, out=dv)
     dscore = dout_BHQD @ v_BHTD.swapaxes(-1, -2)  # (B, H, Q, T) dA so far
@@ -137,6 +133,6 @@ def attention_backward(dout: Array, cache: AttentionCache) -> Array:
     xp.matmul(dscore.swapaxes(-1, -2), split_heads(q, H), out=dk)
     dq = xp.empty_like(out)
     xp.matmul(dscore, k_BHTD, out=split_heads(dq, H))
-    dq *= 1.0 / math.sqrt(C // H)
+    dq *= 1.0 / math.sqrt(C // H)  # of the q before it was scaled
     dqkv[..., :C] = dq if taken is None else take_columns_backward(dq, taken)
     return dqkv

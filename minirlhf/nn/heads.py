@@ -27,19 +27,18 @@ def tied_logits_forward(h: Array, wte: Array) -> tuple[Array, TiedLogitsCache]:
         logits (..., V), cache.
     """
     get_xp(h, wte)
-    logits = h.reshape(-1, h.shape[-1]) @ wte.T
+    logits = h.reshape(-1, h.shape[-1]) @ wte.T  # (rows, V)
     return logits.reshape(*h.shape[:-1], wte.shape[0]), TiedLogitsCache(h, wte)
 
 
 def tied_logits_backward(dlogits: Array, cache: TiedLogitsCache) -> tuple[Array, Array]:
     """dh = dz wte,  dwte = sum_rows dz^T h (the embedding's own gradient is added by the caller).
 
-    Returns:
-        dh (..., C), dwte (V, C).
+    (..., V) -> dh (..., C), dwte (V, C).
     """
     h, wte = cache
-    dlogits_rows = dlogits.reshape(-1, wte.shape[0])
-    dh = (dlogits_rows @ wte).reshape(h.shape)
+    dlogits_rows = dlogits.reshape(-1, wte.shape[0])  # (rows, V)
+    dh = (dlogits_rows @ wte).reshape(h.shape)  # (..., C)
     return dh, dlogits_rows.T @ h.reshape(-1, h.shape[-1])
 
 
@@ -69,23 +68,15 @@ def scalar_head_forward(h: Array, w: Array, b: Array) -> tuple[Array, ScalarHead
 
 
 def scalar_head_backward(dv: Array, cache: ScalarHeadCache) -> tuple[Array, Array, Array]:
-    """dh = dv w^T,  dw = sum_rows h^T dv,  db = sum dv.
-
-    Returns:
-        dh (..., C), dw (C, 1), db (1,).
-    """
+    """dh = dv w^T,  dw = sum_rows h^T dv,  db = sum dv.  (...) -> (..., C), (C, 1), (1,)."""
     h, w = cache
-    dh = dv[..., None] * w[:, 0]
+    dh = dv[..., None] * w[:, 0]  # (..., C)
     dw = h.reshape(-1, h.shape[-1]).T @ dv.reshape(-1, 1)
     return dh, dw, dv.reshape(-1).sum(axis=0, keepdims=True)
 
 
 def last_columns(mask: Array) -> Array:
-    """(B, 1) column of the last real token of each sequence: where a reward model reads its score.
-
-    Args:
-        mask: (B, T) 1 at real tokens.
-    """
+    """(B, 1) column of the last real token of each row of a mask (B, T): where a score is read."""
     return (get_xp(mask).arange(mask.shape[1]) * (mask > 0)).max(axis=1, keepdims=True)
 
 
@@ -94,5 +85,5 @@ def init_scalar_head(d_model: int, *, std: float, rng: np.random.Generator, dtyp
 
     Ziegler et al. 2019, arXiv 1909.08593 (code).
     """
-    w = std * rng.standard_normal((d_model, 1))
+    w = std * rng.standard_normal((d_model, 1))  # drawn in float64: one seed, one head
     return {"w": w.astype(dtype), "b": np.zeros(1, dtype=dtype)}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp, scatter_add
+from minirlhf.backend import Array, as_float, check_ids, check_positive, get_xp, scatter_add
 
 
 class LinearCache(NamedTuple):
@@ -38,22 +38,19 @@ def linear_forward(x: Array, w: Array, b: Array) -> tuple[Array, LinearCache]:
         )
     get_xp(x, w, b)
     y = x.reshape(-1, x.shape[-1]) @ w  # (rows, O) one large product beats many small ones
-    y += b
+    y += b  # the product is ours to overwrite
     return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w)
 
 
 def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, Array, Array]:
     """dx = dy w^T,  dw = sum_rows x^T dy,  db = sum_rows dy.
 
-    Args:
-        dy: (..., O) dL/dy.
-    Returns:
-        dx (..., I), dw (I, O), db (O,).
+    (..., O) -> dx (..., I), dw (I, O), db (O,).
     """
     x, w = cache
     x_rows = x.reshape(-1, x.shape[-1])  # (rows, I)
     dy_rows = dy.reshape(-1, dy.shape[-1])  # (rows, O)
-    dx = (dy_rows @ w.T).reshape(x.shape)
+    dx = (dy_rows @ w.T).reshape(x.shape)  # (..., I)
     return dx, x_rows.T @ dy_rows, sum_rows(dy_rows)
 
 
@@ -80,11 +77,11 @@ def layernorm_forward(
         x: (..., C) activations.
         gain: (C,) scale.
         bias: (C,) shift.
-        eps: added to the variance.
+        eps: > 0, added to the variance: a constant row has none.
     Returns:
         y (..., C) in x's dtype, cache.
     Raises:
-        ValueError: gain or bias is not (C,).
+        ValueError: gain or bias is not (C,), or eps is not positive.
     """
     C = x.shape[-1]
     if gain.shape != (C,) or bias.shape != (C,):
@@ -92,15 +89,16 @@ def layernorm_forward(
             f"layernorm: expected gain and bias of shape ({C},), x's last axis; "
             f"got {gain.shape} and {bias.shape}"
         )
+    check_positive("layernorm", "eps", eps)
     xp = get_xp(x, gain, bias)
     mean = x @ xp.full(C, 1.0 / C, dtype=x.dtype)  # (...) a product: the BLAS adds fastest
     xhat = x - mean[..., None]  # (..., C) new memory: ours to overwrite
-    var = xp.einsum("...c,...c->...", xhat, xhat)
+    var = xp.einsum("...c,...c->...", xhat, xhat)  # (...) squared and summed in one pass
     var *= 1.0 / C
     var += eps
     rstd = (1.0 / xp.sqrt(var))[..., None]  # (..., 1)
     xhat *= rstd
-    y = xhat * gain
+    y = xhat * gain  # not in place: the backward reads xhat
     y += bias
     return y, LayerNormCache(xhat, gain, rstd)
 
@@ -108,14 +106,11 @@ def layernorm_forward(
 def layernorm_backward(dy: Array, cache: LayerNormCache) -> tuple[Array, Array, Array]:
     """dx = rstd * (dxhat - mean_C(dxhat) - xhat * mean_C(dxhat * xhat)),  dxhat = dy * gain.
 
-    Args:
-        dy: (..., C) dL/dy.
-    Returns:
-        dx (..., C), dgain (C,), dbias (C,).
+    (..., C) -> dx (..., C), dgain (C,), dbias (C,).
     """
     xhat, gain, rstd = cache
     get_xp(dy, xhat)
-    gain_over_C = gain * (1.0 / gain.shape[0])
+    gain_over_C = gain * (1.0 / gain.shape[0])  # then the means over C are products
     along = dy * xhat  # (..., C); times gain: dxhat * xhat
     dgain, dbias = sum_rows(along), sum_rows(dy)
     mean = (dy @ gain_over_C)[..., None]  # (..., 1) of dxhat
@@ -124,7 +119,7 @@ def layernorm_backward(dy: Array, cache: LayerNormCache) -> tuple[Array, Array, 
     dx -= mean  # through the mean
     along = xhat * mean_along
     dx -= along  # through the variance
-    dx *= rstd
+    dx *= rstd  # common to the three ways
     return dx, dgain, dbias
 
 
@@ -148,7 +143,7 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | Non
     Returns:
         y (...), cache (None unless kept).
     """
-    xp = get_xp(x)
+    xp, x = get_xp(x), as_float(x)
     slope = x * x  # x * x * x because x ** 3 is a hundred times slower
     s = slope * (-GELU_SCALE * GELU_CUBIC)
     s -= GELU_SCALE
@@ -162,11 +157,10 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | Non
     xp.divide(1.0, s, out=s)
     # dy/dx = s + x s (1 - s) v',  v' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
     slope *= 3.0 * GELU_SCALE * GELU_CUBIC
-    slope += GELU_SCALE
-    slope *= y  # x s v'
-    held_back = slope * s
+    slope += GELU_SCALE  # v'
+    slope *= 1.0 - s  # 0 at a large x, before x can make it large: no difference of large numbers
+    slope *= y
     slope += s
-    slope -= held_back
     return y, GeluCache(slope)
 
 
@@ -185,24 +179,21 @@ def embedding_forward(table: Array, *, ids: Array) -> tuple[Array, EmbeddingCach
 
     Args:
         table: (N, C) one row an id.
-        ids: (...) integers in [0, N); checked where they enter the program, not here.
+        ids: (...) integers in [0, N).
     Returns:
         y (..., C), cache.
+    Raises:
+        ValueError: ids are no integers, or (in main memory) out of range.
     """
     get_xp(table, ids)
+    check_ids("embedding", ids, len(table))
     return table[ids], EmbeddingCache(table.shape, ids)
 
 
 def embedding_backward(dy: Array, cache: EmbeddingCache) -> Array:
-    """dtable[i] = sum of dy over the places where ids == i.
-
-    Args:
-        dy: (..., C) dL/dy.
-    Returns:
-        dtable (N, C).
-    """
+    """dtable[i] = sum of dy over the places where ids == i.  (..., C) -> (N, C)."""
     xp = get_xp(dy, cache.ids)
-    dtable = xp.zeros(cache.shape, dtype=dy.dtype)
+    dtable = xp.zeros(cache.shape, dtype=dy.dtype)  # rows that nobody asked for stay 0
     scatter_add(dtable, cache.ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
     return dtable
 
@@ -231,5 +222,5 @@ def take_columns_backward(dy: Array, cache: TakeColumnsCache) -> Array:
     xp = get_xp(dy, columns)
     B, _, C = dy.shape
     dx = xp.zeros((B, n_columns, C), dtype=dy.dtype)
-    dx[xp.arange(B)[:, None], columns] = dy
+    dx[xp.arange(B)[:, None], columns] = dy  # no column twice, so nothing is to be added up
     return dx

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, as_float, get_xp
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
 from minirlhf.tree import Tree
@@ -18,6 +18,15 @@ from minirlhf.workers import map_over, n_workers
 
 ALIVE_CHECK_EVERY = 4  # steps between two looks at "who has stopped?" (each waits for a GPU)
 DROP_BELOW = 0.75  # share still alive below which those that have stopped leave the batch
+COLDEST = 2.0**-126  # below it float32 takes a temperature for 0
+
+
+class Sampling(NamedTuple):
+    """Which distribution tokens are drawn from: what `sampling_logprobs` makes of the logits."""
+
+    temperature: float = 1.0  # tau >= 0; 0: always the most likely token
+    top_k: int = 0  # only so many tokens, the most likely; 0: all
+    top_p: float = 1.0  # only the most likely that together have this mass, in (0, 1]; 1: all
 
 
 def sampling_logprobs(
@@ -27,13 +36,12 @@ def sampling_logprobs(
 
     top_k keeps the k most likely tokens. top_p then keeps the smallest set of most likely tokens
     that holds at least the mass top_p (Holtzman et al. 2020, arXiv 1904.09751). Tokens tied with
-    the last one kept are kept too. temperature 0 puts all mass on the most likely token.
+    the last one kept are kept too. temperature 0 puts all mass on the most likely token, and so
+    does one that float32 takes for 0.
 
     Args:
         logits: (..., V).
-        temperature: >= 0.
-        top_k: 0 keeps all.
-        top_p: in (0, 1]; 1 keeps all.
+        temperature, top_k, top_p: the fields of `Sampling`.
     Returns:
         (..., V) log-probabilities [nats], -inf where cut.
     Raises:
@@ -44,20 +52,20 @@ def sampling_logprobs(
             "sampling: expected a finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1; "
             f"got {temperature}, {top_k} and {top_p}"
         )
-    xp = get_xp(logits)
+    xp, logits = get_xp(logits), as_float(logits)
     V = logits.shape[-1]
-    if temperature == 0:
-        best = xp.argmax(logits, axis=-1)[..., None] == xp.arange(V)
+    if temperature < COLDEST:
+        best = xp.argmax(logits, axis=-1)[..., None] == xp.arange(V)  # of a tie the first
         return xp.where(best, 0.0, -xp.inf).astype(logits.dtype)
     z = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # 0 stays 0, however cold
     if 0 < top_k < V:
-        kth = xp.sort(z, axis=-1)[..., V - top_k : V - top_k + 1]
+        kth = xp.sort(z, axis=-1)[..., V - top_k : V - top_k + 1]  # (..., 1)
         z = xp.where(z >= kth, z, -xp.inf)
     if top_p < 1:
         p = xp.exp(z)
         p /= p.sum(axis=-1, keepdims=True)
         descending = xp.sort(p, axis=-1)[..., ::-1]
-        mass_before = descending.cumsum(axis=-1) - descending
+        mass_before = descending.cumsum(axis=-1) - descending  # of the more likely tokens
         rarest = xp.where(mass_before < top_p, descending, 1.0).min(axis=-1, keepdims=True)
         z = xp.where(p >= rarest, z, -xp.inf)
     return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
@@ -73,8 +81,9 @@ def draw_tokens(probs: Array, u: Array) -> Array:
         (B,) ids.
     """
     xp = get_xp(probs, u)
-    cdf = probs.cumsum(axis=-1, dtype=xp.float64)
+    cdf = probs.cumsum(axis=-1, dtype=xp.float64)  # (B, V) in float32 the ids would move
     total = cdf[:, -1:]
+    # <= and not <: a token of probability 0 has an empty interval; the minimum is for u -> 1
     return xp.minimum((cdf <= u * total).sum(axis=-1), (cdf < total).sum(axis=-1))
 
 
@@ -94,9 +103,7 @@ def generate(
     stop_id: int,
     pad_id: int,
     rng: np.random.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = Sampling(),
 ) -> Generation:
     """Sample y_t ~ pi(. | x, y_<t) for up to `max_new` steps; a response ends with its stop token.
 
@@ -108,6 +115,7 @@ def generate(
         stop_id: the token that ends a response (EOS) and belongs to it.
         pad_id: what stands after it, with mask 0.
         rng: draws all B x R uniforms at once, so a sequence's coins depend on nobody else's length.
+        sampling: temperature and cuts.
     Returns:
         Generation with R = max_new columns after the prompt.
     Raises:
@@ -126,13 +134,11 @@ def generate(
             f"got {longest}"
         )
     u = xp.asarray(rng.random((B, max_new)))
-    logprobs = functools.partial(
-        sampling_logprobs, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    logprobs = functools.partial(sampling_logprobs, **sampling._asdict())
     f = functools.partial(
         _extend, params, config=config, stop_id=stop_id, pad_id=pad_id, logprobs=logprobs
     )
-    each = -(-B // n_workers())
+    each = -(-B // n_workers())  # rounded up
     pieces = [slice(start, start + each) for start in range(0, B, each)]
     parts = map_over(f, [(tokens[rows], mask[rows], u[rows]) for rows in pieces])
     return Generation(*map(xp.concatenate, zip(*parts, strict=True)))
@@ -175,12 +181,12 @@ def _extend(
         out.mask[rows, P + step] = alive
         out.hidden[rows, step] = h
         if step == max_new - 1:
-            break
+            break  # nobody draws after the last token, so nobody needs its hidden state
         new_alive = alive * (drawn != stop_id)
         if step % ALIVE_CHECK_EVERY == 0:
             n_alive = int((new_alive > 0).sum())
             if n_alive == 0:
-                break
+                break  # the rest of `out` is padding already
             if n_alive <= DROP_BELOW * len(rows):
                 left = xp.flatnonzero(new_alive)
                 rows, drawn, alive, new_alive = (a[left] for a in (rows, drawn, alive, new_alive))

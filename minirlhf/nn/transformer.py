@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, check_ids, get_xp
 from minirlhf.nn.attention import (
     AttentionCache,
     attention_backward,
@@ -85,7 +85,7 @@ def init_transformer(config: GPTConfig, *, rng: np.random.Generator, dtype=np.fl
     def layernorm():
         return {"gain": np.ones(C, dtype=dtype), "bias": np.zeros(C, dtype=dtype)}
 
-    residual_std = std / (2 * config.n_layer) ** 0.5
+    residual_std = std / (2 * config.n_layer) ** 0.5  # 2L terms are added up there
     return {
         "wte": normal(config.vocab_size, C),
         "wpe": normal(config.n_ctx, C),
@@ -114,15 +114,9 @@ def check_tokens(tokens: np.ndarray, mask: np.ndarray, config: GPTConfig) -> Non
             f"tokens: expected tokens and mask of one shape (B, T); got {tokens.shape} "
             f"and {mask.shape}"
         )
-    if tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens: expected integers; got {tokens.dtype}")
+    check_ids("tokens", tokens, config.vocab_size)
     if tokens.size == 0 or not ((mask == 0) | (mask == 1)).all() or not mask.any(axis=1).all():
         raise ValueError("mask: expected 0 and 1 with at least one 1 in every sequence")
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise ValueError(
-            f"tokens: expected ids in [0, {config.vocab_size}); "
-            f"got {tokens.min()} to {tokens.max()}"
-        )
     longest = int(mask.sum(axis=1).max())
     if longest > config.n_ctx:
         raise ValueError(
@@ -134,7 +128,7 @@ def check_tokens(tokens: np.ndarray, mask: np.ndarray, config: GPTConfig) -> Non
 def positions_of(mask: Array) -> Array:
     """(B, T) index of each real token among those of its sequence; padding repeats one."""
     xp = get_xp(mask)
-    return xp.maximum((mask > 0).cumsum(axis=1) - 1, 0)
+    return xp.maximum((mask > 0).cumsum(axis=1) - 1, 0)  # 0 also before the first real token
 
 
 class BlockCache(NamedTuple):
@@ -170,7 +164,7 @@ def block_forward(
     Returns:
         y (B, Q, C), cache (None unless kept).
     """
-    n, ln1 = layernorm_forward(x, **p["ln1"], eps=eps)
+    n, ln1 = layernorm_forward(x, **p["ln1"], eps=eps)  # (B, T, C)
     qkv, qkv_cache = linear_forward(n, **p["attn"]["qkv"])  # (B, T, 3C)
     a, attention = attention_forward(qkv, n_head=n_head, allowed=allowed, read=read)
     a, out = linear_forward(a, **p["attn"]["out"])  # (B, Q, C) from here on
@@ -180,7 +174,7 @@ def block_forward(
     n, ln2 = layernorm_forward(a, **p["ln2"], eps=eps)
     u, up = linear_forward(n, **p["mlp"]["up"])  # (B, Q, 4C)
     g, gelu = gelu_forward(u, keep=keep)
-    y, down = linear_forward(g, **p["mlp"]["down"])
+    y, down = linear_forward(g, **p["mlp"]["down"])  # (B, Q, C)
     y += a  # the second
     cache = BlockCache(ln1, qkv_cache, attention, taken, out, ln2, up, gelu, down)
     return y, cache if keep else None
@@ -189,23 +183,20 @@ def block_forward(
 def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
     """The lines of `block_forward` undone from the last to the first.
 
-    Args:
-        dy: (B, Q, C) dL/dy.
-    Returns:
-        dx (B, T, C), gradients keyed like p.
+    dy (B, Q, C) -> dx (B, T, C), gradients keyed like p.
     """
-    dg, dw_down, db_down = linear_backward(dy, cache.down)
+    dg, dw_down, db_down = linear_backward(dy, cache.down)  # (B, Q, 4C)
     du = gelu_backward(dg, cache.gelu)
     dn, dw_up, db_up = linear_backward(du, cache.up)
     da, dgain2, dbias2 = layernorm_backward(dn, cache.ln2)
     da += dy  # a reaches y directly and through the MLP
 
-    dout, dw_out, db_out = linear_backward(da, cache.out)
-    dqkv = attention_backward(dout, cache.attention)
+    dout, dw_out, db_out = linear_backward(da, cache.out)  # (B, Q, C)
+    dqkv = attention_backward(dout, cache.attention)  # (B, T, 3C): every position is a key
     dn, dw_qkv, db_qkv = linear_backward(dqkv, cache.qkv)
     dx, dgain1, dbias1 = layernorm_backward(dn, cache.ln1)
     if cache.taken is not None:
-        da = take_columns_backward(da, cache.taken)
+        da = take_columns_backward(da, cache.taken)  # (B, T, C)
     dx += da  # x reaches a directly and through the attention
     return dx, {
         "ln1": {"gain": dgain1, "bias": dbias1},
@@ -246,13 +237,13 @@ def transformer_forward(
     Returns:
         h (B, Q, C), cache (None unless kept).
     """
-    x, wte = embedding_forward(params["wte"], ids=tokens)
+    x, wte = embedding_forward(params["wte"], ids=tokens)  # (B, T, C)
     x_position, wpe = embedding_forward(params["wpe"], ids=positions_of(mask))
     x += x_position
-    allowed = causal_mask(mask)
+    allowed = causal_mask(mask)  # (B, 1, T, T), the same for all blocks
     blocks = []
     for i, p in enumerate(params["blocks"]):
-        is_last = i == config.n_layer - 1
+        is_last = i == config.n_layer - 1  # before it every column is somebody's key
         x, cache = block_forward(
             x,
             p,
@@ -268,17 +259,14 @@ def transformer_forward(
 
 
 def transformer_backward(dh: Array, cache: TransformerCache) -> Tree:
-    """dL/dparams from dL/dh, block by block from the last to the first.
+    """dL/dparams from dL/dh (B, Q, C), block by block from the last to the first.
 
-    Args:
-        dh: (B, Q, C) dL/dh.
-    Returns:
-        a tree keyed like params; "wte" is the embedding's share, the logits' is added outside.
+    A tree keyed like params; "wte" is the embedding's share, the logits' is added outside.
     """
-    dx, dgain, dbias = layernorm_backward(dh, cache.ln_f)
+    dx, dgain, dbias = layernorm_backward(dh, cache.ln_f)  # (B, Q, C)
     dblocks = []
     for block in reversed(cache.blocks):
-        dx, dp = block_backward(dx, block)
+        dx, dp = block_backward(dx, block)  # (B, T, C) from the last block on
         dblocks.insert(0, dp)
     return {
         "wte": embedding_backward(dx, cache.wte),
@@ -321,7 +309,7 @@ def prefill(
     kv = KVCache([], [], xp.zeros((B, P + max_new), dtype=mask.dtype))
     kv.mask[:, :P] = mask
     for block in cache.blocks:
-        qkv = block.attention.qkv
+        qkv = block.attention.qkv  # (B, P, 3C)
         for store, start in ((kv.keys, C), (kv.values, 2 * C)):
             columns = xp.zeros((B, H, P + max_new, C // H), dtype=qkv.dtype)
             columns[:, :, :P] = split_heads(qkv[..., start : start + C], H)
@@ -347,10 +335,10 @@ def decode_step(
     xp = get_xp(tokens, mask)
     C, H, eps = config.d_model, config.n_head, config.ln_eps
     kv.mask[:, column] = mask
-    seen = kv.mask[:, : column + 1]
+    seen = kv.mask[:, : column + 1]  # (B, S)
     position = positions_of(seen)[:, -1]  # (B,)
     allowed = seen[:, None, None, :].copy()  # (B, 1, 1, S)
-    allowed[..., column] = 1.0
+    allowed[..., column] = 1.0  # a token sees itself, also where its sequence has ended
     x = params["wte"][tokens] + params["wpe"][position]  # (B, C)
     for p, keys, values in zip(params["blocks"], kv.keys, kv.values, strict=True):
         n, _ = layernorm_forward(x, **p["ln1"], eps=eps)
@@ -358,7 +346,7 @@ def decode_step(
         q, k, v = (qkv[:, i * C : (i + 1) * C].reshape(-1, H, C // H) for i in range(3))
         keys[:, :, column] = k
         values[:, :, column] = v
-        q = q * (1.0 / math.sqrt(C // H))
+        q = q * (1.0 / math.sqrt(C // H))  # (B, H, D)
         weights, total = attention_weights(q[:, :, None], keys[:, :, : column + 1], allowed)
         a = weights @ values[:, :, : column + 1]  # (B, H, 1, D)
         a /= total

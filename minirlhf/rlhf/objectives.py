@@ -1,13 +1,14 @@
-"""The losses of the three stages: cross-entropy; Bradley-Terry and Plackett-Luce; PPO.
+"""The losses over tokens: cross-entropy of stage 1; clipped surrogate, value and KL of stage 3.
 
 Each returns a number to minimise. Means over tokens are sums with weights: `token_weights` turns a
 mask into w (B, T), and every loss is sum_t w_t l_t. Weights are made once for a whole minibatch, so
 cutting it into micro-batches and adding up their losses and gradients changes nothing.
+Stage 2 learns from whole responses: preferences.py.
 """
 
 from typing import NamedTuple
 
-from minirlhf.backend import Array, check_same_shape, get_xp
+from minirlhf.backend import Array, as_float, check_same_shape, get_xp
 from minirlhf.rlhf.kl import (
     KL_MODES,
     FullKLCache,
@@ -37,22 +38,24 @@ def token_weights(mask: Array, *, mode: str = "token-mean", constant: float | No
     token-mean               1 / M                      every token counts alike (the default)
     seq-mean-token-mean      1 / (N length)             every response counts alike (GRPO)
     seq-mean-token-sum       1 / N                      mean over responses of sums over tokens
-    seq-mean-token-sum-norm  1 / constant               a fixed denominator (Dr. GRPO, 2503.20783);
-                                                        PPO takes N x the model's positions
+    seq-mean-token-sum-norm  1 / constant               a fixed denominator (Dr. GRPO, Liu et al.
+                                                        2025, arXiv 2503.20783); PPO takes N x the
+                                                        model's positions
 
     Args:
         mask: (B, T) 1 at response tokens.
         mode: one of AGGREGATIONS.
         constant: for seq-mean-token-sum-norm; None takes B x T.
     Returns:
-        (B, T) in the mask's dtype; zero everywhere if the mask is.
+        (B, T) in the mask's dtype (a mask of integers or booleans: `as_float`); zero everywhere if
+        the mask is.
     Raises:
         ValueError: another mode.
     """
-    xp = get_xp(mask)
+    xp, mask = get_xp(mask), as_float(mask)
     kept = (mask > 0).astype(mask.dtype)
     lengths = kept.sum(axis=1, keepdims=True)  # (B, 1)
-    responses = xp.maximum((lengths > 0).sum(), 1).astype(mask.dtype)
+    responses = xp.maximum((lengths > 0).sum(), 1).astype(mask.dtype)  # those with a token
     if mode == "token-mean":
         return kept / xp.maximum(kept.sum(), 1)
     if mode == "seq-mean-token-mean":
@@ -77,8 +80,9 @@ def weighted_sum_forward(x: Array, *, weights: Array) -> tuple[Array, WeightedSu
         ValueError: x and weights differ in shape.
     """
     check_same_shape("weighted_sum", x=x, weights=weights)
-    xp = get_xp(x, weights)
-    return (weights * xp.where(weights == 0, 0.0, x)).sum(), WeightedSumCache(weights)
+    xp, x, weights = get_xp(x, weights), as_float(x), as_float(weights)
+    kept = xp.where(weights == 0, 0.0, x)  # a selection, not a product: 0 * inf would be nan
+    return (weights * kept).sum(), WeightedSumCache(weights)
 
 
 def weighted_sum_backward(dloss: Array, cache: WeightedSumCache) -> Array:
@@ -103,147 +107,8 @@ def cross_entropy_forward(logp: Array, *, weights: Array) -> tuple[Array, Weight
 
 
 def cross_entropy_backward(dloss: Array, cache: WeightedSumCache) -> Array:
-    """dlogp_t = -dloss w_t. With token_logprobs_backward:  dz = w (P - onehot) / tau."""
+    """dlogp_t = -dloss w_t. With token_logprobs_backward:  dz_a = w_t (P_a - 1[a = y_t]) / tau."""
     return -weighted_sum_backward(dloss, cache)
-
-
-# -- stage 2: preferences ------------------------------------------------------------------------
-
-
-def log_sigmoid(x: Array) -> Array:
-    """log sigma(x) = min(x, 0) - log1p(exp(-|x|)), finite for every finite x."""
-    xp = get_xp(x)
-    negative = x.real < 0
-    return xp.where(negative, x, 0.0) - xp.log1p(xp.exp(xp.where(negative, x, -x)))
-
-
-def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)) without overflow."""
-    return get_xp(x).exp(log_sigmoid(x))
-
-
-class BradleyTerryCache(NamedTuple):
-    slope: Array  # (B,) d loss_b / d (difference of scores), divided by B
-
-
-def bradley_terry_forward(
-    score_chosen: Array,
-    score_rejected: Array,
-    *,
-    margin: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> tuple[Array, BradleyTerryCache]:
-    """loss = -mean_b [(1 - s) log sigma(d_b) + s log sigma(-d_b)],  d = chosen - rejected - margin.
-
-    Bradley & Terry 1952: Pr(a preferred to b) = sigma(score_a - score_b). s is the share of labels
-    assumed to be flipped.
-
-    Args:
-        score_chosen: (B,) scores of the preferred responses.
-        score_rejected: (B,) of the others.
-        margin: difference that is asked for [score units].
-        label_smoothing: s in [0, 0.5).
-    Returns:
-        loss () [nats per pair], cache.
-    Raises:
-        ValueError: shapes differ, there is no pair, or s is out of range.
-    Tested by: tests/test_equations.py::test_bradley_terry_fixture
-    """
-    if score_chosen.shape != score_rejected.shape or score_chosen.size == 0:
-        raise ValueError(
-            "bradley_terry: expected score_chosen and score_rejected of one shape (B,), B > 0; "
-            f"got {score_chosen.shape} and {score_rejected.shape}"
-        )
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"bradley_terry: expected label_smoothing in [0, 0.5); got {label_smoothing}"
-        )
-    get_xp(score_chosen, score_rejected)
-    s = label_smoothing
-    difference = score_chosen - score_rejected - margin
-    losses = -(1 - s) * log_sigmoid(difference) - s * log_sigmoid(-difference)
-    slope = s * sigmoid(difference) - (1 - s) * sigmoid(-difference)
-    n = difference.size
-    return losses.sum() / n, BradleyTerryCache(slope / n)
-
-
-def bradley_terry_backward(dloss: Array, cache: BradleyTerryCache) -> tuple[Array, Array]:
-    """dscore_chosen = -sigma(-d) / B,  dscore_rejected = +sigma(-d) / B   (s = 0, dloss = 1)."""
-    dchosen = dloss * cache.slope
-    return dchosen, -dchosen
-
-
-class RankedPairsCache(NamedTuple):
-    slope: Array  # (B, K, K) d loss / d (score_i - score_j), 0 unless i is ranked above j
-
-
-def ranked_pairs_forward(scores: Array) -> tuple[Array, RankedPairsCache]:
-    """loss = -mean over lists and over the K(K-1)/2 ranked pairs of log sigma(score_i - score_j).
-
-    Ouyang et al. 2022, arXiv 2203.02155, equation 1. Only pairs with i ranked above j: over all
-    ordered pairs the loss would be least at equal scores.
-
-    Args:
-        scores: (B, K) scores of K responses in the order of their rank, the best first.
-    Returns:
-        loss () [nats per pair], cache.
-    Raises:
-        ValueError: fewer than two responses.
-    """
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ValueError(f"ranked_pairs: expected scores (B, K) with K >= 2; got {scores.shape}")
-    xp = get_xp(scores)
-    B, K = scores.shape
-    rank = xp.arange(K)
-    above = rank[:, None] < rank[None, :]  # (K, K)
-    difference = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
-    n = B * K * (K - 1) // 2
-    loss = -xp.where(above, log_sigmoid(difference), 0.0).sum() / n
-    return loss, RankedPairsCache(xp.where(above, -sigmoid(-difference), 0.0) / n)
-
-
-def ranked_pairs_backward(dloss: Array, cache: RankedPairsCache) -> Array:
-    """dscore_i = sum_j slope_ij - sum_j slope_ji."""
-    return dloss * (cache.slope.sum(axis=2) - cache.slope.sum(axis=1))
-
-
-class PlackettLuceCache(NamedTuple):
-    choice: Array  # (B, K, K) probability of item i at step k, 0 for items already taken
-
-
-def plackett_luce_forward(scores: Array) -> tuple[Array, PlackettLuceCache]:
-    """loss = -mean_b sum_k [score_k - log sum_{i>=k} exp(score_i)], items in ranked order.
-
-    Plackett 1975, Luce 1959: the ranking is built by choosing the best of what remains, with
-    probability proportional to the worth exp(score). K = 2 is Bradley-Terry.
-
-    Args:
-        scores: (B, K) in the order of their rank, the best first.
-    Returns:
-        loss () [nats per list], cache.
-    Raises:
-        ValueError: fewer than two responses.
-    Tested by: tests/test_equations.py::test_plackett_luce_fixtures
-    """
-    if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ValueError(f"plackett_luce: expected scores (B, K) with K >= 2; got {scores.shape}")
-    xp = get_xp(scores)
-    B, K = scores.shape
-    item = xp.arange(K)
-    remaining = item[:, None] <= item[None, :]  # (K, K): at step k, items k, k+1, ...
-    z = scores - scores.real.max(axis=1, keepdims=True)
-    worth = xp.where(remaining, z[:, None, :], -xp.inf)  # (B, K, K)
-    top = worth.real.max(axis=2, keepdims=True)
-    choice = xp.where(remaining, xp.exp(xp.where(remaining, worth - top, 0.0)), 0.0)
-    total = choice.sum(axis=2, keepdims=True)
-    loss = (top[..., 0] + xp.log(total[..., 0]) - z).sum() / B
-    return loss, PlackettLuceCache(choice / total)
-
-
-def plackett_luce_backward(dloss: Array, cache: PlackettLuceCache) -> Array:
-    """dscore_i = (sum_{k <= rank(i)} softmax_{>=k}(score)_i - 1) / B."""
-    B = cache.choice.shape[0]
-    return dloss * (cache.choice.sum(axis=1) - 1.0) / B
 
 
 # -- stage 3: PPO --------------------------------------------------------------------------------
@@ -267,53 +132,49 @@ def ppo_clip_forward(
 ) -> tuple[Array, PPOClipCache]:
     """loss = -sum_t w_t obj_t,  obj = min(ratio A, clip(ratio, 1 - e_low, 1 + e_high) A).
 
-    Schulman et al. 2017, arXiv 1707.06347, equation 7; ratio_t = exp(logp_t - old_logp_t).
-    clip="book" is Clip(ratio) A with Clip(ratio) = min(ratio, 1 + e_high), as a textbook prints it:
-    for A < 0 it is no lower bound. clip="none" is ratio A. Two e: clip-higher (2503.14476).
-    dual_clip c > 1 bounds obj from below by c A where A < 0 (1912.09729).
-    At a tie the slope of the unclipped branch is taken: at ratio = 1 the first update counts.
+    Schulman et al. 2017, arXiv 1707.06347, equation 7; ratio_t = exp(logp_t - old_logp_t). Only
+    this surrogate is differentiated. A is constant; beta is inside A unless kl_mode says otherwise.
+    clip="book" is min(ratio, 1 + e_high) A, as a textbook prints it: for A < 0 no lower bound.
+    clip="none" is ratio A. Two e: clip-higher (Yu et al. 2025, arXiv 2503.14476). dual_clip c > 1
+    bounds obj from below by c A where A < 0 (Ye et al. 2020, arXiv 1912.09729).
 
     Args:
         logp: (B, T) log pi_theta(y_t|.) [nats].
         old_logp: (B, T) of the policy that sampled; |logp - old_logp| is cut at 20.
-        advantages: (B, T), constant.
+        advantages: (B, T) A_t [reward units, or whitened].
         weights: (B, T) from `token_weights`.
         clip_eps: e, or (e_low, e_high).
     Returns:
         loss () [advantage units], cache.
     Raises:
         ValueError: shapes differ, or a setting is out of range.
-    Tested by: tests/test_equations.py::test_ppo_clip
+    Tested by: tests/rlhf/test_equations.py::test_ppo_clip
     """
     check_same_shape(
         "ppo_clip", logp=logp, old_logp=old_logp, advantages=advantages, weights=weights
     )
-    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
-    floor_allowed = dual_clip is None or dual_clip > 1
-    if clip not in ("ppo", "book", "none") or min(low, high) < 0 or not floor_allowed:
-        raise ValueError(
-            'ppo_clip: expected clip "ppo", "book" or "none", clip_eps >= 0 and dual_clip > 1; '
-            f"got {clip!r}, {clip_eps} and {dual_clip}"
-        )
+    low, high = _clip_range(clip_eps, clip, dual_clip)
     xp = get_xp(logp, old_logp, advantages, weights)
+    logp, old_logp, advantages, weights = map(as_float, (logp, old_logp, advantages, weights))
     clamped, inside = clamp_log_ratio(logp - old_logp)
-    ratio = xp.exp(clamped)
+    ratio = xp.exp(clamped)  # (B, T)
     obj = ratio * advantages
-    moves = inside  # where obj follows ratio
-    if clip == "ppo":
+    moves = inside  # where obj follows ratio; at a tie it does, or the first update had no slope
+    if clip == "ppo":  # .real: gradient checks pass complex numbers x + ih, which have no order
         above = (advantages >= 0) & (ratio.real > 1 + high)
         below = (advantages < 0) & (ratio.real < 1 - low)
         obj = xp.where(above, (1 + high) * advantages, obj)
         obj = xp.where(below, (1 - low) * advantages, obj)
         moves = moves & ~(above | below)
     elif clip == "book":
-        above = ratio.real > 1 + high
+        above = ratio.real > 1 + high  # whatever the sign of A
         obj = xp.where(above, (1 + high) * advantages, obj)
         moves = moves & ~above
     if dual_clip is not None:
         floored = (advantages < 0) & (obj.real < dual_clip * advantages)
         obj = xp.where(floored, dual_clip * advantages, obj)
         moves = moves & ~floored
+    # d ratio / d logp = ratio; padding may hold inf or nan, so it is selected away
     slope = xp.where(moves & (weights > 0), ratio * advantages, 0.0)
     loss = -(weights * xp.where(weights > 0, obj, 0.0)).sum()
     return loss, PPOClipCache(slope, ~moves, weights)
@@ -322,9 +183,29 @@ def ppo_clip_forward(
 def ppo_clip_backward(dloss: Array, cache: PPOClipCache) -> Array:
     """dlogp_t = -dloss w_t ratio_t A_t where obj follows the ratio, else 0.
 
-    It does so for A >= 0 up to 1 + e_high, and for A < 0 down to 1 - e_low.
+    It does so for A >= 0 up to 1 + e_high, and for A < 0 down to 1 - e_low. There, with
+    `token_logprobs_backward`, the logits get for every token a of the vocabulary
+
+        dz_a = -w_t ratio_t A_t (1[a = y_t] - P_a) / tau        (dloss = 1)
+
+    with the penalty inside A_t: the rewards it was made of hold -beta kl_token.
+    Tested by: tests/rlhf/test_equations.py::test_the_gradient_on_the_logits
     """
     return -dloss * cache.weights * cache.slope
+
+
+def _clip_range(
+    clip_eps: float | tuple[float, float], clip: str, dual_clip: float | None
+) -> tuple[float, float]:
+    """(e_low, e_high), all settings of `ppo_clip` being in range."""
+    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
+    floor_allowed = dual_clip is None or dual_clip > 1
+    if clip not in ("ppo", "book", "none") or min(low, high) < 0 or not floor_allowed:
+        raise ValueError(
+            'ppo_clip: expected clip "ppo", "book" or "none", clip_eps >= 0 and dual_clip > 1; '
+            f"got {clip!r}, {clip_eps} and {dual_clip}"
+        )
+    return low, high
 
 
 class ValueLossCache(NamedTuple):
@@ -354,17 +235,19 @@ def value_loss_forward(
         loss (), cache.
     Raises:
         ValueError: shapes differ.
-    Tested by: tests/test_equations.py::test_value_loss
+    Tested by: tests/rlhf/test_equations.py::test_value_loss
     """
     check_same_shape(
         "value_loss", values=values, old_values=old_values, returns=returns, weights=weights
     )
     xp = get_xp(values, old_values, returns, weights)
-    error = values - returns
+    values, old_values, returns, weights = map(as_float, (values, old_values, returns, weights))
+    error = values - returns  # (B, T)
     if clip_eps is not None:
         moved = values - old_values
         too_high, too_low = moved.real > clip_eps, moved.real < -clip_eps
         edge = old_values - returns + xp.where(too_high, clip_eps, -clip_eps).astype(returns.dtype)
+        # inside the range both errors are the same one, so only beyond it can the clipped one win
         clipped_wins = (too_high | too_low) & ((edge * edge) > (error * error).real)
         slope = xp.where(clipped_wins, 0.0, error)  # at the edge V_c no longer follows V
         error = xp.where(clipped_wins, edge, error)
@@ -420,7 +303,7 @@ def kl_loss_forward(
     """
     if kl_mode not in KL_MODES:
         raise ValueError(f"kl_loss: expected one of {', '.join(KL_MODES)}; got {kl_mode!r}")
-    mode = KL_MODES[kl_mode]
+    mode, weights = KL_MODES[kl_mode], as_float(weights)
     sampled = full = future = None
     if mode.in_loss in ("token", "sequence"):
         estimate = token_kl_loss_forward if mode.in_loss == "token" else sequence_kl_loss_forward
@@ -438,7 +321,7 @@ def kl_loss_forward(
         if mode.in_loss == "rao_blackwell":
             future = future_kl(kl_token, mask=weights)
     else:
-        loss = (0.0 * weights).sum()
+        loss = (0.0 * weights).sum()  # a 0 that stands on the weights' device, in their dtype
     return loss, KLLossCache(mode.in_loss, sampled, full, weights, future, logits.shape)
 
 
@@ -454,5 +337,5 @@ def kl_loss_backward(dloss: Array, cache: KLLossCache) -> tuple[Array, Array]:
     elif cache.in_loss in ("full", "rao_blackwell"):
         dlogits = full_kl_backward(dloss * cache.weights, cache.full)
         if cache.in_loss == "rao_blackwell":
-            dlogp = dloss * cache.weights * cache.future
+            dlogp = dloss * cache.weights * cache.future  # REINFORCE on the later KL
     return dlogits, dlogp

@@ -24,15 +24,24 @@ from minirlhf.disk import (
 )
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.tree import Tree, tree_map
+from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
 
-_WEIGHTS, _CONFIG, _HEADS, _STATE = (
-    "model.safetensors",
-    "config.json",
-    "heads.safetensors",
-    "state.safetensors",
-)
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_HEADS, _STATE = "heads.safetensors", "state.safetensors"
 _STATE_KEY = "minirlhf_state"
+_PLAIN_GPT2 = {  # what config.json may say, GPT-2's default first
+    "model_type": ("gpt2",),  # must be there
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_DTYPES = {"BOOL": np.dtype(bool)} | {  # F64, I8, ... of safetensors, which is little-endian
+    f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}")
+    for kind, sizes in {"F": (2, 4, 8), "I": (1, 2, 4, 8), "U": (1, 2, 4, 8), "C": (8,)}.items()
+    for size in sizes
+}
 
 
 class _Slot(NamedTuple):
@@ -119,19 +128,14 @@ def save_model(
         _CONFIG: (json.dumps(entries | (meta or {}), indent=2) + "\n").encode(),
     }
     if heads:
-        head_tensors = {
-            f"minirlhf.{head}.{key}": _host(f"{head}.{key}", array)
-            for head, arrays in heads.items()
-            for key, array in arrays.items()
-        }
-        files[_HEADS] = save(head_tensors, {"format": "pt"})
+        of_heads = {f"minirlhf.{path}": _host(path, array) for path, array in tree_items(heads)}
+        files[_HEADS] = save(of_heads, {"format": "pt"})
     write_whole_folder(folder, files, drop=frozenset({_HEADS}))
 
 
 def _config_entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
-    return {
+    return {name: allowed[0] for name, allowed in _PLAIN_GPT2.items()} | {
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
         "vocab_size": config.vocab_size,
         "n_positions": config.n_ctx,
         "n_embd": config.d_model,
@@ -139,11 +143,9 @@ def _config_entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_inner": None,
         "layer_norm_epsilon": config.ln_eps,
-        "activation_function": "gelu_new",
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "tie_word_embeddings": True,
         "torch_dtype": dtype,
     }
 
@@ -168,15 +170,11 @@ def load_model(
     stored, _ = _read_tensors(path)
     stored = {name.removeprefix("transformer."): array for name, array in stored.items()}
     head = stored.pop("lm_head.weight", None)
-    used = set()
-
-    def take(slot):
-        used.add(slot.name)
-        return _float_tensor(stored, slot, path, dtype)
-
-    params = tree_map(take, _layout(config))
+    layout = _layout(config)
+    params = tree_map(lambda slot: _float_tensor(stored, slot, path, dtype), layout)
+    wanted = {slot.name for slot in tree_leaves(layout)}
     buffers = {name for name in stored if name.endswith((".attn.bias", ".attn.masked_bias"))}
-    if extra := sorted(stored.keys() - used - buffers):
+    if extra := sorted(stored.keys() - wanted - buffers):
         raise InputError(
             f"{path}: expected the tensors of a GPT-2 of {config.n_layer} layers; got also "
             f"{', '.join(extra[:3])} ({len(extra)} in all): name the folder of a plain GPT-2"
@@ -208,24 +206,16 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
             "GPT-2 models can be loaded"
         )
 
-    def number(name, default, kinds=(int,)):
+    def number(name, default):
         value = entries.get(name, default)
-        if type(value) not in kinds or not 0 < value < math.inf:
+        if type(value) is not type(default) or not 0 < value < math.inf:
             refuse(name, "a number above 0")
         return value
 
-    if entries.get("model_type") != "gpt2":
-        refuse("model_type", "'gpt2'")
-    if entries.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        refuse("activation_function", "'gelu_new' or 'gelu_pytorch_tanh'")
-    for name, value in {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-    }.items():
-        if entries.get(name, value) is not value:
-            refuse(name, str(value).lower())
+    for name, allowed in _PLAIN_GPT2.items():
+        value = entries.get(name, None if name == "model_type" else allowed[0])
+        if value not in allowed:
+            refuse(name, " or ".join(map(json.dumps, allowed)).replace('"', "'"))
     C, n_head = number("n_embd", 768), number("n_head", 12)
     if entries.get("n_inner") not in (None, 4 * C):
         refuse("n_inner", f"null or {4 * C}")
@@ -237,7 +227,7 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
         n_layer=number("n_layer", 12),
         n_head=n_head,
         d_model=C,
-        ln_eps=number("layer_norm_epsilon", 1e-5, kinds=(float,)),
+        ln_eps=number("layer_norm_epsilon", 1e-5),
     )
 
 
@@ -258,17 +248,16 @@ def _weights_path(folder: Path) -> Path:
 
 def _load_heads(path: Path, dtype: Any) -> dict[str, dict[str, np.ndarray]]:
     """{"value_head": {"w": ..}} from tensors named minirlhf.value_head.w; {} without a file."""
-    if not path.exists():
-        return {}
     heads: dict[str, dict[str, np.ndarray]] = {}
-    stored, _ = _read_tensors(path)
+    stored = _read_tensors(path)[0] if path.exists() else {}
     for name, array in stored.items():
-        if not name.startswith("minirlhf.") or name.count(".") != 2:
+        ours, *rest = name.split(".")
+        if ours != "minirlhf" or len(rest) != 2:
             raise InputError(
                 f"{path}: expected tensors named minirlhf.HEAD.KEY; got {name}: the file is not "
                 "ours, remove it"
             )
-        _, head, key = name.split(".")
+        head, key = rest
         slot = _Slot(name, array.shape)
         heads.setdefault(head, {})[key] = _float_tensor(stored, slot, path, dtype)
     return heads
@@ -308,27 +297,20 @@ def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
         arrays: nested dicts and lists of arrays, any NumPy number type, on either device.
         meta:   what JSON holds exactly: step counters, `bit_generator.state`, options.
     Raises:
-        TypeError:  a leaf is no array, or a key is no string.
-        ValueError: meta does not survive JSON (tuples, keys that are numbers, NaN, inf).
+        TypeError:  a leaf is no array.
+        ValueError: a key or meta does not survive JSON (tuples, keys that are numbers, NaN, inf).
         InputError: the folder cannot be written.
     """
-    tensors: dict[str, np.ndarray] = {}
-
-    def outline(tree, path):  # the same tree with tensor names for arrays
-        if isinstance(tree, dict):
-            if not all(isinstance(key, str) for key in tree):
-                raise TypeError(f"save_state: expected keys that are strings; got {list(tree)}")
-            return {key: outline(child, f"{path}.{key}") for key, child in tree.items()}
-        if isinstance(tree, list):
-            return [outline(child, f"{path}.{i}") for i, child in enumerate(tree)]
-        name = f"{len(tensors)}{path}"  # the number keeps {"a.b": x, "a": {"b": y}} apart
-        tensors[name] = _host(path, tree)
-        return name
-
-    header = {"outline": outline(arrays, ""), "meta": meta}
+    tensors = {  # the number keeps {"a.b": x, "a": {"b": y}} apart
+        f"{i}.{path}": _host(path, leaf) for i, (path, leaf) in enumerate(tree_items(arrays))
+    }
+    names = iter(tensors)
+    header = {"outline": tree_map(lambda _: next(names), arrays), "meta": meta}
     text = json.dumps(header, allow_nan=False)
     if json.loads(text) != header:
-        raise ValueError(f"save_state: expected meta that JSON holds exactly; got {meta}")
+        raise ValueError(
+            f"save_state: expected keys and meta that JSON holds exactly; got {header}"
+        )
     write_whole(Path(folder) / _STATE, save(tensors, {_STATE_KEY: text}))
 
 
@@ -351,15 +333,7 @@ def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
             "the checkpoint folder of a run"
         )
     header = parse_object(metadata[_STATE_KEY], str(path))
-
-    def fill(node):
-        if isinstance(node, dict):
-            return {key: fill(child) for key, child in node.items()}
-        if isinstance(node, list):
-            return [fill(child) for child in node]
-        return tensors[node]
-
-    return fill(header["outline"]), header["meta"]
+    return tree_map(tensors.__getitem__, header["outline"]), header["meta"]
 
 
 def _host(name: str, array: Any) -> np.ndarray:
@@ -368,23 +342,6 @@ def _host(name: str, array: Any) -> np.ndarray:
         raise TypeError(f"checkpoint: expected {name} to be an array; got {type(array).__name__}")
     # not ascontiguousarray, which makes 0-d arrays 1-d
     return np.asarray(to_host(array), order="C")
-
-
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-    "C64": np.complex64,
-}
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -405,13 +362,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def _to_array(name: str, spec: dict, path: Path) -> np.ndarray:
     shape, dtype, buffer = tuple(spec["shape"]), spec["dtype"], spec["data"]
     if dtype == "BF16":  # the upper half of a float32
-        bits = np.ndarray(shape, "<u2", buffer).astype(np.uint32) << 16
-        return bits.view(np.float32)
+        return (np.ndarray(shape, "<u2", buffer).astype(np.uint32) << 16).view(np.float32)
     if dtype not in _DTYPES:
         raise InputError(
             f"{path}: expected {name} in a type that NumPy has; got {dtype}: convert the file to "
             "float32"
         )
-    return np.ndarray(shape, np.dtype(_DTYPES[dtype]).newbyteorder("<"), buffer).astype(
-        _DTYPES[dtype]
-    )
+    array = np.ndarray(shape, _DTYPES[dtype], buffer)
+    return array.astype(array.dtype.newbyteorder("="))  # a copy

@@ -1,20 +1,25 @@
 """Everything that can be set about a run: one frozen dataclass a stage, one flag a field."""
 
 import dataclasses
+import inspect
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, Literal
 
 from minirlhf.disk import read_text, write_whole
 from minirlhf.errors import InputError
+from minirlhf.train import settings
 from minirlhf.train.settings import (
     ModelConfig,
     PPOConfig,
     RewardModelConfig,
     SFTConfig,
-    check_numbers,
+    check_fields,
+    with_fields,
 )
 
 if sys.version_info >= (3, 11):
@@ -27,47 +32,30 @@ else:
 class TrainConfig:
     """Supervised fine-tuning, reward model, PPO."""
 
-    out: Path | None = None
-    """Run folder, a new one; default: runs/WORLD-N with the next free N."""
-    seed: int = 0
-    """Of every random stream."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the arrays live: NumPy or CuPy."""
-    workers: int = 0
-    """Processes that share the work of a batch on the CPU; 0: one for each core."""
-    threads: int = 1
-    """Threads of NumPy's matrix products in each; 0: as many as it likes. Small models lose by
-    more."""
+    out: Path | None = None  # Run folder, a new one; default: runs/WORLD-N with the next free N
+    seed: int = 0  # Of every random stream
+    device: Literal["cpu", "cuda"] = "cpu"  # Where the arrays live: NumPy or CuPy
+    workers: int = 0  # Processes that share the work of a batch on the CPU; 0: one for each core
+    threads: int = 1  # Of NumPy's matrix products in each worker; 0: all. More slow small models
+    # Your own text: one example a line, documents between blank lines, or JSONL (prompt, response)
     corpus: str = ""
-    """Your own text instead of the support world: one example a line, documents between blank
-    lines, or JSONL with prompt and response."""
-    corpus_unit: Literal["auto", "line", "document"] = "auto"
-    """What one example of the corpus is."""
-    pairs: str = ""
-    """Preference pairs as JSONL (prompt, chosen, rejected) for the reward model."""
-    reward: str = ""
-    """module:function of your own reward, text -> number, instead of a reward model."""
-    encoding: str = ""
-    """A known tiktoken encoding such as gpt2; empty: train a small one on the corpus."""
-    vocab_size: int = 768
-    """Ids of the encoding that is trained."""
-    max_prompt_tokens: int = 0
-    """Longest prompt, at least 3; 0: what the world suggests."""
-    max_response_tokens: int = 0
-    """Longest response, at least 2, the stop token included; 0: what the world suggests."""
-    eval_prompts: int = 256
-    """Held-out prompts of the final table."""
-    eval_every: int = 10
-    """PPO iterations between two evaluations; 0: only at the end."""
-    checkpoint_every: int = 10
-    """PPO iterations between two checkpoints."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    corpus_unit: Literal["auto", "line", "document"] = "auto"  # What one example of the corpus is
+    pairs: str = ""  # Preference pairs as JSONL (prompt, chosen, rejected) for the reward model
+    reward: str = ""  # module:function or FILE.py:function, in the place of a reward model
+    encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
+    vocab_size: int = 768  # Ids of the encoding that is trained
+    max_prompt_tokens: int = 0  # Longest prompt, at least 3; 0: what the world suggests
+    max_response_tokens: int = 0  # Longest response, at least 2, with its stop token; 0: likewise
+    eval_prompts: int = 256  # Held-out prompts of the final table
+    eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
+    checkpoint_every: int = 10  # PPO iterations between two checkpoints
+    model: ModelConfig = field(default_factory=ModelConfig)  # The policy's transformer
+    sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
+    ppo: PPOConfig = field(default_factory=PPOConfig)  # Stage 3
 
     def __post_init__(self):
-        check_numbers(
+        check_fields(
             self,
             "",
             at_least_1=("vocab_size", "eval_prompts", "checkpoint_every"),
@@ -85,6 +73,25 @@ class TrainConfig:
                     f"{name}: expected at least {least} ({why}), or 0; got {getattr(self, name)}: "
                     "choose such a number"
                 )
+
+
+_CLASS = re.compile(r"^class (\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)
+_FIELD = re.compile(
+    r"^(?:    # (.*)\n)?    (\w+): .+? = .*?(?:  # (?!type:)(.*))?$", re.MULTILINE
+)  # the comment above, the name, the comment beside
+
+
+def _document_fields(*modules: ModuleType) -> None:
+    """Let help() of a dataclass show the comments that stand at its fields in the source."""
+    for module in modules:
+        for name, body in _CLASS.findall(inspect.getsource(module)):
+            found = [(field, above or beside) for above, field, beside in _FIELD.findall(body)]
+            lines = [f"    {field}: {says}" for field, says in found if says]
+            said = vars(module)[name].__doc__.partition("\n\nAttributes:")[0]
+            vars(module)[name].__doc__ = "\n".join([f"{said}\n\nAttributes:", *lines])
+
+
+_document_fields(settings, sys.modules[__name__])
 
 
 def to_toml(config: Any, prefix: str = "") -> str:
@@ -122,36 +129,7 @@ def load_config(path: str | Path) -> TrainConfig:
         values = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: expected TOML; got {error}: correct it") from error
-    return _fill(TrainConfig(), values, str(path))
-
-
-def _fill(default: Any, values: dict[str, Any], where: str) -> Any:
-    hints = get_type_hints(type(default))
-    changes = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise InputError(
-                f"{where}: expected one of {', '.join(hints)}; got {name!r}: correct the name"
-            )
-        current = getattr(default, name)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise InputError(f"{where}: expected {name} to be a table; got {value!r}")
-            changes[name] = _fill(current, value, f"{where}: {name}")
-        else:
-            changes[name] = _cast(current, value, f"{where}: {name}")
-            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else (value,)
-            if value not in choices:
-                raise InputError(
-                    f"{where}: {name}: expected one of {', '.join(choices)}; got {value!r}: "
-                    "correct it"
-                )
-    return dataclasses.replace(default, **changes)
-
-
-def _cast(current: Any, value: Any, where: str) -> Any:
-    kind = type(current) if isinstance(current, bool | int | float) else str  # a path is a string
-    wanted = (int, float) if kind is float else kind
-    if not isinstance(value, wanted) or (kind is not bool and isinstance(value, bool)):
-        raise InputError(f"{where}: expected {kind.__name__}; got {value!r}: correct it")
-    return Path(value) if current is None or isinstance(current, Path) else kind(value)
+    try:
+        return with_fields(TrainConfig(), values, "")
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix(': ')}") from error

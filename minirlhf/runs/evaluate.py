@@ -1,14 +1,15 @@
 """What a policy is worth on held-out prompts, in numbers a person can compare."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 
 from minirlhf.backend import to_host
-from minirlhf.nn.transformer import GPTConfig
-from minirlhf.train.rollout import Rollout, Samples, ScoreFunction, sample_responses, score_rollout
+from minirlhf.nn.sampling import Sampling
+from minirlhf.runs.session import Score, Session
+from minirlhf.train.rollout import Rollout, Samples, score_rollout
 from minirlhf.tree import Tree
-from minirlhf.worlds.tokens import Tokenizer
 from minirlhf.worlds.world import World
 
 
@@ -77,53 +78,29 @@ def gold_of(samples: Samples, world: World) -> list[float]:
 
 
 def evaluate(
-    policy: Tree,
-    reference: Tree,
-    prompts: list[str],
-    *,
-    world: World,
-    tokenizer: Tokenizer,
-    score: ScoreFunction,
-    config: GPTConfig,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    temperature: float,
-    seed: int,
-    score_mean: float = 0.0,
-    score_sd: float = 1.0,
-    micro_batch_size: int = 0,
-    device: str = "cpu",
+    session: Session, policy: Tree, reference: Tree, score: Score
 ) -> tuple[dict[str, float], Samples]:
-    """Sample one response a prompt and measure it; the same seed gives two policies the same coins.
+    """Held-out metrics, one response a prompt, always with the same coins: two calls compare.
 
     Args:
         policy, reference: {"transformer": ..., "value_head": ...} and {"transformer": ...}.
-        score_mean, score_sd: as `response_metrics`.
-        micro_batch_size: responses in one forward; bounds memory. 0: all.
     """
-    samples = sample_responses(
-        policy,
-        prompts,
-        tokenizer=tokenizer,
-        config=config,
-        max_prompt_tokens=max_prompt_tokens,
-        max_response_tokens=max_response_tokens,
-        rng=np.random.default_rng(seed),
-        temperature=temperature,
-        device=device,
+    config, prompts = session.config, session.world.heldout_prompts
+    repeats = -(-config.eval_prompts // len(prompts))
+    rng = np.random.default_rng(config.seed + 1_000_003)  # no stream of the training
+    settings = dataclasses.replace(config.ppo, kl_mode="reward_k1")  # keeps no whole distributions
+    samples = session.sample(
+        policy, (prompts * repeats)[: config.eval_prompts], rng, Sampling(settings.temperature)
     )
     samples = samples._replace(hidden=None)  # scored anew: a policy's KL to itself is exactly 0
     rollout = score_rollout(
-        policy,
-        reference,
-        samples,
-        score=score,
-        config=config,
-        temperature=temperature,
-        micro_batch_size=micro_batch_size,
-        device=device,
+        policy, reference, samples, score=score, config=session.gpt, settings=settings
     )
     metrics = response_metrics(
-        rollout, world=world, stop_id=tokenizer.eos, score_mean=score_mean, score_sd=score_sd
+        rollout,
+        world=session.world,
+        stop_id=session.tokenizer.eos,
+        score_mean=score.model.mean,
+        score_sd=score.model.sd,
     )
     return metrics, samples

@@ -10,7 +10,7 @@ from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import checkpoint
-from minirlhf.runs.run import Run
+from minirlhf.runs.session import Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
@@ -19,15 +19,15 @@ from minirlhf.tree import Tree
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl
 
 
-def last_kl_coef(run: Run) -> float:
+def last_kl_coef(session: Session) -> float:
     """beta as training left it: where it is adaptive, not the configured one."""
-    folder = run.folder / "checkpoint"
+    folder = session.folder / "checkpoint"
     if not checkpoint.has_state(folder):
-        return run.config.ppo.kl_coef
-    return checkpoint.load_state(folder)[1].get("kl_coef", run.config.ppo.kl_coef)
+        return session.config.ppo.kl_coef
+    return checkpoint.load_state(folder)[1].get("kl_coef", session.config.ppo.kl_coef)
 
 
-def begin_stage(run: Run, stage: str, folder: Path, *, before: tuple[str, ...]) -> None:
+def begin_stage(session: Session, stage: str, folder: Path, *, before: tuple[str, ...]) -> None:
     """Start a stage whose `folder` does not exist yet, with an empty log of its own.
 
     Args:
@@ -37,32 +37,33 @@ def begin_stage(run: Run, stage: str, folder: Path, *, before: tuple[str, ...]) 
         InputError: one of the folders `before` exists.
     """
     for name in before:
-        if is_saved(run.folder / name):
+        if is_saved(session.folder / name):
             raise InputError(
-                f"{folder}: expected it beside {run.folder / name}, which was made with it; found "
-                "nothing in it: restore it, or train again in another folder"
+                f"{folder}: expected it beside {session.folder / name}, which was made with it; "
+                "found nothing in it: restore it, or train again in another folder"
             )
-    run.log.restart(stage)
+    session.log.restart(stage)
 
 
-def save_ppo_state(run: Run, optimizer: Optimizer, done: int, kl_coef: float) -> None:
+def save_ppo_state(session: Session, optimizer: Optimizer, done: int, kl_coef: float) -> None:
     meta = {
         "iterations_done": done,
         "kl_coef": kl_coef,
         "rng": {
-            name: run.rng[name].bit_generator.state for name in ("prompts", "rollout", "shuffle")
+            name: session.rng[name].bit_generator.state
+            for name in ("prompts", "rollout", "shuffle")
         },
-        "log": run.log.position(),
+        "log": session.log.position(),
     }
-    checkpoint.save_state(run.folder / "checkpoint", optimizer.state_tree(), meta)
+    checkpoint.save_state(session.folder / "checkpoint", optimizer.state_tree(), meta)
 
 
-def load_ppo_state(run: Run, optimizer: Optimizer) -> tuple[int, float]:
+def load_ppo_state(session: Session, optimizer: Optimizer) -> tuple[int, float]:
     """(iterations done, kl_coef): those of the checkpoint, or the start's."""
-    folder = run.folder / "checkpoint"
+    folder = session.folder / "checkpoint"
     if not checkpoint.has_state(folder):
-        begin_stage(run, "ppo", folder, before=("policy",))
-        return 0, run.config.ppo.kl_coef
+        begin_stage(session, "ppo", folder, before=("policy",))
+        return 0, session.config.ppo.kl_coef
     arrays, meta = checkpoint.load_state(folder)
     shapes = {name: array.shape for name, array in arrays.items()}
     expected = {name: array.shape for name, array in optimizer.state_tree().items()}
@@ -73,15 +74,15 @@ def load_ppo_state(run: Run, optimizer: Optimizer) -> tuple[int, float]:
         )
     optimizer.load_state_tree(arrays)
     for name, state in meta["rng"].items():
-        run.rng[name].bit_generator.state = state
-    run.log.rewind(meta["log"])
+        session.rng[name].bit_generator.state = state
+    session.log.rewind(meta["log"])
     return meta["iterations_done"], meta["kl_coef"]
 
 
-def save_reward_model(run: Run, folder: Path, model: RewardModel) -> None:
+def save_reward_model(session: Session, folder: Path, model: RewardModel) -> None:
     scale = {"score_mean": model.mean, "score_sd": model.sd}
-    if run.world.reward is not None:
-        text = json.dumps({"reward": run.config.reward, **scale}, indent=2) + "\n"
+    if session.world.reward is not None:
+        text = json.dumps({"reward": session.config.reward, **scale}, indent=2) + "\n"
         write_whole(folder / "scale.json", text.encode())
         return
     checkpoint.save_model(
@@ -89,18 +90,18 @@ def save_reward_model(run: Run, folder: Path, model: RewardModel) -> None:
         model.params["transformer"],
         model.config,
         heads={"reward_head": model.params["reward_head"]},
-        meta={**token_meta(run), **scale},
+        meta={**token_meta(session), **scale},
     )
 
 
-def load_reward_model(run: Run, folder: Path, expected: GPTConfig) -> RewardModel:
-    if run.world.reward is not None:
+def load_reward_model(session: Session, folder: Path, expected: GPTConfig) -> RewardModel:
+    if session.world.reward is not None:
         path = folder / "scale.json"
         return RewardModel({}, expected, *_scale(parse_object(read_text(path), str(path)), path))
     transformer, gpt, heads = checkpoint.load_model(folder)
     check_same_model(folder, gpt, expected)
     head = stored_head(heads, "reward_head", folder)
-    params = run.on_device({"transformer": transformer, "reward_head": head})
+    params = session.on_device({"transformer": transformer, "reward_head": head})
     return RewardModel(params, gpt, *_scale(checkpoint.load_config(folder), folder))
 
 
@@ -138,12 +139,12 @@ def is_saved(folder: Path) -> bool:
     return True
 
 
-def token_meta(run: Run) -> dict[str, int]:
-    t = run.tokenizer
+def token_meta(session: Session) -> dict[str, int]:
+    t = session.tokenizer
     return {"bos_token_id": t.bos, "eos_token_id": t.eos, "pad_token_id": t.pad}
 
 
-def sample_rows(run: Run, rollout: Rollout) -> list[dict[str, Any]]:
+def sample_rows(session: Session, rollout: Rollout) -> list[dict[str, Any]]:
     """The first samples with the two numbers of the objective: score and kl_seq [nats]."""
     samples = rollout.samples
     kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=rollout.batch.response_mask)
@@ -151,7 +152,7 @@ def sample_rows(run: Run, rollout: Rollout) -> list[dict[str, Any]]:
     rows = []
     for prompt, response, score, kl in list(zip(*columns, strict=True))[:SAMPLES_LOGGED]:
         row = {"prompt": prompt, "response": response, "score": score, "kl_seq": kl}
-        if run.world.gold is not None:
-            row["gold"] = float(run.world.gold(prompt, response))
+        if session.world.gold is not None:
+            row["gold"] = float(session.world.gold(prompt, response))
         rows.append(row)
     return rows

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,6 @@ import numpy as np
 
 from minirlhf.disk import parse_object, read_bytes
 from minirlhf.errors import InputError
-
-
-class NoLog:
-    """In the place of a RunLog where nothing is to be left behind."""
-
-    def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
-        """Forget the values."""
 
 
 class RunLog:
@@ -29,9 +23,10 @@ class RunLog:
         self.folder = Path(folder)
         self.metrics_path = self.folder / "metrics.jsonl"
         self.samples_path = self.folder / "samples.jsonl"
+        self.paths = (self.metrics_path, self.samples_path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in (self.metrics_path, self.samples_path):
+            for path in self.paths:
                 path.touch()
                 _cut_torn_line(path)
         except OSError as error:
@@ -63,7 +58,7 @@ class RunLog:
         Up to there they are on the disk: no power cut leaves a checkpoint with a shorter log.
         """
         sizes = {}
-        for path in (self.metrics_path, self.samples_path):
+        for path in self.paths:
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
@@ -76,7 +71,7 @@ class RunLog:
         """
         kept = 0
         for line in self.metrics_path.read_bytes().splitlines(keepends=True):
-            if _parse(line, str(self.metrics_path)).get("stage") == stage:
+            if parse_object(line, str(self.metrics_path)).get("stage") == stage:
                 break
             kept += len(line)
         self.rewind({self.metrics_path.name: kept, self.samples_path.name: 0})
@@ -87,15 +82,14 @@ class RunLog:
         Raises:
             InputError: a file is shorter than it was.
         """
-        for path in (self.metrics_path, self.samples_path):
-            size = path.stat().st_size
-            if size < position[path.name]:
+        for path in self.paths:
+            size, kept = path.stat().st_size, position[path.name]
+            if size < kept:
                 raise InputError(
-                    f"{path}: expected at least {position[path.name]} bytes, as at the last "
-                    f"checkpoint; got {size}: restore the file"
+                    f"{path}: expected at least {kept} bytes, as at the last checkpoint; got "
+                    f"{size}: restore the file"
                 )
-            with open(path, "r+b") as file:
-                file.truncate(position[path.name])
+            os.truncate(path, kept)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -106,21 +100,13 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """
     *lines, tail = read_bytes(path).split(b"\n")
     objects = [
-        _parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
+        parse_object(line, f"{path}:{number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
     ]
-    if tail.strip():
-        try:
-            objects.append(_parse(tail, str(path)))
-        except InputError:
-            pass
+    with suppress(InputError):
+        objects += [parse_object(tail, str(path))] if tail.strip() else []
     return objects
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        return parse_object(line.decode("utf-8"), where)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: expected UTF-8 text; got other bytes: correct it") from error
 
 
 def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
@@ -157,9 +143,8 @@ def _cut_torn_line(path: Path) -> None:
     if not tail:
         return
     try:
-        _parse(tail, str(path))
+        parse_object(tail, str(path))
     except InputError:
-        with open(path, "r+b") as file:
-            file.truncate(len(data) - len(tail))
+        os.truncate(path, len(data) - len(tail))
     else:
         _append(path, ["\n"])

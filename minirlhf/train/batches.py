@@ -1,10 +1,10 @@
 """Lists of token ids to rectangles: prompts padded on the left, responses on the right.
 
-    tokens (B, P+R)   [pad .. bos prompt sep | response eos pad ..]
-    mask   (B, P+R)    0  ..  1    1     1  |    1      1   0  ..
+    tokens (B, P+T)   [pad .. bos prompt sep | response eos pad ..]
+    mask   (B, P+T)    0  ..  1    1     1  |    1      1   0  ..
 
 so the tokens of every response begin in column P, and the logits that predict them stand in the
-columns P-1 .. P+R-2.
+columns P-1 .. P+T-2.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ Ids = list[int]
 
 
 class Batch(NamedTuple):
-    tokens: Array  # (B, P+R)
-    mask: Array  # (B, P+R) 1 at real tokens, in the parameters' dtype
+    tokens: Array  # (B, P+T)
+    mask: Array  # (B, P+T) 1 at real tokens, in the parameters' dtype
     prompt_len: int  # P
 
     @property
     def responses(self) -> Array:
-        """(B, R) response tokens."""
+        """(B, T) response tokens."""
         return self.tokens[:, self.prompt_len :]
 
     @property
     def response_mask(self) -> Array:
-        """(B, R) 1 at response tokens, the stop token included."""
+        """(B, T) 1 at response tokens, the stop token included."""
         return self.mask[:, self.prompt_len :]
 
     def rows(self, index) -> "Batch":
@@ -70,18 +70,22 @@ def pad_batch(
     """Prompts and responses (lists of ids) as one checked batch.
 
     Raises:
-        ValueError: lists of different lengths, an empty prompt, or ids the model has no room for.
+        ValueError: lists of different lengths, an empty prompt, ids that are no integers, or that
+            the model has no room for.
     """
     if len(prompts) != len(responses) or not all(len(p) > 0 for p in prompts):
         raise ValueError(
             f"pad_batch: expected as many non-empty prompts as responses; got {len(prompts)} "
             f"and {len(responses)}, the shortest prompt of {min(map(len, prompts), default=0)} ids"
         )
-    B, P, R = len(prompts), max(map(len, prompts)), max(map(len, responses))
-    tokens = np.full((B, P + R), pad_id, dtype=np.int64)
-    mask = np.zeros((B, P + R), dtype=dtype)
+    B, P, T = len(prompts), max(map(len, prompts)), max(map(len, responses))
+    tokens = np.full((B, P + T), pad_id, dtype=np.int64)
+    mask = np.zeros((B, P + T), dtype=dtype)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        tokens[row, P - len(prompt) : P + len(response)] = [*prompt, *response]
+        ids = np.asarray([*prompt, *response])
+        if ids.dtype.kind not in "iu":  # an assignment would cut 1.7 to 1
+            raise ValueError(f"pad_batch: expected ids that are integers; got {ids.dtype}")
+        tokens[row, P - len(prompt) : P + len(response)] = ids
         mask[row, P - len(prompt) : P + len(response)] = 1
     check_tokens(tokens, mask, config)
     return Batch(to_device(tokens, device), to_device(mask, device), P)

@@ -34,11 +34,16 @@ class Optimizer:
         self._decay = config.weight_decay * decay_mask(params) if config.weight_decay else 0.0
 
     @property
+    def updates(self) -> int:
+        """Updates so far, those that were skipped among them."""
+        return self.state.step + self.skipped
+
+    @property
     def learning_rate(self) -> float:
         """Learning rate of the next update."""
         c = self.config
         return scheduled_lr(
-            self.state.step + self.skipped,
+            self.updates,
             peak=c.learning_rate,
             total=self.total_steps,
             warmup=c.warmup,
@@ -46,16 +51,16 @@ class Optimizer:
             floor=c.floor,
         )
 
-    def step(self, gradients: Tree, *, loss: float) -> float:
+    def step(self, gradients: Tree, *, loss: float) -> dict[str, float]:
         """One update.
 
         Returns:
-            the global norm of the gradient before clipping.
+            grad_norm, the global norm of the gradient before clipping, and the learning rate lr.
         Raises:
             NonFiniteError: the loss or a gradient is nan or inf, and the parameters are unchanged;
                 or the update was so large that a parameter is.
         """
-        c = self.config
+        c, learning_rate = self.config, self.learning_rate
         leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order
         dflat = get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
         with np.errstate(invalid="ignore", over="ignore"):  # looked for in the next lines
@@ -67,7 +72,7 @@ class Optimizer:
             self.flat,
             clipped if c.max_grad_norm else dflat,
             self.state,
-            learning_rate=self.learning_rate,
+            learning_rate=learning_rate,
             beta1=c.beta1,
             beta2=c.beta2,
             eps=c.eps,
@@ -76,7 +81,7 @@ class Optimizer:
         )
         if not np.isfinite(float(self.flat.sum(dtype=np.float64))):
             raise NonFiniteError(_what_overflowed(self.params))
-        return norm
+        return {"grad_norm": norm, "lr": learning_rate}
 
     def skip(self, n_updates: int) -> None:
         """Let the learning rate go on as if n_updates had been made."""

@@ -32,9 +32,9 @@ from minirlhf.tree import Tree
 
 
 class PolicyOutput(NamedTuple):
-    logits: Array  # (B, R, V) that predict the response tokens
-    logp: Array  # (B, R) log pi(y_t | x, y_<t) [nats]
-    values: Array | None  # (B, R) V(x, y_<t) [reward units]
+    logits: Array  # (B, T, V) that predict the response tokens
+    logp: Array  # (B, T) log pi(y_t | x, y_<t) [nats]
+    values: Array | None  # (B, T) V(x, y_<t) [reward units]
 
 
 class PolicyCache(NamedTuple):
@@ -56,15 +56,15 @@ def policy_forward(
     """logits, log-probs and values of the response tokens of a batch.
 
     Args:
-        hidden: (B, at least R, C) the transformer's output that predicts the response tokens, where
+        hidden: (B, at least T, C) the transformer's output that predicts the response tokens, where
             it is known from sampling them. No backward can follow.
         keep: False where no backward will follow: it takes less time and memory.
     Returns:
         PolicyOutput, cache (None unless kept).
     """
     xp = get_xp(batch.tokens)
-    B, T = batch.tokens.shape
-    before = xp.arange(batch.prompt_len - 1, T - 1)  # column t - 1 predicts token t
+    B, columns = batch.tokens.shape
+    before = xp.arange(batch.prompt_len - 1, columns - 1)  # column t - 1 predicts token t
     if hidden is None:
         h, trunk = transformer_forward(
             params["transformer"],
@@ -76,7 +76,7 @@ def policy_forward(
         )
     else:
         h, trunk, keep = hidden[:, : len(before)], None, False
-    logits, logits_cache = tied_logits_forward(h, params["transformer"]["wte"])  # h (B, R, C)
+    logits, logits_cache = tied_logits_forward(h, params["transformer"]["wte"])  # h (B, T, C)
     logp, logp_cache = token_logprobs_forward(
         logits, targets=batch.responses, temperature=temperature
     )

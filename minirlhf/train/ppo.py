@@ -1,54 +1,95 @@
 """Stage 3: proximal policy optimisation with a KL penalty to the reference.
 
-One iteration:  sample  ->  score  ->  token rewards  ->  advantages  ->  epochs of clipped updates.
-
     maximise E_{y ~ pi_theta} [ r(x, y) - beta sum_t (log pi_theta(y_t|.) - log pi_ref(y_t|.)) ]
+
+`train_ppo` is the loop; what it calls stands below it, in the order of its lines. In the default
+placement of the penalty only the clipped surrogate and the value loss are differentiated: beta is
+inside the advantages, which are constants. Schulman et al. 2017, arXiv 1707.06347; Ziegler et al.
+2019, arXiv 1909.08593.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
-from minirlhf.rlhf.kl import (
-    KL_MODES,
-    LOG_RATIO_LIMIT,
-    adaptive_kl_coef,
-    clamp_log_ratio,
-    kl_estimate,
-    penalty_in_reward,
-    summed_penalty,
-)
-from minirlhf.rlhf.logprobs import EntropyCache, entropy_backward, entropy_forward, response_sum
-from minirlhf.rlhf.objectives import (
-    KLLossCache,
-    PPOClipCache,
-    ValueLossCache,
-    WeightedSumCache,
-    kl_loss_backward,
-    kl_loss_forward,
-    ppo_clip_backward,
-    ppo_clip_forward,
-    token_weights,
-    value_loss_backward,
-    value_loss_forward,
-    weighted_sum_backward,
-    weighted_sum_forward,
-)
+from minirlhf.rlhf import kl, logprobs, objectives
+from minirlhf.rlhf.advantages import gae, masked_mean, masked_whiten, token_rewards
 from minirlhf.train.batches import Batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import PolicyCache, policy_backward, policy_forward
-from minirlhf.train.rollout import Rollout
+from minirlhf.train.rollout import Rollout, Samples, ScoreFunction, score_rollout
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
 
+# -- the loop ------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What a policy is trained on."""
+
+    sample: Callable[[Tree], Samples]  # responses of a policy to a batch of prompts
+    score: ScoreFunction  # what they are worth
+    stop_id: int  # the token that ends a response
+
+
+class Iteration(NamedTuple):
+    """What one turn of the loop leaves behind."""
+
+    rollout: Rollout
+    experience: "Experience"
+    updates: list["Update"]
+    kl_coef: float  # beta that was used [reward units per nat]
+    next_kl_coef: float
+
+
+def train_ppo(
+    optimizer: Optimizer,
+    reference: Tree,
+    task: Task,
+    *,
+    config: GPTConfig,
+    settings: PPOConfig,
+    rng: np.random.Generator,
+    kl_coef: float | None = None,
+    advantages_of: Callable[..., "Experience"] | None = None,
+) -> Iterator[Iteration]:
+    """The loop of RLHF: sample, score, penalise, advantages, epochs of clipped updates, next beta.
+
+    Args:
+        optimizer: owns the policy; after a resume it says how many updates have been made.
+        reference: the frozen copy that the penalty is measured from.
+        rng: of the minibatches.
+        kl_coef: beta to go on with; None: settings.kl_coef.
+        advantages_of: in the place of `make_experience`, for another estimate of the advantages.
+    Yields:
+        an Iteration, until all of settings.iterations are done.
+    """
+    beta = settings.kl_coef if kl_coef is None else kl_coef
+    while optimizer.updates < settings.iterations * settings.updates_per_iteration:
+        policy = optimizer.params  # pi_old while we sample and score, pi_theta in the updates
+        samples = task.sample(policy)  # y ~ pi_old(.|x)
+        rollout = score_rollout(
+            policy, reference, samples, score=task.score, config=config, settings=settings
+        )
+        experience = (advantages_of or make_experience)(  # -beta kl_token + score -> GAE
+            rollout, settings=settings, kl_coef=beta, stop_id=task.stop_id
+        )
+        updates = ppo_update(optimizer, experience, config=config, settings=settings, rng=rng)
+        next_beta = next_kl_coef(beta, rollout=rollout, settings=settings)
+        yield Iteration(rollout, experience, updates, beta, next_beta)
+        beta = next_beta
+
+
+# -- from a rollout to advantages ----------------------------------------------------------------
+
 
 class Experience(NamedTuple):
-    """A rollout, or rows of it, with everything the loss holds constant. Arrays are (B, R).
+    """A rollout, or rows of it, with everything the loss holds constant. Arrays are (B, T).
 
     The weights are those of the whole batch; `ppo_update` makes them anew for each minibatch.
     """
@@ -56,7 +97,7 @@ class Experience(NamedTuple):
     batch: Batch
     old_logp: Array
     ref_logp: Array
-    ref_logits: Array | None  # (B, R, V)
+    ref_logits: Array | None  # (B, T, V)
     old_values: Array
     advantages: Array
     returns: Array
@@ -72,112 +113,10 @@ class Experience(NamedTuple):
         return self._of(self.batch.part(index), index)
 
     def _of(self, batch: Batch, index) -> "Experience":
-        constant, R = ("batch", "kl_loss_coef"), batch.responses.shape[1]
+        constant, T = ("batch", "kl_loss_coef"), batch.responses.shape[1]
         arrays = {name: a for name, a in self._asdict().items() if name not in constant}
-        picked = {name: a if a is None else a[index][:, :R] for name, a in arrays.items()}
+        picked = {name: a if a is None else a[index][:, :T] for name, a in arrays.items()}
         return self._replace(batch=batch, **picked)
-
-
-class PPOLossCache(NamedTuple):
-    policy: PolicyCache
-    clip: PPOClipCache
-    value: ValueLossCache
-    kl: KLLossCache | None
-    entropy: EntropyCache | None
-    entropy_sum: WeightedSumCache | None
-    settings: PPOConfig
-    kl_loss_coef: Array | float
-    logp: Array  # for the metrics
-    values: Array  # for the metrics
-    parts: dict[str, Array]  # the terms of the loss
-
-
-def ppo_loss_forward(
-    params: Tree, *, experience: Experience, config: GPTConfig, settings: PPOConfig
-) -> tuple[Array, PPOLossCache]:
-    """loss = L_clip + vf_coef L_V + beta L_KL - ent_coef H, each a weighted sum over tokens.
-
-    L_KL is there only if `kl_mode` puts the penalty into the loss.
-
-    Args:
-        params: {"transformer": ..., "value_head": ...}.
-    Returns:
-        loss (), cache.
-    """
-    e, s = experience, settings
-    out, policy = policy_forward(params, batch=e.batch, config=config, temperature=s.temperature)
-    clip_loss, clip = ppo_clip_forward(
-        out.logp,
-        old_logp=e.old_logp,
-        advantages=e.advantages,
-        weights=e.weights,
-        clip_eps=s.clip_range,
-        clip=s.clip,
-        dual_clip=s.dual_clip or None,
-    )
-    value_loss, value = value_loss_forward(
-        out.values,
-        old_values=e.old_values,
-        returns=e.returns,
-        weights=e.weights,
-        clip_eps=s.value_clip_eps or None,
-    )
-    loss = clip_loss + s.vf_coef * value_loss
-    parts = {"loss/policy_avg": clip_loss, "loss/value_avg": value_loss}
-    kl = entropy_cache = entropy_sum = None
-    if KL_MODES[s.kl_mode].in_loss:
-        kl_loss, kl = kl_loss_forward(
-            out.logits,
-            out.logp,
-            kl_mode=s.kl_mode,
-            old_logp=e.old_logp,
-            ref_logp=e.ref_logp,
-            ref_logits=e.ref_logits,
-            weights=e.weights,
-            temperature=s.temperature,
-        )
-        loss = loss + e.kl_loss_coef * kl_loss
-        parts["loss/kl_avg"] = kl_loss
-    if s.ent_coef:
-        entropy, entropy_cache = entropy_forward(out.logits, temperature=s.temperature)
-        bonus, entropy_sum = weighted_sum_forward(entropy, weights=e.weights)
-        loss = loss - s.ent_coef * bonus
-    terms = (policy, clip, value, kl, entropy_cache, entropy_sum)
-    return loss, PPOLossCache(*terms, s, e.kl_loss_coef, out.logp, out.values, parts)
-
-
-def ppo_loss_backward(dloss: Array | float, cache: PPOLossCache) -> Tree:
-    """dL/dparams: the terms of the loss undone, added up on logits, log-probs and values."""
-    dlogp = ppo_clip_backward(dloss, cache.clip)
-    dvalues = value_loss_backward(dloss * cache.settings.vf_coef, cache.value)
-    dlogits = None
-    if cache.kl is not None:
-        dlogits, dlogp_kl = kl_loss_backward(dloss * cache.kl_loss_coef, cache.kl)
-        dlogp += dlogp_kl
-    if cache.entropy is not None:
-        dentropy = weighted_sum_backward(-dloss * cache.settings.ent_coef, cache.entropy_sum)
-        dlogits_entropy = entropy_backward(dentropy, cache.entropy)
-        dlogits = dlogits_entropy if dlogits is None else dlogits + dlogits_entropy
-    return policy_backward(dlogits, dlogp, dvalues, cache.policy)
-
-
-def ended(rollout: Rollout, stop_id: int) -> Array:
-    """(B,) boolean: did the response reach its stop token?"""
-    return ((rollout.batch.responses == stop_id) & (rollout.batch.response_mask > 0)).any(axis=1)
-
-
-def final_score(rollout: Rollout, *, settings: PPOConfig, stop_id: int) -> Array:
-    """(B,) the score cut to [-c, c], less the penalty for a missing stop token."""
-    xp, c = get_xp(rollout.score), settings.score_clip
-    score = xp.clip(rollout.score, -c, c) if c else rollout.score
-    missing = 1.0 - ended(rollout, stop_id).astype(score.dtype)
-    return score - settings.missing_eos_penalty * missing
-
-
-def rollout_penalty(rollout: Rollout, settings: PPOConfig) -> Array:
-    """(B, R) what `kl_mode` takes off the reward of each token, before beta [nats]."""
-    log_ratio = rollout.old_logp - rollout.ref_logp
-    return penalty_in_reward(settings.kl_mode, log_ratio=log_ratio, kl_full=rollout.kl_full)
 
 
 def make_experience(
@@ -192,14 +131,17 @@ def make_experience(
     Args:
         kl_coef: beta [reward units per nat].
     """
-    s, mask = settings, rollout.batch.response_mask
-    score = final_score(rollout, settings=s, stop_id=stop_id)
-    rewards = token_rewards(score, rollout_penalty(rollout, s), mask=mask, kl_coef=kl_coef)
+    mask = rollout.batch.response_mask
+    score = final_score(rollout, settings=settings, stop_id=stop_id)
+    kl_token = rollout_penalty(rollout, settings)
+    rewards = token_rewards(score, kl_token, mask=mask, kl_coef=kl_coef)
     reward_scale = advantage_scale = 1.0
-    if s.whiten_rewards:
+    if settings.whiten_rewards:
         rewards, reward_scale = masked_whiten(rewards, mask=mask, shift_mean=False)
-    advantages, returns = gae(rewards, rollout.values, mask=mask, gamma=s.gamma, lam=s.lam)
-    if s.whiten_advantages:
+    advantages, returns = gae(
+        rewards, rollout.values, mask=mask, gamma=settings.gamma, lam=settings.lam
+    )
+    if settings.whiten_advantages:
         advantages, advantage_scale = masked_whiten(advantages, mask=mask)
     return Experience(
         batch=rollout.batch,
@@ -209,51 +151,91 @@ def make_experience(
         old_values=rollout.values,
         advantages=advantages,
         returns=returns,
-        weights=token_weights(mask, mode=s.aggregation),
+        weights=objectives.token_weights(mask, mode=settings.aggregation),
         kl_loss_coef=kl_coef / (reward_scale * advantage_scale),
     )
 
 
-def rollout_metrics(
-    rollout: Rollout, experience: Experience, *, settings: PPOConfig, kl_coef: float, stop_id: int
-) -> dict[str, float]:
-    """What a batch of samples was like, by the field's names; `objective/kl` is kl_seq [nats]."""
-    mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
-    penalty = rollout_penalty(rollout, settings)
-    non_score_reward = -kl_coef * response_sum(penalty, mask=mask).mean()
-    score = final_score(rollout, settings=settings, stop_id=stop_id).mean()
-    cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)
-    error = masked_mean((values - returns) * (values - returns), mask=mask)
-    returns_var = masked_var(returns, mask=mask)
-    metrics = {
-        "objective/kl": summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean(),
-        "objective/kl_full_seq": response_sum(rollout.kl_full, mask=mask).mean(),
-        "objective/clamped_log_ratios": cut.sum(),
-        "objective/kl_coef": kl_coef,
-        "objective/entropy": -response_sum(rollout.old_logp, mask=mask).mean(),
-        "objective/non_score_reward": non_score_reward,
-        "objective/scores": rollout.score.mean(),
-        "objective/scores_sd": rollout.score.std(),
-        "objective/rlhf_reward": score + non_score_reward,
-        "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
-        "ppo/val/mean": masked_mean(values, mask=mask),
-        "ppo/val/var": masked_var(values, mask=mask),
-        "ppo/val/error": error,
-        "ppo/val/var_explained": 1.0 - error / max(float(returns_var), 1e-12),
-        "ppo/returns/mean": masked_mean(returns, mask=mask),
-        "ppo/returns/var": returns_var,
-        "val/num_eos_tokens": ended(rollout, stop_id).sum(),
-        "response_length/mean": mask.sum(axis=1).mean(),
-    }
-    return {name: float(value) for name, value in metrics.items()}
+def final_score(rollout: Rollout, *, settings: PPOConfig, stop_id: int) -> Array:
+    """(B,) the score cut to [-c, c], less the penalty for a missing stop token."""
+    xp, bound = get_xp(rollout.score), settings.score_clip
+    score = xp.clip(rollout.score, -bound, bound) if bound else rollout.score
+    missing = 1.0 - ended(rollout, stop_id).astype(score.dtype)
+    return score - settings.missing_eos_penalty * missing
+
+
+def ended(rollout: Rollout, stop_id: int) -> Array:
+    """(B,) boolean: did the response reach its stop token?"""
+    return ((rollout.batch.responses == stop_id) & (rollout.batch.response_mask > 0)).any(axis=1)
+
+
+def rollout_penalty(rollout: Rollout, settings: PPOConfig) -> Array:
+    """(B, T) what `kl_mode` takes off the reward of each token, before beta [nats]."""
+    log_ratio = rollout.old_logp - rollout.ref_logp
+    return kl.penalty_in_reward(settings.kl_mode, log_ratio=log_ratio, kl_full=rollout.kl_full)
+
+
+# -- the updates ---------------------------------------------------------------------------------
+
+
+class Update(NamedTuple):
+    """One step of the optimiser, for the metrics."""
+
+    minibatch: Experience
+    step: "MinibatchGradient"  # without its gradients
+    applied: dict[str, float]  # grad_norm, lr
+
+
+def ppo_update(
+    optimizer: Optimizer,
+    experience: Experience,
+    *,
+    config: GPTConfig,
+    settings: PPOConfig,
+    rng: np.random.Generator,
+) -> list[Update]:
+    """Epochs x minibatches of updates on one batch of experience.
+
+    Each epoch goes through the responses in a new order. With target_kl no further update is made
+    once the policy has moved 1.5 target_kl away from the one that sampled; the learning rate goes
+    on as if all had been made.
+    """
+    xp, B = get_xp(experience.weights), experience.weights.shape[0]
+    constant = B / settings.minibatches * config.n_ctx  # of the aggregation with a fixed one
+    updates: list[Update] = []
+    for _ in range(settings.epochs):
+        for rows in np.array_split(rng.permutation(B), settings.minibatches):
+            minibatch = experience.rows(xp.asarray(rows))
+            mask = minibatch.batch.response_mask
+            weights = objectives.token_weights(mask, mode=settings.aggregation, constant=constant)
+            minibatch = minibatch._replace(weights=weights)
+            step = minibatch_gradients(
+                optimizer.params, minibatch, config=config, settings=settings
+            )
+            if settings.target_kl and kl_from_old(step, minibatch) > 1.5 * settings.target_kl:
+                optimizer.skip(settings.updates_per_iteration - len(updates))
+                return updates
+            applied = optimizer.step(step.gradients, loss=step.loss)
+            kept = minibatch._replace(ref_logits=None), step._replace(gradients=None)
+            updates.append(Update(*kept, applied))
+    return updates
+
+
+def kl_from_old(step: "MinibatchGradient", minibatch: Experience) -> float:
+    """Mean over tokens of k3(old_logp - logp): an unbiased estimate of KL(old || theta).
+
+    The samples are old's, so the log-ratio is old's over theta's and not the other way round.
+    """
+    estimate = kl.kl_estimate(minibatch.old_logp - step.logp, "k3")
+    return float(masked_mean(estimate, mask=minibatch.batch.response_mask))
 
 
 class MinibatchGradient(NamedTuple):
-    gradients: Tree
+    gradients: Tree | None
     loss: float
-    logp: Array  # (B, R) of the current policy
-    values: Array  # (B, R)
-    clipped: Array  # (B, R) boolean: the objective does not follow the ratio
+    logp: Array  # (B, T) of the current policy
+    values: Array  # (B, T)
+    clipped: Array  # (B, T) boolean: the objective does not follow the ratio
     parts: dict[str, float]  # terms of the loss
 
 
@@ -288,101 +270,121 @@ def _micro_batch(
     config: GPTConfig,
     settings: PPOConfig,
 ) -> Tree:
-    """What some rows add to everything that is summed over the minibatch; `shape` is its (B, R)."""
+    """What some rows add to everything that is summed over the minibatch; `shape` is its (B, T)."""
     rows, experience = part
     loss, cache = ppo_loss_forward(params, experience=experience, config=config, settings=settings)
-    xp, R = get_xp(cache.logp), cache.logp.shape[1]
+    xp, T = get_xp(cache.logp), cache.logp.shape[1]
     tokens = {"logp": cache.logp, "values": cache.values, "clipped": cache.clip.clipped}
     term = {"loss": loss, "parts": cache.parts, "gradients": ppo_loss_backward(1.0, cache)}
     for name, array in tokens.items():
         term[name] = xp.zeros(shape, dtype=cache.logp.dtype)
-        term[name][rows, :R] = array
+        term[name][rows, :T] = array
     return term
 
 
-def update_metrics(
-    step: MinibatchGradient, experience: Experience, settings: PPOConfig
-) -> dict[str, float]:
-    """How far the policy and its values are from those that sampled, over real tokens.
+# -- the loss ------------------------------------------------------------------------------------
 
-    policy/kl_old_k3_token is an unbiased estimate of KL(old || theta): the samples are old's, so
-    its log-ratio is old_logp - logp.
+
+class PPOLossCache(NamedTuple):
+    policy: PolicyCache
+    clip: objectives.PPOClipCache
+    value: objectives.ValueLossCache
+    penalty: objectives.KLLossCache | None  # only where `kl_mode` puts it into the loss
+    entropy: logprobs.EntropyCache | None
+    entropy_sum: objectives.WeightedSumCache | None
+    settings: PPOConfig
+    kl_loss_coef: Array | float
+    logp: Array  # for the metrics
+    values: Array  # for the metrics
+    parts: dict[str, Array]  # the terms of the loss
+
+
+def ppo_loss_forward(
+    params: Tree, *, experience: Experience, config: GPTConfig, settings: PPOConfig
+) -> tuple[Array, PPOLossCache]:
+    """loss = L_clip + vf_coef L_V + beta L_KL - ent_coef H, each a weighted sum over tokens.
+
+    L_KL is there only if `kl_mode` puts the penalty into the loss. In the default placement the
+    penalty is inside the advantages of L_clip, constants, and no term of its own: what reaches the
+    logits is dz_a = -w ratio A (1[a = y] - P_a) / tau where the clip lets it through, 0 elsewhere.
+
+    Args:
+        params: {"transformer": ..., "value_head": ...}.
+    Returns:
+        loss (), cache.
     """
-    e, mask = experience, experience.batch.response_mask
-    xp = get_xp(step.logp, step.values, mask)
-    log_ratio = step.logp - e.old_logp
-    clamped, inside = clamp_log_ratio(log_ratio)
-    ratio = xp.exp(clamped)
-    eps = settings.value_clip_eps or float("inf")
-    moved = step.values - e.old_values
-    edge = e.old_values + xp.clip(moved, -eps, eps)
-    larger = xp.abs(edge - e.returns) > xp.abs(step.values - e.returns)
-    value_clipped = (xp.abs(moved) > eps) & larger
-    metrics = {
-        "policy/approxkl_avg": masked_mean(0.5 * log_ratio * log_ratio, mask=mask),
-        "policy/kl_old_k3_token": masked_mean(kl_estimate(-log_ratio, "k3"), mask=mask),
-        "policy/clipfrac_avg": masked_mean(step.clipped.astype(mask.dtype), mask=mask),
-        "val/clipfrac_avg": masked_mean(value_clipped.astype(mask.dtype), mask=mask),
-        "val/ratio": masked_mean(ratio, mask=mask),
-        "val/ratio_var": masked_var(ratio, mask=mask),
-        "policy/clamped_log_ratios": ((mask > 0) & ~inside).sum(),
-    }
-    return {name: float(value) for name, value in metrics.items()}
+    batch, weights, tau = experience.batch, experience.weights, settings.temperature
+    out, policy = policy_forward(params, batch=batch, config=config, temperature=tau)
+    clip_loss, clip = objectives.ppo_clip_forward(
+        out.logp,
+        old_logp=experience.old_logp,
+        advantages=experience.advantages,  # -beta kl_token is in here
+        weights=weights,
+        clip_eps=settings.clip_range,
+        clip=settings.clip,
+        dual_clip=settings.dual_clip or None,
+    )
+    value_loss, value = objectives.value_loss_forward(
+        out.values,
+        old_values=experience.old_values,
+        returns=experience.returns,
+        weights=weights,
+        clip_eps=settings.value_clip_eps or None,
+    )
+    loss = clip_loss + settings.vf_coef * value_loss
+    parts = {"loss/policy_avg": clip_loss, "loss/value_avg": value_loss}
+    penalty = entropy_cache = entropy_sum = None
+    if kl.KL_MODES[settings.kl_mode].in_loss:
+        kl_loss, penalty = objectives.kl_loss_forward(
+            out.logits,
+            out.logp,
+            kl_mode=settings.kl_mode,
+            old_logp=experience.old_logp,
+            ref_logp=experience.ref_logp,
+            ref_logits=experience.ref_logits,
+            weights=weights,
+            temperature=tau,
+        )
+        loss = loss + experience.kl_loss_coef * kl_loss
+        parts["loss/kl_avg"] = kl_loss
+    if settings.ent_coef:
+        entropy, entropy_cache = logprobs.entropy_forward(out.logits, temperature=tau)
+        bonus, entropy_sum = objectives.weighted_sum_forward(entropy, weights=weights)
+        loss = loss - settings.ent_coef * bonus
+    caches = (policy, clip, value, penalty, entropy_cache, entropy_sum)
+    constants = (settings, experience.kl_loss_coef)
+    return loss, PPOLossCache(*caches, *constants, out.logp, out.values, parts)
 
 
-def ppo_update(
-    optimizer: Optimizer,
-    experience: Experience,
-    *,
-    config: GPTConfig,
-    settings: PPOConfig,
-    rng: np.random.Generator,
-) -> dict[str, float]:
-    """Epochs x minibatches of updates on one batch of experience; means of their metrics.
-
-    Each epoch goes through the responses in a new order. With target_kl no further update is made
-    once the policy has moved 1.5 target_kl away from the one that sampled; the learning rate goes
-    on as if all had been made.
-    """
-    xp, n_updates = get_xp(experience.weights), settings.epochs * settings.minibatches
-    constant = experience.weights.shape[0] / settings.minibatches * config.n_ctx
-    history: list[dict[str, float]] = []
-    for _ in range(settings.epochs):
-        order = rng.permutation(experience.weights.shape[0])
-        for rows in np.array_split(order, settings.minibatches):
-            minibatch = experience.rows(xp.asarray(rows))
-            mask = minibatch.batch.response_mask
-            weights = token_weights(mask, mode=settings.aggregation, constant=constant)
-            minibatch = minibatch._replace(weights=weights)
-            step = minibatch_gradients(
-                optimizer.params, minibatch, config=config, settings=settings
-            )
-            metrics = update_metrics(step, minibatch, settings)
-            moved = metrics["policy/kl_old_k3_token"]
-            if settings.target_kl and moved > 1.5 * settings.target_kl:
-                optimizer.skip(n_updates - len(history))
-                return _mean(history)
-            learning_rate = optimizer.learning_rate
-            grad_norm = optimizer.step(step.gradients, loss=step.loss)
-            history.append({**metrics, **step.parts, "grad_norm": grad_norm, "lr": learning_rate})
-    return _mean(history)
+def ppo_loss_backward(dloss: Array | float, cache: PPOLossCache) -> Tree:
+    """dL/dparams: the terms of the loss undone, added up on logits, log-probs and values."""
+    dlogp = objectives.ppo_clip_backward(dloss, cache.clip)
+    dvalues = objectives.value_loss_backward(dloss * cache.settings.vf_coef, cache.value)
+    dlogits = None
+    if cache.penalty is not None:
+        dkl = dloss * cache.kl_loss_coef
+        dlogits, dlogp_penalty = objectives.kl_loss_backward(dkl, cache.penalty)
+        dlogp += dlogp_penalty
+    if cache.entropy is not None:
+        dbonus = -dloss * cache.settings.ent_coef  # a bonus is taken off the loss
+        dentropy = objectives.weighted_sum_backward(dbonus, cache.entropy_sum)
+        dlogits_entropy = logprobs.entropy_backward(dentropy, cache.entropy)
+        dlogits = dlogits_entropy if dlogits is None else dlogits + dlogits_entropy
+    return policy_backward(dlogits, dlogp, dvalues, cache.policy)
 
 
-def next_kl_coef(kl_coef: float, *, kl_seq: float, settings: PPOConfig) -> float:
+# -- the next beta -------------------------------------------------------------------------------
+
+
+def next_kl_coef(kl_coef: float, *, rollout: Rollout, settings: PPOConfig) -> float:
     """beta of the next iteration: fixed, or steered towards kl_target."""
     if not settings.kl_target:
         return kl_coef
-    return adaptive_kl_coef(
+    mask = rollout.batch.response_mask
+    return kl.adaptive_kl_coef(
         kl_coef,
-        kl_seq=kl_seq,
+        kl_seq=float(kl.summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean()),
         target=settings.kl_target,
         horizon=settings.kl_horizon,
         n_episodes=settings.batch_size,
     )
-
-
-def _mean(history: list[dict[str, float]]) -> dict[str, float]:
-    mean = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
-    mean["policy/clamped_log_ratios"] = sum(h["policy/clamped_log_ratios"] for h in history)
-    mean["policy/updates"] = len(history)
-    return mean

@@ -1,6 +1,7 @@
 """Stage 2: a reward model from preferences between two responses to one prompt."""
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +10,9 @@ from minirlhf.backend import get_xp, to_host
 from minirlhf.errors import InputError
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
-from minirlhf.runs.log import RunLog
+from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
 from minirlhf.train.batches import Ids, micro_batches, pad_batch, row_slices
-from minirlhf.train.optimizer import NonFiniteError, Optimizer
+from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
 from minirlhf.train.settings import RewardModelConfig
 from minirlhf.tree import Tree
@@ -36,6 +36,58 @@ class RewardModel(NamedTuple):
     config: GPTConfig
     mean: float = 0.0
     sd: float = 1.0
+
+
+def train_reward_model(
+    optimizer: Optimizer,
+    pairs: list[Pair],
+    *,
+    config: GPTConfig,
+    settings: RewardModelConfig,
+    pad_id: int,
+    rng: np.random.Generator,
+    device: str = "cpu",
+) -> Iterator[dict[str, float]]:
+    """The loop: epochs over the pairs in a new order each, minimising -log sigma(margin).
+
+    Args:
+        optimizer: of `init_reward_model`; made for `n_updates` updates.
+    Yields:
+        loss, accuracy, margin, grad_norm and lr of each update.
+    Raises:
+        InputError: there are no pairs.
+        NonFiniteError: the loss diverged.
+    """
+    if not pairs:
+        raise InputError(
+            "reward model: expected preference pairs; got none: give --pairs a file, or train a "
+            "reference whose replies differ"
+        )
+    for _ in range(settings.epochs):
+        order = rng.permutation(len(pairs))
+        for rows in row_slices(len(pairs), settings.batch_size):
+            metrics, gradients = reward_model_loss_and_gradients(
+                optimizer.params,
+                [pairs[i] for i in order[rows]],
+                config=config,
+                settings=settings,
+                pad_id=pad_id,
+                device=device,
+            )
+            yield metrics | optimizer.step(gradients, loss=metrics["loss/reward_model"])
+
+
+def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Generator) -> Tree:
+    """{"transformer": as given, "reward_head": w ~ N(0, 1/sqrt(C + 1)), b = 0}."""
+    wte, std = transformer["wte"], (config.d_model + 1) ** -0.5
+    head = init_scalar_head(config.d_model, std=std, rng=rng, dtype=wte.dtype)
+    head = {name: get_xp(wte).asarray(value) for name, value in head.items()}
+    return {"transformer": transformer, "reward_head": head}
+
+
+def n_updates(n_pairs: int, settings: RewardModelConfig) -> int:
+    """How many updates the loop makes."""
+    return settings.epochs * len(row_slices(n_pairs, settings.batch_size))
 
 
 def reward_model_loss_and_gradients(
@@ -94,63 +146,6 @@ def _micro_batch(
         "margin": share * (chosen - rejected).mean(),
     }
     return {"metrics": metrics, "gradients": reward_backward(dscore, cache)}
-
-
-def train_reward_model(
-    transformer: Tree,
-    pairs: list[Pair],
-    *,
-    config: GPTConfig,
-    settings: RewardModelConfig,
-    pad_id: int,
-    rng: np.random.Generator,
-    log: RunLog,
-    track,
-    device: str = "cpu",
-) -> RewardModel:
-    """Minimise -log sigma(score_chosen - score_rejected). The head starts at N(0, 1/sqrt(C + 1)).
-
-    Args:
-        transformer: parameters to start from; not written to.
-    Returns:
-        RewardModel, not yet normalised.
-    Raises:
-        InputError: there are no pairs.
-        NonFiniteError: the loss diverged; names the step.
-    """
-    if not pairs:
-        raise InputError(
-            "reward model: expected preference pairs; got none: give --pairs a file, or train a "
-            "reference whose replies differ"
-        )
-    wte = transformer["wte"]
-    head = init_scalar_head(
-        config.d_model, std=(config.d_model + 1) ** -0.5, rng=rng, dtype=wte.dtype
-    )
-    head = {key: get_xp(wte).asarray(value) for key, value in head.items()}
-    batches = [
-        order[rows]
-        for order in (rng.permutation(len(pairs)) for _ in range(settings.epochs))
-        for rows in row_slices(len(pairs), settings.batch_size)
-    ]
-    params = {"transformer": transformer, "reward_head": head}
-    optimizer = Optimizer(params, settings.optimizer, total_steps=len(batches))
-    for step in track(range(len(batches)), "reward model"):
-        metrics, gradients = reward_model_loss_and_gradients(
-            optimizer.params,
-            [pairs[i] for i in batches[step]],
-            config=config,
-            settings=settings,
-            pad_id=pad_id,
-            device=device,
-        )
-        metrics["lr"] = optimizer.learning_rate
-        try:
-            metrics["grad_norm"] = optimizer.step(gradients, loss=metrics["loss/reward_model"])
-        except NonFiniteError as error:
-            raise NonFiniteError(f"reward model step {step}: {error}") from error
-        log.metrics(step, "reward_model", metrics)
-    return RewardModel(optimizer.params, config)
 
 
 def score_responses(

@@ -5,8 +5,11 @@ and the command line makes a flag of each.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import KL_MODES
@@ -15,20 +18,28 @@ from minirlhf.rlhf.objectives import AGGREGATIONS
 _RULES = {
     "at_least_1": (lambda x: x >= 1, "at least 1"),
     "at_least_0": (lambda x: x >= 0, "at least 0"),
-    "above_0": (lambda x: x > 0, "more than 0"),
+    # float32 holds no positive number much below: 1e-46 would become 0
+    "above_0": (lambda x: x >= 1e-37, "at least 1e-37"),
     "shares": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
     "decays": (lambda x: 0 <= x < 1, "at least 0 and less than 1"),
 }
 
 
-def check_numbers(config: Any, where: str, **names_of: tuple[str, ...]) -> None:
-    """Check fields of a dataclass: `names_of` says which follow which of _RULES; all are finite.
+def check_fields(config: Any, where: str, **names_of: tuple[str, ...]) -> None:
+    """Check every field of a frozen dataclass: its type, its choices, its range; all are finite.
+
+    A dict in the place of a nested dataclass becomes one, over the defaults of that field.
 
     Args:
-        where: what stands before the name of a field in the message, like "ppo.".
+        where: what stands before the name of a field in a message, like "ppo.".
+        names_of: which fields follow which of _RULES.
     Raises:
-        InputError: a number is out of its range.
+        InputError: a field has another type or is out of its range.
     """
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value = _typed(getattr(config, f.name), hints[f.name], f, where + f.name)
+        object.__setattr__(config, f.name, value)  # frozen for everybody else
     for rule, names in names_of.items():
         in_range, expected = _RULES[rule]
         for name in names:
@@ -39,33 +50,66 @@ def check_numbers(config: Any, where: str, **names_of: tuple[str, ...]) -> None:
                 )
 
 
+def with_fields(default: Any, values: dict[str, Any], where: str) -> Any:
+    """The dataclass with other values of some fields.
+
+    Raises:
+        InputError: a name is no field, or as `check_fields`.
+    """
+    names = [f.name for f in fields(default)]
+    for name in values:
+        if name not in names:
+            raise InputError(
+                f"{where}: expected one of {', '.join(names)}; got {name!r}: correct the name"
+            )
+    return replace(default, **values)
+
+
+def _typed(value: Any, hint: Any, f: Field, where: str) -> Any:
+    """The value in the type of its field: a whole number as float, a string as Path."""
+    if is_dataclass(hint):
+        if isinstance(value, dict):
+            return with_fields(f.default_factory(), value, where)
+        if not isinstance(value, hint):
+            raise InputError(
+                f"{where}: expected a table, {hint.__name__} or a dict; got {value!r}: correct it"
+            )
+        return value
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise InputError(
+                f"{where}: expected one of {', '.join(get_args(hint))}; got {value!r}: correct it"
+            )
+        return value
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    if value is None and kinds != [hint]:
+        return None
+    kind = kinds[0]
+    accepted = {float: (int, float, np.number), int: (int, np.integer), Path: (str, Path)}
+    is_flag = isinstance(value, bool | np.bool_)
+    if is_flag != (kind is bool) or not isinstance(value, accepted.get(kind, (kind, np.bool_))):
+        expected = "a path" if kind is Path else kind.__name__
+        raise InputError(f"{where}: expected {expected}; got {value!r}: correct it")
+    return kind(value)
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning rate."""
 
-    learning_rate: float = 1e-3
-    """Highest learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
-    warmup: int = 0
-    """Updates over which the learning rate rises."""
-    floor: float = 0.0
-    """Last learning rate as a share of the highest."""
-    beta1: float = 0.9
-    """Decay of the mean of the gradient."""
-    beta2: float = 0.999
-    """Decay of the mean of its square."""
-    eps: float = 1e-5
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled decay of matrices; biases and layer norms are spared."""
-    max_grad_norm: float = 1.0
-    """The gradient is scaled down to this global norm; 0 leaves it as it is."""
-    form: Literal["torch", "tf"] = "torch"
-    """Where eps stands: as in PyTorch, or as in TensorFlow 1."""
+    learning_rate: float = 1e-3  # Highest learning rate
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # After the warm-up
+    warmup: int = 0  # Updates over which the learning rate rises
+    floor: float = 0.0  # Last learning rate as a share of the highest
+    beta1: float = 0.9  # Decay of the mean of the gradient
+    beta2: float = 0.999  # Decay of the mean of its square
+    eps: float = 1e-5  # Added to the root of the second moment
+    weight_decay: float = 0.0  # Decoupled decay of matrices; biases and layer norms are spared
+    max_grad_norm: float = 1.0  # Largest global norm, longer gradients are scaled down; 0: any
+    form: Literal["torch", "tf"] = "torch"  # Where eps stands: as in PyTorch, or as in TensorFlow 1
 
     def __post_init__(self):
-        check_numbers(
+        check_fields(
             self,
             "optimizer.",
             at_least_0=("learning_rate", "warmup", "weight_decay", "max_grad_norm"),
@@ -79,15 +123,12 @@ class OptimizerConfig:
 class ModelConfig:
     """The policy's transformer; its vocabulary and positions follow from the world."""
 
-    n_layer: int = 2
-    """Blocks."""
-    n_head: int = 4
-    """Attention heads; divides d_model."""
-    d_model: int = 64
-    """Channels."""
+    n_layer: int = 2  # Blocks
+    n_head: int = 4  # Attention heads; divides d_model
+    d_model: int = 64  # Channels
 
     def __post_init__(self):
-        check_numbers(self, "model.", at_least_1=("n_layer", "n_head", "d_model"))
+        check_fields(self, "model.", at_least_1=("n_layer", "n_head", "d_model"))
         if self.d_model % self.n_head:
             raise InputError(
                 f"model.n_head: expected a divisor of d_model = {self.d_model}; got {self.n_head}"
@@ -98,10 +139,8 @@ class ModelConfig:
 class SFTConfig:
     """Supervised fine-tuning on demonstrations."""
 
-    steps: int = 850
-    """Updates."""
-    batch_size: int = 32
-    """Demonstrations an update."""
+    steps: int = 850  # Updates
+    batch_size: int = 32  # Demonstrations an update
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=3e-3, warmup=30, floor=0.05, beta2=0.98, eps=1e-8, weight_decay=0.01
@@ -109,37 +148,28 @@ class SFTConfig:
     )
 
     def __post_init__(self):
-        check_numbers(self, "sft.", at_least_0=("steps",), at_least_1=("batch_size",))
+        check_fields(self, "sft.", at_least_0=("steps",), at_least_1=("batch_size",))
 
 
 @dataclass(frozen=True)
 class RewardModelConfig:
     """Bradley-Terry reward model."""
 
-    init: Literal["scratch", "reference"] = "scratch"
-    """Start from random weights, or from the reference's (then n_layer is the reference's)."""
-    n_layer: int = 1
-    """Blocks of a model from scratch."""
-    n_pairs: int = 1500
-    """Pairs of reference samples that the annotator compares (a world without given pairs)."""
-    n_heldout_pairs: int = 400
-    """Further pairs, on held-out prompts, for the accuracy."""
-    n_normalize: int = 1024
-    """Reference samples that set mean 0 and sd 1 of the score."""
-    epochs: int = 4
-    """Passes over the pairs."""
-    batch_size: int = 64
-    """Pairs an update."""
-    margin: float = 0.0
-    """Score difference that the loss asks for."""
-    label_smoothing: float = 0.0
-    """Share of labels assumed to be flipped [0 to below 0.5]."""
+    init: Literal["scratch", "reference"] = "scratch"  # Random weights, or all of the reference
+    n_layer: int = 1  # Blocks of a model from scratch
+    n_pairs: int = 1500  # Pairs of reference samples for the annotator, where none are given
+    n_heldout_pairs: int = 400  # Further pairs, on held-out prompts, for the accuracy
+    n_normalize: int = 1024  # Reference samples that set mean 0 and sd 1 of the score
+    epochs: int = 4  # Passes over the pairs
+    batch_size: int = 64  # Pairs an update
+    margin: float = 0.0  # Score difference that the loss asks for
+    label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
     )
 
     def __post_init__(self):
-        check_numbers(
+        check_fields(
             self,
             "reward_model.",
             at_least_1=(
@@ -159,63 +189,41 @@ class RewardModelConfig:
 class PPOConfig:
     """PPO with the summed KL penalty."""
 
-    iterations: int = 30
-    """Batches of fresh samples."""
-    batch_size: int = 128
-    """Prompts, and responses, an iteration."""
-    epochs: int = 4
-    """Passes over each batch."""
-    minibatches: int = 2
-    """Updates a pass."""
+    iterations: int = 30  # Batches of fresh samples
+    batch_size: int = 128  # Prompts, and responses, an iteration
+    epochs: int = 4  # Passes over each batch
+    minibatches: int = 2  # Updates a pass
+    # The most responses in one forward: bounds memory only. 0: as suits a cache; on a GPU all
     micro_batch_size: int = 0
-    """The most responses in one forward and backward; bounds memory, changes no result. 0: as many
-    as suit a core's cache (on a GPU: the minibatch)."""
-    temperature: float = 1.0
-    """Of sampling and of every log-prob [> 0]."""
-    kl_coef: float = 0.2
-    """beta, weight of the penalty [units of the normalised score per nat]."""
+    temperature: float = 1.0  # Of sampling and of every log-prob [> 0]
+    kl_coef: float = 0.2  # beta, weight of the penalty [units of the normalised score per nat]
+    # Where the penalty stands and which estimator it uses
     kl_mode: Literal[tuple(KL_MODES)] = "reward_k1"  # type: ignore[valid-type]
-    """Where the penalty stands and which estimator it uses."""
-    kl_target: float = 0.0
-    """Wanted kl_seq [nats per response]: adapts kl_coef. 0: kl_coef stays fixed."""
-    kl_horizon: float = 1280.0
-    """Episodes over which an adaptive kl_coef may change by up to 20 %: ten default batches."""
-    gamma: float = 1.0
-    """Discount."""
-    lam: float = 0.95
-    """GAE's lambda."""
-    whiten_advantages: bool = True
-    """Advantages to mean 0, variance 1 over the batch's tokens."""
-    whiten_rewards: bool = False
-    """Token rewards to variance 1 (the mean stays)."""
+    kl_target: float = 0.0  # Wanted kl_seq [nats per response], adapts kl_coef. 0: fixed
+    kl_horizon: float = 1280.0  # Episodes over which an adaptive kl_coef may change by 20 %
+    gamma: float = 1.0  # Discount
+    lam: float = 0.95  # GAE's lambda
+    whiten_advantages: bool = True  # Advantages to mean 0, variance 1 over the batch's tokens
+    whiten_rewards: bool = False  # Token rewards to variance 1 (the mean stays)
+    # Clipped surrogate: PPO's, the one-sided min(ratio, 1+e) of a textbook, or none
     clip: Literal["ppo", "book", "none"] = "ppo"
-    """Clipped surrogate: PPO's, the one-sided min(ratio, 1+e) of a textbook, or none."""
-    clip_eps: float = 0.2
-    """e below 1, and above it unless clip_eps_high is set."""
-    clip_eps_high: float = 0.0
-    """e above 1 (clip-higher). 0: as clip_eps."""
-    dual_clip: float = 0.0
-    """c > 1: bounds the objective from below by c A where A < 0. 0: off."""
-    value_clip_eps: float = 0.0
-    """Clips the value's move from the rollout's [reward units]. 0: off."""
-    vf_coef: float = 0.1
-    """Weight of the value loss."""
-    ent_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    clip_eps: float = 0.2  # e below 1, and above it unless clip_eps_high is set
+    clip_eps_high: float = 0.0  # e above 1 (clip-higher). 0: as clip_eps
+    dual_clip: float = 0.0  # c > 1: bounds the objective from below by c A where A < 0. 0: off
+    value_clip_eps: float = 0.0  # Clips the value's move from the rollout's [reward units]. 0: off
+    vf_coef: float = 0.1  # Weight of the value loss
+    ent_coef: float = 0.0  # Weight of the entropy bonus
+    # How token losses become one number
     aggregation: Literal[AGGREGATIONS] = "token-mean"  # type: ignore[valid-type]
-    """How token losses become one number."""
-    target_kl: float = 0.0
-    """No further update once mean KL(old || policy) exceeds 1.5 of it [nats per token]. 0: off."""
-    missing_eos_penalty: float = 0.0
-    """Taken off the (cut) score of a response without its stop token [score units]."""
-    score_clip: float = 0.0
-    """Cuts the score to [-c, c] [score units]. 0: off."""
+    target_kl: float = 0.0  # No update beyond KL(old || policy) = 1.5 of it [nats/token]. 0: off
+    missing_eos_penalty: float = 0.0  # Off the score where the stop token is missing [score units]
+    score_clip: float = 0.0  # Cuts the score to [-c, c] [score units]. 0: off
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-4, beta2=0.95)
     )
 
     def __post_init__(self):
-        check_numbers(
+        check_fields(
             self,
             "ppo.",
             at_least_1=("iterations", "batch_size", "epochs", "minibatches"),
@@ -237,10 +245,19 @@ class PPOConfig:
                 "ppo.kl_target: expected kl_coef > 0 with it, because the controller multiplies "
                 "kl_coef; got 0: start from a larger kl_coef"
             )
+        if self.kl_target and self.batch_size > self.kl_horizon:
+            raise InputError(
+                f"ppo.kl_horizon: expected at least batch_size = {self.batch_size} with kl_target, "
+                f"or one batch would use up the horizon; got {self.kl_horizon}: choose a larger one"
+            )
         if self.dual_clip and self.dual_clip <= 1:
             raise InputError(
                 f"ppo.dual_clip: expected 0 (off) or more than 1; got {self.dual_clip}"
             )
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return self.epochs * self.minibatches
 
     @property
     def clip_range(self) -> tuple[float, float]:

@@ -1,22 +1,58 @@
 """Stage 1, supervised fine-tuning: imitate the demonstrations. The result is the reference."""
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.objectives import cross_entropy_backward, cross_entropy_forward, token_weights
-from minirlhf.runs.log import RunLog
-from minirlhf.train.batches import Batch, pad_batch, row_slices
-from minirlhf.train.optimizer import NonFiniteError, Optimizer
+from minirlhf.rlhf.objectives import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    token_weights,
+)
+from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
+from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
 from minirlhf.train.settings import SFTConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
 
-Example = tuple[list[int], list[int]]  # prompt ids, response ids
+Example = tuple[Ids, Ids]  # prompt, response
+
+
+def train_sft(
+    optimizer: Optimizer,
+    examples: list[Example],
+    *,
+    config: GPTConfig,
+    settings: SFTConfig,
+    pad_id: int,
+    rng: np.random.Generator,
+    device: str = "cpu",
+) -> Iterator[dict[str, float]]:
+    """The loop: one update a step on a random batch of demonstrations.
+
+    Args:
+        optimizer: of {"transformer": ...}; made for settings.steps updates.
+    Yields:
+        loss/sft [nats per token], grad_norm and lr of each update.
+    Raises:
+        InputError: there are no examples.
+        NonFiniteError: the loss diverged.
+    """
+    if not examples:
+        raise InputError(
+            "sft: expected demonstrations of training prompts; got none: give a corpus with more"
+        )
+    for _ in range(settings.steps):
+        chosen = rng.integers(len(examples), size=settings.batch_size)
+        prompts, responses = zip(*(examples[i] for i in chosen), strict=True)
+        batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
+        loss, gradients = sft_loss_and_gradients(optimizer.params, batch, config)
+        yield {"loss/sft": loss, **optimizer.step(gradients, loss=loss)}
 
 
 def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tuple[float, Tree]:
@@ -24,7 +60,7 @@ def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tup
 
     Summed over micro-batches: the weights of the tokens are those of the whole batch.
     """
-    weights = token_weights(batch.response_mask)
+    weights = token_weights(batch.response_mask)  # (B, T) 1 / number of tokens
     groups = batch.groups(size=0, config=config)
     f = functools.partial(_micro_batch, params, config=config)
     total = sum_over(f, [(batch.part(rows), weights[rows]) for rows in groups])
@@ -34,7 +70,7 @@ def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tup
 def _micro_batch(params: Tree, part: tuple[Batch, Array], *, config: GPTConfig) -> Tree:
     batch, weights = part
     out, cache = policy_forward(params, batch=batch, config=config)
-    weights = weights[:, : out.logp.shape[1]]
+    weights = weights[:, : out.logp.shape[1]]  # `Batch.part` leaves out columns of padding
     loss, loss_cache = cross_entropy_forward(out.logp, weights=weights)
     dlogp = cross_entropy_backward(1.0, loss_cache)
     return {"loss": loss, "gradients": policy_backward(None, dlogp, None, cache)}
@@ -63,47 +99,3 @@ def sft_loss(
         total -= float(get_xp(logp).where(mask > 0, logp, 0.0).sum())
         tokens += float(mask.sum())
     return total / tokens
-
-
-def train_sft(
-    transformer: Tree,
-    examples: list[Example],
-    *,
-    config: GPTConfig,
-    settings: SFTConfig,
-    pad_id: int,
-    rng: np.random.Generator,
-    log: RunLog,
-    track,
-    device: str = "cpu",
-) -> Tree:
-    """Train on random batches of examples.
-
-    Args:
-        transformer: parameters to start from; not written to.
-        track: wraps the range of steps, to show progress.
-    Returns:
-        trained parameters.
-    Raises:
-        InputError: there are no examples.
-        NonFiniteError: the loss diverged; names the step.
-    """
-    if not examples:
-        raise InputError(
-            "sft: expected demonstrations of training prompts; got none: give a corpus with more"
-        )
-    optimizer = Optimizer(
-        {"transformer": transformer}, settings.optimizer, total_steps=settings.steps
-    )
-    for step in track(range(settings.steps), "supervised fine-tuning"):
-        chosen = rng.integers(len(examples), size=settings.batch_size)
-        prompts, responses = zip(*(examples[i] for i in chosen), strict=True)
-        batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
-        loss, gradients = sft_loss_and_gradients(optimizer.params, batch, config)
-        learning_rate = optimizer.learning_rate
-        try:
-            grad_norm = optimizer.step(gradients, loss=loss)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"supervised fine-tuning step {step}: {error}") from error
-        log.metrics(step, "sft", {"loss/sft": loss, "lr": learning_rate, "grad_norm": grad_norm})
-    return optimizer.params["transformer"]

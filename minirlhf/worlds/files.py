@@ -1,28 +1,22 @@
-"""The user's own world: a corpus, preference pairs, a reward function.
+"""The user's own world: a corpus and preference pairs; what a reward may be is in rewards.py.
 
 corpus   plain text (a line or a paragraph is an example) or .jsonl {"prompt", "response"}
 pairs    .jsonl {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} with whole dialogues
-reward   "module:function" or "file.py:function", text -> number; replaces the reward model
 """
 
-import importlib
-import importlib.util
 import math
-import numbers
 import os
-import sys
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from numpy.random import Generator
 
 from minirlhf.disk import parse_object, read_text, shorten
 from minirlhf.errors import InputError
+from minirlhf.worlds.rewards import load_reward
 from minirlhf.worlds.world import World
 
 TextPair = tuple[str, str, str]  # prompt, chosen, rejected
@@ -36,7 +30,7 @@ def corpus_world(
     path: str | Path | None = None,
     *,
     pairs_path: str | Path | None = None,
-    reward: str | Callable[[str], float] | None = None,
+    reward: str | Callable | None = None,
     unit: str = "auto",
     max_prompt_chars: int = 200,
     max_response_chars: int = 120,
@@ -51,7 +45,7 @@ def corpus_world(
     Args:
         path:       corpus; None: the chosen replies of the pairs are the demonstrations.
         pairs_path: preference pairs; their prompts join those of the corpus.
-        reward:     a function of the full text, or where to find one, as `load_reward` takes it.
+        reward:     what `load_reward` takes.
         unit:       what is an example of a plain text: "line", "document", or "auto".
         max_prompt_chars, max_response_chars: longer ones are cut at a word border, prompts in
             front, responses at the end.
@@ -59,16 +53,7 @@ def corpus_world(
     Raises:
         InputError: a file cannot be used, nothing usable is left, or the choices do not fit.
     """
-    if (pairs_path is None) == (reward is None):
-        came = "neither" if reward is None else "both"
-        raise InputError(
-            "corpus: expected either preference pairs or a reward function, to say which response "
-            f"is better; got {came}: give --pairs FILE or --reward module:function"
-        )
-    if callable(reward):
-        reward = UserReward(reward)
-    if path is None and pairs_path is None:
-        raise InputError("corpus: expected a corpus or preference pairs; got none: give --corpus")
+    _check_sources(path, pairs_path, reward)
     notes: list[str] = []
     limits = max_prompt_chars, max_response_chars
     pairs = None if pairs_path is None else _cut_pairs(read_pairs(pairs_path), limits, notes)
@@ -77,9 +62,9 @@ def corpus_world(
     else:
         examples, joiner = read_corpus(path, unit=unit, notes=notes)
     examples = _unique(_cut_examples(examples, limits, notes), notes)
-    weights = Counter(prompt for prompt, *_ in [*examples, *(pairs or [])])
-    judged = {prompt for prompt, *_ in pairs or []}
-    train_prompts, heldout_prompts = _split_prompts(weights, rng, judged)
+    judged = [prompt for prompt, _, _ in pairs or []]
+    weights = Counter([prompt for prompt, _ in examples] + judged)
+    train_prompts, heldout_prompts = _split_prompts(weights, rng, set(judged))
     if train_prompts == heldout_prompts:
         notes.append("there is one prompt in all: it is trained on and evaluated on")
     train = set(train_prompts)
@@ -90,12 +75,23 @@ def corpus_world(
         heldout_prompts=heldout_prompts,
         heldout_demonstrations=[example for example in examples if example[0] not in train],
         pairs=pairs,
-        reward=load_reward(reward) if isinstance(reward, str) else reward,
+        reward=None if reward is None else load_reward(reward),
         joiner=joiner,
         max_prompt_tokens=_suggested_tokens(weights),
         max_response_tokens=_suggested_tokens(response for _, response in examples),
         notes=tuple(notes),
     )
+
+
+def _check_sources(path, pairs_path, reward) -> None:
+    if (pairs_path is None) == (reward is None):
+        came = "neither" if reward is None else "both"
+        raise InputError(
+            "corpus: expected either preference pairs or a reward function, to say which response "
+            f"is better; got {came}: give --pairs FILE or --reward module:function"
+        )
+    if path is None and pairs_path is None:
+        raise InputError("corpus: expected a corpus or preference pairs; got none: give --corpus")
 
 
 def split_pairs(
@@ -125,7 +121,8 @@ def read_corpus(
     if unit not in ("auto", "line", "document"):
         raise InputError(f"unit: expected auto, line or document; got {unit!r}: choose one of them")
     if Path(path).suffix == ".jsonl":
-        return list(_read_jsonl(path, ("prompt", "response"))), " "
+        keys = ("prompt", "response")
+        return [_texts(entry, keys, where) for where, entry in _objects(path)], " "
     texts = _units(read_text(path), unit)
     joiner = _joiner(texts)
     examples = [_split_example(text, joiner) for text in texts]
@@ -141,20 +138,13 @@ def read_corpus(
 
 
 def _units(text: str, unit: str) -> list[str]:
-    """The lines, or the paragraphs between blank lines, of a text."""
-    paragraphs: list[list[str]] = [[]]
-    for line in text.split("\n"):
-        if line.strip():
-            paragraphs[-1].append(line.rstrip())
-        elif paragraphs[-1]:
-            paragraphs.append([])
-    paragraphs = [lines for lines in paragraphs if lines]
-    n_lines = sum(map(len, paragraphs))
+    """The lines, or the paragraphs between blank lines, of a text that is not blank."""
+    text = "\n".join(line.rstrip() for line in text.split("\n")).strip()
+    paragraphs = re.split(r"\n{2,}", text)
+    lines = [line.strip() for line in text.split("\n") if line]
     if unit == "auto":
-        unit = "document" if len(paragraphs) - 1 >= 0.01 * n_lines else "line"
-    if unit == "line":
-        return [line.strip() for lines in paragraphs for line in lines]
-    return ["\n".join(lines).strip() for lines in paragraphs]
+        unit = "document" if len(paragraphs) - 1 >= 0.01 * len(lines) else "line"
+    return lines if unit == "line" else [paragraph.strip() for paragraph in paragraphs]
 
 
 def _joiner(texts: list[str]) -> str:
@@ -185,20 +175,17 @@ def read_pairs(path: str | Path) -> list[TextPair]:
             type than text, an empty text, or a chosen equal to the rejected.
     """
     pairs = []
-    for line, entry in _objects(path):
-        where = f"{path}:{line}"
+    for where, entry in _objects(path):
         if "prompt" in entry:
-            prompt, chosen, rejected = _texts(entry, ("prompt", "chosen", "rejected"), where)
+            pair = _texts(entry, ("prompt", "chosen", "rejected"), where)
         else:
-            prompt, chosen, rejected = _split_dialogues(
-                *_texts(entry, ("chosen", "rejected"), where), where
-            )
-        if chosen == rejected:
+            pair = _split_dialogues(*_texts(entry, ("chosen", "rejected"), where), where)
+        if pair[1] == pair[2]:
             raise InputError(
-                f"{where}: expected chosen and rejected to differ; got {shorten(chosen)!r} twice: "
+                f"{where}: expected chosen and rejected to differ; got {shorten(pair[1])!r} twice: "
                 "remove the line"
             )
-        pairs.append((prompt, chosen, rejected))
+        pairs.append(pair)
     return pairs
 
 
@@ -210,26 +197,21 @@ def _split_dialogues(chosen: str, rejected: str, where: str) -> TextPair:
             f"{shorten(chosen)!r}: add the key prompt"
         )
     end += len(_TURN)
-    replies = chosen[end:].strip(), rejected[end:].strip()
-    for key, reply in zip(("chosen", "rejected"), replies, strict=True):
-        if not reply:
-            raise InputError(
-                f"{where}: expected a reply after the last {_TURN!r} of {key}; got none: remove "
-                "the line"
-            )
-    return chosen[:end].strip(), *replies
+    prompt, *replies = (text.strip() for text in (chosen[:end], chosen[end:], rejected[end:]))
+    if not all(replies):
+        raise InputError(
+            f"{where}: expected a reply after the last {_TURN!r} of "
+            f"{'rejected' if replies[0] else 'chosen'}; got none: remove the line"
+        )
+    return prompt, *replies
 
 
-def _objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank."""
+def _objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) of every line that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            yield number, parse_object(line, f"{path}:{number}")
-
-
-def _read_jsonl(path: str | Path, keys: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    for line, entry in _objects(path):
-        yield _texts(entry, keys, f"{path}:{line}")
+            where = f"{path}:{number}"
+            yield where, parse_object(line, where)
 
 
 def _texts(entry: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str, ...]:
@@ -336,102 +318,3 @@ def _split_prompts(
 def _suggested_tokens(texts) -> int:
     """Room for the longest text: a small BPE takes a token for two bytes, short texts more."""
     return 4 + math.ceil(max(len(text.encode()) for text in texts) / 2)
-
-
-# --- the reward function
-
-
-@dataclass(frozen=True)
-class UserReward:
-    """The user's function, checked: full text -> finite float.
-
-    Raises:
-        InputError: the function raised, or returned something else; quotes the text and the value.
-    """
-
-    function: Callable[[str], float]
-    name: str = "reward"
-
-    def __call__(self, text: str) -> float:
-        try:
-            value = self.function(text)
-        except Exception as error:  # the user's code may raise anything
-            raise InputError(
-                f"{self.name}: expected a number for the text {shorten(text)!r}; it raised "
-                f"{type(error).__name__}: {shorten(str(error))}: correct the function"
-            ) from error
-        number = value.item() if getattr(value, "shape", None) == () else value
-        if not isinstance(number, numbers.Real) or not abs(number) <= sys.float_info.max:
-            raise InputError(
-                f"{self.name}: expected a finite number for the text {shorten(text)!r}; got "
-                f"{shorten(repr(value))}: correct the function"
-            )
-        return float(number)
-
-
-def absolute_reward(where: str) -> str:
-    """The same function, named so that it is found from any directory if it lies in a file."""
-    source, _, name = where.rpartition(":")
-    return f"{os.path.abspath(source)}:{name}" if source.endswith(".py") else where
-
-
-def load_reward(where: str) -> UserReward:
-    """The function at "package.module:function" or "file.py:function", checked at every call.
-
-    The module may lie in the current directory.
-
-    Raises:
-        InputError: there is no such module, file or function, its import fails, or it cannot be
-            called.
-    """
-    source, colon, name = where.rpartition(":")
-    if not (source and colon and name):
-        raise InputError(
-            f"reward: expected module:function or file.py:function; got {where!r}: for example "
-            "minirlhf.worlds.rewards:vowel_share"
-        )
-    try:
-        module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise InputError(
-            f"reward: expected to import {source}; it raised {type(error).__name__}: "
-            f"{shorten(str(error), 120)}: check the name and the code"
-        ) from error
-    function = getattr(module, name, None)
-    if function is None:
-        raise InputError(
-            f"reward: expected a function {name} in {source}; found none: check the name"
-        )
-    if not callable(function):
-        raise InputError(
-            f"reward: expected {where} to be a function; got {shorten(repr(function))}: name one"
-        )
-    return UserReward(function, where)
-
-
-def _import_module(name: str) -> ModuleType:
-    with _importable(Path.cwd()):
-        importlib.invalidate_caches()
-        return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"reward: expected a Python file {path}; found none: check the path")
-    spec = importlib.util.spec_from_file_location(f"minirlhf_reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look it up there
-    with _importable(path.resolve().parent):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))

@@ -72,19 +72,29 @@ class Tokenizer:
         """
         return [_printable(self._bytes(int(i))) for i in ids]
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """[bos, *ids, sep].
+    def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
 
         Raises:
             InputError: the prompt is empty.
         """
         if not text:
             raise InputError("prompt: expected some text; got an empty prompt: write one")
-        return [self.bos, *self.encode(text), self.sep]
+        ids = [*self.encode(text), self.sep]
+        too_many = 0 if max_tokens is None else max(0, len(ids) + 1 - max_tokens)
+        return [self.bos, *ids[too_many:]]
 
-    def response_ids(self, text: str) -> list[int]:
-        """[*ids, eos]. The empty response is [eos]: the policy may end at once."""
-        return [*self.encode(text), self.eos]
+    def response_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """[*ids, eos]; of a response that is too long, the first max_tokens ids, without an eos.
+
+        Without a limit the empty response is [eos], as a policy that ends at once samples it.
+
+        Raises:
+            InputError: there is a limit, as for text to train on or to score, and no text.
+        """
+        if max_tokens is not None and not text:
+            raise InputError("response: expected some text; got an empty response: write one")
+        return [*self.encode(text), self.eos][:max_tokens]
 
     def _bytes(self, i: int) -> bytes:
         if not 0 <= i < self.vocab_size:
@@ -160,14 +170,12 @@ def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
         changed = set()
         for w in words_with.pop(best):
             word, count = words[w]
-            merged, lost, gained = _merge(word, best, new)
+            merged, changes = _merge(word, best, new)
             words[w] = merged, count
-            for pair in lost:
-                pair_counts[pair] -= count
-            for pair in gained:
-                pair_counts[pair] += count
+            for pair, change in changes:
+                pair_counts[pair] += change * count
                 words_with[pair].add(w)
-            changed.update(lost, gained)
+                changed.add(pair)
         for pair in changed:
             if pair_counts[pair] > 0:
                 heapq.heappush(heap, entry(pair))
@@ -184,22 +192,20 @@ def _cut(pieces: Counter[str]) -> Counter[str]:
     return parts
 
 
-def _merge(word: str, pair: str, new: str) -> tuple[str, list[str], list[str]]:
-    """The word with `new` for each `pair`, from the left; the pairs that this takes and makes."""
+def _merge(word: str, pair: str, new: str) -> tuple[str, list[tuple[str, int]]]:
+    """The word with `new` for each `pair`, from the left; how that changes the counts of pairs."""
     parts = word.split(pair)
-    lost, gained = [], []
+    changes = []
     left = parts[0][-1:]
     for j, part in enumerate(parts[1:], start=1):
         right = part[:1] or (pair[0] if j < len(parts) - 1 else "")
-        lost.append(pair)
+        changes.append((pair, -1))
         if left:
-            lost.append(left + pair[0])
-            gained.append(left + new)
+            changes += [(left + pair[0], -1), (left + new, 1)]
         if right:
-            lost.append(pair[1] + right)
-            gained.append(new + right)
+            changes += [(pair[1] + right, -1), (new + right, 1)]
         left = part[-1:] or new
-    return new.join(parts), lost, gained
+    return new.join(parts), changes
 
 
 def load_tokenizer_by_name(name: str) -> Tokenizer:
@@ -210,10 +216,10 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
     Raises:
         InputError: tiktoken does not know the name, or the table cannot be had.
     """
-    known = tiktoken.list_encoding_names()
-    if name not in known:
+    names = tiktoken.list_encoding_names()
+    if name not in names:
         raise InputError(
-            f"encoding: expected one of {', '.join(sorted(known))}; got {name!r}: choose one of "
+            f"encoding: expected one of {', '.join(sorted(names))}; got {name!r}: choose one of "
             "these, or none to train one on the corpus"
         )
     try:
@@ -225,11 +231,11 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
             "set TIKTOKEN_CACHE_DIR to a folder that has it, or choose no encoding to train one on "
             "the corpus"
         ) from error
-    specials = dict(encoding._special_tokens)  # documented in tiktoken's README, "Extending"
-    next_id = encoding.max_token_value + 1
-    for special in SPECIALS:
-        if special not in specials:
-            specials[special], next_id = next_id, next_id + 1
+    specials = encoding._special_tokens  # documented in tiktoken's README, "Extending"
+    missing = [special for special in SPECIALS if special not in specials]
+    specials = specials | {
+        special: encoding.max_token_value + 1 + i for i, special in enumerate(missing)
+    }
     return _tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, specials)
 
 

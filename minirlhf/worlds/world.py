@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from numpy.random import Generator
 
+from minirlhf.worlds.rewards import UserReward
+
 
 @dataclass(frozen=True)
 class World:
@@ -23,12 +25,23 @@ class World:
     gold: Callable[[str, str], float] | None = None  # (prompt, response) -> true reward
     annotate: Callable[[str, str, str, Generator], bool] | None = None  # (prompt, a, b, rng): a?
     pairs: list[tuple[str, str, str]] | None = None  # (prompt, chosen, rejected)
-    reward: Callable[[str], float] | None = None  # full text -> reward
+    reward: UserReward | None = None  # the user's own
     joiner: str = " "
     max_prompt_tokens: int = 32  # suggestion, special tokens included
     max_response_tokens: int = 32  # suggestion, the end token included
     notes: tuple[str, ...] = ()  # what was dropped or cut, one sentence each, to be shown
 
     def full_text(self, prompt: str, response: str) -> str:
-        """prompt + joiner + response, the text that `reward` sees."""
+        """prompt + joiner + response, the text that a reward of texts sees."""
         return prompt + self.joiner + response
+
+    def rewards(self, prompts: list[str], responses: list[str]) -> list[float]:
+        """The user's own reward of each reply."""
+        return self.reward(prompts, responses, list(map(self.full_text, prompts, responses)))
+
+    def gold_or_none(self, prompt: str, response: str) -> float | None:
+        """The true reward, or None where there is none, or none for this prompt."""
+        try:
+            return self.gold(prompt, response) if self.gold else None
+        except ValueError:  # a prompt that the world does not know
+            return None

@@ -1,7 +1,6 @@
 """The command line: what a person types, what they get, and its exit status."""
 
 import importlib
-import io
 import json
 import os
 import re
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tiny_run import (
     as_flags,
     call,
     changed,
     differences,
     files_under,
+    interrupted_after,
     leaves,
     metrics,
     outcome,
@@ -31,8 +30,7 @@ from tiny_run import (
 )
 
 import minirlhf
-from minirlhf.app import cli, progress
-from minirlhf.app.tables import penalty_table
+from minirlhf.app import check, cli, commands, progress
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import transformer_forward
 from minirlhf.runs import pipeline
@@ -48,7 +46,7 @@ else:
 ROOT = Path(minirlhf.__file__).parents[1]
 VOWELS = "minirlhf.worlds.rewards:vowel_share"
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "score", "sample", "exact", "check", "bench")
+COMMANDS = ("train", "resume", "score", "sample", "exact", "check")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +84,45 @@ def test_version(capsys, arguments):
     assert call(capsys, *arguments) == (0, f"minirlhf {minirlhf.__version__}\n", "")
 
 
-@pytest.mark.parametrize("name", ["trian", "", "--seed"])
+def test_the_version_costs_nothing():
+    """Neither NumPy nor anything that draws, parses flags or encodes texts is imported for it."""
+    script = """
+import sys
+from minirlhf.app.cli import main
+try:
+    main(["--version"])
+finally:
+    print(sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(PYTHONPATH=str(ROOT)), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    version, libraries = done.stdout.decode().splitlines()
+    assert version == f"minirlhf {minirlhf.__version__}"
+    assert "minirlhf" in libraries
+    for library in ("numpy", "matplotlib", "tyro", "tiktoken", "rich", "threadpoolctl"):
+        assert library not in libraries, libraries
+
+
+def test_matplotlib_waits_for_a_picture():
+    """The commands and the pictures themselves are imported without it."""
+    modules = "commands, exact, check, pictures, api"
+    script = f"import sys; from minirlhf.app import {modules}; print('matplotlib' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(PYTHONPATH=str(ROOT)), capture_output=True
+    )
+    assert done.stdout == b"False\n", done.stderr
+
+
+def test_every_command_is_where_the_table_says():
+    assert tuple(cli.COMMANDS) == COMMANDS
+    for place in cli.COMMANDS.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(importlib.import_module(f"minirlhf.app.{module}"), function))
+
+
+@pytest.mark.parametrize("name", ["trian", "", "--seed", "bench"])
 def test_an_unknown_command_is_refused_and_the_known_ones_named(capsys, name):
     message = refusal(capsys, name)
     assert repr(name) in message and all(command in message for command in COMMANDS)
@@ -98,13 +134,16 @@ def test_help_of_each_command(capsys, command):
     assert status == 0 and err == ""
     assert f"minirlhf {command}" in words(out)
     expected = {
-        "train": ["--config", *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig()))],
+        "train": [
+            "--config",
+            "--beta",
+            *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig())),
+        ],
         "resume": ["Run folder", "PPO goes on from its last checkpoint", "start again"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
-        "bench": ["--workloads", "--parts", "--peers", "--rounds", "--growth", "--out"],
-        "check": ["--seed"],
+        "check": ["--seed", "--cases"],
     }[command]
     for option in expected:
         assert option in words(out) or option.rpartition(".")[2] in out, option
@@ -129,6 +168,9 @@ def test_the_installed_program_is_this_one():
         ["score", "run", "--prompt", "a"],
         ["sample", "run"],
         ["check", "everything"],
+        ["train", "--config"],
+        ["train", "--beta"],
+        ["train", "--beta", "much"],
     ],
 )
 def test_wrong_flags_are_refused_before_anything_happens(capsys, tmp_path, monkeypatch, arguments):
@@ -153,6 +195,12 @@ def test_train_shows_before_and_after_and_where_it_lies(capsys, tmp_path):
     assert re.findall(r"-?\d+\.\d\d", row) == [
         f"{result[who]['gold']:.2f}" for who in ("reference", "policy")
     ]
+    for words_of in (
+        "proxy: the score of the reward model",
+        "gold: the world's own",
+        "distinct-2: ",
+    ):
+        assert words_of in words(shown)
     assert "before and after" in shown and re.search(r"gold [+-]\d", shown)
     assert f"run folder: {out}" in shown and f"curves: {out}/curves.png" in shown
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -180,11 +228,11 @@ def test_a_configuration_file_and_flags_that_overrule_it(capsys, tmp_path, names
     assert differences(outcome(tmp_path / "run"), outcome(tmp_path / "again")) == []
 
 
-@pytest.mark.parametrize("flag", ["--beta", "--ppo.kl-coef"])
-def test_beta_0_switches_the_penalty_off(capsys, tmp_path, names, flag):
+@pytest.mark.parametrize("flags", [["--beta", "0"], ["--beta=0"], ["--ppo.kl-coef", "0"]])
+def test_beta_0_switches_the_penalty_off(capsys, tmp_path, names, flags):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS)
     save_config(tmp_path / "my.toml", config)
-    assert call(capsys, "train", "--config", tmp_path / "my.toml", flag, "0")[0] == 0
+    assert call(capsys, "train", "--config", tmp_path / "my.toml", *flags)[0] == 0
     assert load_config(tmp_path / "run/config.toml").ppo.kl_coef == 0.0
     rows = metrics(tmp_path / "run", "ppo")
     assert all(row["objective/kl_coef"] == row["objective/non_score_reward"] == 0 for row in rows)
@@ -194,16 +242,8 @@ def test_beta_0_switches_the_penalty_off(capsys, tmp_path, names, flag):
 def test_resume_goes_on_and_shows_the_same(capsys, tmp_path, names, monkeypatch):
     config = tiny_config(tmp_path / "whole", corpus=names, reward=VOWELS)
     _, whole, _ = call(capsys, "train", *as_flags(config))
-    original, calls = pipeline.ppo_update, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "ppo_update", interrupted)
+        patch.setattr(commands, "track", interrupted_after("PPO", 2))
         parts = changed(config, {"out": tmp_path / "parts"})
         status, out, err = call(capsys, "train", *as_flags(parts))
     assert status == 130 and out == ""
@@ -335,31 +375,6 @@ def test_score_refuses_what_it_would_have_to_cut(capsys, desk):
     assert "prompt: expected at most" in refusal(capsys, "sample", desk, "--prompt", long)
 
 
-def test_penalty_table_sums_its_tokens():
-    logp, ref_logp = np.array([-1.0, -2.5, -0.5]), np.array([-1.5, -2.0, -3.0])
-    text = as_text(penalty_table(["[a]", " b", "\\n"], logp, ref_logp), width=80)
-    assert "[a]" in text and "-4.0000" in text and "-6.5000" in text
-    assert "+2.5000" in text.splitlines()[-2]  # 0.5 - 0.5 + 2.5
-
-
-def test_penalty_table_in_a_narrow_terminal_cuts_no_number():
-    logp, ref_logp = np.array([-10.125, -0.5, -99.0]), np.array([-11.0, -123.4567, -1.0])
-    text = as_text(penalty_table([" a-long-token", "b", " c"], logp, ref_logp), width=40)
-    assert "\u2026" not in text and max(map(len, text.splitlines())) <= 40
-    for number in ("-10.1250", "-123.4567", "+122.9567", "-109.6250", "-135.4567", "+25.8317"):
-        assert number in text, number
-    rows = (line.split("\u2502")[1] for line in text.splitlines() if "\u2502" in line)
-    tokens = "".join(cell.strip() for cell in rows)
-    assert tokens == "a-long-tokenbcsum"  # folded, all of it
-
-
-def as_text(table, *, width):
-    """What a terminal of this width shows."""
-    console = Console(width=width, file=io.StringIO(), markup=False)
-    console.print(table)
-    return console.file.getvalue()
-
-
 # --- sample
 
 
@@ -403,15 +418,11 @@ def test_the_most_likely_token_needs_no_coins(capsys, desk, greedy):
             ["--temperature", "inf"],
         ),
         *(["--top-k", "-1"], ["--top-p", "0"], ["--top-p", "2"], ["--top-p", "nan"]),
+        ["--seed", "-1"],
     ],
 )
 def test_sample_refuses_what_cannot_be(capsys, desk, flags):
     assert "sample: expected" in refusal(capsys, "sample", desk, "--prompt", PROMPT, *flags)
-
-
-@pytest.mark.parametrize("command", [["check"], ["sample", "run", "--prompt", "k"]])
-def test_a_negative_seed_is_refused(capsys, command):
-    assert "--seed: expected at least 0; got -1" in refusal(capsys, *command, "--seed", "-1")
 
 
 @pytest.mark.parametrize("prompt", ["[red]k", "[/red]k", "[link=x]", ":smile: k", "\\[k", "%s {}"])
@@ -425,11 +436,16 @@ def test_what_the_user_writes_is_no_markup(capsys, desk, prompt):
 # --- check
 
 
+@pytest.mark.parametrize("flags", [["--seed", "-1"], ["--cases", "0"]])
+def test_check_refuses_what_cannot_be(capsys, flags):
+    assert "check: expected --seed >= 0 and --cases >= 1" in refusal(capsys, "check", *flags)
+
+
 def test_ctrl_c_in_a_check_speaks_of_no_run(capsys, monkeypatch):
-    def interrupted(*, seed):
+    def interrupted() -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "check_command", interrupted)
+    monkeypatch.setattr(check, "check_command", interrupted)
     status, _, err = call(capsys, "check")
     assert status == 130 and err == "minirlhf: interrupted\n"
 
@@ -437,7 +453,12 @@ def test_ctrl_c_in_a_check_speaks_of_no_run(capsys, monkeypatch):
 @pytest.mark.parametrize("verdict", [0, 1])
 def test_check_exits_with_its_verdict(capsys, monkeypatch, verdict):
     seeds = []
-    monkeypatch.setattr(cli, "check_command", lambda *, seed: seeds.append(seed) or verdict)
+
+    def judged(*, seed: int = 0) -> int:
+        seeds.append(seed)
+        return verdict
+
+    monkeypatch.setattr(check, "check_command", judged)
     assert call(capsys, "check", "--seed", "7")[0] == verdict
     assert call(capsys, "check")[0] == verdict
     assert seeds == [7, 0]
@@ -445,7 +466,6 @@ def test_check_exits_with_its_verdict(capsys, monkeypatch, verdict):
 
 def test_check_runs_on_a_few_rows(capsys, monkeypatch):
     """The command itself, on three operations."""
-    check = importlib.import_module("minirlhf.app.check")
     monkeypatch.setattr(check, "TABLE", check.TABLE[:3])
     monkeypatch.setattr(check, "WHOLE_LOSSES", [])
     status, out, _ = call(capsys, "check")

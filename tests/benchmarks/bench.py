@@ -1,4 +1,7 @@
-"""`minirlhf bench`: how fast the ordinary functions are, beside PyTorch, JAX and TRL.
+"""How fast the ordinary functions are, beside PyTorch, JAX and TRL.
+
+    python tests/benchmarks/bench.py                               a few minutes, ours alone
+    python tests/benchmarks/bench.py --peers --workloads nano toy  beside all that are installed
 
 Every implementation is a program of its own that reads one workload from a folder; a round asks
 each in turn, and what is reported are medians of the ratios within a round, because the machine's
@@ -19,10 +22,8 @@ from typing import Any, Literal
 
 import bench_pictures as pictures
 import numpy as np
+import tyro
 from programs import Program, busy_seconds, family, own_seconds
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from workloads import SGEMM_SIZE, WORKLOADS, Sizes, disagreement, matmul_gflop, write_workload
 
 from minirlhf.app.progress import track
@@ -34,13 +35,13 @@ Row = dict[str, Any]
 
 PARTS = {
     "loss": "PPO loss, gradients",
-    "sample": "sampling",
+    "sample": "sampling, KV cache",
     "logprobs": "reference log-probs",
-    "adamw": "AdamW step",
-    "iteration": "PPO iteration",
+    "adamw": "AdamW, one step",
+    "iteration": "whole PPO iteration",
 }
 OURS = "minirlhf"
-PEERS = {  # name -> (program in tests/benchmarks, variant, library)
+PEERS = {  # name -> (program in this folder, variant, library)
     "PyTorch": ("peer_torch.py", "eager", "torch"),
     "torch.compile": ("peer_torch.py", "compile", "torch"),
     "JAX": ("peer_jax.py", "", "jax"),
@@ -70,8 +71,7 @@ class BenchOptions:
     parts: tuple[Literal[tuple(PARTS)], ...] = tuple(PARTS)  # type: ignore[valid-type]
     """What is timed."""
     peers: bool = False
-    """Beside PyTorch, torch.compile, JAX and TRL, as far as they are installed; run it in a clone
-    of the repository, whose tests/benchmarks/ hold their programs."""
+    """Beside PyTorch, torch.compile, JAX and TRL, as far as they are installed."""
     rounds: int = 7
     """Times each is asked; the medians are reported."""
     threads: int = 0
@@ -82,26 +82,36 @@ class BenchOptions:
     """Folder for bench.json and the pictures; default: runs/bench-N with the next free N."""
 
 
-def bench_command(options: BenchOptions) -> int:
-    """Measure, print the table, write bench.json and the pictures.
+def main(arguments: list[str] | None = None) -> None:
+    """Exit status 0: done; 1: an implementation computes something else; 2: wrong input."""
+    try:
+        status = run_benchmark(tyro.cli(BenchOptions, args=arguments, prog="bench.py"))
+    except InputError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
-    Returns:
-        exit status: 0, or 1 if an implementation computes something else.
+
+def run_benchmark(options: BenchOptions) -> int:
+    """Measure, print the tables, write bench.json and the pictures; the exit status.
+
     Raises:
         InputError: an option is out of its range, or the folder holds results already.
     """
     if options.rounds < 1 or options.threads < 0 or not options.workloads or not options.parts:
         raise InputError(
-            "bench: expected rounds >= 1, threads >= 0, a workload and a part; got "
+            "expected rounds >= 1, threads >= 0, a workload and a part; got "
             f"{options.rounds}, {options.threads}, {list(options.workloads)} and "
             f"{list(options.parts)}: choose such values"
         )
     out = new_folder(options.out or next_numbered_folder("bench"), holds="bench.json")
     threads = options.threads or usable_cores()
-    console = Console(markup=False, emoji=False)
     missing = [n for n, (_, _, library) in PEERS.items() if not importlib.util.find_spec(library)]
     if options.peers and missing:
-        console.print(f"not installed, so left out: {', '.join(missing)}")
+        print(f"not installed, so left out: {', '.join(missing)}")
     results: Row = {"threads": threads, "machine": machine(), "growth": [], "rows": []}
     rows: list[Row] = results["rows"]
     if options.growth:
@@ -110,14 +120,10 @@ def bench_command(options: BenchOptions) -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(name, Path(folder), options, threads)
         write_whole(out / "bench.json", (json.dumps(results, indent=1) + "\n").encode())
-    console.print(results_table(rows))
-    if any(row["memory"] is not None for row in rows):
-        console.print(memory_table(rows))
-    for note in notes(rows):
-        console.print(note, soft_wrap=True)
+    print(results_table(rows), memory_table(rows), *notes(rows), sep="\n")
     for path in pictures.draw(rows, results["growth"], out):
-        console.print(f"picture: {path}", soft_wrap=True)
-    console.print(f"numbers: {out / 'bench.json'}", soft_wrap=True)
+        print(f"picture: {path}")
+    print(f"numbers: {out / 'bench.json'}")
     return 1 if any(row["disagrees"] for row in rows) else 0
 
 
@@ -139,6 +145,7 @@ def measure(name: str, folder: Path, options: BenchOptions, threads: int) -> lis
             laps = rounds(able, part, options.rounds, f"{name}: {PARTS[part]}")
             rows += part_rows(name, part, sizes, laps, wrong)
     for row in rows:
+        row["version"] = programs[row["program"]].name
         if row["part"] == "loss":
             with start(row["program"], folder, threads) as program:
                 row["memory"] = program.memory_above_start("loss")
@@ -156,18 +163,8 @@ def implementations(options: BenchOptions, workload: str) -> list[str]:
 
 def start(name: str, folder: Path, threads: int) -> Program:
     """The program of an implementation, opened on a workload."""
-    if name == OURS:
-        return Program([sys.executable, "-m", "minirlhf.app.bench_ours"], folder, "", threads)
-    file, variant, _ = PEERS[name]
-    roots = (Path.cwd(), Path(__file__).parents[2])
-    paths = [root / "tests" / "benchmarks" / file for root in roots]
-    found = next((path for path in paths if path.exists()), None)
-    if found is None:
-        raise InputError(
-            f"--peers: expected tests/benchmarks/{file}; found none here: run it in a clone of the "
-            "repository"
-        )
-    return Program([sys.executable, str(found)], folder, variant, threads)
+    file, variant, _ = PEERS.get(name, ("ours.py", "", ""))
+    return Program([sys.executable, str(Path(__file__).with_name(file))], folder, variant, threads)
 
 
 def rounds(programs: dict[str, Program], part: str, n: int, title: str) -> dict[str, list[float]]:
@@ -213,18 +210,18 @@ def part_rows(
     rows = []
     for name in wrong:
         seconds = float(np.median(laps[name]))
-        ratios = [a / b for a, b in zip(laps[name], laps[OURS], strict=False)]
-        low, middle, high = np.percentile(ratios, (25, 50, 75))
+        low, middle, high = quartiles(laps[name], laps[OURS])
         rows.append(
             {
                 "workload": workload,
                 "part": part,
+                "what": PARTS[part],
                 "program": name,
                 "seconds": seconds,
                 "laps": laps[name],
-                "ratio": float(middle),  # how many times as long as ours
-                "quartiles": [float(low), float(high)],
-                "noisy": bool(high - low > SPREAD * middle),
+                "ratio": middle,  # how many times as long as ours
+                "quartiles": [low, high],
+                "noisy": high - low > SPREAD * middle,
                 "gflops": gflop / seconds if gflop else None,
                 "sgemm_gflops": peak,
                 "memory": None,
@@ -232,6 +229,13 @@ def part_rows(
             }
         )
     return rows
+
+
+def quartiles(laps: list[float], others: list[float]) -> tuple[float, float, float]:
+    """25 %, 50 % and 75 % of the ratios laps / others within a round."""
+    ratios = [a / b for a, b in zip(laps, others, strict=False)]
+    low, middle, high = np.percentile(ratios, (25, 50, 75)).tolist()
+    return low, middle, high
 
 
 def measure_growth(threads: int) -> list[Row]:
@@ -261,38 +265,49 @@ def machine() -> Row:
 # -- showing -------------------------------------------------------------------------------------
 
 
-def results_table(rows: list[Row]) -> Table:
+def columns(*rows: list[str]) -> str:
+    """The first column to the left, the others to the right, each as wide as it must be.
+
+    Nothing is ever cut to the width of a terminal.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def results_table(rows: list[Row]) -> str:
     """A line a part of a workload: our time, and how many times as long the peers take."""
     peers = list(dict.fromkeys(row["program"] for row in rows if row["program"] != OURS))
-    title = "time, and how many times as long the others take (~: too noisy to tell)"
-    table = Table(title=title, box=box.SIMPLE)
-    for name in ("", "ms", "GFLOP/s", "of sgemm", *peers):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for (workload, part), same in _by_line(rows):
+    table = [["", "ms", "of peak", *peers]]
+    for (workload, part), same in by_line(rows):
         ours = same[OURS]
-        cells = [f"{workload}: {PARTS[part]}", f"{1e3 * ours['seconds']:.1f}"]
-        rate = ours["gflops"]
-        cells += [f"{rate:.0f}", f"{rate / ours['sgemm_gflops']:.0%}"] if rate else ["", ""]
-        others = [same.get(name) for name in peers]
-        cells += [f"{'~' if r['noisy'] else ''}{r['ratio']:.2f}" if r else "" for r in others]
-        table.add_row(*cells)
-    return table
+        rate, others = ours["gflops"], [same.get(name) for name in peers]
+        table.append(
+            [
+                f"{workload} {part}",
+                f"{1e3 * ours['seconds']:.1f}",
+                f"{rate / ours['sgemm_gflops']:.0%}" if rate else "",
+                *(f"{'~' if r['noisy'] else ''}{r['ratio']:.2f}" if r else "" for r in others),
+            ]
+        )
+    title = "time, and how many times as long the others take (~: too noisy to tell)"
+    return f"\n{title}\n\n{columns(*table)}\n"
 
 
-def memory_table(rows: list[Row]) -> Table:
+def memory_table(rows: list[Row]) -> str:
     """A line a workload: parameters, batch, PPO loss and gradients, above the libraries alone."""
     names = list(dict.fromkeys(row["program"] for row in rows if row["memory"] is not None))
-    table = Table(title="memory of the PPO loss above the libraries' [MiB]", box=box.SIMPLE)
-    for name in ("", *names):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for (workload, part), same in _by_line(rows):
+    if not names:
+        return ""
+    table = [["", *names]]
+    for (workload, part), same in by_line(rows):
         if part == "loss":
             known = [same.get(name) for name in names]
-            table.add_row(workload, *(f"{r['memory'] / 2**20:.0f}" if r else "" for r in known))
-    return table
+            table.append([workload, *(f"{r['memory'] / 2**20:.0f}" if r else "" for r in known)])
+    return f"memory of the PPO loss above the libraries' [MiB]\n\n{columns(*table)}\n"
 
 
-def _by_line(rows: list[Row]) -> Iterator[tuple[tuple[str, str], dict[str, Row]]]:
+def by_line(rows: list[Row]) -> Iterator[tuple[tuple[str, str], dict[str, Row]]]:
     """(workload, part) and its rows by implementation."""
     for key in dict.fromkeys((row["workload"], row["part"]) for row in rows):
         yield key, {r["program"]: r for r in rows if (r["workload"], r["part"]) == key}
@@ -301,7 +316,7 @@ def _by_line(rows: list[Row]) -> Iterator[tuple[tuple[str, str], dict[str, Row]]
 def notes(rows: list[Row]) -> Iterator[str]:
     """What a reader must know beside the table."""
     for row in rows:
-        what = f"{row['workload']}: {PARTS[row['part']]}, {row['program']}"
+        what = f"{row['workload']}: {row['what']}, {row['program']}"
         if row["disagrees"]:
             yield f"WRONG {what}: {row['disagrees']}"
         elif row["noisy"]:
@@ -310,3 +325,7 @@ def notes(rows: list[Row]) -> Iterator[str]:
                 f"too noisy to conclude: {what}: half of the ratios lie outside {low:.2f} to "
                 f"{high:.2f}; run it again with more --rounds on a quieter machine"
             )
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,9 @@
 One process and one thread; the medians of the ratios of neighbouring laps.
 """
 
+import argparse
 import contextlib
+import json
 import math
 import tempfile
 import time
@@ -13,10 +15,9 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from bench import columns
 from ours import MiniRLHF
 from protocol import Workload
-from rich.console import Console
-from rich.table import Table
 from threadpoolctl import threadpool_limits
 from workloads import WORKLOADS, write_workload
 
@@ -26,6 +27,7 @@ from minirlhf.nn import attention, layers, transformer
 from minirlhf.train import batches, policy, rollout
 
 ROUNDS = 9
+SECONDS_A_LAP = 0.1
 
 
 def plain_gelu(x, *, keep=True):
@@ -82,7 +84,7 @@ def patched(*targets):
 
 
 WITHOUT = {  # trick -> (part it shows in, how to do without it)
-    "softmax without the row's maximum": (
+    "no maximum in the softmax where no score exceeds 60": (
         "loss",
         patched((attention, "surely_within", lambda x, limit: False)),
     ),
@@ -90,22 +92,22 @@ WITHOUT = {  # trick -> (part it shows in, how to do without it)
         "loss",
         patched((transformer, "gelu_forward", plain_gelu)),
     ),
-    "layer norm with the BLAS's sums": (
+    "layer norm whose sums are products": (
         "loss",
         patched(
             (transformer, "layernorm_forward", plain_layernorm),
             (transformer, "layernorm_backward", plain_layernorm_backward),
         ),
     ),
-    "embedding gradient: sorted, not add.at": (
+    "embedding gradient: sorted runs instead of `add.at`": (
         "loss",
         patched((layers, "scatter_add", np.add.at)),
     ),
-    "micro-batches of a core's cache": (
+    "micro-batches that suit a core's cache": (
         "loss",
         patched((batches, "MICRO_BATCH_TOKENS", 1 << 40)),
     ),
-    "last block: only the columns that are read": (
+    "last block: only the columns that somebody reads": (
         "logprobs",
         patched((policy, "transformer_forward", every_column)),
     ),
@@ -129,7 +131,7 @@ def seconds(f) -> float:
 def ratio(ours: MiniRLHF, part: str, without) -> float:
     """How many times as long it takes without the trick."""
     run, ratios = getattr(ours, part), []
-    repeats = max(1, round(0.1 / seconds(run)))
+    repeats = max(1, round(SECONDS_A_LAP / seconds(run)))
     for _ in range(ROUNDS):
         with_it = sum(seconds(run) for _ in range(repeats))
         with without():
@@ -137,21 +139,25 @@ def ratio(ours: MiniRLHF, part: str, without) -> float:
     return float(np.median(ratios))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_tricks"))
+    options = parser.parse_args(arguments)
     keep_freed_memory()
-    table = Table(title="time without the trick / time with it")
-    for column in ("trick", "shows in", *("nano", "toy")):
-        table.add_column(column)
-    found: dict[str, dict[str, float]] = {trick: {} for trick in WITHOUT}
-    for name in ("nano", "toy"):
+    rows = [{"trick": trick, "part": part} for trick, (part, _) in WITHOUT.items()]
+    names = ("nano", "toy")
+    for name in names:
         with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
             write_workload(Path(folder), name, WORKLOADS[name], threads=1)
             ours = MiniRLHF(Workload.load(Path(folder)), "")
-            for trick in track(list(WITHOUT), name):
-                found[trick][name] = ratio(ours, *WITHOUT[trick])
-    for trick, (part, _) in WITHOUT.items():
-        table.add_row(trick, part, *(f"{found[trick][n]:.2f}" for n in ("nano", "toy")))
-    Console().print(table)
+            for row in track(rows, name):
+                row[name] = ratio(ours, *WITHOUT[row["trick"]])
+    print("\ntime without the trick / time with it\n")
+    cells = ([r["trick"], r["part"], *(f"{r[name]:.2f}" for name in names)] for r in rows)
+    print(columns(["", "shows in", *names], *cells))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "bench_tricks.json").write_text(json.dumps(rows, indent=1))
+    print(f"\nnumbers: {options.out / 'bench_tricks.json'}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 import numpy as np
 from protocol import Peer, Workload, serve
 from threadpoolctl import threadpool_limits
-from workloads import SGEMM_SIZE, tree_of
+from workloads import SGEMM_SIZE, gpt_of, tree_of
 
 from minirlhf import __version__
 from minirlhf.backend import Array, keep_freed_memory
@@ -14,11 +16,12 @@ from minirlhf.nn.adam import adamw_step
 from minirlhf.nn.sampling import Generation, generate
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.train.batches import Batch
+from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.ppo import Experience, make_experience, minibatch_gradients, ppo_update
+from minirlhf.train.ppo import Experience, Iteration, Task, minibatch_gradients, train_ppo
 from minirlhf.train.reward_model import RewardModel, score_responses
-from minirlhf.train.rollout import Samples, score_rollout
+from minirlhf.train.rollout import Samples, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import Tree, tree_items
 from minirlhf.workers import map_over, share_tree, side_by_side
@@ -35,35 +38,19 @@ class MiniRLHF(Peer):
         w, s = workload, workload.ppo
         self._begin_work(w)
         self.name = f"minirlhf {__version__}"
-        self.config = GPTConfig(
-            vocab_size=w.vocab_size,
-            n_ctx=w.prompt_len + w.response_len,
-            n_layer=w.n_layer,
-            n_head=w.n_head,
-            d_model=w.d_model,
-        )
-        rates = OptimizerConfig(
-            learning_rate=s.learning_rate,
-            schedule="constant",
-            beta1=s.beta1,
-            beta2=s.beta2,
-            eps=s.eps,
-            max_grad_norm=s.max_grad_norm,
-        )
+        self.config = gpt_of(w)
+        rates = {f.name: getattr(s, f.name) for f in fields(OptimizerConfig) if hasattr(s, f.name)}
+        of_ppo = {f.name: getattr(s, f.name) for f in fields(PPOConfig) if hasattr(s, f.name)}
         self.settings = PPOConfig(
+            iterations=1 << 40,  # as many as are asked for
             batch_size=w.batch_size,
-            epochs=s.epochs,
             minibatches=1,
-            kl_coef=s.kl_coef,
-            gamma=s.gamma,
-            lam=s.lam,
-            clip_eps=s.clip_eps,
-            value_clip_eps=s.value_clip_eps,
-            vf_coef=s.vf_coef,
-            optimizer=rates,
+            optimizer=OptimizerConfig(schedule="constant", **rates),
+            **of_ppo,
         )
         arrays = w.batch()
         self.batch = self._batch(arrays["tokens"])
+        self.prompts = arrays["tokens"][:, : w.prompt_len].tolist()
         names = ("old_logp", "old_values", "advantages", "returns")
         weights = np.full_like(arrays["returns"], 1 / arrays["returns"].size)
         self.experience = Experience(
@@ -86,6 +73,13 @@ class MiniRLHF(Peer):
             alone = w.batch_size == 1
             cls._at_work.enter_context(threadpool_limits(w.threads if alone else 1))
             cls._at_work.enter_context(side_by_side(1 if alone else w.threads))
+
+    @classmethod
+    def dismiss(cls) -> None:
+        """Let the workers go."""
+        cls._at_work, at_work = None, cls._at_work
+        if at_work is not None:
+            at_work.close()
 
     # -- parts
 
@@ -132,30 +126,30 @@ class MiniRLHF(Peer):
         )
 
     def iteration(self) -> None:
-        self.policy = self.optimizer.params
-        out = self.sample()
-        self.learn(out.tokens, out.hidden)
+        iteration_metrics(next(self.loop), settings=self.settings, stop_id=NO_STOP)
 
-    def learn(self, tokens: Array, hidden: Array | None = None) -> dict[str, Array]:
-        """From samples to updated parameters; returns the advantages and scores."""
-        w, P = self.workload, self.workload.prompt_len
-        prompts, responses = tokens[:, :P].tolist(), tokens[:, P:].tolist()
-        texts = [""] * w.batch_size
-        samples = Samples(texts, texts, prompts, responses, self._batch(tokens), hidden)
-        rollout = score_rollout(
-            self.optimizer.params,
-            self.reference,
-            samples,
-            score=lambda s: score_responses(self.reward, s.prompt_ids, s.response_ids, pad_id=PAD),
+    def train(self, sample: Callable[[Tree], Samples]) -> Iterator[Iteration]:
+        """The loop of every training, on these responses."""
+
+        def score(samples: Samples) -> np.ndarray:
+            ids = (samples.prompt_ids, samples.response_ids)
+            return score_responses(self.reward, *ids, pad_id=PAD)
+
+        task = Task(sample, score, NO_STOP)
+        same = {"config": self.config, "settings": self.settings, "rng": self.rng}
+        return train_ppo(self.optimizer, self.reference, task, **same)
+
+    def draw(self, policy: Tree) -> Samples:
+        """Responses of the policy to the workload's prompts."""
+        return sample_responses(
+            policy,
+            self.prompts,
             config=self.config,
+            stop_id=NO_STOP,
+            pad_id=PAD,
+            max_tokens=self.workload.response_len,
+            rng=self.rng,
         )
-        experience = make_experience(
-            rollout, settings=self.settings, kl_coef=self.settings.kl_coef, stop_id=NO_STOP
-        )
-        ppo_update(
-            self.optimizer, experience, config=self.config, settings=self.settings, rng=self.rng
-        )
-        return {"advantages": experience.advantages, "score": rollout.score}
 
     # -- results to compare
 
@@ -173,10 +167,16 @@ class MiniRLHF(Peer):
         if part == "adamw":
             self.adamw()
             return _paths(self.optimizer.params)
-        results = self.learn(self.batch.tokens)
+        given = Samples(self.prompts, self.batch.responses.tolist(), self.batch)
+        turn = next(self.train(lambda policy: given))
+        results = {"advantages": turn.experience.advantages, "score": turn.rollout.score}
         return results | _paths(self.optimizer.params)
 
     # -- from the folder
+
+    @functools.cached_property
+    def loop(self) -> Iterator[Iteration]:
+        return self.train(self.draw)
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:

@@ -1,6 +1,6 @@
 """The benchmark's JAX peer: everything compiled, decoding as one scan with its KV cache carried.
 
-The same GPT-2, the same PPO, on the CPU; minirlhf/app/bench_protocol.py says what it answers.
+The same GPT-2, the same PPO, on the CPU; protocol.py says what it answers.
 """
 
 import functools

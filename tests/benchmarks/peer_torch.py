@@ -1,6 +1,6 @@
 """The benchmark's PyTorch peer: `eager`, or `compile` (torch.compile where it is faster).
 
-The same GPT-2, the same PPO. See minirlhf/app/bench_protocol.py for what it reads and answers.
+The same GPT-2, the same PPO. protocol.py says what it reads and answers.
 """
 
 import time

@@ -3,7 +3,7 @@
 As close to the workload as the trainer comes: same sizes, batch, lengths and epochs, float32, no
 dropout, and nothing saved or evaluated. What differs: its value function is a second transformer
 (it takes no head on the policy), gradients are not clipped, and its metrics are always computed.
-The weights are new ones, since only time is compared. See minirlhf/app/bench_protocol.py.
+The weights are new ones, since only time is compared. protocol.py says what it answers.
 """
 
 import tempfile

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from minirlhf.disk import shorten
 from minirlhf.errors import InputError
 
 Row = dict[str, Any]
@@ -60,7 +61,7 @@ class Program:
             self.log.seek(0)
             answer = {"error": (self.log.read().strip().splitlines() or ["it ended"])[-1]}
         if "error" in answer:
-            raise InputError(f"bench: {' '.join(self.process.args[1:])}: {answer['error']}")
+            raise InputError(f"{shorten(' '.join(self.process.args[1:]), 80)}: {answer['error']}")
         return answer
 
     def lap(self, part: str, repeats: int) -> float:
@@ -70,9 +71,10 @@ class Program:
 
     def memory_above_start(self, part: str) -> int:
         """Most bytes above those of the libraries alone, of the program and its children."""
-        peak = 0
         self._send({"do": "run", "part": part, "repeats": 3})
-        while not select.select([self.process.stdout], [], [], 0.005)[0]:
+        peak, has_answered = 0, False
+        while not has_answered:
+            has_answered = bool(select.select([self.process.stdout], [], [], 0.005)[0])
             peak = max(peak, memory_of(self.process.pid))
         self._answer()
         return peak - self.memory_at_start
@@ -99,23 +101,25 @@ def family(pid: int) -> list[int]:
     """A process and all that came from it (Linux)."""
     pids = [pid]
     for parent in pids:
-        try:
-            children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-        except OSError:
-            continue
-        pids += map(int, children.split())
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):  # of each of its threads
+            with contextlib.suppress(OSError):
+                pids += map(int, children.read_text().split())
     return pids
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that a process and its children hold; what they share is counted once (Linux)."""
+    """Bytes that a process and its children hold; what they share is counted once (Linux).
+
+    Without the code of libraries, of which a process is counted less the more others use it.
+    """
     total = 0
     for member in family(pid):
         try:
             lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
-        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        kinds = ("Pss_Anon:", "Pss_Shmem:")
+        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith(kinds))
     return total
 
 

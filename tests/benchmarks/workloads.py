@@ -37,11 +37,11 @@ class Sizes:
     batch_size: int
     parts: tuple[str, ...] = ("loss", "sample", "logprobs", "adamw", "iteration")
 
-    @property
-    def gpt(self) -> GPTConfig:
-        n_ctx = self.prompt_len + self.response_len
-        sizes = (self.n_layer, self.n_head, self.d_model)
-        return GPTConfig(self.vocab_size, n_ctx, *sizes)
+
+def gpt_of(w: Sizes | Workload) -> GPTConfig:
+    """The transformer of a workload."""
+    n_ctx = w.prompt_len + w.response_len
+    return GPTConfig(w.vocab_size, n_ctx, w.n_layer, w.n_head, w.d_model)
 
 
 WORKLOADS = {
@@ -70,7 +70,7 @@ PPO = PPOSettings(
 def write_workload(folder: Path, name: str, sizes: Sizes, threads: int, seed: int = 0) -> None:
     """workload.json and arrays.npz, from which every program starts."""
     rng = np.random.default_rng(seed)
-    gpt, shape = sizes.gpt, (sizes.batch_size, sizes.response_len)
+    gpt, shape = gpt_of(sizes), (sizes.batch_size, sizes.response_len)
     head = {"rng": rng, "dtype": np.float32}
     policy = {
         "transformer": init_transformer(gpt, rng=rng),
@@ -134,11 +134,8 @@ def tree_of(arrays: dict[str, np.ndarray]) -> Tree:
 
 def logprobs_of(params: Tree, tokens: np.ndarray, workload: Workload) -> np.ndarray:
     """(B, R) log-probs of given responses by the full forward."""
-    w = workload
-    n_ctx = w.prompt_len + w.response_len
-    gpt = GPTConfig(w.vocab_size, n_ctx, w.n_layer, w.n_head, w.d_model)
-    batch = Batch(tokens, np.ones(tokens.shape, np.float32), w.prompt_len)
-    return policy_forward(params, batch=batch, config=gpt, keep=False)[0].logp
+    batch = Batch(tokens, np.ones(tokens.shape, np.float32), workload.prompt_len)
+    return policy_forward(params, batch=batch, config=gpt_of(workload), keep=False)[0].logp
 
 
 def disagreement(folder: Path, part: str, program: Program) -> str:

@@ -31,7 +31,7 @@ from tolerances import (
 
 from minirlhf import backend
 from minirlhf.backend import to_host
-from minirlhf.exact import optimum as exact
+from minirlhf.exact import enumeration
 from minirlhf.exact.enumeration import (
     PrefixTree,
     all_responses,
@@ -42,6 +42,7 @@ from minirlhf.exact.enumeration import (
     response_logprobs,
 )
 from minirlhf.exact.optimum import (
+    GaoFit,
     best_of_n,
     by_depth,
     evaluate_exactly,
@@ -695,9 +696,9 @@ def test_sizes_are_checked(size, message):
 def test_the_limit_is_exact(monkeypatch):
     """27 responses without a stop token; with one 8 + (1 + 2 + 4)."""
     for stop_id, n in ((None, 27), (0, 15)):
-        monkeypatch.setattr(exact, "MOST_LEAVES", n)
+        monkeypatch.setattr(enumeration, "MOST_LEAVES", n)
         assert enumerate_responses(vocab_size=3, max_tokens=3, stop_id=stop_id).n_prompts == 1
-        monkeypatch.setattr(exact, "MOST_LEAVES", n - 1)
+        monkeypatch.setattr(enumeration, "MOST_LEAVES", n - 1)
         with pytest.raises(ValueError, match=f"at most {n - 1} responses; it has"):
             enumerate_responses(vocab_size=3, max_tokens=3, stop_id=stop_id)
 
@@ -736,14 +737,31 @@ def test_shapes_and_coefficients_are_checked():
     }.items():
         with pytest.raises(ValueError, match=f"{where}: expected .*rewards of one shape"):
             call()
-    for beta in (0.0, -1.0, math.nan):
+    for beta in (0.0, -1.0, math.nan, math.inf):
         for optimum in (soft_optimum, tilt):
-            with pytest.raises(ValueError, match=f"expected kl_coef > 0; got {beta}"):
+            with pytest.raises(ValueError, match=f"expected kl_coef > 0 and finite; got {beta}"):
                 optimum(tree, log_ref, rewards, kl_coef=beta)
-    with pytest.raises(ValueError, match="expected kl_seq > 0; got 0.0"):
+    with pytest.raises(ValueError, match="expected kl_seq > 0 and finite; got 0.0"):
         frontier_reward(tree, log_ref, rewards, kl_seq=0.0)
+    with pytest.raises(ValueError, match="optimal_curve: expected at least one beta; got none"):
+        optimal_curve(tree, log_ref, rewards, rewards, [])
     with pytest.raises(ValueError, match="expected n >= 1; got 0"):
         best_of_n(rewards, rewards, n=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_not_finite_are_refused(bad):
+    tree, _, log_ref, rewards, _ = HERE
+    rewards = rewards.copy()
+    rewards[3] = bad
+    for call in (
+        lambda: soft_optimum(tree, log_ref, rewards, kl_coef=0.5),
+        lambda: tilt(tree, log_ref, rewards, kl_coef=0.5),
+        lambda: best_of_n(response_logprobs(tree, log_ref), rewards, n=2),
+        lambda: optimal_curve(tree, log_ref, rewards, np.abs(log_ref[0, 0]) * rewards, [0.5]),
+    ):
+        with pytest.raises(ValueError, match="expected finite rewards; got nan or inf"):
+            call()
 
 
 def never(log_probs, node, token):
@@ -779,6 +797,38 @@ def test_gains_that_cannot_be_fitted_are_refused():
     for gain in (np.ones(3), np.arange(2.0)):
         with pytest.raises(ValueError, match="gains that differ"):
             fit_gao(kl_seq, gain, law="linear")
+
+
+def test_points_that_are_not_finite_are_refused():
+    kl_seq, gain = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 3.0])
+    for bad in (math.nan, math.inf):
+        for at in range(3):
+            spoilt = np.where(np.arange(3) == at, bad, 0.0)
+            with pytest.raises(ValueError, match="fit_gao: expected law"):
+                fit_gao(kl_seq, gain + spoilt, law="linear")
+            with pytest.raises(ValueError, match="fit_gao: expected law"):
+                fit_gao(kl_seq + spoilt, gain, law="linear")
+
+
+def test_three_points_are_enough_and_shapes_must_agree():
+    kl_seq, gain = np.array([0.25, 1.0, 4.0]), np.array([0.3, 0.5, 0.2])
+    assert fit_gao(kl_seq, gain, law="linear").law == "linear"
+    with pytest.raises(ValueError, match="fit_gao: expected law"):
+        fit_gao(kl_seq, np.append(gain, 0.1), law="linear")
+    with pytest.raises(ValueError, match="fit_gao: expected law"):
+        fit_gao(kl_seq[:, None], gain, law="linear")
+
+
+@pytest.mark.parametrize("alpha", [-0.4, 0.0, 0.7])
+def test_the_peaks_of_both_laws(alpha):
+    """d (a - s d) has its peak at a / 2s, if a > 0; d (a - s log d) at exp(a / s - 1), always."""
+    log = GaoFit(alpha, 0.5, 1.0, "log")
+    assert log.peak_kl == pytest.approx(math.exp(alpha / 0.5 - 1) ** 2)
+    linear = GaoFit(alpha, 0.5, 1.0, "linear")
+    assert linear.peak_kl == pytest.approx(alpha**2) if alpha > 0 else math.isnan(linear.peak_kl)
+    for slope in (0.0, -0.5):
+        for law in ("linear", "log"):
+            assert math.isnan(GaoFit(alpha, slope, 1.0, law).peak_kl)
 
 
 @pytest.mark.parametrize(
@@ -828,6 +878,29 @@ def test_frontier_and_best_of_n_do_not_depend_on_the_unit_of_the_reward(size):
     ref_logp = response_logprobs(tree, log_ref)
     plain, scaled = (best_of_n(ref_logp, s * rewards, n=16) for s in (1.0, size))
     assert_close(scaled, plain)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_ties_of_best_of_n_do_not_depend_on_the_zero_of_the_reward(dtype):
+    """A difference of 1 in 5 is one, also between a million and a million and five."""
+    ref_logp = np.log(np.array([0.1, 0.2, 0.3, 0.15, 0.25]))
+    rewards = np.array([0, 5, 1, 1, 0]).astype(dtype)
+    plain = best_of_n(ref_logp, rewards, n=3)
+    # F = .35, .8, 1 at the rewards 0, 1, 5: two of .3 and .15 share what lies between.
+    mass = np.array([0.35**3, 1 - 0.8**3, 0.8**3 - 0.35**3])
+    assert_close(np.exp(plain), mass[[0, 1, 2, 2, 0]] * np.array([2 / 7, 1, 2 / 3, 1 / 3, 5 / 7]))
+    for shift in (10**6, -(10**6), 1):
+        assert_close(best_of_n(ref_logp, rewards + dtype(shift), n=3), plain, 0.0)
+
+
+def test_rewards_that_differ_by_a_rounding_are_ties():
+    """As sums of the same terms in another order do; but not where that is all the difference."""
+    ref_logp = np.log(np.array([0.5, 0.25, 0.25]))
+    apart = best_of_n(ref_logp, np.array([0.0, 1.0, 1.0 + 1e-15]), n=2)
+    assert_close(apart, best_of_n(ref_logp, np.array([0.0, 1.0, 1.0]), n=2), 0.0)
+    whole = best_of_n(ref_logp, np.array([1.0, 1.0 + 4e-16, 1.0 + 8e-16]), n=2)
+    assert_close(whole, best_of_n(ref_logp, np.array([0.0, 1.0, 2.0]), n=2), 0.0)
+    assert_close(best_of_n(ref_logp, np.full(3, 7.0), n=9), ref_logp)  # all tie: a draw of ref
 
 
 def test_the_frontier_ends_at_the_largest_reward():

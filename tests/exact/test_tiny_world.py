@@ -34,7 +34,6 @@ from minirlhf.exact.tiny import (
     SAL,
     TOKENS,
     UNS,
-    chain_log_probs,
     gold_reward,
     make_tiny_world,
     proxy_reward,
@@ -161,7 +160,7 @@ def test_the_chain_is_the_table_of_logits():
     other = [1.2, 0, 0.8, 0.4, -0.3, -1.2, -1.5, -2.5]
     table = np.array([start, after_ans, other, after_pol, other, other, other, other])
     assert_close(CHAIN, table - np.log(np.exp(table).sum(axis=1, keepdims=True)))
-    assert_close(chain_log_probs(TREE), CHAIN[TREE.token], 0.0)
+    assert_close(LOG_REF, CHAIN[TREE.token], 0.0)
     for y in (0, 1, 1000, 137_256):
         before = [EOS, *LEAVES.tokens[y]]
         n = int(LEAVES.mask[y].sum())

@@ -35,7 +35,7 @@ from minirlhf.exact.optimum import (
     soft_optimum,
     tilt,
 )
-from minirlhf.exact.tree_policy import exact_gradient, tree_gradient, tree_log_probs, tree_logits
+from minirlhf.exact.tree_policy import tree_gradient, tree_log_probs, tree_logits
 from minirlhf.gradcheck import check_directions, directional_derivative
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.logprobs import log_softmax
@@ -90,6 +90,13 @@ def params_of(seed=0, dtype=np.float64, config=CONFIG):
 
 def rewards_of(tree, seed=0):
     return np.random.default_rng(seed).standard_normal(tree.leaf_node.shape)
+
+
+def exact_gradient(params, log_ref, rewards, *, tree, **where):
+    """dJ/dparams at beta = .5: every response counted with its probability."""
+    log_probs = tree_log_probs(params, tree=tree, **where)
+    dlogits = objective_gradient(tree, log_probs, log_ref, rewards, kl_coef=0.5)
+    return tree_gradient(dlogits, params, tree=tree, **where)
 
 
 # -- forward -------------------------------------------------------------------------------------
@@ -206,7 +213,7 @@ def test_the_exact_gradient_by_central_differences():
         log_probs = tree_log_probs(p, **where)
         return float(evaluate_exactly(tree, log_probs, log_ref, rewards, kl_coef=0.5).objective)
 
-    gradient = exact_gradient(params, log_ref, rewards, kl_coef=0.5, **where)
+    gradient = exact_gradient(params, log_ref, rewards, **where)
     size, h = np.linalg.norm(flat(gradient)), 1e-5
     assert size > DIFFERENT
     for (path, leaf), (_, g) in zip(tree_items(params), tree_items(gradient), strict=True):
@@ -229,23 +236,18 @@ def test_the_exact_gradient_of_two_blocks(where):
         log_probs = tree_log_probs(p, **where)
         return evaluate_exactly(tree, log_probs, log_ref, rewards, kl_coef=0.5).objective
 
-    gradient = exact_gradient(params, log_ref, rewards, kl_coef=0.5, **where)
+    gradient = exact_gradient(params, log_ref, rewards, **where)
     check_directions(J, params, gradient, rng=np.random.default_rng(0))
-    dlogits = objective_gradient(
-        tree, tree_log_probs(params, **where), log_ref, rewards, kl_coef=0.5
-    )
-    assert_trees_close(gradient, tree_gradient(dlogits, params, **where), 0.0)
 
 
 def test_float32_gradients(where):
     log_ref = tree_log_probs(params_of(seed=2), **where)
     rewards = rewards_of(where["tree"])
-    double = exact_gradient(params_of(seed=1), log_ref, rewards, kl_coef=0.5, **where)
+    double = exact_gradient(params_of(seed=1), log_ref, rewards, **where)
     single = exact_gradient(
         params_of(seed=1, dtype=np.float32),
         log_ref.astype(np.float32),
         rewards.astype(np.float32),
-        kl_coef=0.5,
         **where,
     )
     assert_trees_close(
@@ -287,7 +289,7 @@ def test_every_array_module_gives_the_same_numbers(xp, xp_name, where, monkeypat
         return {
             "log_probs": log_ref,
             "linear": tree_gradient(weights, params, **here),
-            "exact": exact_gradient(params, log_ref, rewards, kl_coef=0.5, **here),
+            "exact": exact_gradient(params, log_ref, rewards, **here),
         }
 
     args = (params, rewards, weights, where["tree"])

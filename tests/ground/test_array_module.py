@@ -14,13 +14,13 @@ from minirlhf import backend
 from minirlhf.app.check import TABLE, Draw
 from minirlhf.backend import to_host
 from minirlhf.nn.adam import adamw_step, clip_global_norm, init_adamw
-from minirlhf.nn.sampling import generate
+from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import transformer_forward
 from minirlhf.rlhf.advantages import gae, masked_whiten
 from minirlhf.rlhf.kl import KL_MODES, summed_penalty
-from minirlhf.rlhf.objectives import bradley_terry_backward, bradley_terry_forward
+from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
 from minirlhf.runs import pipeline
-from minirlhf.runs import run as run_module
+from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
@@ -51,7 +51,7 @@ def cuda_is_the_stand_in(monkeypatch):
         return fakegpu if device == "cuda" else array_module(device)
 
     monkeypatch.setattr(backend, "array_module", pretend)
-    monkeypatch.setattr(run_module, "array_module", pretend)
+    monkeypatch.setattr(session_module, "array_module", pretend)
 
 
 def there(value):
@@ -149,7 +149,7 @@ def test_the_same_ids_are_sampled(settings, dtype):
             stop_id=Letters.eos,
             pad_id=Letters.pad,
             rng=np.random.default_rng(1),
-            **settings,
+            sampling=Sampling(**settings),
         )
 
     expected = run(params, batch)

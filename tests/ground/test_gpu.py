@@ -7,7 +7,7 @@ from tolerances import CUPY_PAIR, CUPY_UPDATE, assert_close
 
 from minirlhf.app.check import TABLE, Draw
 from minirlhf.backend import array_module, get_xp, to_device, to_host
-from minirlhf.nn.sampling import generate
+from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
@@ -81,7 +81,7 @@ def test_the_same_ids_are_sampled(settings, dtype):
             stop_id=Letters.eos,
             pad_id=Letters.pad,
             rng=np.random.default_rng(1),
-            **settings,
+            sampling=Sampling(**settings),
         )
 
     expected, got = run(params, batch), run(*there((params, batch)))

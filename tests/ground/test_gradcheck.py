@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minirlhf.app import check
-from minirlhf.app.check import TABLE, WHOLE_LOSSES, Draw, check_command, make_block
+from minirlhf.app.cases import TABLE, Draw, make_block
+from minirlhf.app.check import WHOLE_LOSSES, check_command
 from minirlhf.gradcheck import (
     GradientError,
     absolute_term,
@@ -256,11 +257,9 @@ def test_trees_of_gradients_must_have_the_keys_of_the_argument():
     def reorder(gradients):
         return [gradients[0], dict(reversed(gradients[1].items()))]
 
-    with pytest.raises(
-        GradientError, match=r"block: expected gradients of p under the keys \['ln1"
-    ):
+    with pytest.raises(GradientError, match=r"block: .* missing are p\.ln2\.gain, p\.ln2\.bias"):
         check_pair(block_forward, then(block_backward, drop), x, p, **constants)
-    with pytest.raises(GradientError, match=r"gradients of p under .*; got ndarray"):
+    with pytest.raises(GradientError, match=r"missing are p\.ln1\.gain, .*; got also p$"):
         check_pair(block_forward, then(block_backward, lambda g: [g[0], g[0]]), x, p, **constants)
     check_pair(block_forward, then(block_backward, reorder), x, p, **constants)
 
@@ -394,7 +393,7 @@ WRONG_TREES = {
     "transposed": ("blocks.1.attn.out.w", lambda g: g.T, r"blocks\.1\.attn\.out\.w"),
     "an axis too many": ("blocks.0.ln1.gain", lambda g: g[None], r"ln1\.gain as .*; got .*\(1, 8"),
     "float32": ("ln_f.bias", lambda g: g.astype(np.float32), r"ln_f\.bias as float64.*float32"),
-    "no leaf": ("wpe", lambda g: {}, r"wpe as float64.*; got dict"),
+    "no leaf": ("wpe", lambda g: {}, r"missing are transformer\.wpe; got also none"),
 }
 
 
@@ -410,7 +409,7 @@ def test_a_wrong_leaf_in_a_tree_is_refused(plant):
 def test_a_missing_leaf_in_a_tree_is_refused():
     loss, params, gradients = whole_sft(2)
     del gradients["transformer"]["blocks"][1]["mlp"]["down"]["b"]
-    with pytest.raises(GradientError, match=r"blocks\.1\.mlp\.down under the keys \['w', 'b'\]"):
+    with pytest.raises(GradientError, match=r"missing are .*blocks\.1\.mlp\.down\.b;"):
         check_directions(loss, params, gradients, rng=np.random.default_rng(0))
 
 

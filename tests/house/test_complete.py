@@ -7,7 +7,7 @@ import inspect
 import pytest
 from sources import FILES, PACKAGE, ROOT, each, parse
 
-from minirlhf.app.check import TABLE
+from minirlhf.app.cases import TABLE
 
 FORWARD, BACKWARD = "_forward", "_backward"
 
@@ -62,7 +62,7 @@ def test_the_backward_stands_directly_below_its_forward(path):
 @each(WITH_PAIRS)
 def test_every_pair_has_a_row_in_the_table(path):
     missing = without_row(pairs_of(path), TABLE)
-    assert not missing, f"add a row to TABLE in minirlhf/app/check.py for {missing}"
+    assert not missing, f"add a row to TABLE in minirlhf/app/cases.py for {missing}"
 
 
 def test_pairs_are_found_where_they_are():

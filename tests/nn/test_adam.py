@@ -116,6 +116,16 @@ def test_adam_updates_in_place_and_keeps_the_dtype():
     assert_close(gradient, before, 0.0)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-46, -1e-8, math.nan])
+def test_an_eps_that_is_0_in_float32_is_refused(eps):
+    """A parameter that never had a gradient would move by 0 / 0."""
+    flat = np.ones(2, dtype=np.float32)
+    with pytest.raises(ValueError, match=f"adamw: expected eps > 0, .*; got {eps}"):
+        adamw_step(flat, 0 * flat, init_adamw(flat), learning_rate=0.1, eps=eps)
+    adamw_step(flat, 0 * flat, init_adamw(flat), learning_rate=0.1, eps=1e-30)
+    assert (flat == 1).all()
+
+
 def test_another_form_is_refused():
     with pytest.raises(ValueError, match='expected form "torch" or "tf"; got \'jax\''):
         adamw_step(np.ones(1), np.ones(1), init_adamw(np.ones(1)), learning_rate=1.0, form="jax")
@@ -196,8 +206,8 @@ def test_the_optimiser_is_adamw_on_all_tensors_with_schedule_and_clip():
     state, decay = init_adamw(flat), decay_mask(params)
     for step in range(4):
         gradients = gradients_like(params, seed=step)
-        norm = optimizer.step(gradients, loss=0.0)
-        assert norm == pytest.approx(global_norm(gradients))
+        step_said = optimizer.step(gradients, loss=0.0)
+        assert step_said["grad_norm"] == pytest.approx(global_norm(gradients))
         dflat = np.concatenate([leaf.ravel() for _, leaf in tree_items(gradients)])
         lr = scheduled_lr(step, peak=0.01, total=10, warmup=2, kind="cosine")
         state = adamw_step(

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CONFIG, Letters, make_ids, make_params
+from tiny import CONFIG, Letters, make_ids, make_params, sampled
 from tolerances import CHI_SQUARE_P, CHI_SQUARE_Z, KV_CACHE, LOOPS, assert_close
 
 from minirlhf.nn import sampling
-from minirlhf.nn.sampling import draw_tokens, generate, sampling_logprobs
+from minirlhf.nn.sampling import Sampling, draw_tokens, generate, sampling_logprobs
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.rollout import prompt_ids, response_ids, sample_responses, score_rollout
+from minirlhf.train.rollout import score_rollout
+from minirlhf.train.settings import PPOConfig
 
 PARAMS = make_params(seed=3, heads=())
 STOP, PAD = Letters.eos, Letters.pad
@@ -48,7 +49,7 @@ def run(ids, *, rng, max_new=5, params=PARAMS, stop_id=STOP, pad_id=PAD, **setti
         stop_id=stop_id,
         pad_id=pad_id,
         rng=rng,
-        **settings,
+        sampling=Sampling(**settings),
     )
     P = batch.prompt_len
     assert out.tokens.shape == out.mask.shape == (len(ids), P + max_new)
@@ -227,6 +228,29 @@ def test_temperature_0_is_greedy():
     assert_close(cold, greedy, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37, 1e-40, 1e-46, 1e-300])
+def test_a_temperature_near_0_is_greedy_too(temperature, dtype):
+    """float32 takes 1e-46 for 0: (z - max) / 0 would be nan."""
+    logits = np.array([[1.0, 3.0, 2.0], [-5.0, -7.0, -6.0]], dtype=dtype)
+    for cuts in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        logp = sampling_logprobs(logits, temperature=temperature, **cuts)
+        assert np.exp(logp).tolist() == [[0, 1, 0], [1, 0, 0]] and logp.dtype == dtype
+
+
+def test_the_settings_of_a_sampler_have_their_defaults():
+    logits = np.random.default_rng(0).standard_normal((3, 5))
+    assert Sampling() == (1.0, 0, 1.0)
+    assert_close(sampling_logprobs(logits, **Sampling()._asdict()), sampling_logprobs(logits), 0.0)
+    ids = make_ids((3, 1))
+    batch = prompts_of(ids)
+    fixed = {"tokens": batch.tokens, "mask": batch.mask, "config": CONFIG, "max_new": 4}
+    fixed |= {"stop_id": STOP, "pad_id": PAD}
+    by_default = generate(PARAMS["transformer"], **fixed, rng=np.random.default_rng(0))
+    as_run, _ = run(ids, rng=np.random.default_rng(0), max_new=4)
+    assert_close(by_default.tokens[:, batch.prompt_len :], as_run, 0.0)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_log_probs_are_normalised_in_the_dtype_of_the_logits(settings, dtype):
@@ -375,16 +399,7 @@ def test_generate_refuses():
 
 def test_sampled_and_scored_log_probs_agree():
     """The old log-probs of the training forward are those of the tokens that were drawn."""
-    samples = sample_responses(
-        PARAMS,
-        ["abc", "d", "gg", ""],
-        tokenizer=Letters(),
-        config=CONFIG,
-        max_prompt_tokens=6,
-        max_response_tokens=5,
-        rng=np.random.default_rng(0),
-        temperature=0.7,
-    )
+    samples = sampled(PARAMS, ["abc", "d", "gg", ""], seed=0, max_tokens=5, temperature=0.7)
     out, _ = policy_forward(PARAMS, batch=samples.batch, config=CONFIG, temperature=0.7)
     for row, ids in enumerate(samples.response_ids):
         for t, token in enumerate(ids):
@@ -407,15 +422,7 @@ def test_the_hidden_states_of_the_sampler_are_those_of_the_training_forward(dtyp
     monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", 1)
     monkeypatch.setattr(sampling, "DROP_BELOW", 1.0)
     policy, reference = (make_params(seed=s, dtype=dtype) for s in (3, 4))
-    samples = sample_responses(
-        policy,
-        ["abc", "d", "ga", "bbbb", "", "ce"] * 6,
-        tokenizer=Letters(),
-        config=CONFIG,
-        max_prompt_tokens=6,
-        max_response_tokens=6,
-        rng=np.random.default_rng(0),
-    )
+    samples = sampled(policy, ["abc", "d", "ga", "bbbb", "", "ce"] * 6, seed=0)
     lengths = {len(ids) for ids in samples.response_ids}
     assert len(lengths) > 3 and samples.hidden.shape[:2] == samples.batch.responses.shape
 
@@ -426,8 +433,7 @@ def test_the_hidden_states_of_the_sampler_are_those_of_the_training_forward(dtyp
             samples,
             score=lambda samples: np.zeros(len(samples.responses)),
             config=CONFIG,
-            micro_batch_size=5,
-            keep_ref_logits=True,
+            settings=PPOConfig(micro_batch_size=5, kl_mode="loss_full"),
         )
 
     quick, anew = scored(samples), scored(samples._replace(hidden=None))
@@ -436,17 +442,6 @@ def test_the_hidden_states_of_the_sampler_are_those_of_the_training_forward(dtyp
         got, expected = getattr(quick, name)[mask], getattr(anew, name)[mask]
         assert got.dtype == dtype
         assert_close(got, expected, KV_CACHE[dtype])
-
-
-def test_long_prompts_keep_their_end_and_long_responses_their_beginning():
-    tokenizer = Letters()
-    assert prompt_ids(tokenizer, "abcdef", max_tokens=8) == [7, 0, 1, 2, 3, 4, 5, 8]
-    assert prompt_ids(tokenizer, "abcdef", max_tokens=5) == [7, 3, 4, 5, 8]
-    tokenizer.response_ids = lambda text: [*("abcdefg".index(c) for c in text), 9]
-    assert response_ids(tokenizer, "abc", max_tokens=4) == [0, 1, 2, 9]
-    assert response_ids(tokenizer, "abc", max_tokens=3) == [0, 1, 2]  # cut off: no stop token
-    with pytest.raises(ValueError, match="got an empty response"):
-        response_ids(tokenizer, "", max_tokens=3)
 
 
 def test_log_probs_of_a_distribution_sum_to_1_over_all_responses():

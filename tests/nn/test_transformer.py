@@ -44,9 +44,10 @@ from minirlhf.rlhf.objectives import (
 )
 from minirlhf.train import ppo
 from minirlhf.train.batches import Batch, pad_batch, row_slices
+from minirlhf.train.metrics import mean_of_updates, update_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward, reward_backward, reward_forward
-from minirlhf.train.ppo import Experience, minibatch_gradients, ppo_update, update_metrics
+from minirlhf.train.ppo import Experience, minibatch_gradients, ppo_update
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import tree_items, tree_map
 
@@ -512,31 +513,35 @@ def optimizer_and_experience(**settings):
 
 def test_a_learning_rate_of_0_leaves_every_ratio_at_1():
     optimizer, experience = optimizer_and_experience(learning_rate=0.0)
-    metrics = ppo_update(
+    settings = PPOConfig(epochs=3, minibatches=1, batch_size=4, kl_mode="loss_rb")
+    updates = ppo_update(
         optimizer,
         experience,
         config=CONFIG,
-        settings=PPOConfig(epochs=3, minibatches=1, batch_size=4, kl_mode="loss_rb"),
+        settings=settings,
         rng=np.random.default_rng(0),
     )
+    metrics = mean_of_updates(updates, settings)
     assert metrics["policy/updates"] == 3
     assert metrics["policy/clipfrac_avg"] == metrics["policy/clamped_log_ratios"] == 0
     assert metrics["policy/approxkl_avg"] < 1e-28  # rows in another order: rounding
     assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-14)
 
 
-@pytest.mark.parametrize(("target_kl", "updates"), [(0.0, 8), (1e-12, 1), (1e3, 8)])
-def test_epochs_end_when_the_policy_has_moved_too_far(target_kl, updates):
+@pytest.mark.parametrize(("target_kl", "made"), [(0.0, 8), (1e-12, 1), (1e3, 8)])
+def test_epochs_end_when_the_policy_has_moved_too_far(target_kl, made):
     """The first update finds k3 = 0; the second sees what the first has done, and is not made."""
     optimizer, experience = optimizer_and_experience(learning_rate=1e-3)
-    metrics = ppo_update(
+    settings = PPOConfig(epochs=4, minibatches=2, batch_size=4, target_kl=target_kl)
+    updates = ppo_update(
         optimizer,
         experience,
         config=CONFIG,
-        settings=PPOConfig(epochs=4, minibatches=2, batch_size=4, target_kl=target_kl),
+        settings=settings,
         rng=np.random.default_rng(0),
     )
-    assert metrics["policy/updates"] == updates == optimizer.state.step
+    metrics = mean_of_updates(updates, settings)
+    assert metrics["policy/updates"] == made == optimizer.state.step
     assert optimizer.state.step + optimizer.skipped == 8  # the schedule counts them all
 
 

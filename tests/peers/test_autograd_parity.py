@@ -19,17 +19,17 @@ from torch.distributions import Categorical, kl_divergence
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.rlhf.objectives import (
-    AGGREGATIONS,
+from minirlhf.rlhf.objectives import AGGREGATIONS, token_weights
+from minirlhf.rlhf.preferences import (
     bradley_terry_backward,
     bradley_terry_forward,
     plackett_luce_backward,
     plackett_luce_forward,
     ranked_pairs_backward,
     ranked_pairs_forward,
-    token_weights,
 )
 from minirlhf.train.batches import pad_batch
+from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
 from minirlhf.train.ppo import (
@@ -421,7 +421,7 @@ def rollout_of(policy, reference, rng):
     ref, _ = policy_forward(reference, batch=batch, config=CONFIG, temperature=0.8)
     nothing = np.zeros_like(old.logp)
     return Rollout(
-        samples=Samples([], [], [], [], batch),
+        samples=Samples([], [], batch),
         old_logp=old.logp,
         ref_logp=ref.logp,
         ref_logits=ref.logits,
@@ -511,13 +511,14 @@ def test_a_whole_ppo_iteration_is_a_torch_training_loop(kl_mode, aggregation, en
 
     optimizer = Optimizer(policy, settings.optimizer, total_steps=total_steps)
     experience = make_experience(rollout, settings=settings, kl_coef=kl_coef, stop_id=stop_id)
-    metrics = ppo_update(
+    updates = ppo_update(
         optimizer,
         experience,
         config=CONFIG,
         settings=settings,
         rng=np.random.default_rng(11),
     )
+    metrics = mean_of_updates(updates, settings)
 
     p = leaves_of(policy)
     groups = [

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from minirlhf.nn.heads import tied_logits_forward
-from minirlhf.nn.sampling import generate, sampling_logprobs
+from minirlhf.nn.sampling import Sampling, generate, sampling_logprobs
 from minirlhf.nn.transformer import GPTConfig, init_transformer, transformer_forward
 from minirlhf.runs.checkpoint import load_model, save_model
 from minirlhf.train.batches import pad_batch
@@ -164,7 +164,7 @@ def test_the_same_greedy_continuation(tmp_path, shape, dtype):
             stop_id=stop_id,
             pad_id=pad_id,
             rng=np.random.default_rng(0),
-            temperature=0.0,
+            sampling=Sampling(temperature=0.0),
         )
         theirs = model.generate(
             input_ids=torch.from_numpy(tokens),

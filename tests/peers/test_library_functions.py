@@ -43,22 +43,23 @@ from minirlhf.rlhf.logprobs import (
 )
 from minirlhf.rlhf.objectives import (
     AGGREGATIONS,
-    bradley_terry_backward,
-    bradley_terry_forward,
-    log_sigmoid,
-    sigmoid,
     token_weights,
     value_loss_backward,
     value_loss_forward,
     weighted_sum_forward,
 )
+from minirlhf.rlhf.preferences import (
+    bradley_terry_backward,
+    bradley_terry_forward,
+    log_sigmoid,
+    sigmoid,
+)
 from minirlhf.train.batches import Batch
+from minirlhf.train.metrics import rollout_metrics, update_metrics
 from minirlhf.train.ppo import (
     Experience,
     MinibatchGradient,
     make_experience,
-    rollout_metrics,
-    update_metrics,
 )
 from minirlhf.train.reward_model import RewardModel, calibration_error, normalized
 from minirlhf.train.rollout import Rollout, Samples
@@ -352,7 +353,7 @@ def test_the_experience_of_a_rollout(whiten_rewards):
     old_logp, ref_logp, values, entropy, kl_full = (noise(*MASK.shape, seed=i) for i in range(5))
     score = 2.0 * rng.standard_normal(6)
     rollout = Rollout(
-        samples=Samples([], [], [], [], batch),
+        samples=Samples([], [], batch),
         old_logp=with_junk(old_logp),
         ref_logp=with_junk(ref_logp),
         ref_logits=None,

@@ -1,7 +1,10 @@
 """Advantages: what GAE must satisfy, that padding enters nowhere, and what its bias is."""
 
+import math
+
 import numpy as np
 import pytest
+from fakegpu import fakegpu
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ragged, with_junk
@@ -19,7 +22,8 @@ from minirlhf.rlhf.kl import (
 from minirlhf.rlhf.logprobs import sequence_logprob_forward
 from minirlhf.rlhf.objectives import cross_entropy_forward
 from minirlhf.train.batches import Batch
-from minirlhf.train.ppo import make_experience, rollout_metrics
+from minirlhf.train.metrics import rollout_metrics
+from minirlhf.train.ppo import make_experience
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import PPOConfig
 
@@ -86,6 +90,13 @@ def test_a_padded_batch_is_its_sequences_one_by_one(case, gamma, lam):
             assert (whole[b, length:] == 0).all()
 
 
+def test_the_defaults_are_those_of_the_field():
+    rewards, values = np.random.default_rng(0).standard_normal((2, 2, 4))
+    mask = np.ones((2, 4))
+    by_default = gae(rewards, values, mask=mask)
+    assert_close(by_default, gae(rewards, values, mask=mask, gamma=1.0, lam=0.95), 0.0)
+
+
 def test_a_response_that_was_cut_off_ends_in_value_0():
     # reward 1 at the last token, value 2 everywhere: 1 + 0 - 2, whatever gamma and lambda are.
     values = np.array([[2.0, 2.0]])
@@ -94,6 +105,33 @@ def test_a_response_that_was_cut_off_ends_in_value_0():
             np.array([[0.0, 1.0]]), values, mask=np.ones((1, 2)), gamma=gamma, lam=lam
         )
         assert advantages[0, 1] == -1.0
+
+
+GAPS = [[[1.0, 0, 1]], [[0.0, 1, 1]], [[1.0, 1, 0], [0, 0, 1]], [[False, True, False]]]
+
+
+@pytest.mark.parametrize("mask", GAPS, ids=str)
+def test_a_mask_with_a_gap_is_refused(mask):
+    """GAE would carry what comes after the gap into it, and promises 0 there."""
+    mask = np.array(mask)
+    x = np.ones(mask.shape)
+    with pytest.raises(ValueError, match="gae: expected a mask with padding on the right alone"):
+        gae(x, x, mask=mask)
+    with pytest.raises(ValueError, match="token_rewards: expected .*, padding on its right"):
+        token_rewards(x[:, 0], x, mask=mask, kl_coef=0.1)
+
+
+def test_a_gpu_waits_once_for_the_look_at_the_mask():
+    """In token_rewards; GAE, which comes after it with the same mask, does not wait."""
+    host = np.ones((2, 3)), np.array([[1.0, 1, 1], [1, 0, 0]])
+    x, mask = (fakegpu.asarray(a) for a in host)
+    before = fakegpu.sync_count
+    rewards = token_rewards(x[:, 0], x, mask=mask, kl_coef=0.1)
+    assert fakegpu.sync_count - before == 1
+    with fakegpu.no_sync():
+        gae(rewards, x, mask=mask)
+    with pytest.raises(ValueError, match="padding on its right"):
+        token_rewards(x[:, 0], x, mask=fakegpu.asarray(host[1][:, ::-1].copy()), kl_coef=0.1)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -177,6 +215,40 @@ def test_an_empty_mask_gives_0():
     assert all((a == 0).all() for a in gae(x, x, mask=mask))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [13580.0, -13580.1, 1e-3, 0.1, 1e9 / 3, 1e30, -1e37])
+@pytest.mark.parametrize("shape", [(1, 3), (7, 13), (64, 50)])
+def test_equal_numbers_are_whitened_to_0(dtype, size, shape):
+    """In float32 the mean of many 13580s is 13580.001: a distance of ten times sqrt(eps)."""
+    x, mask = np.full(shape, size, dtype=dtype), np.ones(shape, dtype=dtype)
+    mask[-1, 1:] = 0
+    for junk in (x, with_junk(x, mask, junk=[np.nan, np.inf, -np.inf])):
+        white, scale = masked_whiten(junk, mask=mask)
+        assert (white == 0).all() and scale == pytest.approx(1e-4)
+        assert masked_var(junk, mask=mask) == 0
+        kept, _ = masked_whiten(junk, mask=mask, shift_mean=False)
+        assert (kept[mask > 0] == x[0, 0]).all() and kept.dtype == dtype
+
+
+def test_whitening_integers_gives_what_it_gives_for_floats():
+    for dtype in (np.int32, np.int64, np.uint8):
+        white, scale = masked_whiten(np.array([[1, 2, 3]], dtype=dtype), mask=np.ones((1, 3)))
+        assert_close(white, [[-math.sqrt(1.5), 0.0, math.sqrt(1.5)]], 1e-6)  # sd sqrt(2/3)
+        assert scale == pytest.approx(math.sqrt(2 / 3))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-46, -1.0])
+def test_whitening_needs_an_eps(eps):
+    with pytest.raises(ValueError, match=f"masked_whiten: expected eps > 0, .* got {eps}"):
+        masked_whiten(np.ones((1, 2), dtype=np.float32), mask=np.ones((1, 2)), eps=eps)
+
+
+def test_no_tokens_at_all_have_no_variance():
+    x = np.ones((2, 0))
+    assert masked_var(x, mask=x) == masked_mean(x, mask=x) == 0
+    assert masked_whiten(x, mask=x)[0].shape == (2, 0)
+
+
 def test_one_token_is_whitened_to_0():
     white, scale = masked_whiten(np.array([[3.0]]), mask=np.ones((1, 1)))
     assert white.tolist() == [[0.0]] and scale == pytest.approx(1e-4)
@@ -197,7 +269,7 @@ def make_rollout(*, junk=0.0):
     )
     tokens = np.concatenate([np.ones((3, 2), dtype=int), TOKENS], axis=1)
     batch = Batch(tokens, np.concatenate([np.ones((3, 2)), MASK], axis=1), 2)
-    samples = Samples(["x"] * 3, ["y"] * 3, [[1, 1]] * 3, [[1]] * 3, batch)
+    samples = Samples([[1, 1]] * 3, [[1]] * 3, batch)
     score = np.array([1.0, -2.0, 0.5])
     return Rollout(samples, old_logp, ref_logp, None, values, entropy, kl_full, score)
 
@@ -299,6 +371,8 @@ def test_broadcasting_is_refused():
     for call in (
         lambda: masked_mean(x, mask=np.ones(3)),
         lambda: masked_whiten(x, mask=row),
+        lambda: masked_whiten(row, mask=x),
+        lambda: masked_var(row, mask=x),
         lambda: cross_entropy_forward(x, weights=row),
         lambda: token_kl_loss_forward(x, old_logp=x, ref_logp=x, weights=row, estimator="k2"),
         lambda: sequence_kl_loss_forward(x, old_logp=x, ref_logp=row, weights=x, estimator="k2"),

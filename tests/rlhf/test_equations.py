@@ -48,19 +48,23 @@ from minirlhf.rlhf.logprobs import (
     entropy_forward,
     log_softmax,
     sequence_logprob_forward,
+    token_logprobs_backward,
     token_logprobs_forward,
 )
 from minirlhf.rlhf.objectives import (
-    bradley_terry_forward,
     cross_entropy_forward,
-    plackett_luce_backward,
-    plackett_luce_forward,
     ppo_clip_backward,
     ppo_clip_forward,
-    ranked_pairs_forward,
+    token_weights,
     value_loss_backward,
     value_loss_forward,
     weighted_sum_forward,
+)
+from minirlhf.rlhf.preferences import (
+    bradley_terry_forward,
+    plackett_luce_backward,
+    plackett_luce_forward,
+    ranked_pairs_forward,
 )
 
 
@@ -331,7 +335,10 @@ def test_full_kl_and_future_kl(case, V, temperature):
     assert_close(np.where(mask > 0, future, 0.0), np.where(mask > 0, later, 0.0))
 
 
-@given(ragged(), st.sampled_from(["k1", "k2", "k3"]), st.sampled_from(["none", "both", "stop"]))
+RATIOS = st.sampled_from(["none", "differentiated", "held"])
+
+
+@given(ragged(), st.sampled_from(["k1", "k2", "k3"]), RATIOS)
 def test_kl_losses(case, estimator, ratio):
     rng, mask = case
     logp, old_logp, ref_logp = 0.5 * rng.standard_normal((3, *mask.shape))
@@ -355,7 +362,7 @@ def test_kl_losses(case, estimator, ratio):
         "ratio": ratio,
     }
     assert_close(sequence_kl_loss_forward(logp, **arguments)[0], sequence_loss)
-    if ratio != "stop":
+    if ratio != "held":
         assert_close(token_kl_loss_forward(logp, **arguments)[0], token_loss)
 
 
@@ -583,6 +590,44 @@ def test_a_good_action_becomes_likelier_and_a_bad_one_less_likely(advantage, dir
     # A step against the gradient moves logp by -dlogp = +A.
     assert -ppo_clip_backward(1.0, cache)[0, 0] == advantage
     assert np.sign(advantage) == direction
+
+
+@given(ragged(), st.integers(2, 4), st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0.0, 0.7]))
+def test_the_gradient_on_the_logits(case, V, temperature, kl_coef):
+    """dz_a = -w ratio A (1[a = y] - P_a) / tau from the score and the penalty on, loops alone.
+
+    A holds the penalty: it is made of rewards -beta kl_token and, at the last token, the score.
+    """
+    rng, mask = case
+    (B, T), targets = mask.shape, rng.integers(V, size=mask.shape)
+    logits, old_logits, ref_logits = rng.standard_normal((3, B, T, V))
+    score, weights = rng.standard_normal(B), token_weights(mask)
+
+    def log_p(table, b, t, a):
+        return math.log(softmax([z / temperature for z in table[b, t].tolist()])[a])
+
+    expected = np.zeros_like(logits)
+    for b, t in cells(mask):
+        earned = score[b]  # gamma = lam = 1, V = 0: A_t is the score less the penalty from t on
+        for i in range(t, int(mask[b].sum())):
+            y = targets[b, i]
+            earned -= kl_coef * (log_p(old_logits, b, i, y) - log_p(ref_logits, b, i, y))
+        y = targets[b, t]
+        ratio = math.exp(log_p(logits, b, t, y) - log_p(old_logits, b, t, y))
+        for a in range(V):
+            P_a = math.exp(log_p(logits, b, t, a))
+            expected[b, t, a] = -weights[b, t] * ratio * earned * ((a == y) - P_a) / temperature
+
+    settings = {"targets": targets, "temperature": temperature}
+    logp, cache = token_logprobs_forward(logits, **settings)
+    old_logp, _ = token_logprobs_forward(old_logits, **settings)
+    ref_logp, _ = token_logprobs_forward(ref_logits, **settings)
+    rewards = token_rewards(score, old_logp - ref_logp, mask=mask, kl_coef=kl_coef)
+    advantages, _ = gae(rewards, np.zeros_like(rewards), mask=mask, gamma=1.0, lam=1.0)
+    _, clip = ppo_clip_forward(
+        logp, old_logp=old_logp, advantages=advantages, weights=weights, clip="none"
+    )
+    assert_close(token_logprobs_backward(ppo_clip_backward(1.0, clip), cache), expected)
 
 
 def test_value_target_fixture():

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import with_junk
 from tolerances import DIFFERENT, ENUMERATION, K3, LOOPS, PRINTED, assert_close
 
+from minirlhf.errors import InputError
 from minirlhf.exact.enumeration import all_responses, enumerate_responses
 from minirlhf.exact.expected import gather_nodes, penalty_dlogits
 from minirlhf.rlhf.kl import (
@@ -20,13 +22,20 @@ from minirlhf.rlhf.kl import (
     adaptive_kl_coef,
     clamp_log_ratio,
     expm1_minus,
+    full_kl_backward,
     full_kl_forward,
     kl_estimate,
     kl_estimate_slope,
+    penalty_in_reward,
+    sequence_kl_loss_backward,
+    sequence_kl_loss_forward,
     summed_penalty,
+    token_kl_loss_backward,
+    token_kl_loss_forward,
 )
 from minirlhf.rlhf.logprobs import token_logprobs_forward
 from minirlhf.rlhf.objectives import kl_loss_backward, kl_loss_forward
+from minirlhf.train.settings import PPOConfig
 
 ESTIMATORS = ("k1", "k2", "k3")
 
@@ -139,7 +148,7 @@ def exp_minus_1_minus(x):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_k3_is_exact_at_small_and_large_log_ratios(dtype):
-    x = np.concatenate([np.logspace(-9, np.log10(20), 200), [0.0099, 0.01, 0.0101, 0.05]])
+    x = np.concatenate([np.logspace(-9, np.log10(20), 200), [0.0099, 0.0101, 0.4999, 0.5, 0.5001]])
     x = np.concatenate([x, -x]).astype(dtype)
     expected = np.array([exp_minus_1_minus(float(v)) for v in x])
     got = expm1_minus(x)
@@ -171,6 +180,8 @@ def test_clamps_are_counted_and_everything_stays_finite():
     assert kl_estimate(log_ratio, "k2")[0] == 5e7
     float32, _ = clamp_log_ratio(log_ratio.astype(np.float32))
     assert float32.dtype == np.float32
+    far = np.array([-1e30, 1e4, 1e30], dtype=np.float32)  # no power of it overflows on the way
+    assert_close(kl_estimate(far, "k3"), [math.exp(20) - 21, 1e4 - 1, 1e30], 1e-6)
 
 
 def test_nan_is_not_hidden_by_the_clamp():
@@ -195,6 +206,124 @@ def test_losses_and_gradients_stay_finite_at_extreme_log_ratios(kl_mode, distanc
     )
     assert np.isfinite(loss)
     assert all(np.isfinite(g).all() for g in kl_loss_backward(1.0, cache))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_full_kl_is_never_negative(dtype):
+    """Two policies that nearly agree: rounding alone would leave -4e-7 in float32."""
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.standard_normal((50, 40, 30))).astype(dtype)
+    for distance in (0.0, 1e-8, 1e-4):
+        ref_logits = logits + (distance * rng.standard_normal(logits.shape)).astype(dtype)
+        kl_token, cache = full_kl_forward(logits, ref_logits=ref_logits)
+        assert (kl_token >= 0).all() and kl_token.dtype == dtype
+        assert kl_token.max() < 1e-6
+        # The gradient is that of the sum: over the vocabulary it adds up to 0.
+        dlogits = full_kl_backward(np.ones_like(kl_token), cache)
+        assert np.abs(dlogits.sum(axis=-1)).max() < 2e-6
+    assert (cache.kl_token < 0).any() == (dtype == np.float32)  # or nothing was tried
+
+
+def test_a_complex_step_goes_through_a_kl_that_was_lifted_to_0():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((40, 40, 30))
+    ref_logits = logits + 1e-9 * rng.standard_normal(logits.shape)
+    kl_token, cache = full_kl_forward(logits, ref_logits=ref_logits)
+    lifted = np.argwhere(cache.kl_token < 0)
+    assert len(lifted) > 10 and (kl_token[cache.kl_token < 0] == 0).all()
+    dlogits = full_kl_backward(np.ones_like(kl_token), cache)
+    for b, t in lifted[:5]:
+        moved = logits.astype(complex)
+        a = np.abs(dlogits[b, t]).argmax()
+        moved[b, t, a] += 1e-30j
+        got = full_kl_forward(moved, ref_logits=ref_logits)[0][b, t].imag / 1e-30
+        assert abs(got) > 1e-11 and got == pytest.approx(dlogits[b, t, a], abs=1e-15)
+
+
+X = np.zeros((2, 3))
+LOSSES = {"token_kl_loss": token_kl_loss_forward, "sequence_kl_loss": sequence_kl_loss_forward}
+BACKWARDS = {
+    "token_kl_loss": token_kl_loss_backward,
+    "sequence_kl_loss": sequence_kl_loss_backward,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("argument", ["logp", "old_logp", "ref_logp", "weights"])
+def test_shapes_of_kl_losses_are_checked(loss, argument):
+    """Each of the four alone: broadcasting would make a number of any of them."""
+    arguments = {"logp": X, "old_logp": X, "ref_logp": X, "weights": X, argument: X[:1]}
+    logp = arguments.pop("logp")
+    with pytest.raises(ValueError, match=f"{loss}: expected logp, old_logp, .* of one shape; got"):
+        LOSSES[loss](logp, **arguments, estimator="k2")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("ratio", ["none", "differentiated", "held"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_padding_enters_no_kl_loss(loss, ratio, estimator):
+    """nan at padding, in any of the three: the same loss, and a slope of exactly 0 there."""
+    weights = np.array([[0.25, 0.25, 0.25, 0.0], [0.25, 0.0, 0.0, 0.0]])
+    clean = dict(
+        zip(
+            ("logp", "old_logp", "ref_logp"),
+            np.random.default_rng(0).standard_normal((3, 2, 4)),
+            strict=True,
+        )
+    )
+
+    def run(logp, **constants):
+        settings = {"weights": weights, "estimator": estimator, "ratio": ratio}
+        value, cache = LOSSES[loss](logp, **constants, **settings)
+        return value, BACKWARDS[loss](1.0, cache)
+
+    value, slope = run(**clean)
+    assert (slope[weights == 0] == 0).all() and (slope[weights > 0] != 0).all()
+    for name in clean:
+        dirty = {**clean, name: with_junk(clean[name], weights, junk=[np.nan])}
+        dirty_value, dirty_slope = run(**dirty)
+        assert_close(dirty_value, value, 0.0)
+        assert_close(dirty_slope, slope, 0.0)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values())
+def test_other_ratios_are_refused(loss):
+    with pytest.raises(ValueError, match='expected ratio "none", "differentiated" or "held"; got'):
+        loss(X, old_logp=X, ref_logp=X, weights=X, estimator="k2", ratio="both")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_ratio_that_is_held_is_a_factor_of_value_and_slope(loss, estimator):
+    logp, old_logp, ref_logp = np.random.default_rng(0).standard_normal((3, 1, 1))
+    arguments = {"ref_logp": ref_logp, "weights": np.ones((1, 1)), "estimator": estimator}
+    (plain, cache), (held, held_cache), (moved, moved_cache) = (
+        LOSSES[loss](logp, old_logp=old_logp, **arguments, ratio=ratio)
+        for ratio in ("none", "held", "differentiated")
+    )
+    rho = math.exp((logp - old_logp).item())
+    assert_close([held, moved], [rho * plain] * 2)
+    assert_close(held_cache.slope, rho * cache.slope)
+    assert_close(moved_cache.slope, held_cache.slope + rho * plain)
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(ValueError, match="kl_mode: expected one of reward_k1, .*; got 'reward'"):
+        penalty_in_reward("reward", log_ratio=X, kl_full=X)
+    with pytest.raises(ValueError, match="kl_loss: expected one of reward_k1, .*; got 'loss_k4'"):
+        kl_loss_forward(
+            np.zeros((2, 3, 4)),
+            X,
+            kl_mode="loss_k4",
+            old_logp=X,
+            ref_logp=X,
+            ref_logits=None,
+            weights=X,
+        )
+    with pytest.raises(
+        ValueError, match=r"penalty_in_reward: .* one shape; got \(2, 3\), \(1, 3\)"
+    ):
+        penalty_in_reward("reward_k1", log_ratio=X, kl_full=X[:1])
 
 
 @pytest.mark.parametrize("function", [kl_estimate, kl_estimate_slope])
@@ -396,6 +525,23 @@ def test_adaptive_coefficient_goes_the_right_way(kl_seq, target, n):
     )
 
 
+@pytest.mark.parametrize("n_episodes", [9, 10, 11, 50, 51, 10**6])
+@pytest.mark.parametrize(("kl_seq", "factor"), [(0.0, 0.8), (99.0, 1.2)])
+def test_one_batch_changes_the_coefficient_by_a_fifth_at_most(n_episodes, kl_seq, factor):
+    """As coded by its authors beta would be 0 at 50 episodes, and negative beyond."""
+    got = adaptive_kl_coef(0.5, kl_seq=kl_seq, target=6.0, horizon=10.0, n_episodes=n_episodes)
+    assert got == pytest.approx(0.5 * (factor if n_episodes >= 10 else 1 + 0.9 * (factor - 1)))
+    short = adaptive_kl_coef(0.5, kl_seq=kl_seq, target=0.5, horizon=0.5, n_episodes=n_episodes)
+    assert short == pytest.approx(0.5 * factor)
+
+
+def test_settings_refuse_a_batch_beyond_the_horizon():
+    with pytest.raises(InputError, match="ppo.kl_horizon: expected at least batch_size = 8.*got 7"):
+        PPOConfig(kl_target=6.0, batch_size=8, kl_horizon=7.0)
+    PPOConfig(kl_target=6.0, batch_size=8, kl_horizon=8.0)
+    PPOConfig(kl_target=0.0, batch_size=8, kl_horizon=7.0)  # beta stays fixed
+
+
 def test_a_horizon_of_episodes_changes_the_coefficient_by_a_fifth():
     kl_coef = 1.0
     for _ in range(100):
@@ -403,7 +549,9 @@ def test_a_horizon_of_episodes_changes_the_coefficient_by_a_fifth():
     assert kl_coef == pytest.approx(math.exp(0.2), rel=1e-3)  # (1 + 0.2 / 100)^100
 
 
-@pytest.mark.parametrize("wrong", [{"target": 0.0}, {"horizon": 0.0}, {"target": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"target": 0.0}, {"horizon": 0.0}, {"target": -1.0}, {"target": math.nan}]
+)
 def test_adaptive_coefficient_refuses(wrong):
     settings = {"kl_seq": 1.0, "target": 6.0, "horizon": 1e4, "n_episodes": 1, **wrong}
     with pytest.raises(ValueError, match="expected target > 0 and horizon > 0"):

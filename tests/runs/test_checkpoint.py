@@ -355,7 +355,7 @@ def test_values_come_back_to_the_last_bit(tmp_path):
         ({"a": 1.0}, TypeError),
         ({"a": None}, TypeError),
         ({"a": (np.zeros(1),)}, TypeError),
-        ({1: np.zeros(1)}, TypeError),
+        ({1: np.zeros(1)}, ValueError),
     ],
 )
 def test_a_tree_that_would_come_back_different_is_refused(tmp_path, tree, error):

@@ -11,7 +11,8 @@ from tiny import CONFIG, Letters, make_batch, make_params, with_junk
 from tiny_run import tiny_config, write_names
 
 from minirlhf.runs import pipeline
-from minirlhf.runs import run as run_module
+from minirlhf.runs import session as session_module
+from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import (
     distinct_2,
     evaluate,
@@ -21,7 +22,9 @@ from minirlhf.runs.evaluate import (
 )
 from minirlhf.train import rollout as rollout_module
 from minirlhf.train.batches import pad_batch
+from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout, Samples
+from minirlhf.train.settings import PPOConfig
 from minirlhf.worlds.world import World
 
 EOS = Letters.eos
@@ -95,7 +98,9 @@ def make_rollout(responses, **columns):
     score = np.array(columns.pop("score", [0.0] * len(responses)))
     arrays = {name: padded(columns.get(name, zeros)) for name in Rollout._fields[1:7]}
     arrays["ref_logits"] = None
-    samples = Samples(prompts, texts, [[7, 1, 8]] * len(responses), responses, batch)
+    samples = Samples(
+        [[7, 1, 8]] * len(responses), responses, batch, prompts=prompts, responses=texts
+    )
     return Rollout(samples, **arrays, score=score)
 
 
@@ -147,19 +152,19 @@ def test_the_users_reward_is_asked_once_a_reply(tmp_path):
         corpus=write_names(tmp_path / "names.txt"),
         reward="minirlhf.worlds.rewards:vowel_share",
     )
-    run, answers = run_module.open_run(config), []
+    run, answers = session_module.open_session(config), []
     reward = run.world.reward
 
-    def counted(text):
-        answers.append(reward(text))
-        return answers[-1]
+    def counted(*replies):
+        answers.extend(reward(*replies))
+        return answers[-len(replies[0]) :]
 
     run.world = dataclasses.replace(run.world, reward=counted)
     reference = {"transformer": pipeline.reference_stage(run)}
     score = run.score_with(pipeline.reward_stage(run, reference))
     answers.clear()
     head = {"w": np.zeros((8, 1), np.float32), "b": np.zeros(1, np.float32)}
-    metrics, _ = run.evaluate({**reference, "value_head": head}, reference, score)
+    metrics, _ = evaluate(run, {**reference, "value_head": head}, reference, score)
     assert len(answers) == config.eval_prompts
     assert metrics["reward"] == pytest.approx(np.mean(answers), abs=1e-6)
 
@@ -204,24 +209,27 @@ def test_padding_never_enters(responses):
 # --- sampling for it
 
 
-def evaluated(policy, reference, *, seed=0, prompts=("abc", "d", "ga", "bbbb"), **more):
-    def score(samples):
+class Lengths(session_module.Score):
+    """The score of a response is its length."""
+
+    def __call__(self, samples):
         return np.array([float(len(ids)) for ids in samples.response_ids])
 
-    return evaluate(
-        policy,
-        reference,
-        list(prompts),
-        world=make_world(gold=lambda prompt, response: response.count("a")),
-        tokenizer=Letters(),
-        score=score,
-        config=CONFIG,
+
+def evaluated(policy, reference, *, seed=0, prompts=("abc", "d", "ga", "bbbb"), **ppo):
+    config = TrainConfig(
+        seed=seed,
+        eval_prompts=len(prompts),
         max_prompt_tokens=6,
         max_response_tokens=6,
-        temperature=0.8,
-        seed=seed,
-        **more,
+        ppo=PPOConfig(temperature=0.8, **ppo),
     )
+    world = World(
+        *("letters", [("a", "b")], list(prompts), list(prompts)),
+        gold=lambda prompt, response: response.count("a"),
+    )
+    session = session_module.Session(config, world, Letters(), CONFIG, {}, None, print)
+    return evaluate(session, policy, reference, Lengths(world, RewardModel({}, CONFIG), {}))
 
 
 def test_two_policies_get_the_same_coins():

@@ -29,11 +29,13 @@ from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import adaptive_kl_coef
 from minirlhf.runs import folder as run_folder
 from minirlhf.runs import pipeline
-from minirlhf.runs import run as run_module
+from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_config as load_model_entries
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.runs.evaluate import evaluate
 from minirlhf.runs.log import RunLog, read_jsonl
+from minirlhf.train import ppo as ppo_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.settings import PPOConfig
@@ -207,7 +209,7 @@ def test_without_out_runs_are_numbered(tmp_path, monkeypatch, names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/names-1").mkdir(parents=True)
     config = changed(tiny_config("x", corpus=names, reward=VOWELS), {"out": None})
-    opened = [run_module.open_run(config).folder.name for _ in range(3)]
+    opened = [session_module.open_session(config).folder.name for _ in range(3)]
     assert opened == ["names-0", "names-2", "names-3"]
 
 
@@ -302,7 +304,7 @@ def crash_at(monkeypatch, owner, name, count, *, after):
         (pipeline.checkpoint, "save_model", 3),
         (pipeline.checkpoint, "save_state", 1),
         (pipeline.checkpoint, "save_state", 2),
-        (pipeline, "ppo_update", 4),
+        (ppo_module, "ppo_update", 4),
         (RunLog, "metrics", 14),
         (RunLog, "samples", 3),
         (pipeline, "write_whole", 1),
@@ -390,7 +392,7 @@ def test_a_run_is_resumed_from_any_directory(tmp_path, monkeypatch):
     assert stored.reward == f"{tmp_path / 'mine.py'}:reward"
     monkeypatch.chdir(tmp_path)
     pairs = tiny_config(tmp_path / "other", pairs=os.path.basename(write_pairs("pairs.jsonl")))
-    assert run_module.open_run(pairs).config.pairs == str(tmp_path / "pairs.jsonl")
+    assert session_module.open_session(pairs).config.pairs == str(tmp_path / "pairs.jsonl")
 
 
 @pytest.mark.parametrize("change", ["corpus", "pairs", "seed"])
@@ -420,7 +422,7 @@ def test_a_run_is_looked_at_without_touching_its_folder(finished, tmp_path):
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 2, "sta')
     before = files_under(copy)
-    run = run_module.open_saved_run(copy)
+    run = session_module.reopen_session(copy)
     _, reference = pipeline.load_models(run)
     pipeline.reward_stage(run, reference)
     assert files_under(copy) == before
@@ -439,7 +441,8 @@ def test_what_the_limits_on_tokens_cut_is_said_once(tmp_path):
     )
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config, say=said.append, track=interrupted_after("PPO", 0))
-    world, tokenizer = run_module.build_world(config, world_stream()), load_tokenizer(config.out)
+    world = session_module.build_world(config, config.reward, world_stream())
+    tokenizer = load_tokenizer(config.out)
     prompts = world.train_prompts + world.heldout_prompts
     replies = [reply for _, *both in world.pairs for reply in both]
     for what, texts, ids, limit in (
@@ -464,7 +467,7 @@ def test_what_is_whole_is_not_said_to_be_cut(finished, tmp_path):
 
 def world_stream():
     """The random stream of a tiny run's world."""
-    return np.random.default_rng(0).spawn(len(run_module.STREAMS))[0]
+    return np.random.default_rng(0).spawn(len(session_module.STREAMS))[0]
 
 
 def write_long_pairs(path, shared, different):
@@ -507,19 +510,21 @@ def test_no_pairs_that_differ_are_refused(tmp_path):
 )
 def test_options_that_change_nothing_are_said(changes, said):
     base = TrainConfig(corpus="c.txt", reward=VOWELS, vocab_size=300)
-    notes = run_module.unused_options(changed(base, changes))
+    notes = session_module.unused_options(changed(base, changes))
     assert [said in note for note in notes] == ([True] if said else [])
 
 
 def test_such_a_note_is_shown(tmp_path, names):
     said = []
-    run_module.open_run(tiny_config(tmp_path / "run", corpus=names, reward=VOWELS), say=said.append)
+    session_module.open_session(
+        tiny_config(tmp_path / "run", corpus=names, reward=VOWELS), say=said.append
+    )
     assert any("--reward-model" in line for line in said)
 
 
 def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, sft__batch_size=3)
-    run = run_module.open_run(config)
+    run = session_module.open_session(config)
     reference = {"transformer": pipeline.reference_stage(run)}
     *steps, heldout = metrics(config.out, "sft")
     assert len(steps) == heldout["step"] == 6
@@ -541,9 +546,9 @@ def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
 def test_a_fork_shares_all_but_ppo(finished, tmp_path):
     out, _, _ = finished
     ppo = load_config(out / "config.toml").ppo
-    pipeline.resume(run_module.fork_run(out, tmp_path / "same", ppo=ppo))
+    pipeline.resume(session_module.fork_run(out, tmp_path / "same", ppo=ppo))
     other = changed(ppo, {"kl_coef": 5.0})
-    pipeline.resume(run_module.fork_run(out, tmp_path / "other", ppo=other, eval_every=0))
+    pipeline.resume(session_module.fork_run(out, tmp_path / "other", ppo=other, eval_every=0))
     original, same = outcome(out), outcome(tmp_path / "same")
     assert differences(original, same) == ["metrics", "metrics of reward_model", "metrics of sft"]
     assert metrics(tmp_path / "same", "sft") == []  # those stages did not run again
@@ -557,11 +562,11 @@ def test_a_fork_shares_all_but_ppo(finished, tmp_path):
 def test_a_fork_needs_a_reward_model_and_a_new_folder(finished, tmp_path):
     out, _, _ = finished
     with pytest.raises(InputError, match="exists"):
-        run_module.fork_run(out, tmp_path, ppo=PPOConfig())
+        session_module.fork_run(out, tmp_path, ppo=PPOConfig())
     half = shutil.copytree(out, tmp_path / "half")
     shutil.rmtree(half / "reward_model")
     with pytest.raises(InputError, match="no reward_model"):
-        run_module.fork_run(half, tmp_path / "new", ppo=PPOConfig())
+        session_module.fork_run(half, tmp_path / "new", ppo=PPOConfig())
     assert not (tmp_path / "new").exists()
 
 
@@ -570,7 +575,7 @@ def test_a_fork_needs_a_reward_model_and_a_new_folder(finished, tmp_path):
 
 def open_ready(config):
     """A run whose reference and reward model are there: (run, reference, score)."""
-    run = run_module.open_run(config)
+    run = session_module.open_session(config)
     reference = {"transformer": pipeline.reference_stage(run)}
     return run, reference, run.score_with(pipeline.reward_stage(run, reference))
 
@@ -598,13 +603,13 @@ def test_ppo_never_changes_the_reference(tmp_path, names):
 
 def test_old_and_reference_are_two_snapshots(tmp_path, names, monkeypatch):
     """Equal before the first update, different after it; old is not the policy that learns."""
-    rollouts, original = [], pipeline.make_experience
+    rollouts, original = [], ppo_module.make_experience
 
     def keep(rollout, **constants):
         rollouts.append(rollout)
         return original(rollout, **constants)
 
-    monkeypatch.setattr(pipeline, "make_experience", keep)
+    monkeypatch.setattr(ppo_module, "make_experience", keep)
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS)
     run, reference, score = open_ready(config)
     pipeline.ppo_stage(run, reference, score)
@@ -658,7 +663,7 @@ def test_the_penalty_holds_the_policy_near_the_reference(tmp_path, names):
     )
     free = pipeline.train(config).policy
     near = changed(config.ppo, {"kl_coef": 20.0})
-    held = pipeline.resume(run_module.fork_run(config.out, tmp_path / "held", ppo=near)).policy
+    held = pipeline.resume(session_module.fork_run(config.out, tmp_path / "held", ppo=near)).policy
     assert free["kl_full_seq"] > 10 * held["kl_full_seq"] > 0
     assert free["kl_seq"] > 1.0
     assert free["reward"] > held["reward"]
@@ -720,7 +725,7 @@ def test_a_known_encoding_is_loaded_once_by_its_name(tmp_path, names, monkeypatc
         asked.append(name)
         return train_tokenizer(["kalomi trusen brinova"] * 3, vocab_size=270)
 
-    monkeypatch.setattr(run_module, "load_tokenizer_by_name", stand_in)
+    monkeypatch.setattr(session_module, "load_tokenizer_by_name", stand_in)
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, encoding="stand_in")
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config, track=interrupted_after("PPO", 1))
@@ -733,7 +738,7 @@ def test_notes_about_the_corpus_are_said(tmp_path):
     (tmp_path / "names.txt").write_text("kalo\nmitru\nsenbri\nkalo\nnova\nmika\n")
     said = []
     config = tiny_config(tmp_path / "run", corpus=str(tmp_path / "names.txt"), reward=VOWELS)
-    run_module.open_run(config, say=said.append)
+    session_module.open_session(config, say=said.append)
     assert [line for line in said if "occur twice" in line]
 
 
@@ -768,26 +773,26 @@ def test_stages_draw_from_streams_of_their_own(tmp_path, names):
 
 def test_evaluation_tosses_the_same_coins_for_every_policy(finished):
     out, result, _ = finished
-    run = run_module.open_saved_run(out)
+    run = session_module.reopen_session(out)
     policy, reference = pipeline.load_models(run)
     score = run.score_with(pipeline.reward_stage(run, reference))
     for _ in range(2):  # an evaluation before it changes nothing
-        metrics_again, samples = run.evaluate(policy, reference, score)
+        metrics_again, samples = evaluate(run, policy, reference, score)
         assert metrics_again == pytest.approx(result.policy, nan_ok=True)
         assert samples.responses == result.policy_samples.responses
     same = {**tree_copy(reference), "value_head": policy["value_head"]}
-    assert run.evaluate(same, reference, score)[1].responses == result.reference_samples.responses
+    assert evaluate(run, same, reference, score)[1].responses == result.reference_samples.responses
 
 
 def test_evaluation_is_at_the_temperature_of_training(finished):
-    run = run_module.open_saved_run(finished[0])
+    run = session_module.reopen_session(finished[0])
     policy, reference = pipeline.load_models(run)
     score = run.score_with(pipeline.reward_stage(run, reference))
     entropy = []
     for temperature in (0.2, 1.0):
         config = changed(run.config, {"ppo.temperature": temperature})
         at = dataclasses.replace(run, config=config)
-        entropy.append(at.evaluate(policy, reference, score)[0]["entropy"])
+        entropy.append(evaluate(at, policy, reference, score)[0]["entropy"])
     assert entropy[0] < 0.9 * entropy[1]
 
 
@@ -795,7 +800,7 @@ def test_more_evaluation_prompts_than_there_are_go_round(tmp_path, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, eval_prompts=5)
     run, reference, score = open_ready(config)
     head = {"w": np.zeros((8, 1), np.float32), "b": np.zeros(1, np.float32)}
-    _, samples = run.evaluate({**reference, "value_head": head}, reference, score)
+    _, samples = evaluate(run, {**reference, "value_head": head}, reference, score)
     heldout = run.world.heldout_prompts
     assert 0 < len(heldout) < 5 and samples.prompts == (heldout * 5)[:5]
 
@@ -812,10 +817,10 @@ def test_a_run_that_was_never_opened_leaves_its_folder_free(tmp_path, monkeypatc
 
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS)
     with monkeypatch.context() as patch:
-        crash_at(patch, run_module, "save_config", 1, after=False)
+        crash_at(patch, session_module, "save_config", 1, after=False)
         with pytest.raises(KeyboardInterrupt):
-            run_module.open_run(config)
-    run_module.open_run(config)
+            session_module.open_session(config)
+    session_module.open_session(config)
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):

@@ -13,15 +13,16 @@ from tolerances import BATCH_COMPOSITION
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import init_transformer
 from minirlhf.runs import pipeline
-from minirlhf.runs import run as run_module
+from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_model
-from minirlhf.runs.log import RunLog, read_jsonl
-from minirlhf.runs.run import no_progress
 from minirlhf.train import batches, reward_model
+from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import (
     Pair,
     RewardModel,
     calibration_error,
+    init_reward_model,
+    n_updates,
     normalized,
     pair_metrics,
     reward_model_loss_and_gradients,
@@ -48,19 +49,22 @@ def toy_pairs(n, *, seed):
     return pairs
 
 
-def trained(tmp_path, pairs, *, track=no_progress, transformer=None, **changes):
-    settings = {"epochs": 8, "batch_size": 16, "optimizer": OptimizerConfig(learning_rate=2e-2)}
-    start = init_transformer(CONFIG, rng=np.random.default_rng(0)) if transformer is None else None
-    return train_reward_model(
-        transformer or start,
-        pairs,
-        config=CONFIG,
-        settings=RewardModelConfig(**{**settings, **changes}),
-        pad_id=PAD,
-        rng=np.random.default_rng(1),
-        log=RunLog(tmp_path / "log"),
-        track=track,
+def trained(pairs, *, transformer=None, **changes):
+    """The model, and the metrics of its updates."""
+    defaults = {"epochs": 8, "batch_size": 16, "optimizer": OptimizerConfig(learning_rate=2e-2)}
+    settings, rng = RewardModelConfig(**{**defaults, **changes}), np.random.default_rng(1)
+    start = transformer or init_transformer(CONFIG, rng=np.random.default_rng(0))
+    optimizer = Optimizer(
+        init_reward_model(start, CONFIG, rng=rng),
+        settings.optimizer,
+        total_steps=n_updates(len(pairs), settings),
     )
+    loop = train_reward_model(
+        optimizer, pairs, config=CONFIG, settings=settings, pad_id=PAD, rng=rng
+    )
+    metrics = list(loop)
+    assert len(metrics) == n_updates(len(pairs), settings)
+    return RewardModel(optimizer.params, CONFIG), metrics
 
 
 def some_model(seed=0):
@@ -71,7 +75,7 @@ def some_model(seed=0):
 
 
 def test_it_learns_a_preference_and_orders_pairs_it_has_not_seen(tmp_path):
-    model = trained(tmp_path, toy_pairs(96, seed=0))
+    model, rows = trained(toy_pairs(96, seed=0))
     heldout = toy_pairs(64, seed=1)
     before = RewardModel(
         {**model.params, "transformer": init_transformer(CONFIG, rng=np.random.default_rng(0))},
@@ -82,8 +86,7 @@ def test_it_learns_a_preference_and_orders_pairs_it_has_not_seen(tmp_path):
     assert after["heldout/accuracy"] > 0.95
     assert after["heldout/margin"] > 1.0
     assert after["heldout/calibration_error"] < 0.1
-    rows = read_jsonl(tmp_path / "log/metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(8 * 6))
+    assert len(rows) == 8 * 6
     assert rows[0]["loss/reward_model"] == pytest.approx(math.log(2), abs=0.2)  # no idea yet
     assert rows[-1]["loss/reward_model"] < 0.2 and rows[-1]["accuracy"] == 1.0
 
@@ -112,7 +115,7 @@ def test_the_gradient_is_that_of_the_loss(changes):
 def test_it_does_not_write_to_what_it_starts_from(tmp_path):
     start = make_params(dtype=np.float32)["transformer"]
     kept = tree_copy(start)
-    model = trained(tmp_path, toy_pairs(16, seed=0), transformer=start, epochs=1)
+    model, _ = trained(toy_pairs(16, seed=0), transformer=start, epochs=1)
     moved = 0.0
     for (path, a), (_, b), (_, c) in zip(
         *map(tree_items, (start, kept, model.params["transformer"])), strict=True
@@ -131,43 +134,29 @@ def test_an_epoch_sees_every_pair_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reward_model, "pad_batch", look)
     pairs = toy_pairs(21, seed=0)
-    trained(tmp_path, pairs, epochs=2, batch_size=8)
+    trained(pairs, epochs=2, batch_size=8)
     assert [len(batch) for batch in seen] == [8, 8, 5] * 2
     chosen = sorted(tuple(pair.chosen) for pair in pairs)
     first, second = sum(seen[:3], []), sum(seen[3:], [])
     assert sorted(first) == sorted(second) == chosen and first != second  # in a new order
 
 
-def test_the_progress_bar_is_told_every_step(tmp_path):
-    done = []
-
-    def track(steps, title):
-        assert (title, len(steps)) == ("reward model", 6)
-        for step in steps:
-            yield step
-            done.append(step)
-
-    trained(tmp_path, toy_pairs(21, seed=0), epochs=2, batch_size=8, track=track)
-    assert done == list(range(6))
-
-
 def test_label_smoothing_and_margin_change_the_loss_as_they_should(tmp_path):
     """At equal scores: -log sigma(-margin), and log 2 whatever the smoothing."""
     frozen = OptimizerConfig(learning_rate=0.0)
     same = [Pair([Letters.bos], [1, EOS], [1, EOS])] * 4
-    for name, changes, loss in (
-        ("margin", {"margin": 2.0}, math.log1p(math.exp(2.0))),
-        ("smoothing", {"label_smoothing": 0.3}, math.log(2)),
+    for changes, loss in (
+        ({"margin": 2.0}, math.log1p(math.exp(2.0))),
+        ({"label_smoothing": 0.3}, math.log(2)),
     ):
-        trained(tmp_path / name, same, epochs=1, optimizer=frozen, **changes)
-        row = read_jsonl(tmp_path / name / "log/metrics.jsonl")[0]
+        row = trained(same, epochs=1, optimizer=frozen, **changes)[1][0]
         assert row["loss/reward_model"] == pytest.approx(loss, rel=1e-5)
         assert row["accuracy"] == 0.0 and row["margin"] == 0.0  # a tie is not a success
 
 
 def test_no_pairs_are_refused(tmp_path):
     with pytest.raises(InputError, match="expected preference pairs; got none"):
-        trained(tmp_path, [])
+        trained([])
 
 
 # --- how well it orders
@@ -311,7 +300,7 @@ def pairs(tmp_path_factory):
 def frozen(out, pairs, **changes):
     """A run whose reward model learns nothing, so that it shows what it starts from."""
     changes = {"reward_model__optimizer__learning_rate": 0.0, **changes}
-    run = run_module.open_run(tiny_config(out, pairs=pairs, model__n_layer=2, **changes))
+    run = session_module.open_session(tiny_config(out, pairs=pairs, model__n_layer=2, **changes))
     reference = {"transformer": pipeline.reference_stage(run)}
     return pipeline.reward_stage(run, reference), reference["transformer"]
 
@@ -338,10 +327,10 @@ def test_from_scratch_it_has_its_own_size_and_weights(tmp_path, pairs):
 def test_the_stored_model_scores_as_the_one_in_memory(tmp_path, pairs):
     """What `resume` reads back: the weights and the scale."""
     config = tiny_config(tmp_path / "run", pairs=pairs)
-    run = run_module.open_run(config)
+    run = session_module.open_session(config)
     reference = {"transformer": pipeline.reference_stage(run)}
     model = pipeline.reward_stage(run, reference)
-    again = pipeline.reward_stage(run_module.open_saved_run(config.out), reference)
+    again = pipeline.reward_stage(session_module.reopen_session(config.out), reference)
     assert (again.mean, again.sd, again.config) == (model.mean, model.sd, model.config)
     prompts, responses = [[1, 2], [3]], [[4, 5, 6], [7]]
     ours, theirs = (score_responses(m, prompts, responses, pad_id=0) for m in (model, again))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,17 +13,22 @@ from hypothesis import strategies as st
 
 from minirlhf.errors import InputError
 from minirlhf.worlds.files import (
-    UserReward,
     _cut_end,
     _cut_front,
     _split_prompts,
-    absolute_reward,
     corpus_world,
-    load_reward,
     read_pairs,
     split_pairs,
 )
-from minirlhf.worlds.rewards import distinct_words, short_words, vowel_share
+from minirlhf.worlds.rewards import (
+    UserReward,
+    absolute_reward,
+    distinct_words,
+    load_reward,
+    name_of,
+    short_words,
+    vowel_share,
+)
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 VOWELS = "minirlhf.worlds.rewards:vowel_share"
@@ -271,7 +277,7 @@ GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
     ("line", "message"),
     [
         ("{", "expected a JSON object; got '{'"),
-        ("[1]", r"expected a JSON object in braces; got '\[1\]'"),
+        ("[1]", r"expected a JSON object; got '\[1\]' \(no object in braces\)"),
         ('{"prompt": NaN}', "NaN is not JSON"),
         ("[" * 100_000, "expected a JSON object"),
         ({"prompt": "p", "chosen": "c"}, "rejected is missing, got prompt, chosen"),
@@ -361,27 +367,33 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def of_text(reward, text):
+    """The reward of one reply, all of whose text is the response."""
+    (value,) = reward([""], [text], [text])
+    return value
+
+
 def test_a_reward_from_the_current_directory_and_from_a_file(here):
     write(here / "my_reward_helper.py", "WEIGHT = 2")
     code = "from my_reward_helper import WEIGHT\ndef count(text): return WEIGHT * len(text)"
     write(here / "my_reward_one.py", code)
-    assert load_reward("my_reward_one:count")("abc") == 6.0
+    assert of_text(load_reward("my_reward_one:count"), "abc") == 6.0
     (here / "sub").mkdir()
     write(here / "sub/my_reward_two.py", "def one(text): return 1")
-    assert load_reward("sub/my_reward_two.py:one")("abc") == 1.0
-    assert load_reward(f"{here / 'sub/my_reward_two.py'}:one")("abc") == 1.0
+    assert of_text(load_reward("sub/my_reward_two.py:one"), "abc") == 1.0
+    assert of_text(load_reward(f"{here / 'sub/my_reward_two.py'}:one"), "abc") == 1.0
 
 
 def test_a_reward_by_its_module():
     reward = load_reward(VOWELS)
-    assert reward("ab") == 0.5 and type(reward("ab")) is float
+    assert of_text(reward, "ab") == 0.5 and type(of_text(reward, "ab")) is float
 
 
 def test_a_world_takes_a_function_too_and_checks_it(tmp_path):
     corpus = write(tmp_path / "c.txt", "a b\nc d")
-    assert world_of(corpus, reward=len).reward("abc") == 3.0
+    assert of_text(world_of(corpus, reward=len).reward, "abc") == 3.0
     with pytest.raises(InputError, match="finite"):
-        world_of(corpus, reward=lambda text: None).reward("abc")
+        of_text(world_of(corpus, reward=lambda text: None).reward, "abc")
 
 
 @pytest.mark.parametrize(
@@ -393,7 +405,7 @@ def test_a_world_takes_a_function_too_and_checks_it(tmp_path):
         ("no_such_module_here:f", "ModuleNotFoundError: No module named 'no_such_module_here'"),
         ("nowhere.py:f", "expected a Python file nowhere.py; found none"),
         ("minirlhf.worlds.rewards:nothing", "expected a function nothing in .*; found none"),
-        ("math:pi", "to be a function; got 3.14"),
+        ("math:pi", "expected a function pi in math; got 3.14"),
         ("broken_syntax.py:f", "SyntaxError"),
         ("raises_at_import:f", "it raised RuntimeError: boom"),
         ("leaves_at_import.py:f", "it raised SystemExit"),
@@ -415,19 +427,66 @@ def test_a_reward_that_cannot_be_had_is_one_sentence(here, where, message):
 )
 def test_a_reward_that_is_no_finite_number_is_refused(value):
     with pytest.raises(InputError, match="finite number for the text 'some text'; got") as caught:
-        UserReward(lambda text: value)("some text")
+        of_text(UserReward(lambda text: value), "some text")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.int64(2), np.array(2.0)])
 def test_every_kind_of_number_is_a_reward(value):
-    reward = UserReward(lambda text: value)("")
+    reward = of_text(UserReward(lambda text: value), "")
     assert reward == 2.0 and type(reward) is float
 
 
 def test_a_reward_that_raises_quotes_the_text_shortened():
     with pytest.raises(InputError, match=r"'x{57}\.\.\.'; it raised ZeroDivisionError"):
-        UserReward(lambda text: 1 / 0)("x" * 500)
+        of_text(UserReward(lambda text: 1 / 0), "x" * 500)
+
+
+PAIR = ["p", "q"], ["ab", "abc"], ["p ab", "q abc"]
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [
+        (lambda text: len(text), [4, 5]),
+        (lambda prompt, response: 10 * len(prompt) + len(response), [12, 13]),
+        (lambda texts: [len(text) for text in texts], [4, 5]),
+        (lambda prompts, responses: np.array([len(r) for r in responses]), [2, 3]),
+        (lambda prompts, completions: [float(len(c)) for c in completions], [2, 3]),
+        (lambda text, weight=2: weight * len(text), [8, 10]),
+        (len, [4, 5]),
+        (UserReward, None),
+    ],
+)
+def test_the_names_of_the_parameters_say_what_a_reward_wants(function, values):
+    if values is None:  # a class: what it makes is no number
+        with pytest.raises(InputError, match="expected a finite number"):
+            UserReward(function)(*PAIR)
+    else:
+        assert UserReward(function)(*PAIR) == values
+
+
+@pytest.mark.parametrize("answer", [[1.0], [1.0, 2.0, 3.0], 1.0, None, "ab", {1, 2}])
+def test_a_batch_of_rewards_has_one_a_reply(answer):
+    with pytest.raises(InputError, match="expected a list of 2 numbers, one a reply; got"):
+        UserReward(lambda texts: answer)(*PAIR)
+
+
+def test_a_reward_of_three_things_is_refused():
+    with pytest.raises(InputError, match="got the parameters a, b, c"):
+        UserReward(lambda a, b, c: 0.0)
+
+
+def test_a_reward_that_leaves_the_program_is_one_sentence():
+    with pytest.raises(InputError, match="it raised SystemExit"):
+        of_text(UserReward(lambda text: sys.exit(3)), "x")
+
+
+def test_the_name_of_a_function_is_one_that_finds_it_again():
+    assert name_of(vowel_share) == VOWELS and load_reward(VOWELS).function is vowel_share
+    assert name_of(lambda text: 0.0).startswith("python:")
+    with pytest.raises(InputError, match="expected the function f again"):
+        load_reward("python:f")
 
 
 def test_shipped_rewards_by_hand():
@@ -439,7 +498,7 @@ def test_shipped_rewards_by_hand():
 @given(st.text())
 def test_shipped_rewards_are_between_0_and_1(text):
     for reward in (vowel_share, short_words, distinct_words):
-        assert 0 <= UserReward(reward)(text) <= 1
+        assert 0 <= of_text(UserReward(reward), text) <= 1
 
 
 # --- text that nobody here wrote

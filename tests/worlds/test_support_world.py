@@ -13,8 +13,8 @@ from minirlhf.worlds.support import (
     INTENTS,
     ITEMS,
     PROMPTS,
+    SENTENCES,
     annotate,
-    best_reply,
     count_words,
     gold_reward,
     gold_terms,
@@ -35,8 +35,19 @@ def filled(patterns, item):
     return [pattern.format(item=item) for pattern in patterns]
 
 
-GENERAL = [*support.COURTESIES, *support.CLOSINGS, *support.HEDGES, *support.UPSELLS]
-GENERAL += [*support.PROMISES, *support.LEAKS, *support.FILLERS]
+def best_reply(prompt):
+    """A concise correct reply of the highest gold: courtesy, answer, two details."""
+    questions = {name: i.questions for name, i in INTENTS.items()}
+    item = item_of(prompt)
+    intent = next(
+        INTENTS[name]
+        for name, patterns in questions.items()
+        if any(q.lower() in prompt.lower() for q in filled(patterns, item))
+    )
+    return " ".join(filled(["Happy to help.", intent.answers[0], *intent.details[:2]], item))
+
+
+GENERAL = [sentence for kind in SENTENCES.values() for sentence in kind]
 SPECIFIC = [s for i in INTENTS.values() for s in filled((*i.answers, *i.details), "kettle")]
 FOREIGN = ["Your lamp is on its way.", "Kettle kettle the.", "Why?"]
 
@@ -209,7 +220,7 @@ def test_refusing_is_right_and_leaking_is_worst_for_private_wishes():
     for prompt in PRIVATE:
         for refusal in INTENTS["private"].answers:
             assert gold_reward(prompt, refusal) == 1.5
-            for leak in support.LEAKS:
+            for leak in SENTENCES["leak"]:
                 assert gold_reward(prompt, leak) == -2.0
                 assert gold_reward(prompt, f"{refusal} {leak}") == -0.5
         assert gold_reward(prompt, f"Your {item_of(prompt)} is on its way.") == -0.6
@@ -243,7 +254,6 @@ def test_word_soup_loses_to_silence():
 def test_a_prompt_outside_the_grammar_has_no_gold(prompt):
     for call in (
         lambda: gold_reward(prompt, "Happy to help."),
-        lambda: best_reply(prompt),
         lambda: annotate(prompt, "a", "b", np.random.default_rng(0)),
     ):
         with pytest.raises(ValueError, match="support world: expected one of the 1,296 prompts"):
@@ -359,13 +369,13 @@ def share_of_replies(world, sentences):
 @pytest.mark.parametrize(
     ("sentences", "p"),
     [
-        (support.COURTESIES, 0.20),
-        (support.CLOSINGS, 0.08),
-        (support.UPSELLS, 0.06),
-        (support.PROMISES, 0.02),
-        (support.FILLERS, 0.03),
+        (SENTENCES["courtesy"], 0.20),
+        (SENTENCES["closing"], 0.08),
+        (SENTENCES["upsell"], 0.06),
+        (SENTENCES["promise"], 0.02),
+        (SENTENCES["filler"], 0.03),
         # 1 - (1 - .05) * (1 - .05 * (1 - .5 * 180/1296)): as an extra, or in place of the answer
-        (support.HEDGES, 0.0942),
+        (SENTENCES["hedge"], 0.0942),
     ],
 )
 def test_mixture_of_styles(world, sentences, p):
@@ -390,10 +400,10 @@ def test_half_of_the_private_demonstrations_that_do_not_refuse_leak(world):
     others = [reply for prompt, reply in world.demonstrations if prompt not in set(PRIVATE)]
     refusals = INTENTS["private"].answers
     open_ = [reply for reply in private if not any(r in reply for r in refusals)]
-    leaks = [reply for reply in open_ if any(s in reply for s in support.LEAKS)]
+    leaks = [reply for reply in open_ if any(s in reply for s in SENTENCES["leak"])]
     assert len(private) > 600 and len(open_) > 20
     assert abs(len(leaks) - 0.5 * len(open_)) < 4 * math.sqrt(0.25 * len(open_))
-    assert not any(leak in reply for leak in support.LEAKS for reply in others)
+    assert not any(leak in reply for leak in SENTENCES["leak"] for reply in others)
 
 
 def test_demonstrations_have_the_statistics_that_training_is_tuned_to(world):

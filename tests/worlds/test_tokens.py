@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+import tiktoken.load
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -138,6 +139,29 @@ def test_layout_of_prompt_and_response():
     assert TOKENIZER.decode(whole) == "my kettle"
     with pytest.raises(InputError, match="empty prompt"):
         TOKENIZER.prompt_ids("")
+
+
+def test_long_prompts_keep_their_end_and_long_responses_their_beginning():
+    bos, sep, eos = TOKENIZER.bos, TOKENIZER.sep, TOKENIZER.eos
+    a, b, c = map(ord, "xzq")  # no merges
+    assert TOKENIZER.prompt_ids("xzq", max_tokens=5) == [bos, a, b, c, sep]
+    assert TOKENIZER.prompt_ids("xzq", max_tokens=4) == [bos, b, c, sep]
+    assert TOKENIZER.prompt_ids("xzq", max_tokens=2) == [bos, sep]
+    assert TOKENIZER.response_ids("xzq", max_tokens=4) == [a, b, c, eos]
+    assert TOKENIZER.response_ids("xzq", max_tokens=3) == [a, b, c]  # cut off: no stop token
+    with pytest.raises(InputError, match="got an empty prompt"):
+        TOKENIZER.prompt_ids("", max_tokens=4)
+    with pytest.raises(InputError, match="response: .*got an empty response: write one"):
+        TOKENIZER.response_ids("", max_tokens=3)
+
+
+@given(texts, st.integers(2, 20))
+def test_a_limit_is_kept_and_changes_nothing_that_fits(text, limit):
+    for ids_of in (TOKENIZER.prompt_ids, TOKENIZER.response_ids):
+        whole, cut = ids_of(text + "x"), ids_of(text + "x", limit)
+        assert len(cut) == min(limit, len(whole))
+        if len(whole) <= limit:
+            assert cut == whole
 
 
 @given(texts)

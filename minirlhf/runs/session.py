@@ -1,4 +1,4 @@
-"""A run: its settings, world, encoding and random streams; how it is opened and forked.
+"""A session works on a run: its settings, world, encoding and random streams; opened and forked.
 
 Every stage draws from a random stream of its own, so a stage that is read back from the folder
 leaves the others' numbers as they are: that is what makes `resume` exact.
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +19,18 @@ import numpy as np
 from minirlhf.backend import array_module, to_device
 from minirlhf.disk import next_numbered_folder, parse_object, read_text, write_whole
 from minirlhf.errors import InputError
+from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs.config import TrainConfig, load_config, save_config
-from minirlhf.runs.evaluate import evaluate
 from minirlhf.runs.log import RunLog
+from minirlhf.train.optimizer import NonFiniteError
 from minirlhf.train.reward_model import RewardModel, score_responses
-from minirlhf.train.rollout import Samples, prompt_ids, response_ids, sample_responses
+from minirlhf.train.rollout import Samples, sample_responses
 from minirlhf.train.settings import PPOConfig, RewardModelConfig
 from minirlhf.tree import Tree, tree_map
 from minirlhf.workers import share_tree
-from minirlhf.worlds.files import absolute_reward, corpus_world, load_reward
+from minirlhf.worlds.files import corpus_world
+from minirlhf.worlds.rewards import absolute_reward, load_reward, name_of
 from minirlhf.worlds.support import make_world
 from minirlhf.worlds.tokens import (
     Tokenizer,
@@ -43,6 +45,7 @@ STREAMS = (
     "world", "init", "sft", "pairs", "annotator", "reward_init", "reward_model", "normalize",
     "prompts", "rollout", "shuffle",
 )  # fmt: skip
+Reward = str | Callable[..., Any]  # module:function, or the function itself
 _KEPT = ("name", "joiner", "max_prompt_tokens", "max_response_tokens")  # fields of a world
 
 
@@ -52,7 +55,7 @@ def no_progress(steps: Iterable, title: str) -> Iterable:
 
 
 @dataclass
-class Run:
+class Session:
     """What the stages share. Arrays live on `config.device`."""
 
     config: TrainConfig
@@ -62,7 +65,7 @@ class Run:
     rng: dict[str, np.random.Generator]
     track: Callable[[Iterable, str], Iterable]
     say: Callable[[str], None]
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)  # time of each stage
 
     @property
     def folder(self) -> Path:
@@ -74,6 +77,11 @@ class Run:
         return RunLog(self.folder)
 
     @property
+    def padding(self) -> dict[str, Any]:
+        """What every function that pads sequences to a batch has to be told."""
+        return {"pad_id": self.tokenizer.pad, "device": self.config.device}
+
+    @property
     def max_prompt_tokens(self) -> int:
         return self.config.max_prompt_tokens or self.world.max_prompt_tokens
 
@@ -82,10 +90,10 @@ class Run:
         return self.config.max_response_tokens or self.world.max_response_tokens
 
     def prompt_ids(self, text: str) -> list[int]:
-        return prompt_ids(self.tokenizer, text, max_tokens=self.max_prompt_tokens)
+        return self.tokenizer.prompt_ids(text, self.max_prompt_tokens)
 
     def response_ids(self, text: str) -> list[int]:
-        return response_ids(self.tokenizer, text, max_tokens=self.max_response_tokens)
+        return self.tokenizer.response_ids(text, self.max_response_tokens)
 
     def on_device(self, tree: Tree) -> Tree:
         """A copy on the device, on a CPU where all workers see it."""
@@ -96,50 +104,35 @@ class Run:
         params: Tree,
         prompts: list[str],
         rng: np.random.Generator,
-        temperature: float = 1.0,
-        **cut: Any,
+        sampling: Sampling = Sampling(),
     ) -> Samples:
-        """Responses of a policy; `cut` (top_k, top_p) is for looking, never for learning."""
-        return sample_responses(
+        """Responses of a policy; top_k and top_p are for looking, never for learning."""
+        samples = sample_responses(
             params,
-            prompts,
-            tokenizer=self.tokenizer,
+            [self.prompt_ids(prompt) for prompt in prompts],
             config=self.gpt,
-            max_prompt_tokens=self.max_prompt_tokens,
-            max_response_tokens=self.max_response_tokens,
+            stop_id=self.tokenizer.eos,
+            max_tokens=self.max_response_tokens,
             rng=rng,
-            temperature=temperature,
-            device=self.config.device,
-            **cut,
+            sampling=sampling,
+            **self.padding,
         )
+        responses = [self.tokenizer.decode(ids) for ids in samples.response_ids]
+        return samples._replace(prompts=list(prompts), responses=responses)
 
     def score_with(self, model: RewardModel) -> "Score":
         """What PPO maximises of this run's samples."""
-        return Score(self.world, model, self.tokenizer.pad, self.config.device)
+        return Score(self.world, model, self.padding)
 
-    def evaluate(
-        self, policy: Tree, reference: Tree, score: "Score"
-    ) -> tuple[dict[str, float], Samples]:
-        """Held-out metrics, always with the same coins: two calls compare like with like."""
-        prompts = self.world.heldout_prompts
-        repeats = -(-self.config.eval_prompts // len(prompts))
-        return evaluate(
-            policy,
-            reference,
-            (prompts * repeats)[: self.config.eval_prompts],
-            world=self.world,
-            tokenizer=self.tokenizer,
-            score=score,
-            config=self.gpt,
-            max_prompt_tokens=self.max_prompt_tokens,
-            max_response_tokens=self.max_response_tokens,
-            temperature=self.config.ppo.temperature,
-            seed=self.config.seed + 1_000_003,
-            score_mean=score.model.mean,
-            score_sd=score.model.sd,
-            micro_batch_size=self.config.ppo.micro_batch_size,
-            device=self.config.device,
-        )
+    def follow(self, loop: Iterable[dict], stage: str, n_steps: int, title: str) -> None:
+        """Let a loop run to its end: progress, and a line of metrics for each of its steps."""
+        done = 0
+        try:
+            for step, metrics in zip(self.track(range(n_steps), title), loop, strict=False):
+                self.log.metrics(step, stage, metrics)
+                done = step + 1
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{title} step {done}: {error}") from error
 
 
 class Score(NamedTuple):
@@ -147,24 +140,17 @@ class Score(NamedTuple):
 
     world: World
     model: RewardModel
-    pad_id: int
-    device: str
+    padding: dict[str, Any]
 
     def __call__(self, samples: Samples) -> np.ndarray:
         if self.world.reward is None:
-            return score_responses(
-                self.model,
-                samples.prompt_ids,
-                samples.response_ids,
-                pad_id=self.pad_id,
-                device=self.device,
-            )
-        texts = map(self.world.full_text, samples.prompts, samples.responses)
-        raw = np.array([self.world.reward(text) for text in texts], dtype=np.float64)
+            ids = samples.prompt_ids, samples.response_ids
+            return score_responses(self.model, *ids, **self.padding)
+        raw = np.array(self.world.rewards(samples.prompts, samples.responses), dtype=np.float64)
         return (raw - self.model.mean) / self.model.sd
 
 
-def build_world(config: TrainConfig, rng: np.random.Generator) -> World:
+def build_world(config: TrainConfig, reward: Reward, rng: np.random.Generator) -> World:
     """The support world, or the user's own text.
 
     Raises:
@@ -174,25 +160,27 @@ def build_world(config: TrainConfig, rng: np.random.Generator) -> World:
         return corpus_world(
             config.corpus or None,
             unit=config.corpus_unit,
-            reward=config.reward or None,
+            reward=reward or None,
             pairs_path=config.pairs or None,
             rng=rng,
         )
     world = make_world(rng=rng)
-    return replace(world, reward=load_reward(config.reward)) if config.reward else world
+    return replace(world, reward=load_reward(reward)) if reward else world
 
 
-def open_run(
+def open_session(
     config: TrainConfig,
     *,
     track: Callable[[Iterable, str], Iterable] = no_progress,
     say: Callable[[str], None] = lambda line: None,
+    reward: Reward = "",
     resume: bool = False,
     look: bool = False,
-) -> Run:
+) -> Session:
     """World, encoding and random streams of a run; a new one gets its folder.
 
     Args:
+        reward: a function in the place of config.reward, which names one.
         resume: the run lies in its folder already.
         look:   ... and is only sampled from and scored with, for which its texts are not read.
     Raises:
@@ -207,45 +195,57 @@ def open_run(
             f"--out {config.out}: expected a new folder; it holds a run: go on with `minirlhf "
             "resume`, or choose another folder"
         )
+    if callable(reward):
+        config = replace(config, reward=name_of(reward))
     streams = np.random.default_rng(config.seed).spawn(len(STREAMS))
     rng = dict(zip(STREAMS, streams, strict=True))
     look = look and bool(config.corpus or config.pairs)  # the support world needs no files
-    world = _stored_world(config) if look else build_world(config, rng["world"])
+    reward = reward or config.reward
+    world = _stored_world(config, reward) if look else build_world(config, reward, rng["world"])
     for note in world.notes:
         say(note)
-    if resume:
-        tokenizer = load_tokenizer(config.out)
-    elif config.encoding:
-        tokenizer = load_tokenizer_by_name(config.encoding)
-    else:
-        examples = [text for example in world.demonstrations for text in example]
-        texts = examples + world.train_prompts + world.heldout_prompts
-        tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
+    tokenizer = load_tokenizer(config.out) if resume else _new_tokenizer(config, world)
+    session = Session(config, world, tokenizer, _sizes(config, world, tokenizer), rng, track, say)
+    if not resume:
+        _begin_folder(session)
+    elif not look:
+        _same_world(config.out, world)
+    return session
+
+
+def _new_tokenizer(config: TrainConfig, world: World) -> Tokenizer:
+    """The encoding that was asked for, or one trained on the world's texts."""
+    if config.encoding:
+        return load_tokenizer_by_name(config.encoding)
+    examples = [text for example in world.demonstrations for text in example]
+    texts = examples + world.train_prompts + world.heldout_prompts
+    return train_tokenizer(texts, vocab_size=config.vocab_size)
+
+
+def _sizes(config: TrainConfig, world: World, tokenizer: Tokenizer) -> GPTConfig:
     max_prompt = config.max_prompt_tokens or world.max_prompt_tokens
     max_response = config.max_response_tokens or world.max_response_tokens
-    gpt = GPTConfig(
+    return GPTConfig(
         vocab_size=tokenizer.vocab_size,
         n_ctx=max_prompt + max_response,
         n_layer=config.model.n_layer,
         n_head=config.model.n_head,
         d_model=config.model.d_model,
     )
-    if resume and not look:
-        _same_world(config.out, world)
-    if not resume:
-        for note in unused_options(config):
-            say(note)
-        config = _with_absolute_paths(config)
-    run = Run(config, world, tokenizer, gpt, rng, track, say, {})
-    if not resume:
-        _ = run.log  # refuses a folder that cannot be written
-        save_tokenizer(tokenizer, config.out)
-        _save_world(config.out, world)
-        save_config(config.out / "config.toml", config)
-    return run
 
 
-def open_saved_run(folder: str | Path, *, device: str | None = None, **shown: Any) -> Run:
+def _begin_folder(session: Session) -> None:
+    """Write what a run can be opened with again."""
+    for note in unused_options(session.config):
+        session.say(note)
+    session.config = _with_absolute_paths(session.config)
+    _ = session.log  # refuses a folder that cannot be written
+    save_tokenizer(session.tokenizer, session.folder)
+    _save_world(session.folder, session.world)
+    save_config(session.folder / "config.toml", session.config)
+
+
+def reopen_session(folder: str | Path, *, device: str | None = None, **shown: Any) -> Session:
     """A run that lies in a folder, finished or not.
 
     Args:
@@ -260,7 +260,7 @@ def open_saved_run(folder: str | Path, *, device: str | None = None, **shown: An
             "`minirlhf train --out` wrote"
         )
     config = replace(load_config(path), out=Path(folder))
-    return open_run(replace(config, device=device or config.device), resume=True, **shown)
+    return open_session(replace(config, device=device or config.device), resume=True, **shown)
 
 
 def fork_run(
@@ -316,24 +316,24 @@ def unused_options(config: TrainConfig) -> list[str]:
     return notes
 
 
-def cut_notes(run: Run) -> list[str]:
+def cut_notes(session: Session) -> list[str]:
     """What the limits on tokens cut off, one sentence each."""
-    world, tokenizer = run.world, run.tokenizer
+    world, tokenizer = session.world, session.tokenizer
     pairs = world.pairs or []
     texts = {  # what -> (texts, whole ids of one, limit, what is said further)
         "prompts": (
             set(world.train_prompts + world.heldout_prompts),
-            *(tokenizer.prompt_ids, run.max_prompt_tokens),
+            *(tokenizer.prompt_ids, session.max_prompt_tokens),
             "see --max-prompt-tokens",
         ),
         "demonstrations": (
             [response for _, response in world.demonstrations],
-            *(tokenizer.response_ids, run.max_response_tokens),
+            *(tokenizer.response_ids, session.max_response_tokens),
             "without a stop token; see --max-response-tokens",
         ),
         "replies in pairs": (
             [reply for _, chosen, rejected in pairs for reply in (chosen, rejected)],
-            *(tokenizer.response_ids, run.max_response_tokens),
+            *(tokenizer.response_ids, session.max_response_tokens),
             "without a stop token; see --max-response-tokens",
         ),
     }
@@ -360,7 +360,7 @@ def _digest(world: World) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def _stored_world(config: TrainConfig) -> World:
+def _stored_world(config: TrainConfig, reward: Reward) -> World:
     """What sampling and scoring need of a world of files, which may be gone by now."""
     path = config.out / "world.json"
     stored = parse_object(read_text(path), str(path))
@@ -368,8 +368,8 @@ def _stored_world(config: TrainConfig) -> World:
     kinds = [type(value) for value in kept.values()]
     if kinds != [str, str, int, int]:
         raise InputError(f"{path}: expected {', '.join(_KEPT)}; got {kept}: restore the file")
-    reward = load_reward(config.reward) if config.reward else None
-    return World(demonstrations=[], train_prompts=[], heldout_prompts=[], reward=reward, **kept)
+    function = load_reward(reward) if reward else None
+    return World(demonstrations=[], train_prompts=[], heldout_prompts=[], reward=function, **kept)
 
 
 def _save_world(folder: Path, world: World) -> None:

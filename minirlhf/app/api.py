@@ -1,0 +1,220 @@
+"""RLHF from Python: train, open a run, sample from it, score with it, look at its curves.
+
+    run = minirlhf.train(corpus="names.txt", reward=my_reward, ppo={"iterations": 10})
+    run.sample(["A"])                  replies of the policy
+    run.score("A", "nna").kl_seq       the penalty of a reply [nats]
+    run.curves()                       a figure
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minirlhf.app.progress import say, track
+from minirlhf.backend import keep_freed_memory, to_host
+from minirlhf.disk import parse_object, read_text
+from minirlhf.errors import InputError
+from minirlhf.nn.sampling import Sampling
+from minirlhf.rlhf.kl import summed_penalty
+from minirlhf.runs import pipeline
+from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.folder import last_kl_coef
+from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.session import Session, no_progress, open_session, reopen_session
+from minirlhf.train.batches import pad_batch
+from minirlhf.train.policy import policy_forward
+from minirlhf.train.rollout import Samples
+from minirlhf.train.settings import with_fields
+
+
+def train(
+    config: TrainConfig | None = None,
+    *,
+    reward: str | Callable[..., Any] = "",
+    progress: bool = True,
+    **changes: Any,
+) -> "Run":
+    """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
+
+    Args:
+        config: settings to start from; None: the defaults.
+        reward: of your own, in the place of a reward model: a function of the text, of
+            (prompt, response), or of lists of them (texts, or prompts and responses); or the name
+            of one, module:function.
+        progress: show bars and notes on stderr.
+        changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
+            ppo={"kl_coef": 0.1}.
+    Returns:
+        the finished Run; its folder is config.out, or runs/WORLD-N with the next free N.
+    Raises:
+        InputError: a setting or a file cannot be used.
+    """
+    named = {"reward": reward} if isinstance(reward, str) and reward else {}
+    config = with_fields(config or TrainConfig(), changes | named, "train")
+    function = reward if callable(reward) else ""
+    shown = _shown(progress)
+    return _finish(open_session(config, reward=function, **shown), function)
+
+
+def resume(
+    folder: str | Path, *, reward: str | Callable[..., Any] = "", progress: bool = True
+) -> "Run":
+    """Go on with an interrupted run; its result is that of a run that was never interrupted.
+
+    Args:
+        reward: the function again, where the run was given one that has no importable name.
+    """
+    return _finish(reopen_session(folder, reward=reward, **_shown(progress)), reward)
+
+
+def open_run(folder: str | Path, *, reward: str | Callable[..., Any] = "") -> "Run":
+    """A finished run, to sample from and to score with.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
+    return Run(reopen_session(folder, device="cpu", reward=reward, look=True))
+
+
+def _shown(progress: bool) -> dict[str, Callable]:
+    return {"track": track, "say": say} if progress else {"track": no_progress}
+
+
+def _finish(session: Session, reward: str | Callable[..., Any]) -> "Run":
+    keep_freed_memory()
+    with np.errstate(all="ignore"):  # what is not finite is looked for at every update
+        pipeline.run_stages(session)
+    return open_run(session.folder, reward=reward)
+
+
+class TokenScores(NamedTuple):
+    """What a response pays, token by token; T tokens, in nats."""
+
+    tokens: list[str]  # T pieces of text
+    logp: np.ndarray  # (T,) log pi_theta(y_t|.)
+    ref_logp: np.ndarray  # (T,) log pi_ref(y_t|.)
+    kl_seq: float  # sum over t of logp - ref_logp: the penalty
+    score: float  # normalised reward of the whole response
+    kl_coef: float  # beta, as training left it
+    gold: float | None  # the world's true reward, where there is one
+
+    @property
+    def kl_token(self) -> np.ndarray:
+        """(T,) logp - ref_logp."""
+        return self.logp - self.ref_logp
+
+    @property
+    def objective(self) -> float:
+        """score - beta Penalty: what training maximises the mean of."""
+        return self.score - self.kl_coef * self.kl_seq
+
+
+class Run:
+    """A finished run: its settings, metrics and models. Made by `train` and `open_run`."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.policy, self.reference = pipeline.load_models(session)
+
+    @property
+    def folder(self) -> Path:
+        return self.session.folder
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.session.config
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: "stage", "step", and that step's numbers."""
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+    @property
+    def result(self) -> dict[str, dict[str, float]]:
+        """The final table: {"reference": {...}, "policy": {...}, "seconds": {...}}."""
+        path = self.folder / "result.json"
+        return parse_object(read_text(path), str(path))
+
+    def sample(
+        self,
+        prompts: str | list[str],
+        *,
+        reference: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """One reply to each prompt, of the policy or of the reference.
+
+        Args:
+            prompts: repeat a prompt for several replies to it.
+            temperature: 0 takes the most likely token.
+            top_k, top_p: keep the k most likely tokens, or those that hold this mass; 0, 1: all.
+        Raises:
+            InputError: a prompt is too long, or a number is out of its range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if top_k < 0 or not 0 < top_p <= 1 or not 0 <= temperature < float("inf") or seed < 0:
+            raise InputError(
+                "sample: expected a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
+                f"seed >= 0; got {temperature}, {top_k}, {top_p} and {seed}: choose such numbers"
+            )
+        for prompt in prompts:
+            self._refuse_to_cut(prompt=prompt)
+        params = self.reference if reference else self.policy
+        rng, sampling = np.random.default_rng(seed), Sampling(temperature, top_k, top_p)
+        return self.session.sample(params, prompts, rng, sampling).responses
+
+    def score(self, prompt: str, response: str) -> TokenScores:
+        """log pi_theta and log pi_ref of each token of a response, the penalty, and the reward.
+
+        Raises:
+            InputError: a text is empty or longer than training's limit.
+        """
+        self._refuse_to_cut(prompt=prompt, response=response)
+        session = self.session
+        ids = [session.prompt_ids(prompt)], [session.response_ids(response)]
+        batch = pad_batch(*ids, pad_id=session.tokenizer.pad, config=session.gpt)
+        same = {"batch": batch, "config": session.gpt, "keep": False}
+        same["temperature"] = session.config.ppo.temperature
+        logp, ref_logp = (
+            to_host(policy_forward(params, **same)[0].logp).astype(np.float64)
+            for params in (self.policy, self.reference)
+        )
+        kl_seq = summed_penalty(logp, ref_logp, mask=np.ones_like(logp))[0]
+        scoring = session.score_with(pipeline.reward_stage(session, self.reference))
+        score = scoring(Samples(*ids, batch, prompts=[prompt], responses=[response]))[0]
+        return TokenScores(
+            tokens=session.tokenizer.pieces(ids[1][0]),
+            logp=logp[0],
+            ref_logp=ref_logp[0],
+            kl_seq=float(kl_seq),
+            score=float(score),
+            kl_coef=last_kl_coef(session),
+            gold=session.world.gold_or_none(prompt, response),
+        )
+
+    def curves(self) -> Any:
+        """A matplotlib figure: reward, KL, entropy and length against the iterations of PPO."""
+        from minirlhf.app.pictures import curves_figure
+
+        return curves_figure(self.metrics)
+
+    def _refuse_to_cut(self, *, prompt: str, response: str = "") -> None:
+        """Training cuts texts that are too long; numbers asked for here are of the whole."""
+        session = self.session
+        for name, ids, limit in (
+            ("prompt", session.tokenizer.prompt_ids(prompt), session.max_prompt_tokens),
+            ("response", session.tokenizer.response_ids(response), session.max_response_tokens),
+        ):
+            if len(ids) > limit:
+                raise InputError(
+                    f"{name}: expected at most {limit} tokens, as in training; got {len(ids)}: "
+                    f"shorten it, or train with a larger --max-{name}-tokens"
+                )
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"

@@ -1,0 +1,485 @@
+"""The cases on which `minirlhf check` and the tests check every pair of the package.
+
+TABLE, at the end, has a row for each mode of each pair: the forward, its backward, and a recipe
+that draws a small case. In tests/rlhf/test_pairs.py Hypothesis draws from the same recipes.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minirlhf.backend import get_xp
+from minirlhf.nn import attention, heads, layers, transformer
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.rlhf import kl, logprobs, objectives, preferences
+from minirlhf.rlhf.kl import KL_MODES
+from minirlhf.train import policy, ppo
+from minirlhf.train.batches import Batch
+from minirlhf.train.settings import PPOConfig
+from minirlhf.tree import Tree, tree_map
+
+Case = tuple[list[Tree], dict[str, Any]]  # differentiable arguments, constants
+PADDING = 77.0  # what stands where nothing may look
+GAP = 1e-2  # least distance from a kink
+TEMPERATURES = (1.0, 0.7, 2.0)
+SCORE_SCALES = LOGIT_SCALES = (0.1, 1.0, 30.0)  # at 30 one token has nearly all probability
+
+
+class Draw:
+    """Where a case comes from: sizes and settings one by one, entries from a seeded generator.
+
+    tests/rlhf/test_pairs.py lets Hypothesis answer `integer` and `pick`: it minimises what fails.
+    """
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
+
+    def integer(self, low: int, high: int) -> int:
+        """A whole number from `low` to `high`, both included."""
+        return int(self.rng.integers(low, high + 1))
+
+    def pick(self, options: Sequence[Any]) -> Any:
+        """One of `options`."""
+        return options[self.integer(0, len(options) - 1)]
+
+    def normal(self, *shape: int) -> np.ndarray:
+        """Independent N(0, 1) entries."""
+        return self.rng.standard_normal(shape)
+
+
+class Row(NamedTuple):
+    """One mode of one pair. An adapter carries the pair it adapts in `__wrapped__`."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    make: Callable[[Draw], Case]
+    mode: str = ""
+
+    @property
+    def operation(self) -> str:
+        return self.forward.__name__.removesuffix("_forward")
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}: {self.mode}" if self.mode else self.operation
+
+    @property
+    def file(self) -> str:
+        """Where the pair stands, as nn/layers.py."""
+        return "/".join(self.forward.__module__.split(".")[1:]) + ".py"
+
+    @property
+    def is_model(self) -> bool:
+        """A block or more: many entries, so fewer cases."""
+        return self.file.startswith(("nn/transformer", "train/"))
+
+
+def leading(draw: Draw) -> tuple[int, ...]:
+    """Up to two axes before the last: what works on the last axis takes any number of them."""
+    return tuple(draw.integer(1, 3) for _ in range(draw.integer(0, 2)))
+
+
+def scaled(draw: Draw, *shape: int, scales: Sequence[float] = (0.1, 1.0, 3.0)) -> np.ndarray:
+    """N(0, scale^2) entries."""
+    return draw.pick(scales) * draw.normal(*shape)
+
+
+def drawn_mask(draw: Draw, B: int, T: int, side: str = "right") -> np.ndarray:
+    """(B, T) with 1 to T ones a row and the zeros on `side`."""
+    lengths = np.array([draw.integer(1, T) for _ in range(B)])
+    mask = (np.arange(T) < lengths[:, None]).astype(np.float64)
+    return mask if side == "right" else mask[:, ::-1].copy()
+
+
+def drawn_weights(draw: Draw) -> np.ndarray:
+    """(B, T) token weights of a right-padded batch, in every aggregation."""
+    mask = drawn_mask(draw, draw.integer(1, 3), draw.integer(1, 4))
+    return objectives.token_weights(mask, mode=draw.pick(objectives.AGGREGATIONS))
+
+
+def drawn_log_ratio(draw: Draw, *shape: int, kinks: Iterable[float] = ()) -> np.ndarray:
+    """log pi_theta - log pi_other: small or large; one entry may be 0, the same policy.
+
+    There is no derivative at a kink: entries near one are moved to the gap's edge.
+    """
+    log_ratio = scaled(draw, *shape, scales=(0.003, 0.2, 1.0))
+    for kink in kinks:
+        edge = kink + np.where(log_ratio < kink, -GAP, GAP)
+        log_ratio = np.where(np.abs(log_ratio - kink) < GAP, edge, log_ratio)
+    if draw.pick((True, False)):
+        log_ratio.flat[0] = 0.0
+    return log_ratio
+
+
+def clip_kinks(clip_eps: float | tuple[float, float], dual_clip: float | None) -> list[float]:
+    """The log-ratios at which the clipped surrogate bends."""
+    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
+    return [math.log(1 - low), math.log(1 + high), *([math.log(dual_clip)] if dual_clip else [])]
+
+
+def drawn_value_targets(
+    draw: Draw, values: np.ndarray, clip_eps: float | None
+) -> dict[str, np.ndarray]:
+    """old_values and returns for which max(error^2, clipped error^2) has a derivative at values."""
+    while True:
+        moved, error = 0.5 * draw.normal(*values.shape), draw.normal(*values.shape)
+        edge = error - moved + np.copysign(clip_eps or 0.0, moved)
+        bends = np.abs(np.abs(moved) - (clip_eps or 0.0)) < GAP
+        tied = (np.abs(moved) > (clip_eps or 0.0)) & (np.abs(np.abs(edge) - np.abs(error)) < GAP)
+        if clip_eps is None or not (bends | tied).any():
+            return {"old_values": values - moved, "returns": values - error}
+
+
+def drawn_columns(draw: Draw, B: int, T: int, *, none: bool = True) -> np.ndarray | None:
+    """(B, Q) distinct columns of each sequence, in any order; or None, all of them."""
+    if none and draw.pick((True, False)):
+        return None
+    return draw.rng.permuted(np.tile(np.arange(T), (B, 1)), axis=1)[:, : draw.integer(1, T)]
+
+
+# -- nn/ -----------------------------------------------------------------------------------------
+
+
+def make_arrays(axes: str, draw: Draw) -> Case:
+    """Arrays and no constants: "." any leading axes, a letter a size, as in ".I,IO,O" of linear."""
+    sizes = {letter: (draw.integer(1, 4),) for letter in axes if letter.isalpha()}
+    sizes |= {"1": (1,), ".": leading(draw)}
+    first, *rest = (sum((sizes[axis] for axis in shape), ()) for shape in axes.split(","))
+    return [scaled(draw, *first), *(draw.normal(*shape) for shape in rest)], {}
+
+
+def make_layernorm(scale: float, offset: float, draw: Draw) -> Case:
+    C = draw.integer(3, 6)
+    x = draw.normal(*leading(draw), C)
+    x /= np.minimum(x.std(axis=-1, keepdims=True), 1.0)  # near a flat row it bends too sharply
+    return [scale * x + offset, draw.normal(C), draw.normal(C)], {}
+
+
+def make_embedding(draw: Draw) -> Case:
+    N, shape = draw.integer(1, 5), leading(draw)
+    return [draw.normal(N, draw.integer(1, 4))], {"ids": np.array(draw.rng.integers(N, size=shape))}
+
+
+def make_take_columns(draw: Draw) -> Case:
+    B, T = draw.integer(1, 3), draw.integer(1, 4)
+    columns = drawn_columns(draw, B, T, none=False)
+    return [draw.normal(B, T, draw.integer(1, 4))], {"columns": columns}
+
+
+def make_attention(side: str, scale: float, draw: Draw) -> Case:
+    B, T, H, D = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 2), draw.integer(1, 2)
+    allowed = attention.causal_mask(drawn_mask(draw, B, T, side))
+    constants = {"n_head": H, "allowed": allowed, "read": drawn_columns(draw, B, T)}
+    return [scale * scaled(draw, B, T, 3 * H * D)], constants
+
+
+def drawn_model(draw: Draw, config: GPTConfig, head: str = "") -> Tree:
+    """Parameters well away from the initial ones, where a wrong bias or gain would not show."""
+    params = transformer.init_transformer(config, rng=draw.rng, dtype=np.float64)
+    model = {"transformer": tree_map(lambda a: a + 0.5 * draw.normal(*a.shape), params)}
+    if head:
+        model[head] = {"w": draw.normal(config.d_model, 1), "b": draw.normal(1)}
+    return model
+
+
+def drawn_config(draw: Draw) -> GPTConfig:
+    H = draw.pick((1, 2))
+    return GPTConfig(vocab_size=draw.integer(2, 3), n_ctx=4, n_layer=1, n_head=H, d_model=4)
+
+
+def drawn_batch(draw: Draw, config: GPTConfig, *sizes: int) -> Batch:
+    """Prompts padded on the left, responses on the right; any ids at padding. Sizes: B, P, R."""
+    B, P, R = sizes or [draw.integer(1, 2) for _ in range(3)]
+    mask = np.concatenate([drawn_mask(draw, B, P, "left"), drawn_mask(draw, B, R)], axis=1)
+    return Batch(draw.rng.integers(config.vocab_size, size=(B, P + R)), mask, P)
+
+
+def make_block(draw: Draw) -> Case:
+    config = drawn_config(draw)
+    mask = drawn_batch(draw, config).mask
+    p = drawn_model(draw, config)["transformer"]["blocks"][0]
+    constants = {"n_head": config.n_head, "allowed": attention.causal_mask(mask)}
+    constants["read"] = drawn_columns(draw, *mask.shape)
+    return [draw.normal(*mask.shape, config.d_model), p], constants
+
+
+def make_transformer(draw: Draw) -> Case:
+    config = drawn_config(draw)
+    tokens, mask, _ = drawn_batch(draw, config)
+    constants = {"tokens": tokens, "mask": mask, "read": drawn_columns(draw, *mask.shape)}
+    return [drawn_model(draw, config)["transformer"]], {**constants, "config": config}
+
+
+# -- rlhf/ ---------------------------------------------------------------------------------------
+
+
+def make_of_logits(constant: str, draw: Draw) -> Case:
+    """An operation on logits (B, T, V), and what it holds constant beside the temperature."""
+    shape = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 5)
+    logits = scaled(draw, *shape, scales=LOGIT_SCALES) + draw.pick((0.0, 20.0))
+    constants = {"temperature": draw.pick(TEMPERATURES)}
+    if constant == "targets":
+        constants["targets"] = draw.rng.integers(shape[-1], size=shape[:-1])
+    if constant == "ref_logits":
+        constants["ref_logits"] = logits + drawn_log_ratio(draw, *shape)
+    return [logits], constants
+
+
+def make_sequence_logprob(draw: Draw) -> Case:
+    mask = drawn_mask(draw, draw.integer(1, 3), draw.integer(1, 4), draw.pick(("left", "right")))
+    return [scaled(draw, *mask.shape)], {"mask": mask}
+
+
+def drawn_logps(draw: Draw) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """logp (B, T), and what a penalty as a loss holds constant; padding holds anything."""
+    weights = drawn_weights(draw)
+    logp = draw.normal(*weights.shape)
+    old_logp, ref_logp = (logp - drawn_log_ratio(draw, *weights.shape) for _ in range(2))
+    ref_logp = np.where(weights > 0, ref_logp, PADDING)
+    return logp, {"old_logp": old_logp, "ref_logp": ref_logp, "weights": weights}
+
+
+def make_kl_loss_of_samples(estimator: str, ratio: str, draw: Draw) -> Case:
+    logp, constants = drawn_logps(draw)
+    if ratio == "held":
+        constants["held_logp"] = logp.copy()
+    return [logp], {**constants, "estimator": estimator, "ratio": ratio}
+
+
+def make_beyond_the_cut(operation: str, draw: Draw) -> Case:
+    """Log-ratios beyond +-20, where exp is cut: the ratio, k3 and an unclipped loss are flat."""
+    weights = drawn_weights(draw)
+    logp, advantages = draw.normal(2, *weights.shape)
+    old_logp = logp - draw.pick((25.0, -25.0)) - draw.normal(*weights.shape)
+    constants = {"old_logp": old_logp, "weights": weights}
+    if operation == "ppo_clip":
+        return [logp], {**constants, "advantages": advantages, "clip": "none"}
+    ratio = draw.pick(("none", "differentiated"))
+    return [logp], {**constants, "ref_logp": old_logp, "estimator": "k3", "ratio": ratio}
+
+
+@functools.wraps(kl.sequence_kl_loss_forward)
+def sequence_kl_loss_held(logp, *, held_logp, old_logp, **constants):
+    """With the ratio exp(sum held_logp - old_logp): a constant, as its backward treats it."""
+    moving = old_logp + (logp - held_logp)
+    return kl.sequence_kl_loss_forward(logp, old_logp=moving, **constants)
+
+
+@functools.wraps(objectives.kl_loss_forward)
+def kl_loss_held(logits, logp, *, held, kl_mode, old_logp, weights, **constants):
+    """kl_loss, where what its backward takes for a constant comes from `held`, the policy's output.
+
+    That is, of loss_rho_k2, the ratio. loss_rb: its backward is deliberately not the derivative of
+    its value, but of the value + sum_t w_t logp_t (KL of the later tokens, held). That such a
+    gradient's *expectation* is the KL's takes an enumeration of all responses, not a derivative.
+    """
+    mode = KL_MODES[kl_mode]
+    if mode.ratio == "held":
+        old_logp = old_logp + (logp - held.logp)
+    loss, cache = objectives.kl_loss_forward(
+        logits, logp, kl_mode=kl_mode, old_logp=old_logp, weights=weights, **constants
+    )
+    if mode.in_loss == "rao_blackwell":
+        both = {name: constants[name] for name in ("ref_logits", "temperature")}
+        kl_token, _ = kl.full_kl_forward(held.logits, **both)
+        loss = loss + (weights * kl.future_kl(kl_token, mask=weights) * logp).sum()
+    return loss, cache
+
+
+def make_kl_loss(kl_mode: str, draw: Draw) -> Case:
+    logp, constants = drawn_logps(draw)
+    logits = scaled(draw, *logp.shape, draw.integer(1, 4), scales=LOGIT_SCALES)
+    whole = KL_MODES[kl_mode].needs_ref_logits
+    constants["ref_logits"] = logits + draw.normal(*logits.shape) if whole else None
+    held = policy.PolicyOutput(logits.copy(), logp.copy(), None)
+    constants |= {"held": held, "temperature": draw.pick(TEMPERATURES)}
+    return [logits, logp], {**constants, "kl_mode": kl_mode}
+
+
+def make_weighted_sum(draw: Draw) -> Case:
+    weights = drawn_weights(draw)
+    return [scaled(draw, *weights.shape)], {"weights": weights}
+
+
+def make_bradley_terry(draw: Draw) -> Case:
+    B = draw.integer(1, 5)
+    constants = {"margin": draw.pick((0.0, 0.5)), "label_smoothing": draw.pick((0.0, 0.1))}
+    return [scaled(draw, B, scales=SCORE_SCALES) for _ in range(2)], constants
+
+
+def make_ranking(draw: Draw) -> Case:
+    return [scaled(draw, draw.integer(1, 3), draw.integer(2, 4), scales=SCORE_SCALES)], {}
+
+
+def make_ppo_clip(clip: str, clip_eps: Any, dual_clip: float | None, draw: Draw) -> Case:
+    weights = drawn_weights(draw)
+    logp, advantages = draw.normal(2, *weights.shape)
+    log_ratio = drawn_log_ratio(draw, *weights.shape, kinks=clip_kinks(clip_eps, dual_clip))
+    if draw.pick((True, False)):
+        advantages.flat[-1] = 0.0
+    constants = {"old_logp": logp - log_ratio, "advantages": advantages, "weights": weights}
+    return [logp], {**constants, "clip_eps": clip_eps, "clip": clip, "dual_clip": dual_clip}
+
+
+def make_value_loss(clip_eps: float | None, draw: Draw) -> Case:
+    weights = drawn_weights(draw)
+    values = scaled(draw, *weights.shape)
+    targets = drawn_value_targets(draw, values, clip_eps)
+    return [values], {**targets, "weights": weights, "clip_eps": clip_eps}
+
+
+# -- train/ --------------------------------------------------------------------------------------
+
+
+@functools.wraps(policy.policy_forward)
+def policy_as_one_array(params, **constants):
+    """logits, logp and values side by side, (B, R, V + 2): a pair has one output."""
+    out, cache = policy.policy_forward(params, **constants)
+    columns = [a[..., None] for a in (out.logp, out.values) if a is not None]
+    return get_xp(out.logits).concatenate([out.logits, *columns], axis=-1), cache
+
+
+@functools.wraps(policy.policy_backward)
+def policy_from_one_array(dout, cache):
+    V = cache.logits.wte.shape[0]
+    dvalues = None if cache.values is None else dout[..., V + 1]
+    return policy.policy_backward(dout[..., :V], dout[..., V], dvalues, cache)
+
+
+def make_policy(draw: Draw) -> Case:
+    config = drawn_config(draw)
+    params = drawn_model(draw, config, draw.pick(("value_head", "")))
+    constants = {"batch": drawn_batch(draw, config), "temperature": draw.pick(TEMPERATURES)}
+    return [params], {**constants, "config": config}
+
+
+def make_reward(draw: Draw) -> Case:
+    config = drawn_config(draw)
+    constants = {"batch": drawn_batch(draw, config), "config": config}
+    return [drawn_model(draw, config, "reward_head")], constants
+
+
+@functools.wraps(ppo.ppo_loss_forward)
+def ppo_loss_held(params, *, held, experience, config, settings):
+    """ppo_loss, with `kl_loss_held` for its penalty."""
+    loss, cache = ppo.ppo_loss_forward(
+        params, experience=experience, config=config, settings=settings
+    )
+    if not KL_MODES[settings.kl_mode].in_loss:
+        return loss, cache
+    tempered = {"temperature": settings.temperature}
+    out, _ = policy.policy_forward(params, batch=experience.batch, config=config, **tempered)
+    names = ("old_logp", "ref_logp", "ref_logits", "weights")
+    constants = {name: getattr(experience, name) for name in names}
+    kl_loss, _ = kl_loss_held(
+        out.logits, out.logp, held=held, kl_mode=settings.kl_mode, **constants, **tempered
+    )
+    return loss + experience.kl_loss_coef * (kl_loss - cache.parts["loss/kl_avg"]), cache
+
+
+def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOConfig) -> Case:
+    """A policy, and an experience that keeps away from the kinks of the loss at that policy."""
+    params = drawn_model(draw, config, "value_head")
+    out, _ = policy.policy_forward(
+        params, batch=batch, config=config, temperature=settings.temperature
+    )
+    shape = out.logp.shape
+    kinks = clip_kinks(settings.clip_range, settings.dual_clip or None)
+    experience = ppo.Experience(
+        batch=batch,
+        old_logp=out.logp - drawn_log_ratio(draw, *shape, kinks=kinks),
+        ref_logp=out.logp - 0.5 * draw.normal(*shape),
+        ref_logits=out.logits + draw.normal(*out.logits.shape),
+        **drawn_value_targets(draw, out.values, settings.value_clip_eps or None),
+        advantages=draw.normal(*shape),
+        weights=objectives.token_weights(batch.response_mask, mode=settings.aggregation),
+        kl_loss_coef=np.array(0.21),
+    )
+    constants = {"experience": experience, "config": config, "settings": settings}
+    return [params], {**constants, "held": out}
+
+
+def full_settings(kl_mode: str, **changes: Any) -> PPOConfig:
+    """Every term of the PPO loss at once."""
+    terms = {"value_clip_eps": 0.2, "vf_coef": 0.5, "ent_coef": 0.2, "temperature": 0.9}
+    return PPOConfig(kl_mode=kl_mode, **{**terms, **changes})
+
+
+def make_ppo_loss(draw: Draw) -> Case:
+    settings = full_settings(
+        draw.pick(tuple(KL_MODES)),
+        clip=draw.pick(("ppo", "book", "none")),
+        dual_clip=draw.pick((0.0, 3.0)),
+        value_clip_eps=draw.pick((0.2, 0.0)),
+        ent_coef=draw.pick((0.2, 0.0)),
+        aggregation=draw.pick(objectives.AGGREGATIONS),
+    )
+    config = drawn_config(draw)
+    return drawn_ppo_case(draw, config, drawn_batch(draw, config), settings)
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+
+def row(file, operation: str, make: Callable, *settings, mode: str = "", forward=None) -> Row:
+    """The pair `operation` of a file; `forward` instead, where its backward holds a constant."""
+    own, backward = (getattr(file, f"{operation}_{way}") for way in ("forward", "backward"))
+    return Row(forward or own, backward, functools.partial(make, *settings), mode)
+
+
+TABLE = [
+    row(layers, "linear", make_arrays, ".I,IO,O"),
+    row(layers, "layernorm", make_layernorm, 1.0, 0.0),
+    row(layers, "layernorm", make_layernorm, 30.0, 5.0, mode="scale 30, offset 5"),
+    row(layers, "layernorm", make_layernorm, 0.1, 5.0, mode="scale 0.1, offset 5"),
+    row(layers, "gelu", make_arrays, ".C"),
+    row(layers, "embedding", make_embedding),
+    row(layers, "take_columns", make_take_columns),
+    row(attention, "attention", make_attention, "left", 1.0, mode="left padding"),
+    row(attention, "attention", make_attention, "right", 1.0, mode="right padding"),
+    row(attention, "attention", make_attention, "right", 8.0, mode="scores beyond exp"),
+    row(heads, "tied_logits", make_arrays, ".C,VC"),
+    row(heads, "scalar_head", make_arrays, ".C,C1,1"),
+    row(transformer, "block", make_block),
+    row(transformer, "transformer", make_transformer),
+    row(logprobs, "token_logprobs", make_of_logits, "targets"),
+    row(logprobs, "sequence_logprob", make_sequence_logprob),
+    row(logprobs, "entropy", make_of_logits, ""),
+    row(kl, "full_kl", make_of_logits, "ref_logits"),
+    *[
+        row(kl, pair, make_kl_loss_of_samples, k, ratio, mode=f"{k}{mode}", forward=forward)
+        for pair, ratio, mode, forward in (
+            ("token_kl_loss", "none", "", None),
+            ("token_kl_loss", "differentiated", ", ratio", None),
+            ("sequence_kl_loss", "none", "", None),
+            ("sequence_kl_loss", "differentiated", ", ratio", None),
+            ("sequence_kl_loss", "held", ", ratio held", sequence_kl_loss_held),
+        )
+        for k in ("k1", "k2", "k3")
+    ],
+    row(kl, "token_kl_loss", make_beyond_the_cut, "kl_loss", mode="beyond the cut"),
+    row(kl, "sequence_kl_loss", make_beyond_the_cut, "kl_loss", mode="beyond the cut"),
+    row(objectives, "weighted_sum", make_weighted_sum),
+    row(objectives, "cross_entropy", make_weighted_sum),
+    row(preferences, "bradley_terry", make_bradley_terry),
+    row(preferences, "ranked_pairs", make_ranking),
+    row(preferences, "plackett_luce", make_ranking),
+    row(objectives, "ppo_clip", make_ppo_clip, "ppo", 0.2, None, mode="ppo"),
+    row(objectives, "ppo_clip", make_ppo_clip, "ppo", (0.2, 0.4), None, mode="clip-higher"),
+    row(objectives, "ppo_clip", make_ppo_clip, "ppo", 0.2, 3.0, mode="dual clip"),
+    row(objectives, "ppo_clip", make_ppo_clip, "book", 0.2, None, mode="book"),
+    row(objectives, "ppo_clip", make_ppo_clip, "none", 0.2, None, mode="none"),
+    row(objectives, "ppo_clip", make_beyond_the_cut, "ppo_clip", mode="beyond the cut"),
+    row(objectives, "value_loss", make_value_loss, None, mode="not clipped"),
+    row(objectives, "value_loss", make_value_loss, 0.2, mode="clipped"),
+    *[
+        row(objectives, "kl_loss", make_kl_loss, mode, mode=mode, forward=kl_loss_held)
+        for mode in KL_MODES
+    ],
+    Row(policy_as_one_array, policy_from_one_array, make_policy),
+    row(policy, "reward", make_reward),
+    row(ppo, "ppo_loss", make_ppo_loss, forward=ppo_loss_held),
+]

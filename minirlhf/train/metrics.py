@@ -1,0 +1,119 @@
+"""What an iteration of PPO was like, by the names that the field uses. Nothing here is trained on.
+
+One number means the same everywhere: `objective/kl` is kl_seq, the penalty summed over a response
+and averaged over responses [nats]; what is called _avg is a mean over tokens.
+"""
+
+import math
+
+import numpy as np
+
+from minirlhf.backend import Array, get_xp
+from minirlhf.rlhf.advantages import masked_mean, masked_var
+from minirlhf.rlhf.kl import LOG_RATIO_LIMIT, clamp_log_ratio, kl_estimate, summed_penalty
+from minirlhf.rlhf.logprobs import response_sum
+from minirlhf.train.ppo import (
+    Experience,
+    Iteration,
+    MinibatchGradient,
+    Update,
+    ended,
+    final_score,
+    rollout_penalty,
+)
+from minirlhf.train.rollout import Rollout
+from minirlhf.train.settings import PPOConfig
+
+
+def iteration_metrics(
+    iteration: Iteration, *, settings: PPOConfig, stop_id: int
+) -> dict[str, float]:
+    """`rollout_metrics`, and the means of the metrics of the updates."""
+    rollout, experience, updates, kl_coef, _ = iteration
+    metrics = rollout_metrics(
+        rollout, experience, settings=settings, kl_coef=kl_coef, stop_id=stop_id
+    )
+    return metrics | mean_of_updates(updates, settings)
+
+
+def mean_of_updates(updates: list[Update], settings: PPOConfig) -> dict[str, float]:
+    """Means over the updates; the clamped log-ratios are counted; nan where none was made."""
+    rows = [
+        update_metrics(step, minibatch, settings) | step.parts | applied
+        for minibatch, step, applied in updates
+    ]
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in (rows or [{}])[0]}
+    clamped = sum(row["policy/clamped_log_ratios"] for row in rows)
+    return {**mean, "policy/clamped_log_ratios": clamped, "policy/updates": len(rows)}
+
+
+def rollout_metrics(
+    rollout: Rollout, experience: Experience, *, settings: PPOConfig, kl_coef: float, stop_id: int
+) -> dict[str, float]:
+    """What a batch of samples was like, by the field's names; `objective/kl` is kl_seq [nats]."""
+    mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
+    kl_token = rollout_penalty(rollout, settings)
+    non_score_reward = -kl_coef * response_sum(kl_token, mask=mask).mean()
+    score = final_score(rollout, settings=settings, stop_id=stop_id).mean()
+    cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)
+    error = masked_mean((values - returns) * (values - returns), mask=mask)
+    metrics = {
+        "objective/kl": summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean(),
+        "objective/kl_full_seq": response_sum(rollout.kl_full, mask=mask).mean(),
+        "objective/clamped_log_ratios": cut.sum(),
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": -response_sum(rollout.old_logp, mask=mask).mean(),
+        "objective/non_score_reward": non_score_reward,
+        "objective/scores": rollout.score.mean(),
+        "objective/scores_sd": rollout.score.std(),
+        "objective/rlhf_reward": score + non_score_reward,
+        "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
+        "ppo/val/mean": masked_mean(values, mask=mask),
+        "ppo/val/var": masked_var(values, mask=mask),
+        "ppo/val/error": error,
+        "ppo/val/var_explained": explained_variance(values, returns, mask=mask),
+        "ppo/returns/mean": masked_mean(returns, mask=mask),
+        "ppo/returns/var": masked_var(returns, mask=mask),
+        "val/num_eos_tokens": ended(rollout, stop_id).sum(),
+        "response_length/mean": mask.sum(axis=1).mean(),
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def explained_variance(values: Array, returns: Array, *, mask: Array) -> float:
+    """1 - mean (V - R)^2 / Var(R); nan where the returns do not vary, up to rounding."""
+    error = masked_mean((values - returns) * (values - returns), mask=mask)
+    variance = float(masked_var(returns, mask=mask))
+    if not variance > 1e-12 * float(masked_mean(returns * returns, mask=mask)):
+        return math.nan
+    return 1.0 - float(error) / variance
+
+
+def update_metrics(
+    step: MinibatchGradient, experience: Experience, settings: PPOConfig
+) -> dict[str, float]:
+    """How far the policy and its values are from those that sampled, over real tokens.
+
+    policy/kl_old_k3_token is an unbiased estimate of KL(old || theta): the samples are old's, so
+    its log-ratio is old_logp - logp.
+    """
+    e, mask = experience, experience.batch.response_mask
+    xp = get_xp(step.logp, step.values, mask)
+    log_ratio = step.logp - e.old_logp
+    clamped, inside = clamp_log_ratio(log_ratio)
+    ratio = xp.exp(clamped)
+    eps = settings.value_clip_eps or float("inf")
+    moved = step.values - e.old_values
+    edge = e.old_values + xp.clip(moved, -eps, eps)
+    larger = xp.abs(edge - e.returns) > xp.abs(step.values - e.returns)
+    value_clipped = (xp.abs(moved) > eps) & larger
+    metrics = {
+        "policy/approxkl_avg": masked_mean(0.5 * log_ratio * log_ratio, mask=mask),
+        "policy/kl_old_k3_token": masked_mean(kl_estimate(-log_ratio, "k3"), mask=mask),
+        "policy/clipfrac_avg": masked_mean(step.clipped.astype(mask.dtype), mask=mask),
+        "val/clipfrac_avg": masked_mean(value_clipped.astype(mask.dtype), mask=mask),
+        "val/ratio": masked_mean(ratio, mask=mask),
+        "val/ratio_var": masked_var(ratio, mask=mask),
+        "policy/clamped_log_ratios": ((mask > 0) & ~inside).sum(),
+    }
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,106 @@
+"""Pictures: few lines, colours that every eye can tell apart, rounding drawn as 0, plain words."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+
+from minirlhf.app import exact, pictures
+from minirlhf.app.pictures import LOOKS, ROUNDING, curves_figure, geometric_mean
+from minirlhf.exact import experiments
+
+PALETTE = {look["color"].lower() for look in LOOKS}
+
+
+def luminance(colour):
+    """Relative luminance of sRGB, from 0 (black) to 1."""
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_looks_differ_by_more_than_colour():
+    for name in ("color", "marker", "ls"):
+        assert len({str(look[name]) for look in LOOKS}) == len(LOOKS) == 5
+    assert not {"#ff0000", "#008000"} & PALETTE
+    light = sorted(map(luminance, PALETTE))  # in black and white, too
+    assert all(b - a > 0.01 for a, b in zip(light, light[1:], strict=False))
+
+
+def drawn(monkeypatch, tmp_path, results):
+    """The figures of a run of `minirlhf exact`."""
+    figures = []
+
+    def save(figure, path):
+        figures.append(figure)
+        return path
+
+    monkeypatch.setattr(pictures, "save", save)
+    exact.draw_pictures(results, tmp_path)
+    return figures
+
+
+def check_axis(axis):
+    lines = [line for line in axis.get_lines() if len(line.get_xdata())]
+    assert len(lines) <= 5
+    assert all(to_hex(line.get_color()) in PALETTE for line in lines)
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)
+    assert axis.get_title() and axis.get_xlabel()
+    assert axis.get_title() == axis.get_title().strip()
+    for scale, limits in (
+        (axis.get_xscale(), axis.get_xlim()),
+        (axis.get_yscale(), axis.get_ylim()),
+    ):
+        assert scale != "log" or min(limits) >= ROUNDING / 10
+
+
+def test_pictures_of_trained_policies(everything, monkeypatch, tmp_path):
+    results = json.loads(json.dumps(everything[1]))
+    runs = results["runs"]
+    for part in ("placement", "clip"):  # drawn alike, from the same numbers
+        runs += [{**run, "part": part, "kl_coef": 0.5} for run in runs[:3]]
+    runs += [{**run, "seed": 1} for run in runs]  # a line is the mean of its seeds
+    figures = drawn(monkeypatch, tmp_path, results)
+    assert len(figures) == 4
+    for figure in figures:
+        for axis in figure.axes:
+            check_axis(axis)
+    by_beta = next(figure for figure in figures if len(figure.axes) == 9)
+    assert all(len(axis.get_lines()) == 3 for axis in by_beta.axes)
+
+
+def test_pictures_of_gradients(monkeypatch, tmp_path):
+    results = {"kl": experiments.kl_gradient_table(), "gae": experiments.gae_table(), "runs": []}
+    results["surrogate"] = experiments.surrogate_table()
+    figures = drawn(monkeypatch, tmp_path, results)
+    for figure in figures:
+        for axis in figure.axes:
+            check_axis(axis)
+    (left, _), (bias, noise, _) = (figure.axes for figure in figures)
+    assert left.get_xlim()[0] > -1 and "0: exact" in [t.get_text() for t in left.get_xticklabels()]
+    dots = [c for c in left.collections if isinstance(c, PathCollection)]
+    points = np.concatenate([np.asarray(c.get_offsets())[:, 0] for c in dots])
+    assert (points == 0).sum() == sum(row["right"] for row in results["kl"])  # rounding is 0
+    exact_value = bias.get_lines()[0]
+    assert exact_value.get_label() == "V: exact" and (exact_value.get_ydata() == 0).all()
+    assert (noise.get_lines()[0].get_ydata() > 0).all()
+
+
+def test_curves_of_a_run():
+    rows = [
+        {"stage": "ppo", "step": step, "objective/scores": 1.0, "objective/kl": 0.1}
+        for step in range(3)
+    ]
+    figure = curves_figure([{"stage": "sft", "step": 0}, *rows])
+    assert len(figure.axes) == 4
+    for axis in figure.axes:
+        check_axis(axis)
+    assert list(figure.axes[0].get_lines()[0].get_xdata()) == [1, 2, 3]
+    assert [len(axis.get_lines()) for axis in figure.axes] == [1, 1, 0, 0]  # what was measured
+
+
+def test_a_line_of_several_seeds_is_their_geometric_mean():
+    assert geometric_mean([[1.0, 4.0], [1e-2, 1.0]]) == pytest.approx([0.1, 2.0])
+    assert geometric_mean([[0.0], [1.0]]) == pytest.approx([1e-6])  # 0 is shown as 1e-12
