@@ -3,6 +3,8 @@
     run = minirlhf.train(ppo={"iterations": 10})      supervised fine-tuning, reward model, PPO
     run.sample(["Where is my kettle?"])               replies of the trained policy
     run.score("Where is my kettle?", "On its way.")   the summed KL penalty, token by token
+
+dir(minirlhf) lists the public names; help(minirlhf.TrainConfig) says what can be set.
 """
 
 import importlib

@@ -29,8 +29,7 @@ def get_xp(*arrays: Array) -> ModuleType:
     Strict, because a silent conversion copies between devices or changes the dtype: lists, Python
     and NumPy scalars, ndarray subclasses and mixtures of libraries are refused.
 
-    Raises:
-        TypeError: an argument is no array, or two arguments belong to different libraries.
+    Raises:   TypeError: an argument is no array, or two arguments belong to different libraries.
     """
     xp = _MODULE_OF.get(type(arrays[0])) or _adopt(arrays[0])
     for array in arrays[1:]:
@@ -46,8 +45,7 @@ def get_xp(*arrays: Array) -> ModuleType:
 def check_same_shape(where: str, **arrays: Array) -> None:
     """Refuse arrays that differ in shape: broadcasting would turn them into a wrong number.
 
-    Raises:
-        ValueError: they differ; the message begins with `where`.
+    Raises:   ValueError: they differ; the message begins with `where`.
     """
     shapes = [array.shape for array in arrays.values()]
     if any(shape != shapes[0] for shape in shapes):
@@ -61,8 +59,7 @@ def as_float(array: Array) -> Array:
     Booleans, float16 and integers of up to 16 bits become float32, longer integers float64. Left as
     they are, integers would cut a mean or a scale to a whole number without a word.
 
-    Raises:
-        TypeError: the array holds no numbers.
+    Raises:   TypeError: the array holds no numbers.
     """
     dtype = array.dtype
     if dtype.char in "fdFD":  # float32, float64 and their complex kin: as they are, not a copy
@@ -75,8 +72,7 @@ def as_float(array: Array) -> Array:
 def check_positive(where: str, name: str, number: float) -> None:
     """Refuse a number that is not positive, or that float32 would turn into 0 or inf.
 
-    Raises:
-        ValueError: it is; the message begins with `where` and the number's name.
+    Raises:   ValueError: it is; the message begins with `where` and the number's name.
     """
     if not 2.0**-126 <= number <= 2.0**126:
         raise ValueError(
@@ -89,8 +85,7 @@ def check_ids(where: str, ids: Array, size: int) -> None:
 
     The range is looked at in main memory only; a GPU is not waited for.
 
-    Raises:
-        ValueError: an id is wrong; the message begins with `where`.
+    Raises:   ValueError: an id is wrong; the message begins with `where`.
     """
     if ids.dtype.kind not in "iu":
         raise ValueError(f"{where}: expected integers; got {ids.dtype}")
@@ -120,10 +115,9 @@ def scatter_add(table: Array, ids: Array, rows: Array) -> None:
     NumPy sorts the rows by id and sums the runs: equal to add.at up to rounding, and faster. On a
     GPU the rows are added side by side, atomically.
 
-    Args:
-        table: (N, C).
-        ids: (M,) integers in [0, N).
-        rows: (M, C).
+    Args:     table: (N, C).
+              ids: (M,) integers in [0, N).
+              rows: (M, C).
     """
     xp = get_xp(table, ids, rows)
     if xp is not np:
@@ -138,8 +132,7 @@ def scatter_add(table: Array, ids: Array, rows: Array) -> None:
 def array_module(device: str) -> ModuleType:
     """The array module of a device: numpy for "cpu", cupy for "cuda".
 
-    Raises:
-        InputError: the device has another name, cupy is not installed, or there is no GPU.
+    Raises:   InputError: the device has another name, cupy is not installed, or there is no GPU.
     """
     if device == "cpu":
         return np
@@ -182,8 +175,7 @@ def keep_freed_memory() -> bool:
     Arrays over 128 KiB are otherwise mapped and zeroed anew each time, which costs plain NumPy code
     a third of its time. Called once at program start; where there is no glibc it does nothing.
 
-    Returns:
-        whether the setting was made.
+    Returns:  whether the setting was made.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     try:

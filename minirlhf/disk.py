@@ -6,19 +6,28 @@ of several files takes two renames; between them only `.NAME.old` exists, and `s
 """
 
 import json
+import math
 import os
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from minirlhf.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file.
 
-    Raises:
-        InputError: there is no such file, it is a folder, or it may not be read.
+    Raises:   InputError: there is no such file, it is a folder, or it may not be read.
     """
     try:
         return Path(path).read_bytes()
@@ -33,8 +42,7 @@ def read_bytes(path: str | Path) -> bytes:
 def read_text(path: str | Path) -> str:
     r"""The content of a UTF-8 text file, every line end as "\n", without a byte order mark.
 
-    Raises:
-        InputError: as `read_bytes`; the file is empty or blank, or not UTF-8.
+    Raises:   InputError: as `read_bytes`; the file is empty or blank, or not UTF-8.
     """
     data = read_bytes(path)
     try:
@@ -52,8 +60,7 @@ def read_text(path: str | Path) -> str:
 def parse_object(text: str | bytes, where: str) -> dict:
     """A JSON object. `where` (a file, or file:line) opens the message if it is none.
 
-    Raises:
-        InputError: not UTF-8, not JSON (NaN and Infinity are not), or JSON of another kind.
+    Raises:   InputError: not UTF-8, not JSON (NaN and Infinity are not), or JSON of another kind.
     """
 
     def refuse_constant(name):
@@ -71,6 +78,42 @@ def parse_object(text: str | bytes, where: str) -> dict:
     return value
 
 
+def read_object(path: str | Path) -> dict:
+    """The JSON object in a file; refused as by `read_text` and `parse_object`."""
+    return parse_object(read_text(path), str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:   InputError: as `read_text`; or the file is not TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: expected TOML; got {error}: correct it") from error
+
+
+def to_json(content: dict) -> bytes:
+    """A JSON object as the content of a file, one entry a line; see `plain`."""
+    return (json.dumps(plain(content), indent=2, allow_nan=False) + "\n").encode()
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types: NumPy numbers as Python's, NaN and inf as None.
+
+    Raises:   TypeError: it is neither a number, a string, None, nor a dict or list of them.
+    """
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    if isinstance(value, dict):
+        return {str(key): plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(child) for child in value]
+    if value is None or isinstance(value, str | int | float):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    raise TypeError(f"JSON: expected numbers, strings, dicts and lists; got {type(value)}")
+
+
 def next_numbered_folder(name: str) -> Path:
     """runs/NAME-N with the first N that is free."""
     n = 0
@@ -82,8 +125,7 @@ def next_numbered_folder(name: str) -> Path:
 def new_folder(out: Path, *, holds: str) -> Path:
     """Make the folder for results; `holds` is the file by which older ones are known.
 
-    Raises:
-        InputError: it holds results already, or cannot be written.
+    Raises:   InputError: it holds results already, or cannot be written.
     """
     if (out / holds).exists():
         raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
@@ -105,8 +147,7 @@ def shorten(text: str, limit: int = 60) -> str:
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file so that a crash at any moment leaves the old file or the new one.
 
-    Raises:
-        InputError: the disk or the permissions refuse.
+    Raises:   InputError: the disk or the permissions refuse.
     """
     path = Path(path).absolute()
     temporary = path.with_name(f".{path.name}.new")
@@ -129,8 +170,7 @@ def write_whole_folder(
     Other content of the folder stays, except the names in `drop`. During the swap there is a moment
     in which only `.NAME.old` exists: read through `settled`. One writer at a time.
 
-    Raises:
-        InputError: the disk or the permissions refuse.
+    Raises:   InputError: the disk or the permissions refuse.
     """
     folder = Path(folder).resolve()
     new, old = folder.with_name(f".{folder.name}.new"), _old_name(folder)
@@ -159,8 +199,7 @@ def write_whole_folder(
 def settled(folder: str | Path) -> Path:
     """Where the content of a folder written by `write_whole_folder` is now.
 
-    Raises:
-        InputError: there is no such folder, or it is a file.
+    Raises:   InputError: there is no such folder, or it is a file.
     """
     folder = Path(folder)
     if folder.is_dir():

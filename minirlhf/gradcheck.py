@@ -58,8 +58,7 @@ class Report(NamedTuple):
 
     def worst(self, method: str) -> float:
         """The largest relative error that `method` found; nan if it was not run."""
-        errors = [f.error for f in self.findings if f.method == method]
-        return max(errors) if errors else float("nan")
+        return max((f.error for f in self.findings if f.method == method), default=math.nan)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {'ok' if self.ok else 'WRONG'}"]
@@ -89,9 +88,8 @@ def absolute_term(numerics: list[Tree], size: float, tolerance: float) -> float:
     A complex step errs by eps |f|, a difference by eps |f| / h. A largest entry below 0.01 counts
     as 0.01, since numbers of size 1 inside f round too: scale a loss that is far smaller up.
 
-    Args:
-        numerics: the numeric gradient of every argument.
-        size: |f|, the sum of |out * dout|.
+    Args:     numerics: the numeric gradient of every argument.
+              size: |f|, the sum of |out * dout|.
     """
     is_step = tolerance == COMPLEX_TOLERANCE
     largest = max((np.abs(n).max(initial=0.0) for _, n in tree_items(numerics)), default=0.0)
@@ -115,19 +113,16 @@ def check_pair(
     Also checked: the gradients have the arguments' shapes and dtype, neither function writes into
     the arguments, the constants, dout or the cache, and a second backward gives the same.
 
-    Args:
-        forward: (*arrays, **constants) -> (out, cache); out is one array or number.
-        backward: (dout, cache) -> one gradient an argument, in order (bare if there is one).
-        arrays: differentiable arguments: float64 arrays, or trees of them.
-        dout: dL/dout; drawn from `seed` if None.
-        smooth: also run the complex step; False for a forward that cannot take complex numbers.
-        constants: keyword arguments of forward that are not differentiated.
-        raises: raise GradientError when a number is wrong; False only returns the report.
-    Returns:
-        Report: the worst entry of every argument by every method.
-    Raises:
-        GradientError: a wrong number; a wrong shape or dtype, or memory written to (always).
-        ValueError: an argument is not float64.
+    Args:     forward: (*arrays, **constants) -> (out, cache); out is one array or number.
+              backward: (dout, cache) -> one gradient an argument, in order (bare if there is one).
+              arrays: differentiable arguments: float64 arrays, or trees of them.
+              dout: dL/dout; drawn from `seed` if None.
+              smooth: also run the complex step; False where forward takes no complex numbers.
+              constants: keyword arguments of forward that are not differentiated.
+              raises: raise GradientError when a number is wrong; False only returns the report.
+    Returns:  Report: the worst entry of every argument by every method.
+    Raises:   GradientError: a wrong number; a wrong shape or dtype, or memory written to (always).
+              ValueError: an argument is not float64.
     """
     name = name or getattr(forward, "__name__", "pair").removesuffix("_forward")
     named = dict(zip(argument_names(forward, len(arrays)), arrays, strict=True))
@@ -210,27 +205,24 @@ def check_directions(
 
     After the directions through all tensors, one through each tensor alone says where an error is.
 
-    Args:
-        loss: params -> number; takes complex leaves.
-        params: tree of float64 arrays.
-        gradients: tree of the same structure, dL/dparams.
-    Returns:
-        Report; `error` is relative to |g| (per tensor: to that tensor's |g|, or 1e-3 of the whole).
-    Raises:
-        GradientError: an error exceeds 1e-10.
+    Args:     loss: params -> number; takes complex leaves.
+              params: tree of float64 arrays.
+              gradients: tree of the same structure, dL/dparams.
+    Returns:  Report; `error` is relative to |g| (per tensor: to that tensor's |g|, or 1e-3 of the
+                  whole).
+    Raises:   GradientError: an error exceeds 1e-10.
     """
-    by_path = _by_path(name, params, gradients)
+    by_path, findings = _by_path(name, params, gradients), []
     whole = global_norm(by_path)
-    findings = []
-    for only in [None] * n_directions + [path for path in by_path if by_path[path].size]:
-        along = by_path if only is None else [only]
+    one_by_one = [(path, [path]) for path, gradient in by_path.items() if gradient.size]
+    for what, along in [("all", list(by_path))] * n_directions + one_by_one:
         drawn = {path: rng.standard_normal(by_path[path].shape) for path in along}
         norm, paths = global_norm(drawn), iter(by_path)
         direction = tree_map(lambda _: drawn.get(next(paths), 0.0) / norm, params)  # noqa: B023
         numeric = directional_derivative(loss, params, direction)
         analytic = sum(float((by_path[path] * drawn[path]).sum()) for path in along) / norm
-        scale = whole if only is None else max(global_norm(by_path[only]), 1e-3 * whole)
-        findings.append(_summed("direction", only or "all", analytic, numeric, max(scale, 1e-300)))
+        scale = max(global_norm([by_path[path] for path in along]), 1e-3 * whole, 1e-300)
+        findings.append(_summed("direction", what, analytic, numeric, scale))
     return _judged(Report(name, findings), raises)
 
 
@@ -259,8 +251,7 @@ def shapes(*, min_rank: int = 1, max_rank: int = 3, min_side: int = 1, max_side:
 def arrays(shape, *, scales=(0.1, 1.0, 3.0), offsets=(0.0, 1.0)):
     """Strategy: a float64 normal array; Hypothesis draws scale, offset and seed, not the entries.
 
-    Args:
-        shape: a tuple, or a strategy for one.
+    Args:     shape: a tuple, or a strategy for one.
     """
     from hypothesis import strategies as st
 
@@ -356,10 +347,9 @@ def _arrays_in(value: Any) -> list[np.ndarray]:
     """Every array inside nested tuples, lists and dicts."""
     if isinstance(value, np.ndarray):
         return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return [array for item in value for array in _arrays_in(item)]
+    items = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(items, tuple | list):
+        return [array for item in items for array in _arrays_in(item)]
     return []
 
 

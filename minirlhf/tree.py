@@ -18,8 +18,7 @@ Tree = Any  # Array | dict[str, Tree] | list[Tree]
 def tree_map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply f leaf by leaf to one tree, or to several of the same structure.
 
-    Raises:
-        ValueError: the trees differ in their keys or lengths.
+    Raises:   ValueError: the trees differ in their keys or lengths.
     """
     if isinstance(tree, dict):
         for other in rest:
@@ -69,8 +68,7 @@ def tree_pack(tree: Tree) -> tuple[Array, Tree]:
 
     An optimiser updates the buffer in place; whoever holds the views sees the new values.
 
-    Raises:
-        ValueError: the leaves differ in dtype.
+    Raises:   ValueError: the leaves differ in dtype.
     """
     leaves = tree_leaves(tree)
     if len({leaf.dtype for leaf in leaves}) != 1:

@@ -54,11 +54,14 @@ def side_by_side(n_workers: int) -> Iterator[None]:
     global _n
     alone = multiprocessing.current_process().daemon
     before, _n = _n, 1 if alone else n_workers or usable_cores()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # or the pool's threads wait up to 5 ms to send a part
     _dismiss()
     try:
         yield
     finally:
         _dismiss()
+        sys.setswitchinterval(interval)
         _n = before
 
 
@@ -75,8 +78,7 @@ def usable_cores() -> int:
 def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
     """[f(part) for each part], in order.
 
-    Raises:
-        whatever f raises.
+    Raises:   whatever f raises.
     """
     n = min(_n, len(parts)) or 1
     done = _run(functools.partial(_map, f), [parts[k::n] for k in range(n)])
@@ -86,11 +88,9 @@ def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
 def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
     """Sum of f(part), trees of arrays and numbers: each worker adds up its own, then all are added.
 
-    Args:
-        f: returns new memory each time; the sum is made in it.
-    Raises:
-        ValueError: there is no part.
-        whatever f raises.
+    Args:     f: returns new memory each time; the sum is made in it.
+    Raises:   ValueError: there is no part.
+              whatever f raises.
     """
     if not parts:
         raise ValueError("sum_over: expected at least one part; got none")

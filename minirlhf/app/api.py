@@ -4,6 +4,8 @@
     run.sample(["A"])                  replies of the policy
     run.score("A", "nna").kl_seq       the penalty of a reply [nats]
     run.curves()                       a figure
+
+The command line does its work through the same functions.
 """
 
 from collections.abc import Callable
@@ -22,11 +24,13 @@ from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.folder import last_kl_coef
 from minirlhf.runs.log import read_jsonl
-from minirlhf.runs.session import Session, no_progress, open_session, reopen_session
+from minirlhf.runs.session import Session, open_session, reopen_session
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.rollout import Samples
 from minirlhf.train.settings import with_fields
+
+BARS = {"track": track, "say": say}
 
 
 def train(
@@ -38,24 +42,20 @@ def train(
 ) -> "Run":
     """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
 
-    Args:
-        config: settings to start from; None: the defaults.
-        reward: of your own, in the place of a reward model: a function of the text, of
-            (prompt, response), or of lists of them (texts, or prompts and responses); or the name
-            of one, module:function.
-        progress: show bars and notes on stderr.
-        changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
-            ppo={"kl_coef": 0.1}.
-    Returns:
-        the finished Run; its folder is config.out, or runs/WORLD-N with the next free N.
-    Raises:
-        InputError: a setting or a file cannot be used.
+    Args:     config: settings to start from; None: the defaults.
+              reward: of your own, in the place of a reward model: a function of the text, of
+                  (prompt, response), or of lists of them (texts, or prompts and responses); or the
+                  name of one, module:function.
+              progress: show bars and notes on stderr.
+              changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
+                  ppo={"kl_coef": 0.1}.
+    Returns:  the finished Run; its folder is config.out, or runs/WORLD-N with the next free N.
+    Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if isinstance(reward, str) and reward else {}
     config = with_fields(config or TrainConfig(), changes | named, "train")
     function = reward if callable(reward) else ""
-    shown = _shown(progress)
-    return _finish(open_session(config, reward=function, **shown), function)
+    return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
 
 
 def resume(
@@ -63,30 +63,29 @@ def resume(
 ) -> "Run":
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
-    Args:
-        reward: the function again, where the run was given one that has no importable name.
+    Args:     reward: the function again, where the run was given one that has no importable name.
     """
-    return _finish(reopen_session(folder, reward=reward, **_shown(progress)), reward)
+    return _finish(reopen_session(folder, reward=reward, **(BARS if progress else {})), reward)
 
 
 def open_run(folder: str | Path, *, reward: str | Callable[..., Any] = "") -> "Run":
     """A finished run, to sample from and to score with.
 
-    Raises:
-        InputError: the folder holds no finished run.
+    Raises:   InputError: the folder holds no finished run.
     """
     return Run(reopen_session(folder, device="cpu", reward=reward, look=True))
 
 
-def _shown(progress: bool) -> dict[str, Callable]:
-    return {"track": track, "say": say} if progress else {"track": no_progress}
-
-
 def _finish(session: Session, reward: str | Callable[..., Any]) -> "Run":
+    run_session(session)
+    return open_run(session.folder, reward=reward)
+
+
+def run_session(session: Session) -> pipeline.Result:
+    """The stages that are not done yet, and the final comparison."""
     keep_freed_memory()
     with np.errstate(all="ignore"):  # what is not finite is looked for at every update
-        pipeline.run_stages(session)
-    return open_run(session.folder, reward=reward)
+        return pipeline.run_stages(session)
 
 
 class TokenScores(NamedTuple):
@@ -115,16 +114,8 @@ class Run:
     """A finished run: its settings, metrics and models. Made by `train` and `open_run`."""
 
     def __init__(self, session: Session):
-        self.session = session
+        self.session, self.folder, self.config = session, session.folder, session.config
         self.policy, self.reference = pipeline.load_models(session)
-
-    @property
-    def folder(self) -> Path:
-        return self.session.folder
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.session.config
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -149,12 +140,11 @@ class Run:
     ) -> list[str]:
         """One reply to each prompt, of the policy or of the reference.
 
-        Args:
-            prompts: repeat a prompt for several replies to it.
-            temperature: 0 takes the most likely token.
-            top_k, top_p: keep the k most likely tokens, or those that hold this mass; 0, 1: all.
-        Raises:
-            InputError: a prompt is too long, or a number is out of its range.
+        Args:     prompts: repeat a prompt for several replies to it.
+                  temperature: 0 takes the most likely token.
+                  top_k, top_p: keep the k most likely tokens, or those that hold this mass; 0, 1:
+                      all.
+        Raises:   InputError: a prompt is too long, or a number is out of its range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if top_k < 0 or not 0 < top_p <= 1 or not 0 <= temperature < float("inf") or seed < 0:
@@ -171,15 +161,14 @@ class Run:
     def score(self, prompt: str, response: str) -> TokenScores:
         """log pi_theta and log pi_ref of each token of a response, the penalty, and the reward.
 
-        Raises:
-            InputError: a text is empty or longer than training's limit.
+        Raises:   InputError: a text is empty or longer than training's limit.
         """
         self._refuse_to_cut(prompt=prompt, response=response)
         session = self.session
         ids = [session.prompt_ids(prompt)], [session.response_ids(response)]
         batch = pad_batch(*ids, pad_id=session.tokenizer.pad, config=session.gpt)
         same = {"batch": batch, "config": session.gpt, "keep": False}
-        same["temperature"] = session.config.ppo.temperature
+        same["temperature"] = self.config.ppo.temperature
         logp, ref_logp = (
             to_host(policy_forward(params, **same)[0].logp).astype(np.float64)
             for params in (self.policy, self.reference)
@@ -187,15 +176,9 @@ class Run:
         kl_seq = summed_penalty(logp, ref_logp, mask=np.ones_like(logp))[0]
         scoring = session.score_with(pipeline.reward_stage(session, self.reference))
         score = scoring(Samples(*ids, batch, prompts=[prompt], responses=[response]))[0]
-        return TokenScores(
-            tokens=session.tokenizer.pieces(ids[1][0]),
-            logp=logp[0],
-            ref_logp=ref_logp[0],
-            kl_seq=float(kl_seq),
-            score=float(score),
-            kl_coef=last_kl_coef(session),
-            gold=session.world.gold_or_none(prompt, response),
-        )
+        gold = session.world.gold_or_none(prompt, response)
+        by_token = session.tokenizer.pieces(ids[1][0]), logp[0], ref_logp[0]
+        return TokenScores(*by_token, float(kl_seq), float(score), last_kl_coef(session), gold)
 
     def curves(self) -> Any:
         """A matplotlib figure: reward, KL, entropy and length against the iterations of PPO."""

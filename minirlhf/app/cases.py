@@ -1,12 +1,15 @@
 """The cases on which `minirlhf check` and the tests check every pair of the package.
 
 TABLE, at the end, has a row for each mode of each pair: the forward, its backward, and a recipe
-that draws a small case. In tests/rlhf/test_pairs.py Hypothesis draws from the same recipes.
+that draws a small case. A recipe may draw more constants than one forward takes: it gets those that
+it names. In tests/rlhf/test_pairs.py Hypothesis draws from the same recipes.
 """
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +27,10 @@ from minirlhf.tree import Tree, tree_map
 Case = tuple[list[Tree], dict[str, Any]]  # differentiable arguments, constants
 PADDING = 77.0  # what stands where nothing may look
 GAP = 1e-2  # least distance from a kink
+KINKS = [math.log(ratio) for ratio in (1 - 0.2, 1 + 0.2, 1 + 0.4, 3.0)]  # of all clips below
 TEMPERATURES = (1.0, 0.7, 2.0)
-SCORE_SCALES = LOGIT_SCALES = (0.1, 1.0, 30.0)  # at 30 one token has nearly all probability
+SCALES, WIDE = (0.1, 1.0, 3.0), (0.1, 1.0, 30.0)  # at 30 one token has nearly all probability
+FULL = PPOConfig(value_clip_eps=0.2, vf_coef=0.5, ent_coef=0.2, temperature=0.9)  # every term
 
 
 class Draw:
@@ -82,7 +87,7 @@ def leading(draw: Draw) -> tuple[int, ...]:
     return tuple(draw.integer(1, 3) for _ in range(draw.integer(0, 2)))
 
 
-def scaled(draw: Draw, *shape: int, scales: Sequence[float] = (0.1, 1.0, 3.0)) -> np.ndarray:
+def scaled(draw: Draw, *shape: int, scales: Sequence[float] = SCALES) -> np.ndarray:
     """N(0, scale^2) entries."""
     return draw.pick(scales) * draw.normal(*shape)
 
@@ -94,19 +99,16 @@ def drawn_mask(draw: Draw, B: int, T: int, side: str = "right") -> np.ndarray:
     return mask if side == "right" else mask[:, ::-1].copy()
 
 
-def drawn_weights(draw: Draw) -> np.ndarray:
-    """(B, T) token weights of a right-padded batch, in every aggregation."""
-    mask = drawn_mask(draw, draw.integer(1, 3), draw.integer(1, 4))
-    return objectives.token_weights(mask, mode=draw.pick(objectives.AGGREGATIONS))
-
-
-def drawn_log_ratio(draw: Draw, *shape: int, kinks: Iterable[float] = ()) -> np.ndarray:
+def drawn_log_ratio(draw: Draw, *shape: int, far: bool = False) -> np.ndarray:
     """log pi_theta - log pi_other: small or large; one entry may be 0, the same policy.
 
-    There is no derivative at a kink: entries near one are moved to the gap's edge.
+    There is no derivative at a kink: entries near one are moved to the gap's edge. Far: beyond
+    +-20, where exp is cut: the ratio, k3 and an unclipped loss are flat.
     """
+    if far:
+        return draw.pick((25.0, -25.0)) + draw.normal(*shape)
     log_ratio = scaled(draw, *shape, scales=(0.003, 0.2, 1.0))
-    for kink in kinks:
+    for kink in KINKS:
         edge = kink + np.where(log_ratio < kink, -GAP, GAP)
         log_ratio = np.where(np.abs(log_ratio - kink) < GAP, edge, log_ratio)
     if draw.pick((True, False)):
@@ -114,22 +116,14 @@ def drawn_log_ratio(draw: Draw, *shape: int, kinks: Iterable[float] = ()) -> np.
     return log_ratio
 
 
-def clip_kinks(clip_eps: float | tuple[float, float], dual_clip: float | None) -> list[float]:
-    """The log-ratios at which the clipped surrogate bends."""
-    low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
-    return [math.log(1 - low), math.log(1 + high), *([math.log(dual_clip)] if dual_clip else [])]
-
-
-def drawn_value_targets(
-    draw: Draw, values: np.ndarray, clip_eps: float | None
-) -> dict[str, np.ndarray]:
+def drawn_value_targets(draw: Draw, values: np.ndarray, clip_eps: float) -> dict[str, np.ndarray]:
     """old_values and returns for which max(error^2, clipped error^2) has a derivative at values."""
     while True:
         moved, error = 0.5 * draw.normal(*values.shape), draw.normal(*values.shape)
-        edge = error - moved + np.copysign(clip_eps or 0.0, moved)
-        bends = np.abs(np.abs(moved) - (clip_eps or 0.0)) < GAP
-        tied = (np.abs(moved) > (clip_eps or 0.0)) & (np.abs(np.abs(edge) - np.abs(error)) < GAP)
-        if clip_eps is None or not (bends | tied).any():
+        edge = error - moved + np.copysign(clip_eps, moved)
+        bends = np.abs(np.abs(moved) - clip_eps) < GAP
+        tied = (np.abs(moved) > clip_eps) & (np.abs(np.abs(edge) - np.abs(error)) < GAP)
+        if not clip_eps or not (bends | tied).any():
             return {"old_values": values - moved, "returns": values - error}
 
 
@@ -143,15 +137,15 @@ def drawn_columns(draw: Draw, B: int, T: int, *, none: bool = True) -> np.ndarra
 # -- nn/ -----------------------------------------------------------------------------------------
 
 
-def make_arrays(axes: str, draw: Draw) -> Case:
+def make_arrays(draw: Draw, axes: str, scales: Sequence[float] = SCALES) -> Case:
     """Arrays and no constants: "." any leading axes, a letter a size, as in ".I,IO,O" of linear."""
     sizes = {letter: (draw.integer(1, 4),) for letter in axes if letter.isalpha()}
-    sizes |= {"1": (1,), ".": leading(draw)}
-    first, *rest = (sum((sizes[axis] for axis in shape), ()) for shape in axes.split(","))
-    return [scaled(draw, *first), *(draw.normal(*shape) for shape in rest)], {}
+    sizes |= {"1": (1,), "K": (draw.integer(2, 4),), ".": leading(draw)}
+    shapes = (sum((sizes[axis] for axis in shape), ()) for shape in axes.split(","))
+    return [scaled(draw, *shape, scales=scales) for shape in shapes], {}
 
 
-def make_layernorm(scale: float, offset: float, draw: Draw) -> Case:
+def make_layernorm(draw: Draw, scale: float, offset: float) -> Case:
     C = draw.integer(3, 6)
     x = draw.normal(*leading(draw), C)
     x /= np.minimum(x.std(axis=-1, keepdims=True), 1.0)  # near a flat row it bends too sharply
@@ -169,7 +163,7 @@ def make_take_columns(draw: Draw) -> Case:
     return [draw.normal(B, T, draw.integer(1, 4))], {"columns": columns}
 
 
-def make_attention(side: str, scale: float, draw: Draw) -> Case:
+def make_attention(draw: Draw, side: str, scale: float) -> Case:
     B, T, H, D = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 2), draw.integer(1, 2)
     allowed = attention.causal_mask(drawn_mask(draw, B, T, side))
     constants = {"n_head": H, "allowed": allowed, "read": drawn_columns(draw, B, T)}
@@ -186,8 +180,7 @@ def drawn_model(draw: Draw, config: GPTConfig, head: str = "") -> Tree:
 
 
 def drawn_config(draw: Draw) -> GPTConfig:
-    H = draw.pick((1, 2))
-    return GPTConfig(vocab_size=draw.integer(2, 3), n_ctx=4, n_layer=1, n_head=H, d_model=4)
+    return GPTConfig(draw.integer(2, 3), n_ctx=4, n_layer=1, n_head=draw.pick((1, 2)), d_model=4)
 
 
 def drawn_batch(draw: Draw, config: GPTConfig, *sizes: int) -> Batch:
@@ -197,68 +190,47 @@ def drawn_batch(draw: Draw, config: GPTConfig, *sizes: int) -> Batch:
     return Batch(draw.rng.integers(config.vocab_size, size=(B, P + R)), mask, P)
 
 
-def make_block(draw: Draw) -> Case:
+def make_model(draw: Draw, *heads: str) -> Case:
+    """A model with one of these heads, or ("") without one, and a batch. Or its transformer."""
     config = drawn_config(draw)
-    mask = drawn_batch(draw, config).mask
-    p = drawn_model(draw, config)["transformer"]["blocks"][0]
-    constants = {"n_head": config.n_head, "allowed": attention.causal_mask(mask)}
-    constants["read"] = drawn_columns(draw, *mask.shape)
-    return [draw.normal(*mask.shape, config.d_model), p], constants
-
-
-def make_transformer(draw: Draw) -> Case:
-    config = drawn_config(draw)
-    tokens, mask, _ = drawn_batch(draw, config)
+    tokens, mask, _ = batch = drawn_batch(draw, config)
     constants = {"tokens": tokens, "mask": mask, "read": drawn_columns(draw, *mask.shape)}
-    return [drawn_model(draw, config)["transformer"]], {**constants, "config": config}
+    constants |= {"batch": batch, "config": config, "temperature": draw.pick(TEMPERATURES)}
+    model = drawn_model(draw, config, draw.pick(heads) if heads else "")
+    return [model if heads else model["transformer"]], constants
+
+
+def make_block(draw: Draw) -> Case:
+    (params,), drawn = make_model(draw)
+    config, mask = drawn["config"], drawn["mask"]
+    constants = {"n_head": config.n_head, "allowed": attention.causal_mask(mask)}
+    x = draw.normal(*mask.shape, config.d_model)
+    return [x, params["blocks"][0]], {**constants, "read": drawn["read"]}
 
 
 # -- rlhf/ ---------------------------------------------------------------------------------------
 
 
-def make_of_logits(constant: str, draw: Draw) -> Case:
-    """An operation on logits (B, T, V), and what it holds constant beside the temperature."""
+def make_of_logits(draw: Draw) -> Case:
+    """An operation on logits (B, T, V)."""
     shape = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 5)
-    logits = scaled(draw, *shape, scales=LOGIT_SCALES) + draw.pick((0.0, 20.0))
-    constants = {"temperature": draw.pick(TEMPERATURES)}
-    if constant == "targets":
-        constants["targets"] = draw.rng.integers(shape[-1], size=shape[:-1])
-    if constant == "ref_logits":
-        constants["ref_logits"] = logits + drawn_log_ratio(draw, *shape)
-    return [logits], constants
+    logits = scaled(draw, *shape, scales=WIDE) + draw.pick((0.0, 20.0))
+    constants = {"targets": draw.rng.integers(shape[-1], size=shape[:-1])}
+    constants["ref_logits"] = logits + drawn_log_ratio(draw, *shape)
+    return [logits], {**constants, "temperature": draw.pick(TEMPERATURES)}
 
 
-def make_sequence_logprob(draw: Draw) -> Case:
+def make_of_tokens(draw: Draw, far: bool = False) -> Case:
+    """An operation on the log-probs (B, T) of tokens; padding holds anything."""
     mask = drawn_mask(draw, draw.integer(1, 3), draw.integer(1, 4), draw.pick(("left", "right")))
-    return [scaled(draw, *mask.shape)], {"mask": mask}
-
-
-def drawn_logps(draw: Draw) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """logp (B, T), and what a penalty as a loss holds constant; padding holds anything."""
-    weights = drawn_weights(draw)
-    logp = draw.normal(*weights.shape)
-    old_logp, ref_logp = (logp - drawn_log_ratio(draw, *weights.shape) for _ in range(2))
-    ref_logp = np.where(weights > 0, ref_logp, PADDING)
-    return logp, {"old_logp": old_logp, "ref_logp": ref_logp, "weights": weights}
-
-
-def make_kl_loss_of_samples(estimator: str, ratio: str, draw: Draw) -> Case:
-    logp, constants = drawn_logps(draw)
-    if ratio == "held":
-        constants["held_logp"] = logp.copy()
-    return [logp], {**constants, "estimator": estimator, "ratio": ratio}
-
-
-def make_beyond_the_cut(operation: str, draw: Draw) -> Case:
-    """Log-ratios beyond +-20, where exp is cut: the ratio, k3 and an unclipped loss are flat."""
-    weights = drawn_weights(draw)
-    logp, advantages = draw.normal(2, *weights.shape)
-    old_logp = logp - draw.pick((25.0, -25.0)) - draw.normal(*weights.shape)
-    constants = {"old_logp": old_logp, "weights": weights}
-    if operation == "ppo_clip":
-        return [logp], {**constants, "advantages": advantages, "clip": "none"}
-    ratio = draw.pick(("none", "differentiated"))
-    return [logp], {**constants, "ref_logp": old_logp, "estimator": "k3", "ratio": ratio}
+    weights = objectives.token_weights(mask, mode=draw.pick(objectives.AGGREGATIONS))
+    logp, advantages = draw.normal(2, *mask.shape)
+    if draw.pick((True, False)):
+        advantages.flat[-1] = 0.0
+    old_logp, ref_logp = (logp - drawn_log_ratio(draw, *mask.shape, far=far) for _ in range(2))
+    constants = {"mask": mask, "weights": weights, "advantages": advantages, "old_logp": old_logp}
+    constants["ref_logp"] = np.where(mask > 0, ref_logp, PADDING)
+    return [logp], {**constants, "held_logp": logp.copy()}
 
 
 @functools.wraps(kl.sequence_kl_loss_forward)
@@ -276,12 +248,10 @@ def kl_loss_held(logits, logp, *, held, kl_mode, old_logp, weights, **constants)
     its value, but of the value + sum_t w_t logp_t (KL of the later tokens, held). That such a
     gradient's *expectation* is the KL's takes an enumeration of all responses, not a derivative.
     """
-    mode = KL_MODES[kl_mode]
+    mode, same = KL_MODES[kl_mode], {"kl_mode": kl_mode, "weights": weights, **constants}
     if mode.ratio == "held":
         old_logp = old_logp + (logp - held.logp)
-    loss, cache = objectives.kl_loss_forward(
-        logits, logp, kl_mode=kl_mode, old_logp=old_logp, weights=weights, **constants
-    )
+    loss, cache = objectives.kl_loss_forward(logits, logp, old_logp=old_logp, **same)
     if mode.in_loss == "rao_blackwell":
         both = {name: constants[name] for name in ("ref_logits", "temperature")}
         kl_token, _ = kl.full_kl_forward(held.logits, **both)
@@ -289,46 +259,20 @@ def kl_loss_held(logits, logp, *, held, kl_mode, old_logp, weights, **constants)
     return loss, cache
 
 
-def make_kl_loss(kl_mode: str, draw: Draw) -> Case:
-    logp, constants = drawn_logps(draw)
-    logits = scaled(draw, *logp.shape, draw.integer(1, 4), scales=LOGIT_SCALES)
+def make_kl_loss(draw: Draw, kl_mode: str) -> Case:
+    (logp,), constants = make_of_tokens(draw)
+    logits = scaled(draw, *logp.shape, draw.integer(1, 4), scales=WIDE)
     whole = KL_MODES[kl_mode].needs_ref_logits
     constants["ref_logits"] = logits + draw.normal(*logits.shape) if whole else None
-    held = policy.PolicyOutput(logits.copy(), logp.copy(), None)
-    constants |= {"held": held, "temperature": draw.pick(TEMPERATURES)}
-    return [logits, logp], {**constants, "kl_mode": kl_mode}
+    constants["held"] = policy.PolicyOutput(logits.copy(), logp.copy(), None)
+    constants |= {"kl_mode": kl_mode, "temperature": draw.pick(TEMPERATURES)}
+    return [logits, logp], constants
 
 
-def make_weighted_sum(draw: Draw) -> Case:
-    weights = drawn_weights(draw)
-    return [scaled(draw, *weights.shape)], {"weights": weights}
-
-
-def make_bradley_terry(draw: Draw) -> Case:
-    B = draw.integer(1, 5)
-    constants = {"margin": draw.pick((0.0, 0.5)), "label_smoothing": draw.pick((0.0, 0.1))}
-    return [scaled(draw, B, scales=SCORE_SCALES) for _ in range(2)], constants
-
-
-def make_ranking(draw: Draw) -> Case:
-    return [scaled(draw, draw.integer(1, 3), draw.integer(2, 4), scales=SCORE_SCALES)], {}
-
-
-def make_ppo_clip(clip: str, clip_eps: Any, dual_clip: float | None, draw: Draw) -> Case:
-    weights = drawn_weights(draw)
-    logp, advantages = draw.normal(2, *weights.shape)
-    log_ratio = drawn_log_ratio(draw, *weights.shape, kinks=clip_kinks(clip_eps, dual_clip))
-    if draw.pick((True, False)):
-        advantages.flat[-1] = 0.0
-    constants = {"old_logp": logp - log_ratio, "advantages": advantages, "weights": weights}
-    return [logp], {**constants, "clip_eps": clip_eps, "clip": clip, "dual_clip": dual_clip}
-
-
-def make_value_loss(clip_eps: float | None, draw: Draw) -> Case:
-    weights = drawn_weights(draw)
-    values = scaled(draw, *weights.shape)
+def make_value_loss(draw: Draw, clip_eps: float) -> Case:
+    (values,), constants = make_of_tokens(draw)
     targets = drawn_value_targets(draw, values, clip_eps)
-    return [values], {**targets, "weights": weights, "clip_eps": clip_eps}
+    return [values], {**constants, **targets, "clip_eps": clip_eps or None}
 
 
 # -- train/ --------------------------------------------------------------------------------------
@@ -349,51 +293,33 @@ def policy_from_one_array(dout, cache):
     return policy.policy_backward(dout[..., :V], dout[..., V], dvalues, cache)
 
 
-def make_policy(draw: Draw) -> Case:
-    config = drawn_config(draw)
-    params = drawn_model(draw, config, draw.pick(("value_head", "")))
-    constants = {"batch": drawn_batch(draw, config), "temperature": draw.pick(TEMPERATURES)}
-    return [params], {**constants, "config": config}
-
-
-def make_reward(draw: Draw) -> Case:
-    config = drawn_config(draw)
-    constants = {"batch": drawn_batch(draw, config), "config": config}
-    return [drawn_model(draw, config, "reward_head")], constants
-
-
 @functools.wraps(ppo.ppo_loss_forward)
 def ppo_loss_held(params, *, held, experience, config, settings):
     """ppo_loss, with `kl_loss_held` for its penalty."""
-    loss, cache = ppo.ppo_loss_forward(
-        params, experience=experience, config=config, settings=settings
-    )
+    e, tempered = experience, {"temperature": settings.temperature}
+    loss, cache = ppo.ppo_loss_forward(params, experience=e, config=config, settings=settings)
     if not KL_MODES[settings.kl_mode].in_loss:
         return loss, cache
-    tempered = {"temperature": settings.temperature}
-    out, _ = policy.policy_forward(params, batch=experience.batch, config=config, **tempered)
-    names = ("old_logp", "ref_logp", "ref_logits", "weights")
-    constants = {name: getattr(experience, name) for name in names}
-    kl_loss, _ = kl_loss_held(
-        out.logits, out.logp, held=held, kl_mode=settings.kl_mode, **constants, **tempered
-    )
-    return loss + experience.kl_loss_coef * (kl_loss - cache.parts["loss/kl_avg"]), cache
+    out, _ = policy.policy_forward(params, batch=e.batch, config=config, **tempered)
+    constants = {
+        name: getattr(e, name) for name in ("old_logp", "ref_logp", "ref_logits", "weights")
+    }
+    constants |= {"held": held, "kl_mode": settings.kl_mode, **tempered}
+    kl_loss, _ = kl_loss_held(out.logits, out.logp, **constants)
+    return loss + e.kl_loss_coef * (kl_loss - cache.parts["loss/kl_avg"]), cache
 
 
 def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOConfig) -> Case:
     """A policy, and an experience that keeps away from the kinks of the loss at that policy."""
-    params = drawn_model(draw, config, "value_head")
-    out, _ = policy.policy_forward(
-        params, batch=batch, config=config, temperature=settings.temperature
-    )
+    params, tau = drawn_model(draw, config, "value_head"), settings.temperature
+    out, _ = policy.policy_forward(params, batch=batch, config=config, temperature=tau)
     shape = out.logp.shape
-    kinks = clip_kinks(settings.clip_range, settings.dual_clip or None)
     experience = ppo.Experience(
         batch=batch,
-        old_logp=out.logp - drawn_log_ratio(draw, *shape, kinks=kinks),
+        old_logp=out.logp - drawn_log_ratio(draw, *shape),
         ref_logp=out.logp - 0.5 * draw.normal(*shape),
         ref_logits=out.logits + draw.normal(*out.logits.shape),
-        **drawn_value_targets(draw, out.values, settings.value_clip_eps or None),
+        **drawn_value_targets(draw, out.values, settings.value_clip_eps),
         advantages=draw.normal(*shape),
         weights=objectives.token_weights(batch.response_mask, mode=settings.aggregation),
         kl_loss_coef=np.array(0.21),
@@ -402,15 +328,10 @@ def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOCon
     return [params], {**constants, "held": out}
 
 
-def full_settings(kl_mode: str, **changes: Any) -> PPOConfig:
-    """Every term of the PPO loss at once."""
-    terms = {"value_clip_eps": 0.2, "vf_coef": 0.5, "ent_coef": 0.2, "temperature": 0.9}
-    return PPOConfig(kl_mode=kl_mode, **{**terms, **changes})
-
-
 def make_ppo_loss(draw: Draw) -> Case:
-    settings = full_settings(
-        draw.pick(tuple(KL_MODES)),
+    settings = replace(
+        FULL,
+        kl_mode=draw.pick(tuple(KL_MODES)),
         clip=draw.pick(("ppo", "book", "none")),
         dual_clip=draw.pick((0.0, 3.0)),
         value_clip_eps=draw.pick((0.2, 0.0)),
@@ -424,12 +345,30 @@ def make_ppo_loss(draw: Draw) -> Case:
 # -- the table -----------------------------------------------------------------------------------
 
 
-def row(file, operation: str, make: Callable, *settings, mode: str = "", forward=None) -> Row:
-    """The pair `operation` of a file; `forward` instead, where its backward holds a constant."""
-    own, backward = (getattr(file, f"{operation}_{way}") for way in ("forward", "backward"))
-    return Row(forward or own, backward, functools.partial(make, *settings), mode)
+def row(file, operation: str, make, *args, mode="", forward=None, backward=None, **settings) -> Row:
+    """The pair `operation` of a file, on what `make(draw, *args)` draws, with these settings.
+
+    A list of settings: one of them. Another `forward` where the backward holds a constant.
+    """
+    forward = forward or getattr(file, f"{operation}_forward")
+    backward = backward or getattr(file, f"{operation}_backward")
+    names = inspect.signature(forward).parameters  # of what an adapter adapts, and of the adapter
+    names = {*names, *inspect.signature(forward, follow_wrapped=False).parameters}
+
+    def case(draw: Draw) -> Case:
+        arrays, constants = make(draw, *args)
+        for name, value in settings.items():
+            constants[name] = draw.pick(value) if isinstance(value, list) else value
+        return arrays, {name: value for name, value in constants.items() if name in names}
+
+    return Row(forward, backward, case, mode)
 
 
+make_scores = functools.partial(make_arrays, scales=WIDE)
+make_far_tokens = functools.partial(make_of_tokens, far=True)
+CUT = {"estimator": "k3", "ratio": ["none", "differentiated"]}
+BRADLEY_TERRY = {"margin": [0.0, 0.5], "label_smoothing": [0.0, 0.1]}
+AS_ONE_ARRAY = {"forward": policy_as_one_array, "backward": policy_from_one_array}
 TABLE = [
     row(layers, "linear", make_arrays, ".I,IO,O"),
     row(layers, "layernorm", make_layernorm, 1.0, 0.0),
@@ -444,13 +383,13 @@ TABLE = [
     row(heads, "tied_logits", make_arrays, ".C,VC"),
     row(heads, "scalar_head", make_arrays, ".C,C1,1"),
     row(transformer, "block", make_block),
-    row(transformer, "transformer", make_transformer),
-    row(logprobs, "token_logprobs", make_of_logits, "targets"),
-    row(logprobs, "sequence_logprob", make_sequence_logprob),
-    row(logprobs, "entropy", make_of_logits, ""),
-    row(kl, "full_kl", make_of_logits, "ref_logits"),
+    row(transformer, "transformer", make_model),
+    row(logprobs, "token_logprobs", make_of_logits),
+    row(logprobs, "sequence_logprob", make_of_tokens),
+    row(logprobs, "entropy", make_of_logits),
+    row(kl, "full_kl", make_of_logits),
     *[
-        row(kl, pair, make_kl_loss_of_samples, k, ratio, mode=f"{k}{mode}", forward=forward)
+        row(kl, pair, make_of_tokens, estimator=k, ratio=ratio, mode=f"{k}{mode}", forward=forward)
         for pair, ratio, mode, forward in (
             ("token_kl_loss", "none", "", None),
             ("token_kl_loss", "differentiated", ", ratio", None),
@@ -460,26 +399,26 @@ TABLE = [
         )
         for k in ("k1", "k2", "k3")
     ],
-    row(kl, "token_kl_loss", make_beyond_the_cut, "kl_loss", mode="beyond the cut"),
-    row(kl, "sequence_kl_loss", make_beyond_the_cut, "kl_loss", mode="beyond the cut"),
-    row(objectives, "weighted_sum", make_weighted_sum),
-    row(objectives, "cross_entropy", make_weighted_sum),
-    row(preferences, "bradley_terry", make_bradley_terry),
-    row(preferences, "ranked_pairs", make_ranking),
-    row(preferences, "plackett_luce", make_ranking),
-    row(objectives, "ppo_clip", make_ppo_clip, "ppo", 0.2, None, mode="ppo"),
-    row(objectives, "ppo_clip", make_ppo_clip, "ppo", (0.2, 0.4), None, mode="clip-higher"),
-    row(objectives, "ppo_clip", make_ppo_clip, "ppo", 0.2, 3.0, mode="dual clip"),
-    row(objectives, "ppo_clip", make_ppo_clip, "book", 0.2, None, mode="book"),
-    row(objectives, "ppo_clip", make_ppo_clip, "none", 0.2, None, mode="none"),
-    row(objectives, "ppo_clip", make_beyond_the_cut, "ppo_clip", mode="beyond the cut"),
-    row(objectives, "value_loss", make_value_loss, None, mode="not clipped"),
+    row(kl, "token_kl_loss", make_far_tokens, mode="beyond the cut", **CUT),
+    row(kl, "sequence_kl_loss", make_far_tokens, mode="beyond the cut", **CUT),
+    row(objectives, "weighted_sum", make_of_tokens),
+    row(objectives, "cross_entropy", make_of_tokens),
+    row(preferences, "bradley_terry", make_scores, "B,B", **BRADLEY_TERRY),
+    row(preferences, "ranked_pairs", make_scores, "BK"),
+    row(preferences, "plackett_luce", make_scores, "BK"),
+    row(objectives, "ppo_clip", make_of_tokens, clip="ppo", mode="ppo"),
+    row(objectives, "ppo_clip", make_of_tokens, clip_eps=(0.2, 0.4), mode="clip-higher"),
+    row(objectives, "ppo_clip", make_of_tokens, dual_clip=3.0, mode="dual clip"),
+    row(objectives, "ppo_clip", make_of_tokens, clip="book", mode="book"),
+    row(objectives, "ppo_clip", make_of_tokens, clip="none", mode="none"),
+    row(objectives, "ppo_clip", make_far_tokens, clip="none", mode="beyond the cut"),
+    row(objectives, "value_loss", make_value_loss, 0.0, mode="not clipped"),
     row(objectives, "value_loss", make_value_loss, 0.2, mode="clipped"),
     *[
         row(objectives, "kl_loss", make_kl_loss, mode, mode=mode, forward=kl_loss_held)
         for mode in KL_MODES
     ],
-    Row(policy_as_one_array, policy_from_one_array, make_policy),
-    row(policy, "reward", make_reward),
+    row(policy, "policy", make_model, "value_head", "", **AS_ONE_ARRAY),
+    row(policy, "reward", make_model, "reward_head"),
     row(ppo, "ppo_loss", make_ppo_loss, forward=ppo_loss_held),
 ]

@@ -5,9 +5,11 @@ through all parameters of a model at once.
 """
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,16 +22,11 @@ from minirlhf.app.cases import TABLE, Draw, Row
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.errors import InputError
-from minirlhf.gradcheck import GradientError, Report
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf import objectives, preferences
-from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.train import policy, ppo
+from minirlhf.rlhf import kl, objectives, preferences
+from minirlhf.train import policy, ppo, sft
 from minirlhf.train.batches import Batch
-from minirlhf.train.sft import sft_loss_and_gradients
 from minirlhf.tree import Tree, tree_items, tree_size
-
-# -- whole losses --------------------------------------------------------------------------------
 
 
 class WholeLoss(NamedTuple):
@@ -54,7 +51,7 @@ def whole_sft(draw: Draw):
         weights = objectives.token_weights(batch.response_mask)
         return objectives.cross_entropy_forward(out.logp, weights=weights)[0]
 
-    return loss, params, sft_loss_and_gradients(params, batch, config)[1]
+    return loss, params, sft.sft_loss_and_gradients(params, batch, config)[1]
 
 
 def whole_bradley_terry(draw: Draw):
@@ -74,7 +71,7 @@ def whole_bradley_terry(draw: Draw):
 def whole_ppo(kl_mode: str, draw: Draw):
     """Clip, clipped value, entropy, penalty; the gradient as the training step computes it."""
     config, batch = two_blocks(draw, 4)
-    settings = cases.full_settings(kl_mode, micro_batch_size=draw.pick((0, 1, 3)))
+    settings = replace(cases.FULL, kl_mode=kl_mode, micro_batch_size=draw.pick((0, 1, 3)))
     (params,), constants = cases.drawn_ppo_case(draw, config, batch, settings)
     experience = constants["experience"]
     gradients, *_ = ppo.minibatch_gradients(params, experience, config=config, settings=settings)
@@ -84,11 +81,8 @@ def whole_ppo(kl_mode: str, draw: Draw):
 WHOLE_LOSSES = [
     WholeLoss("supervised fine-tuning", whole_sft),
     WholeLoss("Bradley-Terry", whole_bradley_terry),
-    *[WholeLoss(f"PPO: {mode}", functools.partial(whole_ppo, mode)) for mode in KL_MODES],
+    *[WholeLoss(f"PPO: {mode}", functools.partial(whole_ppo, mode)) for mode in kl.KL_MODES],
 ]
-
-
-# -- running and printing ------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -98,7 +92,7 @@ class Result(NamedTuple):
     name: str
     arguments: str
     entries: int  # differentiated, over all cases
-    errors: list[float]  # worst relative error of each method; nan: the method was not run
+    errors: list[float]  # worst relative ones: by steps, differences, dot product; nan: not run
     message: str  # of the first case that failed; empty: all are right
 
 
@@ -111,8 +105,7 @@ def check_row(row: Row, *, n_cases: int, seed: Sequence[int]) -> Result:
         names = gradcheck.argument_names(row.forward, len(arrays))
         pair = (row.forward, row.backward, *arrays)
         reports.append(_report(gradcheck.check_pair, *pair, name=row.name, **constants))
-    errors = _worst(reports, "complex step", "central difference", "dot product")
-    return Result(row.file, row.name, ", ".join(names), entries, *errors)
+    return Result(row.file, row.name, ", ".join(names), entries, *_worst(reports))
 
 
 def check_whole_loss(whole: WholeLoss, *, seed: Sequence[int]) -> Result:
@@ -122,46 +115,43 @@ def check_whole_loss(whole: WholeLoss, *, seed: Sequence[int]) -> Result:
     report = _report(gradcheck.check_directions, loss, params, gradients, rng=rng, name=whole.name)
     tensors = f"{len(list(tree_items(params)))} tensors"
     group = "whole losses, two blocks, by directions"
-    return Result(group, whole.name, tensors, tree_size(params), *_worst([report], "direction"))
+    return Result(group, whole.name, tensors, tree_size(params), *_worst([report]))
 
 
-def _report(check: Callable[..., Report], *args: Any, **settings: Any) -> Report:
+def _report(
+    check: Callable[..., gradcheck.Report], *args: Any, **settings: Any
+) -> gradcheck.Report:
     """The report; of a wrong shape or dtype, or memory written to, only the sentence."""
     try:
         return check(*args, raises=False, **settings)
-    except GradientError as error:
-        return Report(str(error), [])
+    except gradcheck.GradientError as error:
+        return gradcheck.Report(str(error), [])
 
 
-def _worst(reports: list[Report], *methods: str) -> tuple[list[float], str]:
+def _worst(reports: list[gradcheck.Report]) -> tuple[list[float], str]:
     """The worst error of each method, and what the first report that is not right says."""
-    found = [report for report in reports if report.findings]
-    errors = [max((report.worst(m) for report in found), default=math.nan) for m in methods]
+    errors = []
+    for methods in (("complex step", "direction"), ("central difference",), ("dot product",)):
+        found = (f.error for r in reports for f in r.findings if f.method in methods)
+        errors.append(max(found, default=math.nan))
     wrong = (r for r in reports if not r.findings or not r.ok)
     return errors, next((str(r) if r.findings else r.name for r in wrong), "")
 
 
 def print_table(results: list[Result], console: Console) -> None:
     """The worst errors line by line; below them, in full, what is wrong."""
-    table = number_table(
-        "Every backward against the derivative of its forward, in float64",
-        *("operation (differentiated by)", "entries", "complex\nstep", "central\ndiff."),
-        *("dot\nproduct", ""),
-    )
-    file = None
-    for result in results:
-        if result.file != file:
-            file = result.file
-            table.add_section()
-            table.add_row(Text(file, "bold"))
-        operation, _, mode = result.name.partition(": ")
-        label = f"  {operation}({result.arguments}){mode and ': '}{mode}"
-        shown = [
-            "" if math.isnan(error) else f"{error:.1e}" if error else "0" for error in result.errors
-        ]
-        shown += [""] * (3 - len(shown))
-        verdict = Text("WRONG", f"bold {BAD}") if result.message else Text("ok", GOOD)
-        table.add_row(label, f"{result.entries:,}", *shown, verdict)
+    title = "Every backward against the derivative of its forward, in float64"
+    heads = ("operation (differentiated by)", "entries")
+    table = number_table(title, *heads, "complex\nstep", "central\ndiff.", "dot\nproduct", "")
+    for file, of_file in itertools.groupby(results, key=lambda result: result.file):
+        table.add_section()
+        table.add_row(Text(file, "bold"))
+        for result in of_file:
+            operation, _, mode = result.name.partition(": ")
+            label = f"  {operation}({result.arguments}){mode and ': '}{mode}"
+            shown = ("" if math.isnan(e) else f"{e:.1e}" if e else "0" for e in result.errors)
+            verdict = Text("WRONG", f"bold {BAD}") if result.message else Text("ok", GOOD)
+            table.add_row(label, f"{result.entries:,}", *shown, verdict)
     console.print(table)
     console.print(
         "Relative errors, the worst of all entries and cases. Allowed: "
@@ -197,7 +187,6 @@ def check_command(*, seed: int = 0, cases: int = 10) -> int:
     print_table(results, Console())
     wrong = [result.name for result in results if result.message]
     verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "all right"
-    entries = sum(result.entries for result in results)
-    spent = time.perf_counter() - started
-    print(f"{len(results)} checks, {entries:,} entries, {spent:.0f} s: {verdict}")
+    size = f"{len(results)} checks, {sum(result.entries for result in results):,} entries"
+    print(f"{size}, {time.perf_counter() - started:.0f} s: {verdict}")
     return 1 if wrong else 0

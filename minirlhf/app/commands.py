@@ -1,20 +1,17 @@
 """What `minirlhf train`, `resume`, `score` and `sample` do; their arguments are the options."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from minirlhf.app import tables
-from minirlhf.app.api import open_run
-from minirlhf.app.pictures import curves_figure, save
+from minirlhf.app import api, pictures, tables
 from minirlhf.app.progress import say, track
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_jsonl
-from minirlhf.runs.pipeline import run_stages
 from minirlhf.runs.session import Session, open_session, reopen_session
 
 TRAIN_HELP = """Supervised fine-tuning, reward model, PPO, into one run folder.
@@ -30,27 +27,17 @@ def train(arguments: list[str]) -> int:
 
 def parse_config(arguments: list[str]) -> TrainConfig:
     """The configuration from flags, which overrule the file that `--config` names."""
-    file, arguments = _take_option(arguments, "--config")
-    beta, rest = _take_option(arguments, "--beta")
-    return tyro.cli(
-        TrainConfig,
-        args=[*rest, "--ppo.kl-coef", beta] if beta else rest,
-        prog="minirlhf train",
-        default=load_config(file) if file else TrainConfig(),
-        description=TRAIN_HELP,
-    )
-
-
-def _take_option(arguments: list[str], name: str) -> tuple[str, list[str]]:
-    """The value of `name VALUE` or `name=VALUE`, and the other arguments."""
-    for i, argument in enumerate(arguments):
-        if argument == name:
-            if i + 1 == len(arguments):
-                raise InputError(f"{name}: expected a value after it; got nothing: name one")
-            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-        if argument.startswith(name + "="):
-            return argument.removeprefix(name + "="), arguments[:i] + arguments[i + 1 :]
-    return "", arguments
+    ours = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    ours.add_argument("--config")
+    ours.add_argument("--beta")
+    try:
+        named, rest = ours.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error.argument_name}: {error.message}; got none: name one") from error
+    rest += ["--ppo.kl-coef", named.beta] if named.beta else []
+    start = load_config(named.config) if named.config else TrainConfig()
+    same = {"prog": "minirlhf train", "description": TRAIN_HELP}
+    return tyro.cli(TrainConfig, args=rest, default=start, **same)
 
 
 def resume(run: tyro.conf.Positional[Path]) -> int:
@@ -66,13 +53,11 @@ def resume(run: tyro.conf.Positional[Path]) -> int:
 
 
 def _show(session: Session) -> int:
-    with np.errstate(all="ignore"):  # what is not finite is looked for at every update
-        result = run_stages(session)
-    console, folder = _console(), session.folder
+    result, folder, console = api.run_session(session), session.folder, _console()
     tables.print_result(result, session.world, console)
-    picture = save(curves_figure(read_jsonl(folder / "metrics.jsonl")), folder / "curves.png")
-    console.print(f"curves: {picture}", soft_wrap=True)
-    console.print(f"run folder: {folder}", soft_wrap=True)
+    figure = pictures.curves_figure(read_jsonl(folder / "metrics.jsonl"))
+    picture = pictures.save(figure, folder / "curves.png")
+    _print(f"curves: {picture}", f"run folder: {folder}")
     return 0
 
 
@@ -84,19 +69,15 @@ def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str) -> int
         prompt: The prompt x.
         response: The response y.
     """
-    scores = open_run(run).score(prompt, response)
-    console = _console()
-    console.print(tables.penalty_table(scores.tokens, scores.logp, scores.ref_logp))
-    console.print(
-        f"log Pr_theta(y|x) - log Pr_ref(y|x) = {scores.kl_seq:+.4f} nats", soft_wrap=True
-    )
-    console.print(
+    scores = api.open_run(run).score(prompt, response)
+    _print(
+        tables.penalty_table(scores.tokens, scores.logp, scores.ref_logp),
+        f"log Pr_theta(y|x) - log Pr_ref(y|x) = {scores.kl_seq:+.4f} nats",
         f"score {scores.score:+.4f}; with beta = {scores.kl_coef:g}: score - beta * Penalty = "
         f"{scores.objective:+.4f}",
-        soft_wrap=True,
     )
     if scores.gold is not None:
-        console.print(f"gold reward {scores.gold:+.2f}")
+        _print(f"gold reward {scores.gold:+.2f}")
     return 0
 
 
@@ -123,19 +104,20 @@ def sample(
     """
     if n < 1:
         raise InputError(f"sample: expected n >= 1; got {n}: choose such a number")
-    opened = open_run(run)
+    opened = api.open_run(run)
     same = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    before, after = (opened.sample([prompt] * n, reference=ref, **same) for ref in (True, False))
-    table = Table(title=f"replies to {prompt!r}", show_lines=True)
-    for name in ("reference", "policy"):
-        table.add_column(name, ratio=1, overflow="fold")
-    for replies in zip(before, after, strict=True):
-        world = opened.session.world
-        table.add_row(*(tables.reply_cell(world, prompt, reply) for reply in replies))
-    _console().print(table)
+    prompts = [prompt] * n
+    replies = (opened.sample(prompts, reference=which, **same) for which in (True, False))
+    _print(tables.replies_table(f"replies to {prompt!r}", opened.session.world, prompts, *replies))
     return 0
 
 
+def _print(*things: Any) -> None:
+    """Texts, unbroken, and tables; brackets and colons in texts of the user mean themselves."""
+    console = _console()
+    for thing in things:
+        console.print(thing, soft_wrap=isinstance(thing, str))
+
+
 def _console() -> Console:
-    """Standard output; brackets and colons in texts of the user mean themselves."""
     return Console(markup=False, emoji=False)

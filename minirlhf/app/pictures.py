@@ -32,8 +32,9 @@ def new_figure(width: float, height: float, rows: int, columns: int, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def draw_lines(axis, lines: dict[str, tuple], looks: list[dict] = LOOKS) -> None:
-    """Each line {label: (x, y)} in a look of its own."""
+def draw_lines(axis, lines: dict[str, tuple], looks: list[dict] = LOOKS, log: str = "") -> None:
+    """Each line {label: (x, y), or () for none} in a look of its own; `log`: "x", "y" or both."""
+    axis.set(**{f"{name}scale": "log" for name in log})
     for look, (label, points) in zip(looks, lines.items(), strict=False):
         axis.plot(*points, **{"label": label, "ms": 3.5, "lw": 1.4, **look})
 
@@ -63,9 +64,16 @@ def _column(rows: list[Row], *names: str) -> tuple[list[float], ...]:
     )
 
 
+def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
+    """{values under these names: the rows that have them}, like (name, beta): runs, one a seed."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
 def curves_figure(metrics: list[Row]) -> Any:
     """Reward, KL, entropy and length against the iterations of PPO, from a run's metrics."""
-    rows = [row for row in metrics if row["stage"] == "ppo"]
     panels = {
         "reward": ("higher is better", {"objective/scores": "proxy", "objective/gold": "gold"}),
         "KL to the reference: how far it went": ("nats per reply", {"objective/kl": "kl_seq"}),
@@ -76,9 +84,8 @@ def curves_figure(metrics: list[Row]) -> Any:
     for axis, (title, (unit, keys)) in zip(axes[0], panels.items(), strict=True):
         lines = {}
         for key, label in keys.items():
-            points = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                lines[label] = tuple(zip(*points, strict=True))
+            rows = (row for row in metrics if row["stage"] == "ppo" and row.get(key) is not None)
+            lines[label] = tuple(zip(*((row["step"] + 1, row[key]) for row in rows), strict=True))
         draw_lines(axis, lines)
         say(axis, title, "PPO iteration", unit)
     return figure
@@ -87,12 +94,11 @@ def curves_figure(metrics: list[Row]) -> Any:
 def draw_kl(rows: list[Row], path: Path) -> Path:
     """Left: error of the expected gradient of every placement. Right: noise of one sample."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure, axes = new_figure(11, 0.32 * len(names) + 1.4, 1, 2, sharey=True)
-    left, right = axes[0]
+    figure, ((left, right),) = new_figure(11, 0.32 * len(names) + 1.4, 1, 2, sharey=True)
     lanes = {"theta": ("o", 0.2, "on-policy"), "old": ("s", 0.0, "samples of an old policy")}
     lanes["ref"] = ("^", -0.2, "samples of the reference")
-    for sampler, (marker, offset, label) in lanes.items():
-        same = [row for row in rows if row["sampler"] == sampler]
+    for (sampler,), same in grouped(rows, "sampler").items():
+        marker, offset, label = lanes[sampler]
         places = [offset - names.index(row["name"]) for row in same]
         colours = [BLUE if row["right"] else VERMILION for row in same]
         errors, noise = _column(same, "error", "noise")
@@ -114,18 +120,16 @@ def draw_kl(rows: list[Row], path: Path) -> Path:
 
 def draw_advantages(gae: list[Row], surrogate: list[Row], path: Path) -> Path:
     """GAE's bias and noise against lambda; PPO's surrogate as theta leaves old."""
-    figure, axes = new_figure(12, 3.4, 1, 3)
-    bias, noise, cosines = axes[0]
+    figure, ((bias, noise, cosines),) = new_figure(12, 3.4, 1, 3)
+    values = grouped(gae, "value").items()
     for axis, name in ((bias, "bias"), (noise, "noise")):
-        values = dict.fromkeys(row["value"] for row in gae)
-        same = {value: [row for row in gae if row["value"] == value] for value in values}
-        draw_lines(axis, {f"V: {v}": _column(rows, "lam", name) for v, rows in same.items()})
+        draw_lines(axis, {f"V: {value}": _column(rows, "lam", name) for (value,), rows in values})
     say(bias, "bias: 0 at λ = 1 and with an exact value", "λ of GAE", "|mean − ∇J| / |∇J|")
     say(noise, "noise: what a smaller λ saves", "λ of GAE", "sd of one sample / |∇J|")
     names = {"clipped": "cosine, clipped", "unclipped": "cosine, not clipped"}
     names["clip_fraction"] = "share of tokens cut off"
-    draw_lines(cosines, {label: _column(surrogate, "kl_old_seq", n) for n, label in names.items()})
-    cosines.set_xscale("log")
+    lines = {label: _column(surrogate, "kl_old_seq", name) for name, label in names.items()}
+    draw_lines(cosines, lines, log="x")
     title = "a cosine of 1: PPO's surrogate points along ∇J"
     say(cosines, title, "KL(old‖θ) [nats per response]", legend={"loc": "center left"})
     return save(figure, path)
@@ -133,24 +137,14 @@ def draw_advantages(gae: list[Row], surrogate: list[Row], path: Path) -> Path:
 
 def draw_flatness(rows: list[Row], path: Path) -> Path:
     """Noise of one sample's policy gradient against the distance to the optimum."""
-    figure, axes = new_figure(5.8, 3.8, 1, 1)
-    axis, rows = axes[0, 0], [row for row in rows if row["gap"] > 1e-9]
+    figure, ((axis,),) = new_figure(5.8, 3.8, 1, 1)
+    rows = [row for row in rows if row["gap"] > 1e-9]
     names = {"k1": "sampled k1 in the reward", "full": "KL over the whole vocabulary"}
-    draw_lines(axis, {label: _column(rows, "gap", name) for name, label in names.items()})
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    draw_lines(axis, {label: _column(rows, "gap", n) for n, label in names.items()}, log="xy")
     axis.invert_xaxis()
     title = "towards the optimum k1's noise goes to 0, the full KL's does not"
     say(axis, title, "J* − J [reward units]; the optimum is on the right", "variance of one sample")
     return save(figure, path)
-
-
-def by_run(runs: list[Row]) -> dict[tuple[str, float], list[Row]]:
-    """{(name, beta): its runs, one a seed}."""
-    groups: dict[tuple[str, float], list[Row]] = {}
-    for run in runs:
-        groups.setdefault((run["name"], run["kl_coef"]), []).append(run)
-    return groups
 
 
 def geometric_mean(values: Any) -> np.ndarray:
@@ -163,16 +157,15 @@ def _lost(run: Row) -> list[tuple]:
     return [(row["iteration"], 1 - row["exact/fraction"]) for row in run["history"]]
 
 
-def _means(groups: dict[str, list[Row]], of: Callable[[Row], list[tuple]]) -> dict[str, tuple]:
+def _means(runs: list[Row], of: Callable[[Row], list[tuple]]) -> dict[str, tuple]:
     """{name: (x, mean of y over the seeds)} of the points that `of` sees in a run."""
-    points = {name: np.array([of(run) for run in runs]) for name, runs in groups.items()}
+    named = grouped(runs, "name").items()
+    points = {name: np.array([of(run) for run in same]) for (name,), same in named}
     return {name: (xy[0, :, 0], geometric_mean(xy[..., 1])) for name, xy in points.items()}
 
 
 def draw_optimum(runs: list[Row], path: Path) -> Path:
     """A row for each beta: what is lost, and its spread, over training; what is lost by token."""
-    betas = sorted({run["kl_coef"] for run in runs}, reverse=True)
-    figure, axes = new_figure(12, 2.9 * len(betas) + 0.4, len(betas), 3, sharey="col")
 
     def spread(run: Row) -> list[tuple]:
         return [(row["iteration"], row["exact/flatness"]) for row in run["history"]]
@@ -180,15 +173,18 @@ def draw_optimum(runs: list[Row], path: Path) -> Path:
     def by_token(run: Row) -> list[tuple]:
         return list(enumerate(run["history"][-1]["exact/gap_by_depth"], 1))
 
-    for beta, (gap, flat, depth) in zip(betas, axes, strict=True):
-        same = {name: seeds for (name, b), seeds in by_run(runs).items() if b == beta}
-        for axis, of in ((gap, _lost), (flat, spread), (depth, by_token)):
-            draw_lines(axis, _means(same, of))
-            axis.set_yscale("log")
-        y = "(J* − J) / (J* − J_ref)"
-        say(gap, f"β = {beta:g}: what is still lost; 0 is the optimum", "iteration", y)
-        say(flat, "Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]")
-        say(depth, "what is lost at the end, by token", "position of the token", y)
+    y, lost = "(J* − J) / (J* − J_ref)", "β = {:g}: what is still lost; 0 is the optimum"
+    panels = (
+        (_lost, lost, "iteration", y),
+        (spread, "Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]"),
+        (by_token, "what is lost at the end, by token", "position of the token", y),
+    )
+    betas = sorted(grouped(runs, "kl_coef").items(), reverse=True)
+    figure, axes = new_figure(12, 2.9 * len(betas) + 0.4, len(betas), 3, sharey="col")
+    for ((beta,), same), row in zip(betas, axes, strict=True):
+        for axis, (points, title, *labels) in zip(row, panels, strict=True):
+            draw_lines(axis, _means(same, points), log="y")
+            say(axis, title.format(beta), *labels)
     return save(figure, path)
 
 
@@ -196,8 +192,7 @@ def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
     """The distance to the optimum over training: a panel a group, a line a name."""
     figure, axes = new_figure(5.6 * len(groups), 4.2, 1, len(groups))
     for axis, (title, runs) in zip(axes[0], groups.items(), strict=True):
-        draw_lines(axis, _means({name: same for (name, _), same in by_run(runs).items()}, _lost))
-        axis.set_yscale("log")
+        draw_lines(axis, _means(runs, _lost), log="y")
         top = max(2.0, axis.get_ylim()[1])
         axis.axhspan(1, top, color="gray", alpha=0.15, lw=0, label="worse than the reference")
         axis.set_ylim(top=top)
@@ -209,32 +204,33 @@ def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
 
 def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
     """Proxy and gold against sqrt(KL): the frontier, best-of-n, and where PPO ended."""
-    figure, axes = new_figure(11, 4.2, 1, 2)
-    ends = [(run["kl_coef"], run["history"][-1]) for run in runs]
-    for axis, key in zip(axes[0], ("reward", "gold"), strict=True):
-        start = result["reference"][key]
+    figure, ((left, right),) = new_figure(11, 4.2, 1, 2)
+    families = {"π ∝ ref·exp(proxy/β)": result["curve"], "best of n": result["best_of_n"]}
+    for axis, key in ((left, "reward"), (right, "gold")):
         lines = {}
-        for part, label in (("curve", "π ∝ ref·exp(proxy/β)"), ("best_of_n", "best of n")):
-            points = [(_distance(row["kl_seq"]), row[key]) for row in result[part]]
-            lines[label] = tuple(zip(*sorted([(0.0, start), *points]), strict=True))
+        for label, rows in families.items():
+            points = [(0.0, result["reference"][key])]
+            points += [(_distance(row["kl_seq"]), row[key]) for row in rows]
+            lines[label] = tuple(zip(*sorted(points), strict=True))
         draw_lines(axis, lines)
-        points = [(_distance(end["exact/kl_seq"]), end[f"exact/{key}"]) for _, end in ends]
+        ends = [run["history"][-1] for run in runs]
+        points = [(_distance(end["exact/kl_seq"]), end[f"exact/{key}"]) for end in ends]
         axis.scatter(*zip(*points, strict=True), c=BLACK, marker="*", s=60, label="PPO, trained")
-        for (beta, _), point in zip(ends, points, strict=True):
+        for run, point in zip(runs, points, strict=True):
             offset = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
-            axis.annotate(f"β={beta:g}", point, fontsize=7, **offset)
+            axis.annotate(f"β={run['kl_coef']:g}", point, fontsize=7, **offset)
     d = np.linspace(0.05, _distance(result["curve"][-1]["kl_seq"]), 200)
     laws = {}
     for fit in (fit for fit in result["fits"] if fit["of"] == "tilt"):
         gain = GaoFit(*(fit[name] for name in GaoFit._fields))(d)
         label = f"Gao's law ({fit['law']}), R² = {fit['r_squared']:.3f}"
         laws[label] = (d, result["reference"]["gold"] + gain)
-    draw_lines(axes[0, 1], laws, [{**look, "marker": "", "lw": 1} for look in LOOKS[2:]])
+    draw_lines(right, laws, [{**look, "marker": "", "lw": 1} for look in LOOKS[2:]])
     x = "√KL(π‖ref) [nats^½ per response]"
-    say(axes[0, 0], "proxy, what is maximised: nothing lies above the curve", x, "E[proxy]")
-    say(axes[0, 1], "gold, what is wanted: it rises, turns and falls", x, "E[gold]")
+    say(left, "proxy, what is maximised: nothing lies above the curve", x, "E[proxy]")
+    say(right, "gold, what is wanted: it rises, turns and falls", x, "E[gold]")
     gold = [row["gold"] for row in result["curve"] + result["best_of_n"]]
-    axes[0, 1].set_ylim(min(gold) - 0.3, max(gold) + 0.3)
+    right.set_ylim(min(gold) - 0.3, max(gold) + 0.3)
     return save(figure, path)
 
 

@@ -5,14 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -33,13 +27,12 @@ def track(steps: Iterable, title: str) -> Iterator:
 
 @contextlib.contextmanager
 def _bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
-    times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
-    columns = ("{task.description:24}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")
-    with Progress(*columns, *times, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total, rate="")
-        yield lambda done, spent: progress.update(
-            task, completed=done, rate=f"{done / spent:.1f}/s"
-        )
+    done = (progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[rate]}")
+    times = (progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
+    columns = ("{task.description:24}", *done, *times)
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, rate="")
+        yield lambda n, spent: bar.update(task, completed=n, rate=f"{n / spent:.1f}/s")
 
 
 @contextlib.contextmanager

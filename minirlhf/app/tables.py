@@ -28,8 +28,6 @@ ROWS = {  # metric of `evaluate.response_metrics` -> (label, format)
     "repeated_bigrams": ("repeated bigrams inside a reply", "{:.3f}"),
     "ended": ("replies that end by themselves", "{:.2f}"),
 }
-
-
 WORDS = {  # what the words of the table mean, where its rows need it
     "proxy": "proxy: the score of the reward model or your own, scaled: what PPO maximises",
     "gold": "gold: the world's own measure of a good reply, which training never sees",
@@ -69,6 +67,14 @@ def number_table(title: str, *heads: str, texts: tuple[int, ...] = (0,), **look)
     return table
 
 
+def rows_table(title: str, columns: dict[str, str], rows: list[dict], **look) -> NumberTable:
+    """A line for each of `rows`; `columns` has the heads and how a row is shown, "{name:.3f}"."""
+    table = number_table(title, *columns, **look)
+    for row in rows:
+        table.add_row(*(form.format(**row) for form in columns.values()))
+    return table
+
+
 def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
     title = f"{len(result.prompts)} replies to held-out prompts of the world {world.name!r}"
@@ -81,21 +87,22 @@ def print_result(result: Result, world: World, console: Console, *, n_samples: i
     console.print(table)
     words = [meaning for name, meaning in WORDS.items() if name in rows]
     console.print(f"{'. '.join(words)}.", style="dim")
-    console.print(samples_table(result, world, n_samples))
+    replies = (result.reference_samples.responses, result.policy_samples.responses)
+    first = (texts[:n_samples] for texts in (result.prompts, *replies))
+    console.print(replies_table("before and after", world, *first, with_prompts=True))
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     total = sum(result.seconds.values())
     console.print(f"training time in this session: {stages}; {total:.0f} s in all")
 
 
-def samples_table(result: Result, world: World, n: int) -> Table:
-    """Prompt, reply of the reference, reply of the policy, with the gold reward of each."""
-    table = Table(title="before and after", show_lines=True)
-    for column in ("prompt", "reference", "policy"):
-        table.add_column(column, ratio=1, overflow="fold")
-    before_and_after = (result.reference_samples.responses, result.policy_samples.responses)
-    for prompt, *replies in list(zip(result.prompts, *before_and_after, strict=True))[:n]:
-        cells = (reply_cell(world, prompt, reply) for reply in replies)
-        table.add_row(Text(printable(prompt)), *cells)
+def replies_table(title: str, world: World, prompts, *replies, with_prompts=False) -> Table:
+    """Replies of the reference and of the policy side by side, each above its gold reward."""
+    table = Table(title=title, show_lines=True)
+    for head in (*["prompt"] * with_prompts, "reference", "policy"):
+        table.add_column(head, ratio=1, overflow="fold")
+    for prompt, *texts in zip(prompts, *replies, strict=True):
+        cells = [reply_cell(world, prompt, text) for text in texts]
+        table.add_row(*[Text(printable(prompt))] * with_prompts, *cells)
     return table
 
 

@@ -58,12 +58,11 @@ def grow_tree(
 ) -> PrefixTree:
     """The tree of all prefixes that `goes_on` lets live, level by level; made on the host.
 
-    Args:
-        goes_on: (prompt (n,), tokens (n, t)) -> (n, V) boolean: is the prefix with one more token
-            itself to be continued? Where not, and wherever max_tokens is reached, it is a response.
-        max_tokens: T.
-    Raises:
-        ValueError: a size is too small, or there are more than MOST_LEAVES responses.
+    Args:     goes_on: (prompt (n,), tokens (n, t)) -> (n, V) boolean: is the prefix with one more
+                  token itself to be continued? Where not, and wherever max_tokens is reached, it is
+                  a response.
+              max_tokens: T.
+    Raises:   ValueError: a size is too small, or there are more than MOST_LEAVES responses.
     """
     if vocab_size < 2 or max_tokens < 1 or n_prompts < 1:
         raise ValueError(
@@ -101,8 +100,7 @@ def enumerate_responses(
     With a stop token M = (V-1)^T + sum_{t<T} (V-1)^t and N = sum_{t<T} (V-1)^t for each prompt;
     without one (None) M = V^T.
 
-    Raises:
-        ValueError: as `grow_tree`, or the stop token is not in the vocabulary.
+    Raises:   ValueError: as `grow_tree`, or the stop token is not in the vocabulary.
     """
     if stop_id is not None and stop_id not in range(vocab_size):
         raise ValueError(f"enumerate: expected stop_id in [0, {vocab_size}); got {stop_id}")
@@ -167,12 +165,9 @@ def prompt_of_leaf(tree: PrefixTree) -> Array:
 def prefix_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
     """log Pr(s) = -log(n_prompts) + sum_t log pi(s_t | s_<t): how likely a policy gets to s.
 
-    Args:
-        log_probs: (N, V) log pi(a|s), a row for each prefix.
-    Returns:
-        (N,) [nats].
-    Raises:
-        ValueError: log_probs does not have the tree's shape, or its rows do not sum to 1.
+    Args:     log_probs: (N, V) log pi(a|s), a row for each prefix.
+    Returns:  (N,) [nats].
+    Raises:   ValueError: log_probs does not have the tree's shape, or its rows do not sum to 1.
     """
     check_rows(tree, log_probs=log_probs)
     xp = get_xp(log_probs, tree.parent)
@@ -187,8 +182,7 @@ def prefix_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
 def response_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
     """log Pr(x, y) of every response, the even choice of the prompt included.
 
-    Returns:
-        (M,) [nats]; exp of it sums to 1.
+    Returns:  (M,) [nats]; exp of it sums to 1.
     """
     reach = prefix_logprobs(tree, log_probs)
     return reach[tree.leaf_node] + log_probs[tree.leaf_node, tree.leaf_token]

@@ -27,13 +27,10 @@ from minirlhf.rlhf.objectives import (
 def gather_nodes(
     tree: PrefixTree, responses: Responses, dlogits: Array, *, weights: Array
 ) -> Array:
-    """sum_y w(y) dz(y), each token's share at its own prefix.
+    """sum_y w(y) dz(y), each token's share at its own prefix: (N, V).
 
-    Args:
-        dlogits: (M, T, V).
-        weights: (M,) usually the probability of y.
-    Returns:
-        (N, V).
+    Args:     dlogits: (M, T, V).
+              weights: (M,) usually the probability of y.
     """
     xp = get_xp(dlogits, weights)
     total = xp.zeros((tree.n_nodes, tree.vocab_size), dtype=dlogits.dtype)
@@ -42,19 +39,25 @@ def gather_nodes(
     return total
 
 
-def policy_gradient_dlogits(responses: Responses, logits: Array, advantages: Array) -> Array:
-    """dz of sum_t A_t log pi(y_t|.): one sample of the policy gradient, to be maximised.
+def policy_gradient_dlogits(
+    responses: Responses,
+    logits: Array,
+    advantages: Array,
+    *,
+    old_logp: Array | None = None,
+    form: str = "none",
+) -> Array:
+    """dz (M, T, V) of sum_t A_t log pi(y_t|.): one sample of the policy gradient, to be maximised.
 
-    Args:
-        logits: (N, V) of the policy.
-        advantages: (M, T), constant.
-    Returns:
-        (M, T, V).
+    With the log-probs (M, T) of an old policy, which sampled, it is that of sum_t A_t ratio_t, and
+    PPO's surrogate by the form of its clip.
+
+    Args:     logits: (N, V) of the policy.
+              advantages: (M, T), constant.
     """
     logp, cache = token_logprobs_forward(logits[responses.nodes], targets=responses.tokens)
-    _, clip = ppo_clip_forward(
-        logp, old_logp=logp, advantages=advantages, weights=responses.mask, clip="none"
-    )
+    constants = {"old_logp": logp if old_logp is None else old_logp, "weights": responses.mask}
+    _, clip = ppo_clip_forward(logp, advantages=advantages, clip=form, **constants)
     return token_logprobs_backward(-ppo_clip_backward(1.0, clip), cache)
 
 
@@ -67,38 +70,32 @@ def penalty_dlogits(
     kl_mode: str,
     gamma: float = 1.0,
 ) -> Array:
-    """dz of the penalty under a `kl_mode`, of one response y ~ old: what its gradient descends.
+    """dz (M, T, V) [nats] of the penalty of one response y ~ old: what its gradient descends.
 
     A penalty in the loss is differentiated. One in the reward is a constant, old's, and multiplies
     ratio_t = pi(y_t|.) / old(y_t|.) and the score of its own and of all earlier tokens, as in PPO
     (reward-to-go; gamma = 0: of its own token alone). On-policy old = the policy, and ratio_t = 1.
 
-    Args:
-        logits, old_logits, ref_logits: (N, V).
-        kl_mode: one of KL_MODES.
-        gamma: discount of the reward-to-go.
-    Returns:
-        (M, T, V) [nats].
+    Args:     logits, old_logits, ref_logits: (N, V).
+              kl_mode: one of KL_MODES.
+              gamma: discount of the reward-to-go.
     """
-    xp, mask = get_xp(logits, responses.mask), responses.mask
+    mask = responses.mask
     z, z_old, z_ref = (table[responses.nodes] for table in (logits, old_logits, ref_logits))
     logp, cache = token_logprobs_forward(z, targets=responses.tokens)
     old_logp, _ = token_logprobs_forward(z_old, targets=responses.tokens)
     ref_logp, _ = token_logprobs_forward(z_ref, targets=responses.tokens)
-    constants = {"old_logp": old_logp, "weights": mask}  # weight 1 a response
-    _, kl = kl_loss_forward(
-        z, logp, kl_mode=kl_mode, ref_logp=ref_logp, ref_logits=z_ref, **constants
-    )
+    constants = {"old_logp": old_logp, "ref_logp": ref_logp, "ref_logits": z_ref}
+    _, kl = kl_loss_forward(z, logp, kl_mode=kl_mode, weights=mask, **constants)  # 1 a response
     dlogits, dlogp = kl_loss_backward(1.0, kl)
+    dlogits = dlogits + token_logprobs_backward(dlogp, cache)
     if KL_MODES[kl_mode].in_reward:
         kl_full, _ = full_kl_forward(z_old, ref_logits=z_ref)
         penalty = penalty_in_reward(kl_mode, log_ratio=old_logp - ref_logp, kl_full=kl_full)
-        nothing = xp.zeros(mask.shape[0], dtype=mask.dtype)
-        rewards = token_rewards(nothing, penalty, mask=mask, kl_coef=1.0)
-        reward_to_go, _ = gae(rewards, xp.zeros_like(rewards), mask=mask, gamma=gamma, lam=1.0)
-        _, clip = ppo_clip_forward(logp, advantages=reward_to_go, clip="none", **constants)
-        dlogp = dlogp + ppo_clip_backward(1.0, clip)
-    return dlogits + token_logprobs_backward(dlogp, cache)
+        rewards = token_rewards(0.0 * mask[:, 0], penalty, mask=mask, kl_coef=1.0)
+        reward_to_go, _ = gae(rewards, 0.0 * rewards, mask=mask, gamma=gamma, lam=1.0)
+        dlogits -= policy_gradient_dlogits(responses, logits, reward_to_go, old_logp=old_logp)
+    return dlogits
 
 
 class Moments(NamedTuple):
@@ -109,9 +106,8 @@ class Moments(NamedTuple):
 def gradient_moments(gradients: Array, probs: Array) -> Moments:
     """Mean, and trace of the covariance, of the gradient of one sampled response.
 
-    Args:
-        gradients: (M, P) the estimate that each response gives.
-        probs: (M,) how likely it is to be sampled.
+    Args:     gradients: (M, P) the estimate that each response gives.
+              probs: (M,) how likely it is to be sampled.
     """
     mean = probs @ gradients
     second = (probs * (gradients * gradients).sum(axis=-1)).sum()

@@ -11,17 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.exact import enumeration, expected, optimum
-from minirlhf.exact.enumeration import PrefixTree, Responses, all_responses, response_logprobs
-from minirlhf.exact.ground_truth import PPO, RLOO, make_ground_truth, train_on_world
-from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values
+from minirlhf.exact import enumeration, expected, ground_truth, optimum
+from minirlhf.exact.enumeration import PrefixTree, Responses
+from minirlhf.exact.ground_truth import PPO, RLOO
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.rlhf import kl
 from minirlhf.rlhf.advantages import gae, token_rewards
-from minirlhf.rlhf.kl import full_kl_backward, full_kl_forward
-from minirlhf.rlhf.logprobs import log_softmax, token_logprobs_backward, token_logprobs_forward
-from minirlhf.rlhf.objectives import ppo_clip_backward, ppo_clip_forward
+from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_leaves, tree_map
 
@@ -33,15 +31,10 @@ class RandomWorld(NamedTuple):
 
     tree: PrefixTree
     responses: Responses
-    config: GPTConfig
+    where: dict[str, Any]  # what `tree_logits` and `tree_gradient` need beside the parameters
     policies: dict[str, Tree]  # theta, old, ref
     logits: dict[str, np.ndarray]  # (N, V) of each
     rewards: np.ndarray  # (M,)
-
-    @property
-    def where(self) -> dict[str, Any]:
-        """What `tree_logits` and `tree_gradient` need beside the parameters."""
-        return {"tree": self.tree, "prompts": [[0]], "config": self.config}
 
     def log_probs(self, name: str) -> np.ndarray:
         """(N, V) log pi(a|s) of one of the policies."""
@@ -49,12 +42,12 @@ class RandomWorld(NamedTuple):
 
     def probs(self, name: str) -> np.ndarray:
         """(M,) probability of every response under one of the policies."""
-        return np.exp(response_logprobs(self.tree, self.log_probs(name)))
+        return np.exp(enumeration.response_logprobs(self.tree, self.log_probs(name)))
 
     def kl_old_seq(self, log_pi: np.ndarray) -> float:
         """KL(old || pi) of whole responses."""
-        log_old, nothing = self.log_probs("old"), 0.0 * self.rewards
-        return float(evaluate_exactly(self.tree, log_old, log_pi, nothing, kl_coef=0.0).kl_seq)
+        args = (self.tree, self.log_probs("old"), log_pi, 0.0 * self.rewards)
+        return float(optimum.evaluate_exactly(*args, kl_coef=0.0).kl_seq)
 
     def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
         """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
@@ -69,22 +62,22 @@ class RandomWorld(NamedTuple):
 
 
 def make_random_world(
-    *, seed: int, vocab_size: int = 4, max_tokens: int = 4, d_model: int = 16, scale: float = 0.3
+    *, seed: int, vocab_size: int = 4, max_tokens: int = 4, d_model: int = 16
 ) -> RandomWorld:
-    """Transformers of one block around the usual start, with N(0, scale^2) on every parameter."""
+    """Transformers of one block around the usual start, with N(0, 0.3^2) on every parameter."""
     rng = np.random.default_rng(seed)
     tree = enumeration.enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
     config = GPTConfig(vocab_size, max_tokens + 1, n_layer=1, n_head=2, d_model=d_model)
+    where = {"tree": tree, "prompts": [[0]], "config": config}
 
     def policy() -> Tree:
         params = {"transformer": init_transformer(config, rng=rng, dtype=np.float64)}
-        return tree_map(lambda a: a + scale * rng.standard_normal(a.shape), params)
+        return tree_map(lambda a: a + 0.3 * rng.standard_normal(a.shape), params)
 
     policies = {name: policy() for name in ("theta", "old", "ref")}
+    logits = {name: tree_logits(params, **where) for name, params in policies.items()}
     rewards = rng.standard_normal(tree.leaf_node.shape)
-    world = RandomWorld(tree, all_responses(tree), config, policies, {}, rewards)
-    logits = {name: tree_logits(params, **world.where) for name, params in policies.items()}
-    return world._replace(logits=logits)
+    return RandomWorld(tree, enumeration.all_responses(tree), where, policies, logits, rewards)
 
 
 # -- the gradient of the penalty, in every placement ---------------------------------------------
@@ -140,20 +133,16 @@ def kl_gradient_table(*, seed: int = 0) -> list[Row]:
     noise   sqrt(E|estimate|^2 - |E[estimate]|^2) / |g| of a single response
     """
     world = make_random_world(seed=seed)
-    tree, responses, jacobian = world.tree, world.responses, world.jacobian("theta")
+    tree, jacobian = world.tree, world.jacobian("theta")
     log_pi, log_ref = world.log_probs("theta"), world.log_probs("ref")
-    exact = objective_gradient(tree, log_pi, log_ref, 0.0 * world.rewards, kl_coef=-1.0)
+    exact = optimum.objective_gradient(tree, log_pi, log_ref, 0.0 * world.rewards, kl_coef=-1.0)
     g = exact.reshape(-1) @ jacobian
     rows = []
     for place in PLACEMENTS:
-        dlogits = expected.penalty_dlogits(
-            responses,
-            world.logits["theta"],
-            old_logits=world.logits[place.sampler],
-            ref_logits=world.logits["ref"],
-            kl_mode=place.kl_mode,
-            gamma=place.gamma,
-        )
+        others = {"old_logits": world.logits[place.sampler], "ref_logits": world.logits["ref"]}
+        mode = {"kl_mode": place.kl_mode, "gamma": place.gamma}
+        theta = world.logits["theta"]
+        dlogits = expected.penalty_dlogits(world.responses, theta, **others, **mode)
         mean, row = _judged(world, dlogits, jacobian, g, world.probs(place.sampler))
         angle = 0.0 if mean @ mean < 1e-20 * (g @ g) else float(expected.cosine(mean, g))
         rows.append({**place._asdict(), "right": place.right, "cosine": angle, **row})
@@ -165,8 +154,7 @@ def _judged(
 ) -> tuple[np.ndarray, Row]:
     """The expected gradient in the parameters (P,), and its error and noise as shares of |g|.
 
-    Args:
-        dlogits: (M, T, V) the estimate that each response gives, and probs (M,) how likely it is.
+    Args:     dlogits: (M, T, V) the estimate that each response gives; probs (M,) how likely it is.
     """
     M, N, V = len(dlogits), world.tree.n_nodes, world.tree.vocab_size
     at_prefixes = np.zeros((M, N, V))
@@ -191,68 +179,57 @@ def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95,
     2016, arXiv 1506.02438).
     """
     world = make_random_world(seed=seed)
-    tree, responses, mask = world.tree, world.responses, world.responses.mask
-    log_pi, log_ref = world.log_probs("theta"), world.log_probs("ref")
-    args = (tree, log_pi, log_ref, world.rewards)
+    responses, log_pi, log_ref = world.responses, world.log_probs("theta"), world.log_probs("ref")
+    args = (world.tree, log_pi, log_ref, world.rewards)
     jacobian, probs = world.jacobian("theta"), world.probs("theta")
-    g = objective_gradient(*args, kl_coef=kl_coef).reshape(-1) @ jacobian
-    exact = policy_values(*args, kl_coef=kl_coef).values
+    g = optimum.objective_gradient(*args, kl_coef=kl_coef).reshape(-1) @ jacobian
+    exact = optimum.policy_values(*args, kl_coef=kl_coef).values
     off = exact + 0.5 * np.random.default_rng(seed).standard_normal(exact.shape)
-    nodes = responses.nodes
-    kl_token = np.where(mask > 0, (log_pi - log_ref)[nodes, responses.tokens], 0.0)
-    rewards = token_rewards(world.rewards, kl_token, mask=mask, kl_coef=kl_coef)
-    rows = []
+    k1, mask = (log_pi - log_ref)[responses.nodes, responses.tokens], responses.mask
+    rewards, rows = token_rewards(world.rewards, k1, mask=mask, kl_coef=kl_coef), []
     for name, values in (("exact", exact), ("zero", 0.0 * exact), ("exact + 0.5 noise", off)):
         for lam in lams:
-            advantages, _ = gae(rewards, values[nodes], mask=mask, gamma=1.0, lam=lam)
+            advantages, _ = gae(rewards, values[responses.nodes], mask=mask, lam=lam)
             dlogits = expected.policy_gradient_dlogits(responses, world.logits["theta"], advantages)
             _, row = _judged(world, dlogits, jacobian, g, probs)
             rows.append({"value": name, "lam": lam, "bias": row["error"], "noise": row["noise"]})
     return rows
 
 
-def surrogate_table(
-    *, seed: int = 0, kl_coef: float = 0.5, kl_steps=(1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3)
-) -> list[Row]:
+def surrogate_table(*, seed: int = 0, kl_coef: float = 0.5) -> list[Row]:
     """How far PPO's surrogate can be followed: its gradient against grad J as theta leaves old.
 
-    theta moves from old along grad J until KL(old || theta) of whole responses is about `kl_steps`;
+    theta moves from old along grad J until KL(old || theta) of whole responses is about `kl_step`;
     the samples and the (exact) advantages stay old's.
 
     clipped, unclipped   cosine of the surrogate's gradient with grad J(theta)
     clip_fraction        of old's tokens whose gradient the clip has cut
     """
     world = make_random_world(seed=seed)
-    tree, responses, mask = world.tree, world.responses, world.responses.mask
-    log_old, log_ref = world.log_probs("old"), world.log_probs("ref")
-    args = (log_ref, world.rewards)
-    q, values = policy_values(tree, log_old, *args, kl_coef=kl_coef)
+    tree, responses, probs = world.tree, world.responses, world.probs("old")
+    log_old, args = world.log_probs("old"), (world.log_probs("ref"), world.rewards)
+    q, values = optimum.policy_values(tree, log_old, *args, kl_coef=kl_coef)
     at = (responses.nodes, responses.tokens)
     advantages, old_logp = (q - values[:, None])[at], log_old[at]
-    slope, p_old = objective_gradient(tree, log_old, *args, kl_coef=kl_coef), world.probs("old")
+    slope = optimum.objective_gradient(tree, log_old, *args, kl_coef=kl_coef)
     uphill = tree_gradient(slope, world.policies["old"], **world.where)
     rows = []
-    for kl_step in kl_steps:
+    for kl_step in (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3):
         params = _step_of_kl(world, uphill, kl_step)
         logits = tree_logits(params, **world.where)
         log_pi = log_softmax(logits)
-        true = world.pull_back(objective_gradient(tree, log_pi, *args, kl_coef=kl_coef), params)
-        row = {"kl_old_seq": world.kl_old_seq(log_pi)}
-        row["objective"] = float(evaluate_exactly(tree, log_pi, *args, kl_coef=kl_coef).objective)
-        for name, clip in (("clipped", "ppo"), ("unclipped", "none")):
-            logp, cache = token_logprobs_forward(logits[at[0]], targets=at[1])
-            _, clip_cache = ppo_clip_forward(
-                logp, old_logp=old_logp, advantages=advantages, weights=mask, clip=clip
+        slope = optimum.objective_gradient(tree, log_pi, *args, kl_coef=kl_coef)
+        true = world.pull_back(slope, params)
+        value = optimum.evaluate_exactly(tree, log_pi, *args, kl_coef=kl_coef)
+        row = {"kl_old_seq": world.kl_old_seq(log_pi), "objective": float(value.objective)}
+        for name, form in (("unclipped", "none"), ("clipped", "ppo")):
+            dlogits = expected.policy_gradient_dlogits(
+                responses, logits, advantages, old_logp=old_logp, form=form
             )
-            dlogits = token_logprobs_backward(-ppo_clip_backward(1.0, clip_cache), cache)
-            mean = world.pull_back(
-                expected.gather_nodes(tree, responses, dlogits, weights=p_old), params
-            )
-            row[name] = float(expected.cosine(mean, true))
-            if clip == "ppo":
-                weights = p_old[:, None] * mask
-                row["clip_fraction"] = float((weights * clip_cache.clipped).sum() / weights.sum())
-        rows.append(row)
+            mean = expected.gather_nodes(tree, responses, dlogits, weights=probs)
+            row[name] = float(expected.cosine(world.pull_back(mean, params), true))
+        weights, cut = probs[:, None] * responses.mask, ~dlogits.any(axis=-1)  # by the clip
+        rows.append({**row, "clip_fraction": float((weights * cut).sum() / weights.sum())})
     return rows
 
 
@@ -277,12 +254,10 @@ def _step_of_kl(world: RandomWorld, uphill: Tree, kl_step: float) -> Tree:
 # -- the optimum ---------------------------------------------------------------------------------
 
 
-def flatness_table(
-    world: TokenWorld,
-    *,
-    kl_coef: float = 0.5,
-    shares=(0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.999, 1.0),
-) -> list[Row]:
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.999, 1.0)
+
+
+def flatness_table(world: TokenWorld, *, kl_coef: float = 0.5, shares=SHARES) -> list[Row]:
     """The noise of one sample's policy gradient on the way to the optimum, exact values known.
 
     The way is pi_s ~ ref exp(s r / beta): the reference at s = 0, the optimum at s = 1, where
@@ -293,29 +268,24 @@ def flatness_table(
     gap                 J* - J [reward units]
     k1, full            trace of the covariance of one response's gradient, in logits
     """
-    tree, responses = world.tree, all_responses(world.tree)
-    log_ref, mask = world.demonstrator, responses.mask
+    tree, responses = world.tree, enumeration.all_responses(world.tree)
+    log_ref, mask, rows = world.demonstrator, responses.mask, []
     best = optimum.soft_optimum(tree, log_ref, world.rewards, kl_coef=kl_coef)
-    rows = []
     for share in shares:
-        log_pi = log_ref
-        if share:
-            log_pi = optimum.soft_optimum(
-                tree, log_ref, share * world.rewards, kl_coef=kl_coef
-            ).log_probs
-        args = (tree, log_pi, log_ref, world.rewards)
-        probs = np.exp(response_logprobs(tree, log_pi))
-        value = evaluate_exactly(*args, kl_coef=kl_coef)
+        at_share = optimum.soft_optimum(tree, log_ref, share * world.rewards, kl_coef=kl_coef)
+        args = (tree, log_pi := at_share.log_probs, log_ref, world.rewards)
+        probs = np.exp(enumeration.response_logprobs(tree, log_pi))
+        value = optimum.evaluate_exactly(*args, kl_coef=kl_coef)
         row = {"share": share, "gap": float(best.objective - value.objective)}
-        values = policy_values(*args, kl_coef=kl_coef).values[responses.nodes]
-        k1 = np.where(mask > 0, (log_pi - log_ref)[responses.nodes, responses.tokens], 0.0)
-        full, full_cache = full_kl_forward(log_pi, ref_logits=log_ref)
+        values = optimum.policy_values(*args, kl_coef=kl_coef).values[responses.nodes]
+        k1 = (log_pi - log_ref)[responses.nodes, responses.tokens]
+        full, full_cache = kl.full_kl_forward(log_pi, ref_logits=log_ref)
         for name, kl_token in (("k1", k1), ("full", full[responses.nodes])):
             rewards = token_rewards(world.rewards, kl_token, mask=mask, kl_coef=kl_coef)
-            advantages, _ = gae(rewards, values, mask=mask, gamma=1.0, lam=1.0)
+            advantages, _ = gae(rewards, values, mask=mask, lam=1.0)
             dlogits = expected.policy_gradient_dlogits(responses, log_pi, advantages)
             if name == "full":
-                own_step = full_kl_backward(np.ones(tree.n_nodes), full_cache)  # (N, V)
+                own_step = kl.full_kl_backward(np.ones(tree.n_nodes), full_cache)  # (N, V)
                 dlogits = dlogits - kl_coef * own_step[responses.nodes]
             mean = expected.gather_nodes(tree, responses, dlogits, weights=probs)
             # the tokens of one response stand at different prefixes: their squares add up
@@ -334,26 +304,23 @@ def overoptimisation(
 ) -> dict[str, Any]:
     """The exact curve pi_beta ~ ref exp(proxy / beta), best-of-n, and Gao's laws fitted to both.
 
-    Args:
-        world: with one prompt; its rewards are the proxy.
-        ref_log_probs: (N, V) of the reference.
-    Returns:
-        curve: kl_coef, kl_seq, reward (the most that is possible at this KL), gold;
-        best_of_n: n, kl_seq, bound = log n - (n-1)/n, reward, gold;
-        fits: law, of, alpha, slope, r_squared, peak (KL at which the fitted gold is highest).
+    Args:     world: with one prompt; its rewards are the proxy.
+              ref_log_probs: (N, V) of the reference.
+    Returns:  curve: kl_coef, kl_seq, reward (the most that is possible at this KL), gold;
+                  best_of_n: n, kl_seq, bound = log n - (n-1)/n, reward, gold; fits: law, of, alpha,
+                  slope, r_squared, peak (KL at which the fitted gold is highest).
     """
     tree = world.tree
     curve = optimum.optimal_curve(tree, ref_log_probs, world.rewards, world.gold, betas)
-    ref_logp = response_logprobs(tree, ref_log_probs)
+    ref_logp = enumeration.response_logprobs(tree, ref_log_probs)
     ref_gold = float(np.exp(ref_logp) @ world.gold)
     best_of_n = []
     for n in draws:
         logp = optimum.best_of_n(ref_logp, world.rewards, n=n)
         p, bound = np.exp(logp), np.log(n) - (n - 1) / n
-        kl_seq = max(0.0, p @ (logp - ref_logp))  # of one draw it is 0, and rounding may be below
-        numbers = (kl_seq, bound, p @ world.rewards, p @ world.gold)
-        names = ("kl_seq", "bound", "reward", "gold")
-        best_of_n.append({"n": n, **dict(zip(names, map(float, numbers), strict=True))})
+        row = {"kl_seq": max(0.0, p @ (logp - ref_logp))}  # of one draw it is 0: rounding is not
+        row |= {"bound": bound, "reward": p @ world.rewards, "gold": p @ world.gold}
+        best_of_n.append({"n": n, **{name: float(x) for name, x in row.items()}})
     drawn = np.array([(row["kl_seq"], row["gold"]) for row in best_of_n if row["n"] > 1]).T
     fits = []
     for of, kl_seq, gold in (("tilt", curve.kl_seq, curve.gold), ("best-of-n", *drawn)):
@@ -399,7 +366,7 @@ def optimum_runs(*, iterations: int = 150, betas=(1.0, 0.5, 0.25)) -> list[Train
     return runs
 
 
-def placement_runs(*, iterations: int = 60, beta: float = 0.5) -> list[TrainingRun]:
+def placement_runs(*, iterations: int = 60) -> list[TrainingRun]:
     """The same PPO with the penalty in other places."""
     names = {
         "reward_k1": "k1 in the reward",
@@ -408,17 +375,14 @@ def placement_runs(*, iterations: int = 60, beta: float = 0.5) -> list[TrainingR
         "loss_k3_tok": "k3 per token as loss",
         "loss_k1": "k1 as loss (as printed)",
     }
-    settings = changed(PPO, kl_coef=beta, iterations=iterations)
-    return [
-        TrainingRun("placement", name, changed(settings, kl_mode=mode))
-        for mode, name in names.items()
-    ]
+    of_mode = {mode: changed(PPO, iterations=iterations, kl_mode=mode) for mode in names}
+    return [TrainingRun("placement", names[mode], settings) for mode, settings in of_mode.items()]
 
 
-def clip_runs(*, iterations: int = 40, beta: float = 0.5) -> list[TrainingRun]:
+def clip_runs(*, iterations: int = 40) -> list[TrainingRun]:
     """Three forms of the clip where it has to work: large steps, many epochs, a constant rate."""
     hard = {"learning_rate": 8e-3, "schedule": "constant"}
-    settings = changed(PPO, kl_coef=beta, iterations=iterations, epochs=8, optimizer=hard)
+    settings = changed(PPO, iterations=iterations, epochs=8, optimizer=hard)
     names = {"ppo": "PPO's clip", "book": "min(ratio, 1 + e) A (textbook)", "none": "no clip"}
     return [TrainingRun("clip", name, changed(settings, clip=clip)) for clip, name in names.items()]
 
@@ -434,13 +398,12 @@ def train_run(
 ) -> Row:
     """Train one policy from the reference on; its history, and the frontier where it ended."""
     started = time.perf_counter()
-    settings, beta = run.settings, run.settings.kl_coef
-    truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
-    history = train_on_world(truth, settings=settings, seed=seed, baseline=run.baseline).history
-    seconds, kl_seq = time.perf_counter() - started, history[-1]["exact/kl_seq"]
-    frontier = optimum.frontier_reward(
-        world.tree, truth.ref_log_probs, world.rewards, kl_seq=kl_seq
-    )
-    row = {"part": run.part, "name": run.name, "kl_coef": beta, "seed": seed}
-    row |= {"iterations": settings.iterations, "seconds": seconds, "frontier": frontier}
-    return {**row, "history": history}
+    part, name, settings, baseline = run
+    where = {"config": config, "kl_coef": settings.kl_coef}
+    truth = ground_truth.make_ground_truth(world, reference, **where)
+    trained = ground_truth.train_on_world(truth, settings=settings, seed=seed, baseline=baseline)
+    row = {"part": part, "name": name, "kl_coef": settings.kl_coef, "seed": seed}
+    row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
+    args, end = (world.tree, truth.ref_log_probs, world.rewards), trained.history[-1]
+    row["frontier"] = optimum.frontier_reward(*args, kl_seq=end["exact/kl_seq"])
+    return {**row, "history": trained.history}

@@ -5,59 +5,38 @@ REINFORCE) improves it from samples. Only the measuring differs: every response 
 J, J*, the KL and the gradient noise are exact, and no evaluation has an error bar.
 """
 
-import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from minirlhf.backend import get_xp
-from minirlhf.exact.optimum import Optimum, by_depth, evaluate_exactly, optimality_gap, soft_optimum
+from minirlhf.exact import optimum
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.advantages import masked_whiten, rloo_advantages
 from minirlhf.rlhf.logprobs import log_softmax, response_sum
+from minirlhf.train import ppo
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.ppo import (
-    Experience,
-    Task,
-    final_score,
-    make_experience,
-    rollout_penalty,
-    train_ppo,
-)
 from minirlhf.train.rollout import Rollout, Samples, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig, SFTConfig
 from minirlhf.train.sft import train_sft
 from minirlhf.tree import Tree, tree_copy
 
-SFT = SFTConfig(  # of the tiny world: close to the Markov chain that wrote the demonstrations
-    steps=400,
-    batch_size=512,
-    optimizer=OptimizerConfig(learning_rate=3e-3, eps=1e-8, max_grad_norm=0.0),
-)
-PPO = PPOConfig(
-    iterations=150,
-    batch_size=256,
-    epochs=4,
-    minibatches=4,
-    kl_coef=0.5,
-    vf_coef=0.5,
-    optimizer=OptimizerConfig(learning_rate=2e-3, eps=1e-8, max_grad_norm=0.0),
-)
-RLOO = dataclasses.replace(  # one step a batch, no critic, no ratio to clip
-    PPO,
-    epochs=1,
-    minibatches=1,
-    vf_coef=0.0,
-    clip="none",
-    # Without a bound on the step one bad batch can make a reply too rare to be seen again.
-    optimizer=dataclasses.replace(PPO.optimizer, learning_rate=3e-3, max_grad_norm=0.3),
-)
+# The settings of the tiny world; the reference comes close to the chain that it imitates.
+_ADAM = OptimizerConfig(learning_rate=3e-3, eps=1e-8, max_grad_norm=0.0)
+SFT = SFTConfig(steps=400, batch_size=512, optimizer=_ADAM)
+_PPO = PPOConfig(iterations=150, batch_size=256, epochs=4, minibatches=4, kl_coef=0.5, vf_coef=0.5)
+PPO = replace(_PPO, optimizer=replace(_ADAM, learning_rate=2e-3))
+# One step a batch, no critic, no ratio to clip. Without a bound on the step one bad batch can make
+# a reply too rare to be seen again.
+_BOUNDED = replace(_ADAM, max_grad_norm=0.3)
+RLOO = replace(PPO, epochs=1, minibatches=1, vf_coef=0.0, clip="none", optimizer=_BOUNDED)
 
 
 def small_transformer(world: TokenWorld, *, n_layer: int = 1) -> GPTConfig:
@@ -71,21 +50,13 @@ def fit_reference(
 ) -> Tree:
     """Supervised fine-tuning on the world's demonstrations.
 
-    Returns:
-        {"transformer": ...}, the frozen reference of everything that follows.
+    Returns:  {"transformer": ...}, the frozen reference of everything that follows.
     """
     rng_init, rng_batches = np.random.default_rng(seed).spawn(2)
     start = {"transformer": init_transformer(config, rng=rng_init)}
     optimizer = Optimizer(start, settings.optimizer, total_steps=settings.steps)
-    loop = train_sft(
-        optimizer,
-        world.demonstrations,
-        config=config,
-        settings=settings,
-        pad_id=world.stop_id,
-        rng=rng_batches,
-    )
-    for _ in loop:
+    same = {"config": config, "settings": settings, "pad_id": world.stop_id, "rng": rng_batches}
+    for _ in train_sft(optimizer, world.demonstrations, **same):
         pass
     return tree_copy(optimizer.params)
 
@@ -98,7 +69,7 @@ class GroundTruth(NamedTuple):
     reference: Tree  # {"transformer": ...}
     kl_coef: float  # beta [reward units per nat]
     ref_log_probs: np.ndarray  # (N, V) of the reference
-    optimum: Optimum
+    optimum: optimum.Optimum
     ref_reward: float  # E_ref[r] = J(ref)
 
     def log_probs(self, params: Tree) -> np.ndarray:
@@ -117,18 +88,17 @@ def make_ground_truth(
 ) -> GroundTruth:
     """The optimum of max E[r] - beta KL(pi || reference) on this world.
 
-    Raises:
-        ValueError: no policy is better than the reference, as where all rewards are equal.
+    Raises:   ValueError: no policy is better than the reference, as where all rewards are equal.
     """
     ref = log_probs_on_tree(reference, world=world, config=config)
-    optimum = soft_optimum(world.tree, ref, world.rewards, kl_coef=kl_coef)
-    value = evaluate_exactly(world.tree, ref, ref, world.rewards, kl_coef=kl_coef)
-    if not optimum.objective - value.reward > 1e-9:
+    best = optimum.soft_optimum(world.tree, ref, world.rewards, kl_coef=kl_coef)
+    value = optimum.evaluate_exactly(world.tree, ref, ref, world.rewards, kl_coef=kl_coef)
+    if not best.objective - value.reward > 1e-9:
         raise ValueError(
             "ground truth: expected rewards that a policy can improve on; the optimum "
-            f"{float(optimum.objective):.6g} is no better than the reference: change the rewards"
+            f"{float(best.objective):.6g} is no better than the reference: change the rewards"
         )
-    return GroundTruth(world, config, reference, kl_coef, ref, optimum, float(value.reward))
+    return GroundTruth(world, config, reference, kl_coef, ref, best, float(value.reward))
 
 
 def measure(truth: GroundTruth, params: Tree) -> dict[str, float | list[float]]:
@@ -140,24 +110,17 @@ def measure(truth: GroundTruth, params: Tree) -> dict[str, float | list[float]]:
     exact/flatness     Var(r - beta log_ratio), 0 at the optimum
     exact/gap_by_depth J* - J split by the number of tokens before, as shares of J* - E_ref[r]
     """
-    world, beta = truth.world, truth.kl_coef
-    log_probs = truth.log_probs(params)
+    world, log_probs = truth.world, truth.log_probs(params)
     on_tree = (world.tree, log_probs, truth.ref_log_probs)
-    value = evaluate_exactly(*on_tree, world.rewards, kl_coef=beta)
-    wanted = evaluate_exactly(*on_tree, world.gold, kl_coef=0.0)
-    gap = optimality_gap(world.tree, log_probs, truth.optimum)
-    best, gain = float(truth.optimum.objective), float(truth.optimum.objective) - truth.ref_reward
-    return {
-        "exact/fraction": (float(value.objective) - truth.ref_reward) / gain,
-        "exact/objective": float(value.objective),
-        "exact/optimum": best,
-        "exact/reward": float(value.reward),
-        "exact/gold": float(wanted.reward),
-        "exact/kl_seq": float(value.kl_seq),
-        "exact/entropy_seq": float(value.entropy_seq),
-        "exact/flatness": float(value.flatness),
-        "exact/gap_by_depth": (by_depth(world.tree, gap) / gain).tolist(),
-    }
+    value = optimum.evaluate_exactly(*on_tree, world.rewards, kl_coef=truth.kl_coef)
+    wanted = optimum.evaluate_exactly(*on_tree, world.gold, kl_coef=0.0)
+    gap = optimum.optimality_gap(world.tree, log_probs, truth.optimum)
+    best, start = truth.optimum.objective, truth.ref_reward
+    exact = {**value._asdict(), "optimum": best, "gold": wanted.reward}
+    exact["fraction"] = (value.objective - start) / (best - start)
+    by_depth = optimum.by_depth(world.tree, gap) / (best - start)
+    numbers = {f"exact/{name}": float(number) for name, number in exact.items()}
+    return {**numbers, "exact/gap_by_depth": by_depth.tolist()}
 
 
 class Trained(NamedTuple):
@@ -175,12 +138,10 @@ def train_on_world(
 ) -> Trained:
     """PPO from the truth's reference on, measured exactly at the start, on the way and at the end.
 
-    Args:
-        settings: the truth's beta, fixed; temperature 1, which is what is enumerated.
-        baseline: "critic" (GAE), or "leave_one_out" (the other responses to the same prompt).
-        measure_every: iterations between two measurements.
-    Raises:
-        ValueError: another baseline, or settings that the ground truth does not speak of.
+    Args:     settings: the truth's beta, fixed; temperature 1, which is what is enumerated.
+              baseline: "critic" (GAE), or "leave_one_out" (the other responses to the same prompt).
+              measure_every: iterations between two measurements.
+    Raises:   ValueError: another baseline, or settings that the ground truth does not speak of.
     """
     _check_settings(truth, settings, baseline)
     config, reference, world = truth.config, truth.reference, truth.world
@@ -190,25 +151,17 @@ def train_on_world(
     start = {"transformer": tree_copy(reference["transformer"]), "value_head": head}
     total = settings.iterations * settings.updates_per_iteration
     optimizer = Optimizer(start, settings.optimizer, total_steps=total)
-    task = Task(
-        lambda policy: sample_world(
-            policy, world, settings.batch_size, config=config, rng=rng_rollout
-        ),
+    draw = {"world": world, "n": settings.batch_size, "config": config, "rng": rng_rollout}
+    task = ppo.Task(
+        functools.partial(sample_world, **draw),
         lambda samples: world.score(samples.prompt_ids, samples.response_ids),
         world.stop_id,
     )
-    advantages_of = {"critic": make_experience, "leave_one_out": _leave_one_out(len(world.prompts))}
-    loop = train_ppo(
-        optimizer,
-        reference,
-        task,
-        config=config,
-        settings=settings,
-        rng=rng_shuffle,
-        advantages_of=advantages_of[baseline],
-    )
+    leave_one_out = functools.partial(_leave_one_out, n_prompts=len(world.prompts))
+    same = {"config": config, "settings": settings, "rng": rng_shuffle}
+    same["advantages_of"] = None if baseline == "critic" else leave_one_out
     history = [{"iteration": 0, **measure(truth, optimizer.params)}]
-    for iteration, turn in enumerate(loop, 1):
+    for iteration, turn in enumerate(ppo.train_ppo(optimizer, reference, task, **same), 1):
         if iteration % measure_every == 0 or iteration == settings.iterations:
             exact = measure(truth, optimizer.params)
             metrics = mean_of_updates(turn.updates, settings)
@@ -217,22 +170,18 @@ def train_on_world(
 
 
 def _check_settings(truth: GroundTruth, settings: PPOConfig, baseline: str) -> None:
-    s = settings
-    if baseline not in ("critic", "leave_one_out") or not math.isclose(s.kl_coef, truth.kl_coef):
-        raise ValueError(
-            'train_on_world: expected baseline "critic" or "leave_one_out" and the beta '
-            f"{truth.kl_coef} of the ground truth; got {baseline!r} and {s.kl_coef}"
-        )
-    if s.temperature != 1 or s.kl_target:
-        raise ValueError(
-            "train_on_world: expected temperature 1 and a fixed beta (kl_target 0), which is what "
-            f"is enumerated; got {s.temperature} and {s.kl_target}"
-        )
-    if baseline == "leave_one_out" and (s.gamma != 1 or s.whiten_rewards):
-        raise ValueError(
-            "train_on_world: expected gamma 1 and rewards that are not whitened beside whole "
-            f"responses (leave_one_out); got {s.gamma} and {s.whiten_rewards}"
-        )
+    s, critic = settings, baseline == "critic"
+    known = critic or baseline == "leave_one_out"
+    beta = f'baseline "critic" or "leave_one_out" and the beta {truth.kl_coef} of the ground truth'
+    fixed = "temperature 1 and a fixed beta (kl_target 0), which is what is enumerated"
+    whole = "gamma 1 and rewards that are not whitened beside whole responses (leave_one_out)"
+    for expected, fits, first, second in (
+        (beta, known and math.isclose(s.kl_coef, truth.kl_coef), baseline, s.kl_coef),
+        (fixed, s.temperature == 1 and not s.kl_target, s.temperature, s.kl_target),
+        (whole, critic or (s.gamma == 1 and not s.whiten_rewards), s.gamma, s.whiten_rewards),
+    ):
+        if not fits:
+            raise ValueError(f"train_on_world: expected {expected}; got {first!r} and {second}")
 
 
 def sample_world(
@@ -240,34 +189,24 @@ def sample_world(
 ) -> Samples:
     """n responses, the prompts in turn."""
     prompts = [world.prompts[i % len(world.prompts)] for i in range(n)]
-    samples = sample_responses(
-        params,
-        prompts,
-        config=config,
-        stop_id=world.stop_id,
-        pad_id=world.stop_id,
-        max_tokens=world.max_response_tokens,
-        rng=rng,
-    )
+    limits = {"max_tokens": world.max_response_tokens, "stop_id": world.stop_id}
+    same = {"pad_id": world.stop_id, "config": config, "rng": rng}
+    samples = sample_responses(params, prompts, **limits, **same)
     texts = [[world.text(ids) for ids in lists] for lists in (prompts, samples.response_ids)]
     return samples._replace(prompts=texts[0], responses=texts[1])
 
 
-def _leave_one_out(n_prompts: int) -> Callable[..., Experience]:
+def _leave_one_out(
+    rollout: Rollout, *, settings: PPOConfig, kl_coef: float, stop_id: int, n_prompts: int
+) -> ppo.Experience:
     """`make_experience` with RLOO advantages of whole responses, the prompts in turn."""
-
-    def experience_of(
-        rollout: Rollout, *, settings: PPOConfig, kl_coef: float, stop_id: int
-    ) -> Experience:
-        same = {"settings": settings, "stop_id": stop_id}
-        mask, score = rollout.batch.response_mask, final_score(rollout, **same)
-        kl_token = rollout_penalty(rollout, settings)
-        seq_reward = score - kl_coef * response_sum(kl_token, mask=mask)
-        group = get_xp(mask).arange(mask.shape[0]) % n_prompts
-        advantages, scale = rloo_advantages(seq_reward, group=group, mask=mask), 1.0
-        if settings.whiten_advantages:
-            advantages, scale = masked_whiten(advantages, mask=mask)
-        experience = make_experience(rollout, kl_coef=kl_coef, **same)
-        return experience._replace(advantages=advantages, kl_loss_coef=kl_coef / scale)
-
-    return experience_of
+    same = {"settings": settings, "stop_id": stop_id}
+    mask, score = rollout.batch.response_mask, ppo.final_score(rollout, **same)
+    kl_token = ppo.rollout_penalty(rollout, settings)
+    seq_reward = score - kl_coef * response_sum(kl_token, mask=mask)
+    group = get_xp(mask).arange(mask.shape[0]) % n_prompts
+    advantages, scale = rloo_advantages(seq_reward, group=group, mask=mask), 1.0
+    if settings.whiten_advantages:
+        advantages, scale = masked_whiten(advantages, mask=mask)
+    experience = ppo.make_experience(rollout, kl_coef=kl_coef, **same)
+    return experience._replace(advantages=advantages, kl_loss_coef=kl_coef / scale)

@@ -36,12 +36,11 @@ def evaluate_exactly(
 ) -> ExactValue:
     """J(pi) = sum_y pi(y) (r(y) - beta log_ratio(y)),  log_ratio = log pi(y) - log pi_ref(y).
 
-    Args:
-        log_probs, ref_log_probs: (N, V).
-        rewards: (M,) of each response.
-        kl_coef: beta [reward units per nat].
-    Raises:
-        ValueError: shapes do not fit the tree, or the reference never says what the policy says.
+    Args:     log_probs, ref_log_probs: (N, V).
+              rewards: (M,) of each response.
+              kl_coef: beta [reward units per nat].
+    Raises:   ValueError: shapes do not fit the tree, or the reference never says what the policy
+                  says.
     """
     check_rows(tree, log_probs=log_probs, ref_log_probs=ref_log_probs)
     check_same_shape("evaluate_exactly", leaf_node=tree.leaf_node, rewards=rewards)
@@ -82,12 +81,11 @@ def soft_optimum(
     Q(s, a) is V of the longer prefix, or the reward where a ends the response: one pass from the
     leaves to the prompts (Rafailov et al. 2024, arXiv 2404.12358).
 
-    Args:
-        ref_log_probs: (N, V).
-        rewards: (M,).
-        kl_coef: beta > 0 [reward units per nat].
-    Raises:
-        ValueError: beta is not positive and finite, a reward is nan or inf, or shapes do not fit.
+    Args:     ref_log_probs: (N, V).
+              rewards: (M,).
+              kl_coef: beta > 0 [reward units per nat].
+    Raises:   ValueError: beta is not positive and finite, a reward is nan or inf, or shapes do not
+                  fit.
     Tested by: tests/exact/test_exact.py::test_tilt_and_soft_values_are_the_same_optimum
     """
     check_rows(tree, ref_log_probs=ref_log_probs)
@@ -118,10 +116,8 @@ def tilt(
 
     Korbak et al. 2022, arXiv 2205.11275.
 
-    Returns:
-        log Pr*(x, y) (M,) [nats], log Z (n_prompts,).
-    Raises:
-        ValueError: as `soft_optimum`.
+    Returns:  log Pr*(x, y) (M,) [nats], log Z (n_prompts,).
+    Raises:   ValueError: as `soft_optimum`.
     """
     check_same_shape("tilt", leaf_node=tree.leaf_node, rewards=rewards)
     _check_positive(kl_coef)
@@ -144,11 +140,9 @@ def optimality_gap(tree: PrefixTree, log_probs: Array, optimum: Optimum) -> Arra
     Summed over the prefixes it is J* - J(pi) = beta KL(pi || pi*), so it says *where* a policy is
     still wrong.
 
-    Args:
-        log_probs: (N, V).
-        optimum: of the same tree, from `soft_optimum`, with its beta.
-    Returns:
-        (N,) [reward units], >= 0.
+    Args:     log_probs: (N, V).
+              optimum: of the same tree, from `soft_optimum`, with its beta.
+    Returns:  (N,) [reward units], >= 0.
     """
     check_rows(tree, optimum=optimum.log_probs)
     xp = get_xp(log_probs, optimum.log_probs)
@@ -178,8 +172,7 @@ def policy_values(
 
     The values of a policy under the reward with the penalty in it: what a critic should learn.
 
-    Args:
-        as `evaluate_exactly`.
+    Args:     as `evaluate_exactly`.
     """
     check_rows(tree, log_probs=log_probs, ref_log_probs=ref_log_probs)
     check_same_shape("policy_values", leaf_node=tree.leaf_node, rewards=rewards)
@@ -205,10 +198,8 @@ def objective_gradient(
     backward turns it into dJ/dparams. With rewards 0 and beta = -1 it is the gradient of
     KL(pi || pi_ref).
 
-    Args:
-        as `evaluate_exactly`.
-    Returns:
-        (N, V) [reward units].
+    Args:     as `evaluate_exactly`.
+    Returns:  (N, V) [reward units].
     Tested by: tests/exact/test_exact.py::test_exact_gradient_in_logits
     """
     q, values = policy_values(tree, log_probs, ref_log_probs, rewards, kl_coef=kl_coef)
@@ -227,14 +218,12 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
     draws that tie for the best one is taken at random. KL(q || ref) <= log n - (n-1)/n
     (Beirami et al. 2024, arXiv 2401.01879).
 
-    Args:
-        ref_logp: (M,) log Pr(y|x) of every response to one prompt under the reference [nats].
-        rewards: (M,); neighbours that differ by less than 1e-9 of the whole range are ties.
-        n: number of draws >= 1.
-    Returns:
-        (M,) [nats].
-    Raises:
-        ValueError: n < 1, shapes differ, or a reward is nan or inf.
+    Args:     ref_logp: (M,) log Pr(y|x) of every response to one prompt under the reference [nats].
+              rewards: (M,); neighbours that differ by 1e-9 of the whole range, or by rounding, are
+                  ties.
+              n: number of draws >= 1.
+    Returns:  (M,) [nats].
+    Raises:   ValueError: n < 1, shapes differ, or a reward is nan or inf.
     """
     check_same_shape("best_of_n", ref_logp=ref_logp, rewards=rewards)
     if n < 1:
@@ -243,8 +232,9 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
     xp = get_xp(ref_logp, rewards)
     order = xp.argsort(rewards)
     rising = as_float(rewards)[order]
-    # a share of the range, so that neither the unit nor the zero of the reward matters
-    steps = rising[1:] - rising[:-1] > 1e-9 * rising[-1] - 1e-9 * rising[0]
+    # a share of the range, so that neither unit nor zero of the reward matter, and eight roundings
+    rounding = 8 * float(xp.finfo(rising.dtype).eps) * xp.maximum(rising[-1], -rising[0])
+    steps = rising[1:] - rising[:-1] > 1e-9 * rising[-1] - 1e-9 * rising[0] + rounding
     group = xp.zeros(rewards.shape, dtype=order.dtype)  # (M,) 0 at the lowest reward
     group[order[1:]] = steps.cumsum()
     mass = xp.zeros(int(group.max()) + 1, dtype=ref_logp.dtype)
@@ -275,11 +265,9 @@ def optimal_curve(
 ) -> Curve:
     """The frontier E*[r](KL), and what becomes of the gold reward along it.
 
-    Args:
-        rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
-        kl_coefs: values of beta > 0.
-    Raises:
-        ValueError: there is no beta, or as `soft_optimum`.
+    Args:     rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
+              kl_coefs: values of beta > 0.
+    Raises:   ValueError: there is no beta, or as `soft_optimum`.
     """
     if not len(kl_coefs):
         raise ValueError("optimal_curve: expected at least one beta; got none")
@@ -300,10 +288,8 @@ def frontier_reward(
 
     Where kl_seq is more than the optimum has at any beta, it is the largest reward there is.
 
-    Args:
-        kl_seq: > 0 [nats].
-    Raises:
-        ValueError: kl_seq is not positive.
+    Args:     kl_seq: > 0 [nats].
+    Raises:   ValueError: kl_seq is not positive.
     """
     _check_positive(kl_seq, "kl_seq")
     spread = float(rewards.max() - rewards.min()) or 1.0
@@ -344,12 +330,10 @@ def fit_gao(kl_seq: np.ndarray, gain: np.ndarray, *, law: str) -> GaoFit:
     Gao, Schulman & Hilton 2022, arXiv 2210.10760: "linear" for best-of-n, "log" for RL, whose
     slope is infinite at 0: fit it away from 0.
 
-    Args:
-        kl_seq: (n,) > 0 [nats].
-        gain: (n,) gold reward less the reference's.
-    Raises:
-        ValueError: another law, fewer than 3 points, a KL that is not positive, or gains that are
-            all equal or not finite.
+    Args:     kl_seq: (n,) > 0 [nats].
+              gain: (n,) gold reward less the reference's.
+    Raises:   ValueError: another law, fewer than 3 points, a KL that is not positive, or gains that
+                  are all equal or not finite.
     """
     kl_seq, gain = np.asarray(kl_seq, dtype=np.float64), np.asarray(gain, dtype=np.float64)
     positive = ((kl_seq > 0) & (kl_seq < math.inf)).all()
@@ -374,8 +358,8 @@ def _bend(distance: np.ndarray, law: str) -> np.ndarray:
 def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
     """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0.
 
-    Raises:
-        ValueError: something with p > 0 is impossible under the reference; the KL is infinite.
+    Raises:   ValueError: something with p > 0 is impossible under the reference; the KL is
+                  infinite.
     """
     xp = get_xp(p, logp, ref_logp)
     possible = p.real > 0

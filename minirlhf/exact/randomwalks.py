@@ -35,9 +35,8 @@ class Graph(NamedTuple):
 def make_graph(seed: int) -> Graph:
     """The benchmark's graph and walks, from the same draws in the same order.
 
-    Raises:
-        ValueError: from a start no walk of fewer than 10 letters leads to the goal: its optimality
-            is 0/0.
+    Raises:   ValueError: from a start no walk of fewer than 10 letters leads to the goal: its
+                  optimality is 0/0.
     """
     rng = RandomState(seed)
     adjacency = draw_adjacency(rng)
@@ -66,13 +65,11 @@ def draw_adjacency(rng: RandomState) -> np.ndarray:
 
 def draw_walk(adjacency: np.ndarray, rng: RandomState) -> list[int]:
     """A start that is not the goal, then uniform steps to the goal, or 10 letters."""
-    node = GOAL
-    while node == GOAL:
-        node = int(rng.randint(len(LETTERS)))
-    walk = [node]
-    while node != GOAL and len(walk) < MAX_NODES:
-        node = int(rng.choice(np.flatnonzero(adjacency[node])))
-        walk.append(node)
+    walk = [GOAL]
+    while walk[0] == GOAL:
+        walk[0] = int(rng.randint(len(LETTERS)))
+    while walk[-1] != GOAL and len(walk) < MAX_NODES:
+        walk.append(int(rng.choice(np.flatnonzero(adjacency[walk[-1]]))))
     return walk
 
 
@@ -99,9 +96,8 @@ def measure(graph: Graph, walks: np.ndarray, mask: np.ndarray) -> WalkMetrics:
     So a walk whose 10th letter is the goal has reached it and scores 0. What follows the goal, or
     the first broken edge, does not count.
 
-    Args:
-        walks: (B, L) ids, the start b .. u first.
-        mask: (B, L) 1 at real letters.
+    Args:     walks: (B, L) ids, the start b .. u first.
+              mask: (B, L) 1 at real letters.
     """
     real = mask > 0
     broken = np.zeros_like(real)
@@ -152,8 +148,7 @@ def uniform_log_probs(graph: Graph, tree: PrefixTree) -> np.ndarray:
 def make_randomwalks(*, seed: int = 1000) -> TokenWorld:
     """The benchmark as a world: reward and gold are both the optimality.
 
-    Raises:
-        ValueError: as `make_graph`.
+    Raises:   ValueError: as `make_graph`.
     """
     graph = make_graph(seed)
     tree = walk_tree(graph)

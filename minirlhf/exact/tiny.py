@@ -29,10 +29,10 @@ OTHER = [1.2, 0.0, 0.8, 0.4, -0.3, -1.2, -1.5, -2.5]
 CHAIN = log_softmax(np.array([START, AFTER_ANS, OTHER, AFTER_POL, OTHER, OTHER, OTHER, OTHER]))
 
 # Bradley-Terry on 2,000 pairs of the chain's replies, mean 0 and sd 1 under the chain.
-PROXY_WEIGHTS = np.array(
-    [0.0, 0.659563, 0.258758, -0.435141, -0.868750, -1.127621, -0.685762, -2.641993]
-)
 PROXY_BIAS = -0.046288
+PROXY_WEIGHTS = np.array(
+    [0, 0.659563, 0.258758, -0.435141, -0.86875, -1.127621, -0.685762, -2.641993]
+)
 
 
 def token_counts(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -52,24 +52,15 @@ def gold_reward(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     one before it, .25 a token over four, .5 a further courtesy, .4 a further answer.  The most is
     3.0, for ANS DET POL DET.  EOS counts for nothing.  (B, T), (B, T) -> (B,).
     """
-    n = token_counts(tokens, mask)
-    length = n[:, 1:].sum(axis=1)
+    n = token_counts(tokens, mask).T  # (V, B)
     answers = (tokens == ANS) & (mask > 0)
     answered, delay = answers.any(axis=1), answers.argmax(axis=1)
     repeats = ((tokens[:, 1:] == tokens[:, :-1]) & (mask[:, 1:] > 0)).sum(axis=1)
-    return (
-        answered * (1.5 - 0.15 * delay)
-        + 0.6 * np.minimum(n[:, DET], 2)
-        + 0.3 * np.minimum(n[:, POL], 1)
-        - 0.4 * n[:, HED]
-        - 0.5 * n[:, SAL]
-        - 1.5 * n[:, UNS]
-        - 0.3 * n[:, REF]
-        - 0.35 * repeats
-        - 0.25 * np.maximum(length - 4, 0)
-        - 0.5 * np.maximum(n[:, POL] - 1, 0)
-        - 0.4 * np.maximum(n[:, ANS] - 1, 0)
-    )
+    good = answered * (1.5 - 0.15 * delay) + 0.6 * np.minimum(n[DET], 2) + 0.3 * (n[POL] > 0)
+    bad = 0.4 * n[HED] + 0.5 * n[SAL] + 1.5 * n[UNS] + 0.3 * n[REF] + 0.35 * repeats
+    too_long = 0.25 * np.maximum(n[1:].sum(axis=0) - 4, 0)
+    too_many = 0.5 * np.maximum(n[POL] - 1, 0) + 0.4 * np.maximum(n[ANS] - 1, 0)
+    return good - bad - too_long - too_many
 
 
 def sample_chain(n: int, *, max_tokens: int = MAX_TOKENS, rng: Generator) -> list[list[int]]:

@@ -21,36 +21,26 @@ ROWS = 4096  # longest prefixes in one forward and backward: bounds memory, chan
 
 
 def tree_logits(params: Tree, *, tree: PrefixTree, prompts: list[Ids], config: GPTConfig) -> Array:
-    """z(s, a), the logits of every token after every prefix.
+    """z(s, a), the logits of every token after every prefix: (N, V).
 
-    Args:
-        params: {"transformer": ...}.
-        tree: on the device of the parameters.
-        prompts: ids of the tree's prompts, in order.
-    Returns:
-        (N, V).
-    Raises:
-        ValueError: the tree's vocabulary or prompts are not the model's, or T is too long for it.
+    Args:     params: {"transformer": ...}.
+              tree: on the device of the parameters.
+              prompts: ids of the tree's prompts, in order.
+    Raises:   ValueError: the tree's vocabulary or prompts are not the model's, or T is too long.
     """
-    transformer = params["transformer"]
-    xp = get_xp(tree.parent, transformer["wte"])
-    batch = _prompt_batch(tree, prompts, config, transformer["wte"].real.dtype, xp)
-    T, P = len(tree.levels), batch.prompt_len
-    h, kv = prefill(transformer, tokens=batch.tokens, mask=batch.mask, config=config, max_new=T - 1)
-    logits = [tied_logits_forward(h, transformer["wte"])[0]]
-    for t in range(1, T):
-        before, level = tree.levels[t - 1], tree.levels[t]
+    transformer, wte = params["transformer"], params["transformer"]["wte"]
+    xp, same = get_xp(tree.parent, wte), {"config": config}
+    batch = _prompt_batch(tree, prompts, config, wte.real.dtype, xp)
+    more = len(tree.levels) - 1
+    h, kv = prefill(transformer, tokens=batch.tokens, mask=batch.mask, max_new=more, **same)
+    logits = [tied_logits_forward(h, wte)[0]]
+    pairs = zip(tree.levels, tree.levels[1:], strict=False)
+    for column, (before, level) in enumerate(pairs, batch.prompt_len):
         kv = kv.rows(tree.parent[level] - before.start)  # a copy for each continuation
         tokens = tree.token[level]
-        h = decode_step(
-            transformer,
-            kv,
-            tokens=tokens,
-            mask=xp.ones(tokens.shape, dtype=kv.mask.dtype),
-            column=P + t - 1,
-            config=config,
-        )
-        logits.append(tied_logits_forward(h, transformer["wte"])[0])
+        mask = xp.ones(tokens.shape, dtype=kv.mask.dtype)
+        h = decode_step(transformer, kv, tokens=tokens, mask=mask, column=column, **same)
+        logits.append(tied_logits_forward(h, wte)[0])
     return xp.concatenate(logits)
 
 
@@ -66,14 +56,13 @@ def tree_gradient(
 ) -> Tree:
     """dL/dparams = sum over prefixes s and tokens a of dL/dz(s, a) dz(s, a)/dparams.
 
-    Args:
-        dlogits: (N, V) dL/dz at every prefix.
-        params, tree, prompts, config: as `tree_logits`.
-    Returns:
-        {"transformer": ...} keyed like params.
+    Args:     dlogits: (N, V) dL/dz at every prefix.
+              params, tree, prompts, config: as `tree_logits`.
+    Returns:  {"transformer": ...} keyed like params.
     """
     params = {"transformer": params["transformer"]}
-    xp, dtype = get_xp(dlogits, params["transformer"]["wte"]), params["transformer"]["wte"].dtype
+    wte = params["transformer"]["wte"]
+    xp, dtype = get_xp(dlogits, wte), wte.dtype
     batch, nodes = _longest_prefixes(tree, prompts, config, dtype, xp)
 
     def of_rows(rows: slice) -> Tree:
@@ -88,11 +77,8 @@ def tree_gradient(
 def _prompt_batch(tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype, xp) -> Batch:
     """The prompts alone, on the tree's device; refuses a tree that is not the model's."""
     longest = max(map(len, prompts)) + len(tree.levels)
-    if (
-        tree.vocab_size != config.vocab_size
-        or len(prompts) != tree.n_prompts
-        or longest > config.n_ctx
-    ):
+    same = (tree.vocab_size, len(prompts)) == (config.vocab_size, tree.n_prompts)
+    if not same or longest > config.n_ctx:
         raise ValueError(
             f"tree policy: expected a tree of {config.vocab_size} tokens, as many prompts as it "
             f"has, and at most {config.n_ctx} positions; got {tree.vocab_size} tokens, "
@@ -109,8 +95,7 @@ def _longest_prefixes(
 
     A prefix that many rows pass through belongs to the first of them.
 
-    Returns:
-        batch (rows, P+T), and nodes (rows, T) with -1 at padding and at other rows' prefixes.
+    Returns:  batch (rows, P+T), and nodes (rows, T) with -1 at padding and at other rows' prefixes.
     """
     tree = tree.to("cpu")
     responses = all_responses(tree)

@@ -43,16 +43,13 @@ def adamw_step(
     theta -= lr * sqrt(1-b2^k)/(1-b1^k) * m / (sqrt(v) + eps): with the same eps its early steps
     are smaller.
 
-    Args:
-        flat: (N,) parameters, updated in place.
-        dflat: (N,) dL/dflat.
-        state: from `init_adamw` or the last step; its moments are updated in place.
-        eps: > 0, added to the root of vhat: a gradient that is always 0 has none.
-        weight_decay: one number, or (N,) so that biases and layer norms are spared.
-    Returns:
-        the state with its step advanced.
-    Raises:
-        ValueError: another form, or eps is not positive.
+    Args:     flat: (N,) parameters, updated in place.
+              dflat: (N,) dL/dflat.
+              state: from `init_adamw` or the last step; its moments are updated in place.
+              eps: > 0, added to the root of vhat: a gradient that is always 0 has none.
+              weight_decay: one number, or (N,) so that biases and layer norms are spared.
+    Returns:  the state with its step advanced.
+    Raises:   ValueError: another form, or eps is not positive.
     """
     if form not in ("torch", "tf"):
         raise ValueError(f'adamw: expected form "torch" or "tf"; got {form!r}')
@@ -98,12 +95,10 @@ def scheduled_lr(
     cosine:   along half a period of a cosine,
     constant: peak.
 
-    Args:
-        total: number of updates; the floor is reached after the last one.
-        warmup: updates of the rise.
-        floor: lowest value as a share of the peak.
-    Raises:
-        ValueError: another kind.
+    Args:     total: number of updates; the floor is reached after the last one.
+              warmup: updates of the rise.
+              floor: lowest value as a share of the peak.
+    Raises:   ValueError: another kind.
     """
     if kind not in ("linear", "cosine", "constant"):
         raise ValueError(f"schedule: expected linear, cosine or constant; got {kind!r}")
@@ -121,8 +116,7 @@ def clip_global_norm(dflat: Array, max_norm: float) -> tuple[Array, Array]:
 
     Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063.
 
-    Returns:
-        the clipped gradient (N,) in new memory, and |g| before clipping, 0-d float64.
+    Returns:  the clipped gradient (N,) in new memory, and |g| before clipping, 0-d float64.
     """
     xp, dflat = get_xp(dflat), as_float(dflat)
     norm = xp.sqrt((dflat * dflat).sum(dtype=xp.float64))  # many terms: in float64

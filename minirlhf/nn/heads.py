@@ -20,11 +20,9 @@ def tied_logits_forward(h: Array, wte: Array) -> tuple[Array, TiedLogitsCache]:
 
     Position t predicts token t + 1.
 
-    Args:
-        h: (..., C) hidden states.
-        wte: (V, C) token embedding.
-    Returns:
-        logits (..., V), cache.
+    Args:     h: (..., C) hidden states.
+              wte: (V, C) token embedding.
+    Returns:  logits (..., V), cache.
     """
     get_xp(h, wte)
     logits = h.reshape(-1, h.shape[-1]) @ wte.T  # (rows, V)
@@ -50,14 +48,11 @@ class ScalarHeadCache(NamedTuple):
 def scalar_head_forward(h: Array, w: Array, b: Array) -> tuple[Array, ScalarHeadCache]:
     """v = h . w + b, one number a position: the value V(x, y_<t) at each t, or a reward.
 
-    Args:
-        h: (..., C) hidden states.
-        w: (C, 1) weight.
-        b: (1,) bias.
-    Returns:
-        v (...), cache.
-    Raises:
-        ValueError: w is not (C, 1) or b not (1,).
+    Args:     h: (..., C) hidden states.
+              w: (C, 1) weight.
+              b: (1,) bias.
+    Returns:  v (...), cache.
+    Raises:   ValueError: w is not (C, 1) or b not (1,).
     """
     if w.shape != (h.shape[-1], 1) or b.shape != (1,):
         raise ValueError(

@@ -22,14 +22,11 @@ class LinearCache(NamedTuple):
 def linear_forward(x: Array, w: Array, b: Array) -> tuple[Array, LinearCache]:
     """y = x w + b over the last axis.
 
-    Args:
-        x: (..., I) activations.
-        w: (I, O) weight, input first.
-        b: (O,) bias.
-    Returns:
-        y (..., O), cache.
-    Raises:
-        ValueError: x's last axis, w and b do not fit each other.
+    Args:     x: (..., I) activations.
+              w: (I, O) weight, input first.
+              b: (O,) bias.
+    Returns:  y (..., O), cache.
+    Raises:   ValueError: x's last axis, w and b do not fit each other.
     """
     if w.ndim != 2 or x.shape[-1] != w.shape[0] or b.shape != w.shape[1:]:
         raise ValueError(
@@ -73,15 +70,12 @@ def layernorm_forward(
 
     Ba, Kiros & Hinton 2016, "Layer Normalization"; var is the biased one.
 
-    Args:
-        x: (..., C) activations.
-        gain: (C,) scale.
-        bias: (C,) shift.
-        eps: > 0, added to the variance: a constant row has none.
-    Returns:
-        y (..., C) in x's dtype, cache.
-    Raises:
-        ValueError: gain or bias is not (C,), or eps is not positive.
+    Args:     x: (..., C) activations.
+              gain: (C,) scale.
+              bias: (C,) shift.
+              eps: > 0, added to the variance: a constant row has none.
+    Returns:  y (..., C) in x's dtype, cache.
+    Raises:   ValueError: gain or bias is not (C,), or eps is not positive.
     """
     C = x.shape[-1]
     if gain.shape != (C,) or bias.shape != (C,):
@@ -113,12 +107,11 @@ def layernorm_backward(dy: Array, cache: LayerNormCache) -> tuple[Array, Array, 
     gain_over_C = gain * (1.0 / gain.shape[0])  # then the means over C are products
     along = dy * xhat  # (..., C); times gain: dxhat * xhat
     dgain, dbias = sum_rows(along), sum_rows(dy)
-    mean = (dy @ gain_over_C)[..., None]  # (..., 1) of dxhat
+    mean_dxhat = (dy @ gain_over_C)[..., None]  # (..., 1)
     mean_along = (along @ gain_over_C)[..., None]  # (..., 1) of dxhat * xhat
     dx = dy * gain
-    dx -= mean  # through the mean
-    along = xhat * mean_along
-    dx -= along  # through the variance
+    dx -= mean_dxhat  # through the mean
+    dx -= xhat * mean_along  # through the variance
     dx *= rstd  # common to the three ways
     return dx, dgain, dbias
 
@@ -137,29 +130,27 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | Non
     Hendrycks & Gimpel 2016, arXiv 1606.08415, the tanh form, written with the sigmoid because exp
     is twice as fast as tanh.
 
-    Args:
-        x: (...) activations.
-        keep: False where no backward will follow: the slope is not computed.
-    Returns:
-        y (...), cache (None unless kept).
+    Args:     x: (...) activations.
+              keep: False where no backward will follow: the slope is not computed.
+    Returns:  y (...), cache (None unless kept).
     """
     xp, x = get_xp(x), as_float(x)
-    slope = x * x  # x * x * x because x ** 3 is a hundred times slower
+    slope = x * x  # x^2 so far; x * x * x because x ** 3 is a hundred times slower
     s = slope * (-GELU_SCALE * GELU_CUBIC)
     s -= GELU_SCALE
-    s *= x  # -v
+    s *= x  # -v so far
     with np.errstate(over="ignore"):  # exp(-v) = inf gives s = 0, as it should be
         xp.exp(s, out=s)
     s += 1.0  # 1 / s so far
     y = x / s
     if not keep:
         return y, None
-    xp.divide(1.0, s, out=s)
+    xp.divide(1.0, s, out=s)  # now it is s
     # dy/dx = s + x s (1 - s) v',  v' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
     slope *= 3.0 * GELU_SCALE * GELU_CUBIC
     slope += GELU_SCALE  # v'
     slope *= 1.0 - s  # 0 at a large x, before x can make it large: no difference of large numbers
-    slope *= y
+    slope *= y  # x s (1 - s) v'
     slope += s
     return y, GeluCache(slope)
 
@@ -177,13 +168,10 @@ class EmbeddingCache(NamedTuple):
 def embedding_forward(table: Array, *, ids: Array) -> tuple[Array, EmbeddingCache]:
     """y = table[ids], one row for each id.
 
-    Args:
-        table: (N, C) one row an id.
-        ids: (...) integers in [0, N).
-    Returns:
-        y (..., C), cache.
-    Raises:
-        ValueError: ids are no integers, or (in main memory) out of range.
+    Args:     table: (N, C) one row an id.
+              ids: (...) integers in [0, N).
+    Returns:  y (..., C), cache.
+    Raises:   ValueError: ids are no integers, or (in main memory) out of range.
     """
     get_xp(table, ids)
     check_ids("embedding", ids, len(table))
@@ -206,11 +194,9 @@ class TakeColumnsCache(NamedTuple):
 def take_columns_forward(x: Array, *, columns: Array) -> tuple[Array, TakeColumnsCache]:
     """y[b, i] = x[b, columns[b, i]]: of each sequence, the positions that are read.
 
-    Args:
-        x: (B, T, C) activations.
-        columns: (B, Q) integers in [0, T), each at most once a sequence.
-    Returns:
-        y (B, Q, C), cache.
+    Args:     x: (B, T, C) activations.
+              columns: (B, Q) integers in [0, T), each at most once a sequence.
+    Returns:  y (B, Q, C), cache.
     """
     xp = get_xp(x, columns)
     return x[xp.arange(len(x))[:, None], columns], TakeColumnsCache(x.shape[1], columns)

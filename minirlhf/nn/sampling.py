@@ -39,13 +39,10 @@ def sampling_logprobs(
     the last one kept are kept too. temperature 0 puts all mass on the most likely token, and so
     does one that float32 takes for 0.
 
-    Args:
-        logits: (..., V).
-        temperature, top_k, top_p: the fields of `Sampling`.
-    Returns:
-        (..., V) log-probabilities [nats], -inf where cut.
-    Raises:
-        ValueError: a setting is out of range.
+    Args:     logits: (..., V).
+              temperature, top_k, top_p: the fields of `Sampling`.
+    Returns:  (..., V) log-probabilities [nats], -inf where cut.
+    Raises:   ValueError: a setting is out of range.
     """
     if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -74,11 +71,9 @@ def sampling_logprobs(
 def draw_tokens(probs: Array, u: Array) -> Array:
     """The token whose interval of the cumulative distribution holds u; never one of probability 0.
 
-    Args:
-        probs: (B, V) >= 0, not necessarily normalised.
-        u: (B, 1) uniform in [0, 1), float64.
-    Returns:
-        (B,) ids.
+    Args:     probs: (B, V) >= 0, not necessarily normalised.
+              u: (B, 1) uniform in [0, 1), float64.
+    Returns:  (B,) ids.
     """
     xp = get_xp(probs, u)
     cdf = probs.cumsum(axis=-1, dtype=xp.float64)  # (B, V) in float32 the ids would move
@@ -107,19 +102,16 @@ def generate(
 ) -> Generation:
     """Sample y_t ~ pi(. | x, y_<t) for up to `max_new` steps; a response ends with its stop token.
 
-    Args:
-        params: transformer parameters.
-        tokens: (B, P) prompts padded on the left.
-        mask: (B, P).
-        max_new: R, the most tokens a response may have, the stop token included.
-        stop_id: the token that ends a response (EOS) and belongs to it.
-        pad_id: what stands after it, with mask 0.
-        rng: draws all B x R uniforms at once, so a sequence's coins depend on nobody else's length.
-        sampling: temperature and cuts.
-    Returns:
-        Generation with R = max_new columns after the prompt.
-    Raises:
-        ValueError: a prompt is empty, ends in padding, or leaves fewer than max_new positions.
+    Args:     params: transformer parameters.
+              tokens: (B, P) prompts padded on the left.
+              mask: (B, P).
+              max_new: R, the most tokens a response may have, the stop token included.
+              stop_id: the token that ends a response (EOS) and belongs to it.
+              pad_id: what stands after it, with mask 0.
+              rng: draws all B x R uniforms at once, so the coins of a row depend on no other row.
+              sampling: temperature and cuts.
+    Returns:  Generation with R = max_new columns after the prompt.
+    Raises:   ValueError: a prompt is empty, ends in padding, or leaves no room for max_new tokens.
     """
     xp = get_xp(tokens, mask)
     B, P = tokens.shape
@@ -158,9 +150,8 @@ def _extend(
     Every ALIVE_CHECK_EVERY steps, responses that have stopped leave the batch if at most the share
     DROP_BELOW of it is still alive.
 
-    Args:
-        prompts: tokens (B, P), mask (B, P), and uniforms (B, R), one for each token to draw.
-        logprobs: from logits (B, V) to the log-probabilities that are drawn from.
+    Args:     prompts: tokens (B, P), mask (B, P), and uniforms (B, R), one for each token to draw.
+              logprobs: from logits (B, V) to the log-probabilities that are drawn from.
     """
     tokens, mask, u = prompts
     xp, (B, P), max_new = get_xp(tokens, mask, u), tokens.shape, u.shape[1]

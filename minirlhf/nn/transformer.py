@@ -19,30 +19,14 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.backend import Array, check_ids, get_xp
+from minirlhf.nn import layers
 from minirlhf.nn.attention import (
     AttentionCache,
     attention_backward,
     attention_forward,
-    attention_weights,
     causal_mask,
     split_heads,
-)
-from minirlhf.nn.layers import (
-    EmbeddingCache,
-    GeluCache,
-    LayerNormCache,
-    LinearCache,
-    TakeColumnsCache,
-    embedding_backward,
-    embedding_forward,
-    gelu_backward,
-    gelu_forward,
-    layernorm_backward,
-    layernorm_forward,
-    linear_backward,
-    linear_forward,
-    take_columns_backward,
-    take_columns_forward,
+    unnormalised_attention,
 )
 from minirlhf.tree import Tree
 
@@ -105,9 +89,8 @@ def init_transformer(config: GPTConfig, *, rng: np.random.Generator, dtype=np.fl
 def check_tokens(tokens: np.ndarray, mask: np.ndarray, config: GPTConfig) -> None:
     """Refuse what would give a wrong number: called on the host, where a batch enters the program.
 
-    Raises:
-        ValueError: shapes differ, ids are no integers or outside the vocabulary, a mask is empty
-            or not 0/1, or a sequence has more tokens than the model has positions.
+    Raises:   ValueError: shapes differ, ids are no integers or outside the vocabulary, a mask is
+                  empty or not 0/1, or a sequence has more tokens than the model has positions.
     """
     if tokens.ndim != 2 or tokens.shape != mask.shape:
         raise ValueError(
@@ -132,15 +115,15 @@ def positions_of(mask: Array) -> Array:
 
 
 class BlockCache(NamedTuple):
-    ln1: LayerNormCache
-    qkv: LinearCache
+    ln1: layers.LayerNormCache
+    qkv: layers.LinearCache
     attention: AttentionCache
-    taken: TakeColumnsCache | None
-    out: LinearCache
-    ln2: LayerNormCache
-    up: LinearCache
-    gelu: GeluCache
-    down: LinearCache
+    taken: layers.TakeColumnsCache | None
+    out: layers.LinearCache
+    ln2: layers.LayerNormCache
+    up: layers.LinearCache
+    gelu: layers.GeluCache
+    down: layers.LinearCache
 
 
 def block_forward(
@@ -155,26 +138,24 @@ def block_forward(
 ) -> tuple[Array, BlockCache | None]:
     """x <- x + Attention(LN1(x));  y = x + MLP(LN2(x)),  MLP = down(gelu(up)).
 
-    Args:
-        x: (B, T, C) residual stream.
-        p: one entry of params["blocks"].
-        allowed: (B, 1, T, T) who may look at whom.
-        read: (B, Q) columns that are wanted of y, each at most once; None: all T.
-        keep: False where no backward will follow.
-    Returns:
-        y (B, Q, C), cache (None unless kept).
+    Args:     x: (B, T, C) residual stream.
+              p: one entry of params["blocks"].
+              allowed: (B, 1, T, T) who may look at whom.
+              read: (B, Q) columns that are wanted of y, each at most once; None: all T.
+              keep: False where no backward will follow.
+    Returns:  y (B, Q, C), cache (None unless kept).
     """
-    n, ln1 = layernorm_forward(x, **p["ln1"], eps=eps)  # (B, T, C)
-    qkv, qkv_cache = linear_forward(n, **p["attn"]["qkv"])  # (B, T, 3C)
+    n, ln1 = layers.layernorm_forward(x, **p["ln1"], eps=eps)  # (B, T, C)
+    qkv, qkv_cache = layers.linear_forward(n, **p["attn"]["qkv"])  # (B, T, 3C)
     a, attention = attention_forward(qkv, n_head=n_head, allowed=allowed, read=read)
-    a, out = linear_forward(a, **p["attn"]["out"])  # (B, Q, C) from here on
-    x, taken = (x, None) if read is None else take_columns_forward(x, columns=read)
+    a, out = layers.linear_forward(a, **p["attn"]["out"])  # (B, Q, C) from here on
+    x, taken = (x, None) if read is None else layers.take_columns_forward(x, columns=read)
     a += x  # the first residual connection
 
-    n, ln2 = layernorm_forward(a, **p["ln2"], eps=eps)
-    u, up = linear_forward(n, **p["mlp"]["up"])  # (B, Q, 4C)
-    g, gelu = gelu_forward(u, keep=keep)
-    y, down = linear_forward(g, **p["mlp"]["down"])  # (B, Q, C)
+    n, ln2 = layers.layernorm_forward(a, **p["ln2"], eps=eps)
+    u, up = layers.linear_forward(n, **p["mlp"]["up"])  # (B, Q, 4C)
+    g, gelu = layers.gelu_forward(u, keep=keep)
+    y, down = layers.linear_forward(g, **p["mlp"]["down"])  # (B, Q, C)
     y += a  # the second
     cache = BlockCache(ln1, qkv_cache, attention, taken, out, ln2, up, gelu, down)
     return y, cache if keep else None
@@ -185,18 +166,18 @@ def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
 
     dy (B, Q, C) -> dx (B, T, C), gradients keyed like p.
     """
-    dg, dw_down, db_down = linear_backward(dy, cache.down)  # (B, Q, 4C)
-    du = gelu_backward(dg, cache.gelu)
-    dn, dw_up, db_up = linear_backward(du, cache.up)
-    da, dgain2, dbias2 = layernorm_backward(dn, cache.ln2)
+    dg, dw_down, db_down = layers.linear_backward(dy, cache.down)  # (B, Q, 4C)
+    du = layers.gelu_backward(dg, cache.gelu)
+    dn, dw_up, db_up = layers.linear_backward(du, cache.up)
+    da, dgain2, dbias2 = layers.layernorm_backward(dn, cache.ln2)
     da += dy  # a reaches y directly and through the MLP
 
-    dout, dw_out, db_out = linear_backward(da, cache.out)  # (B, Q, C)
+    dout, dw_out, db_out = layers.linear_backward(da, cache.out)  # (B, Q, C)
     dqkv = attention_backward(dout, cache.attention)  # (B, T, 3C): every position is a key
-    dn, dw_qkv, db_qkv = linear_backward(dqkv, cache.qkv)
-    dx, dgain1, dbias1 = layernorm_backward(dn, cache.ln1)
+    dn, dw_qkv, db_qkv = layers.linear_backward(dqkv, cache.qkv)
+    dx, dgain1, dbias1 = layers.layernorm_backward(dn, cache.ln1)
     if cache.taken is not None:
-        da = take_columns_backward(da, cache.taken)  # (B, T, C)
+        da = layers.take_columns_backward(da, cache.taken)  # (B, T, C)
     dx += da  # x reaches a directly and through the attention
     return dx, {
         "ln1": {"gain": dgain1, "bias": dbias1},
@@ -207,10 +188,10 @@ def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
 
 
 class TransformerCache(NamedTuple):
-    wte: EmbeddingCache
-    wpe: EmbeddingCache
+    wte: layers.EmbeddingCache
+    wpe: layers.EmbeddingCache
     blocks: list[BlockCache]
-    ln_f: LayerNormCache
+    ln_f: layers.LayerNormCache
 
 
 def transformer_forward(
@@ -227,18 +208,16 @@ def transformer_forward(
     Positions count real tokens only and nobody looks at padding, so neither the side nor the
     content of the padding changes any number at a real token.
 
-    Args:
-        params: the tree at the top of this file.
-        tokens: (B, T) ids in [0, V), anything in range at padding.
-        mask: (B, T) 1 at real tokens, 0 at padding.
-        read: (B, Q) columns at which h is wanted, each at most once; None: all T. The last block
-            computes no others: theirs serve as keys and values only.
-        keep: False where no backward will follow: the memory of one block serves the next.
-    Returns:
-        h (B, Q, C), cache (None unless kept).
+    Args:     params: the tree at the top of this file.
+              tokens: (B, T) ids in [0, V), anything in range at padding.
+              mask: (B, T) 1 at real tokens, 0 at padding.
+              read: (B, Q) columns at which h is wanted, each at most once; None: all T. The last
+                  block computes no others: theirs serve as keys and values only.
+              keep: False where no backward will follow: the memory of one block serves the next.
+    Returns:  h (B, Q, C), cache (None unless kept).
     """
-    x, wte = embedding_forward(params["wte"], ids=tokens)  # (B, T, C)
-    x_position, wpe = embedding_forward(params["wpe"], ids=positions_of(mask))
+    x, wte = layers.embedding_forward(params["wte"], ids=tokens)  # (B, T, C)
+    x_position, wpe = layers.embedding_forward(params["wpe"], ids=positions_of(mask))
     x += x_position
     allowed = causal_mask(mask)  # (B, 1, T, T), the same for all blocks
     blocks = []
@@ -254,7 +233,7 @@ def transformer_forward(
             keep=keep,
         )
         blocks.append(cache)
-    h, ln_f = layernorm_forward(x, **params["ln_f"], eps=config.ln_eps)
+    h, ln_f = layers.layernorm_forward(x, **params["ln_f"], eps=config.ln_eps)
     return h, TransformerCache(wte, wpe, blocks, ln_f) if keep else None
 
 
@@ -263,14 +242,14 @@ def transformer_backward(dh: Array, cache: TransformerCache) -> Tree:
 
     A tree keyed like params; "wte" is the embedding's share, the logits' is added outside.
     """
-    dx, dgain, dbias = layernorm_backward(dh, cache.ln_f)  # (B, Q, C)
+    dx, dgain, dbias = layers.layernorm_backward(dh, cache.ln_f)  # (B, Q, C)
     dblocks = []
     for block in reversed(cache.blocks):
         dx, dp = block_backward(dx, block)  # (B, T, C) from the last block on
         dblocks.insert(0, dp)
     return {
-        "wte": embedding_backward(dx, cache.wte),
-        "wpe": embedding_backward(dx, cache.wpe),
+        "wte": layers.embedding_backward(dx, cache.wte),
+        "wpe": layers.embedding_backward(dx, cache.wpe),
         "blocks": dblocks,
         "ln_f": {"gain": dgain, "bias": dbias},
     }
@@ -295,11 +274,9 @@ def prefill(
 ) -> tuple[Array, KVCache]:
     """Run the prompt once and keep its keys and values, with room for `max_new` more columns.
 
-    Args:
-        tokens: (B, P) prompts, padded on the left: the last column holds a real token.
-        mask: (B, P).
-    Returns:
-        h (B, C) at the last column, cache.
+    Args:     tokens: (B, P) prompts, padded on the left: the last column holds a real token.
+              mask: (B, P).
+    Returns:  h (B, C) at the last column, cache.
     """
     xp = get_xp(tokens, mask)
     B, P = tokens.shape
@@ -325,12 +302,10 @@ def decode_step(
     The same numbers as `transformer_forward` on the whole sequence, up to rounding, without
     computing the earlier positions again.
 
-    Args:
-        tokens: (B,) the new ids.
-        mask: (B,) 1 where the new token is real, 0 where the sequence has already ended.
-        column: where the token stands, counted from the first column of the prompt.
-    Returns:
-        h (B, C).
+    Args:     tokens: (B,) the new ids.
+              mask: (B,) 1 where the new token is real, 0 where the sequence has already ended.
+              column: where the token stands, counted from the first column of the prompt.
+    Returns:  h (B, C).
     """
     xp = get_xp(tokens, mask)
     C, H, eps = config.d_model, config.n_head, config.ln_eps
@@ -341,21 +316,21 @@ def decode_step(
     allowed[..., column] = 1.0  # a token sees itself, also where its sequence has ended
     x = params["wte"][tokens] + params["wpe"][position]  # (B, C)
     for p, keys, values in zip(params["blocks"], kv.keys, kv.values, strict=True):
-        n, _ = layernorm_forward(x, **p["ln1"], eps=eps)
-        qkv, _ = linear_forward(n, **p["attn"]["qkv"])  # (B, 3C)
+        n, _ = layers.layernorm_forward(x, **p["ln1"], eps=eps)
+        qkv, _ = layers.linear_forward(n, **p["attn"]["qkv"])  # (B, 3C)
         q, k, v = (qkv[:, i * C : (i + 1) * C].reshape(-1, H, C // H) for i in range(3))
         keys[:, :, column] = k
         values[:, :, column] = v
         q = q * (1.0 / math.sqrt(C // H))  # (B, H, D)
-        weights, total = attention_weights(q[:, :, None], keys[:, :, : column + 1], allowed)
-        a = weights @ values[:, :, : column + 1]  # (B, H, 1, D)
+        exp_scores, total = unnormalised_attention(q[:, :, None], keys[:, :, : column + 1], allowed)
+        a = exp_scores @ values[:, :, : column + 1]  # (B, H, 1, D)
         a /= total
-        a, _ = linear_forward(xp.ascontiguousarray(a).reshape(-1, C), **p["attn"]["out"])
+        a, _ = layers.linear_forward(xp.ascontiguousarray(a).reshape(-1, C), **p["attn"]["out"])
         a += x
-        n, _ = layernorm_forward(a, **p["ln2"], eps=eps)
-        u, _ = linear_forward(n, **p["mlp"]["up"])
-        g, _ = gelu_forward(u, keep=False)
-        x, _ = linear_forward(g, **p["mlp"]["down"])
+        n, _ = layers.layernorm_forward(a, **p["ln2"], eps=eps)
+        u, _ = layers.linear_forward(n, **p["mlp"]["up"])
+        g, _ = layers.gelu_forward(u, keep=False)
+        x, _ = layers.linear_forward(g, **p["mlp"]["down"])
         x += a
-    h, _ = layernorm_forward(x, **params["ln_f"], eps=eps)
+    h, _ = layers.layernorm_forward(x, **params["ln_f"], eps=eps)
     return h

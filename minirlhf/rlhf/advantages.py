@@ -16,15 +16,12 @@ def token_rewards(score: Array, kl_token: Array, *, mask: Array, kl_coef: float)
     Ziegler et al. 2019, arXiv 1909.08593. kl_token is the rollout's and stays constant over all
     epochs. The score lands on the stop token itself, or on the last token of a cut-off response.
 
-    Args:
-        score: (B,) reward of the whole response [reward units].
-        kl_token: (B, T) estimate of the penalty per token [nats].
-        mask: (B, T).
-        kl_coef: beta [reward units per nat].
-    Returns:
-        rewards (B, T) [reward units], 0 at padding.
-    Raises:
-        ValueError: shapes do not fit, or a row of the mask is empty or has a gap.
+    Args:     score: (B,) reward of the whole response [reward units].
+              kl_token: (B, T) estimate of the penalty per token [nats].
+              mask: (B, T).
+              kl_coef: beta [reward units per nat].
+    Returns:  rewards (B, T) [reward units], 0 at padding.
+    Raises:   ValueError: shapes do not fit, or a row of the mask is empty or has a gap.
     Tested by: tests/rlhf/test_equations.py::test_end_of_sequence_reward
     """
     if kl_token.shape != mask.shape or score.shape != mask.shape[:1]:
@@ -52,16 +49,13 @@ def gae(
     Schulman et al. 2016, arXiv 1506.02438. V after the last token is 0, also where a response was
     cut off. lam = 1 gives return - V (unbiased for any V), lam = 0 the one-step TD error.
 
-    Args:
-        rewards: (B, T) from `token_rewards`.
-        values: (B, T) V(x, y_<t) of the rollout, before token t.
-        mask: (B, T).
-        gamma: discount.
-        lam: lambda.
-    Returns:
-        advantages (B, T), returns (B, T), both 0 at padding.
-    Raises:
-        ValueError: the shapes differ, or (in main memory) a row of the mask has a gap.
+    Args:     rewards: (B, T) from `token_rewards`.
+              values: (B, T) V(x, y_<t) of the rollout, before token t.
+              mask: (B, T).
+              gamma: discount.
+              lam: lambda.
+    Returns:  advantages (B, T), returns (B, T), both 0 at padding.
+    Raises:   ValueError: the shapes differ, or (in main memory) a row of the mask has a gap.
     Tested by: tests/rlhf/test_equations.py::test_gae
     """
     check_same_shape("gae", rewards=rewards, values=values, mask=mask)
@@ -91,14 +85,11 @@ def rloo_advantages(seq_reward: Array, *, group: Array, mask: Array) -> Array:
     REINFORCE with a leave-one-out baseline: = G/(G-1) (R_i - mean R) for G responses to a prompt.
     Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740.
 
-    Args:
-        seq_reward: (B,) R = score - beta kl_seq of each response [reward units].
-        group: (B,) which prompt a response answers: one integer a prompt.
-        mask: (B, T).
-    Returns:
-        (B, T) [reward units], 0 at padding.
-    Raises:
-        ValueError: shapes do not fit, or a prompt has a single response.
+    Args:     seq_reward: (B,) R = score - beta kl_seq of each response [reward units].
+              group: (B,) which prompt a response answers: one integer a prompt.
+              mask: (B, T).
+    Returns:  (B, T) [reward units], 0 at padding.
+    Raises:   ValueError: shapes do not fit, or a prompt has a single response.
     Tested by: tests/rlhf/test_equations.py::test_rloo
     """
     if seq_reward.shape != mask.shape[:1] or group.shape != mask.shape[:1]:
@@ -120,13 +111,10 @@ def rloo_advantages(seq_reward: Array, *, group: Array, mask: Array) -> Array:
 def masked_mean(x: Array, *, mask: Array) -> Array:
     """sum(mask x) / sum(mask); 0 where the mask is empty. Padding may hold anything, inf included.
 
-    Args:
-        x: any shape.
-        mask: the same shape.
-    Returns:
-        (), in x's dtype; of integers, booleans and float16 in that of `as_float`.
-    Raises:
-        ValueError: x and mask differ in shape.
+    Args:     x: any shape.
+              mask: the same shape.
+    Returns:  (), in x's dtype; of integers, booleans and float16 in that of `as_float`.
+    Raises:   ValueError: x and mask differ in shape.
     """
     check_same_shape("masked_mean", x=x, mask=mask)
     xp, x = get_xp(x, mask), as_float(x)
@@ -142,7 +130,6 @@ def masked_var(x: Array, *, mask: Array) -> Array:
 
 def _centred(x: Array, mask: Array) -> tuple[Array, Array]:
     """x - mean and the mean over the mask: exactly 0 and x where all x are equal."""
-    check_same_shape("masked_mean", x=x, mask=mask)
     xp, x = get_xp(x, mask), as_float(x)
     if x.size == 0:
         return x.copy(), masked_mean(x, mask=mask)
@@ -160,11 +147,9 @@ def masked_whiten(
 
     Biased variance, as in lm-human-preferences. Equal numbers give 0, however large they are.
 
-    Returns:
-        whitened (same shape, 0 at padding), and the scale sqrt(var + eps) it was divided by: a
-        penalty that stands in the loss beside whitened advantages is divided by it too.
-    Raises:
-        ValueError: x and mask differ in shape, or eps is not positive.
+    Returns:  whitened (same shape, 0 at padding), and the scale sqrt(var + eps) it was divided by:
+              a penalty that stands in the loss beside whitened advantages is divided by it too.
+    Raises:   ValueError: x and mask differ in shape, or eps is not positive.
     """
     check_positive("masked_whiten", "eps", eps)
     xp = get_xp(x, mask)

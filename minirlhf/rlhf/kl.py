@@ -38,14 +38,11 @@ def summed_penalty(logp: Array, ref_logp: Array, *, mask: Array) -> Array:
     One number a response, k1 summed over its tokens: it may be negative, and at theta = ref it is
     0 for every response. Training reports it; what it learns from is `penalty_in_reward`.
 
-    Args:
-        logp: (B, T) log pi_theta(y_t|.) [nats].
-        ref_logp: (B, T) log pi_ref(y_t|.) [nats].
-        mask: (B, T) 1 at response tokens.
-    Returns:
-        kl_seq (B,) [nats].
-    Raises:
-        ValueError: the shapes differ.
+    Args:     logp: (B, T) log pi_theta(y_t|.) [nats].
+              ref_logp: (B, T) log pi_ref(y_t|.) [nats].
+              mask: (B, T) 1 at response tokens.
+    Returns:  kl_seq (B,) [nats].
+    Raises:   ValueError: the shapes differ.
     Tested by: tests/rlhf/test_equations.py::test_summed_penalty_is_the_sequence_log_ratio
     """
     check_same_shape("summed_penalty", logp=logp, ref_logp=ref_logp, mask=mask)
@@ -61,12 +58,9 @@ def kl_estimate(log_ratio: Array, estimator: str) -> Array:
 
     Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
 
-    Args:
-        log_ratio: (B, T) per token, or (B,) per sequence [nats]. Below -20 k3 stays at k3(-20).
-    Returns:
-        the same shape [nats].
-    Raises:
-        ValueError: another estimator.
+    Args:     log_ratio: (B, T) per token, or (B,) per sequence [nats]; k3 is cut below -20.
+    Returns:  the same shape [nats].
+    Raises:   ValueError: another estimator.
     """
     log_ratio = as_float(log_ratio)
     if estimator == "k1":
@@ -81,8 +75,7 @@ def kl_estimate(log_ratio: Array, estimator: str) -> Array:
 def kl_estimate_slope(log_ratio: Array, estimator: str) -> Array:
     """d estimate / d log_ratio: 1, log_ratio, 1 - exp(-log_ratio) (0 where k3 is cut).
 
-    Raises:
-        ValueError: another estimator.
+    Raises:   ValueError: another estimator.
     """
     xp, log_ratio = get_xp(log_ratio), as_float(log_ratio)
     if estimator == "k1":
@@ -129,10 +122,16 @@ KL_MODES = {
     "reward_and_loss_full": KLMode("full", "full", gradient="g"),
     "loss_full": KLMode(None, "full", gradient="partial"),
     "loss_rb": KLMode(None, "rao_blackwell", gradient="g"),
-    "loss_rho_k1": KLMode(None, "sequence", "k1", "differentiated", "g, also off-policy"),
-    "loss_rho_k2": KLMode(None, "sequence", "k2", "held", "g, also off-policy"),
-    "loss_rho_k3": KLMode(None, "sequence", "k3", "differentiated", "g, also off-policy"),
-    "loss_rho_k3_tok": KLMode(None, "token", "k3", "differentiated", "partial, at old prefixes"),
+    "loss_rho_k1": KLMode(
+        None, "sequence", "k1", ratio="differentiated", gradient="g, also off-policy"
+    ),
+    "loss_rho_k2": KLMode(None, "sequence", "k2", ratio="held", gradient="g, also off-policy"),
+    "loss_rho_k3": KLMode(
+        None, "sequence", "k3", ratio="differentiated", gradient="g, also off-policy"
+    ),
+    "loss_rho_k3_tok": KLMode(
+        None, "token", "k3", ratio="differentiated", gradient="partial, at old prefixes"
+    ),
 }
 
 
@@ -141,13 +140,10 @@ def penalty_in_reward(kl_mode: str, *, log_ratio: Array, kl_full: Array) -> Arra
 
     It comes from the policy that sampled and is constant: no gradient passes through it.
 
-    Args:
-        log_ratio: (B, T) old_logp - ref_logp of the sampled tokens [nats].
-        kl_full: (B, T) KL(old(.|s_t) || ref(.|s_t)) over the whole vocabulary [nats].
-    Returns:
-        kl_token (B, T) [nats].
-    Raises:
-        ValueError: another kl_mode, or the shapes differ.
+    Args:     log_ratio: (B, T) old_logp - ref_logp of the sampled tokens [nats].
+              kl_full: (B, T) KL(old(.|s_t) || ref(.|s_t)) over the whole vocabulary [nats].
+    Returns:  kl_token (B, T) [nats].
+    Raises:   ValueError: another kl_mode, or the shapes differ.
     """
     if kl_mode not in KL_MODES:
         raise ValueError(f"kl_mode: expected one of {', '.join(KL_MODES)}; got {kl_mode!r}")
@@ -180,18 +176,15 @@ def token_kl_loss_forward(
     The prefixes are those that were sampled, so by itself it has the partial gradient at best. With
     k1 and no ratio it is w_t grad logp_t, whatever the reference says: 0 on average.
 
-    Args:
-        logp: (B, T) current policy [nats].
-        old_logp: (B, T) the policy that sampled.
-        ref_logp: (B, T) the reference.
-        weights: (B, T) weight of each token in the loss.
-        estimator: k1, k2 or k3.
-        ratio: "none" (rho = 1), "differentiated" (rho_t = exp(logp_t - old_logp_t), a function of
-            theta like k), or "held" (the same number as a constant).
-    Returns:
-        loss () [nats times the weights' unit], cache.
-    Raises:
-        ValueError: the shapes differ, or another estimator or ratio.
+    Args:     logp: (B, T) current policy [nats].
+              old_logp: (B, T) the policy that sampled.
+              ref_logp: (B, T) the reference.
+              weights: (B, T) weight of each token in the loss.
+              estimator: k1, k2 or k3.
+              ratio: "none" (rho = 1), "differentiated" (rho_t = exp(logp_t - old_logp_t), a
+                  function of theta like k), or "held" (the same number as a constant).
+    Returns:  loss () [nats times the weights' unit], cache.
+    Raises:   ValueError: the shapes differ, or another estimator or ratio.
     """
     check_same_shape(
         "token_kl_loss", logp=logp, old_logp=old_logp, ref_logp=ref_logp, weights=weights
@@ -214,7 +207,7 @@ def _times_ratio(value: Array, slope: Array, log_rho: Array, ratio: str) -> tupl
     """rho k, and its derivative rho (k + k'): without the k where rho is held or clamped."""
     if ratio not in ("none", "differentiated", "held"):
         raise ValueError(
-            f'kl loss: expected ratio "none", "differentiated" or "held"; got {ratio!r}'
+            f'kl_loss: expected ratio "none", "differentiated" or "held"; got {ratio!r}'
         )
     if ratio == "none":
         return value, slope
@@ -244,13 +237,10 @@ def sequence_kl_loss_forward(
 
     k2 of the sum has the slope kl_seq grad log pi(y), the same as the Penalty in the reward.
 
-    Args:
-        as `token_kl_loss_forward`, with rho_b = exp(sum_t logp_bt - old_logp_bt); a response's
-        weight w_b is the weight of its tokens.
-    Returns:
-        loss (), cache.
-    Raises:
-        ValueError: the shapes differ, or another estimator or ratio.
+    Args:     as `token_kl_loss_forward`, with rho_b = exp(sum_t logp_bt - old_logp_bt); a
+                  response's weight w_b is the weight of its tokens.
+    Returns:  loss (), cache.
+    Raises:   ValueError: the shapes differ, or another estimator or ratio.
     """
     check_same_shape(
         "sequence_kl_loss", logp=logp, old_logp=old_logp, ref_logp=ref_logp, weights=weights
@@ -289,14 +279,11 @@ def full_kl_forward(
     KL, >= 0, with less variance than k1 (Amini et al. 2025, arXiv 2504.10637). As a loss it has
     the partial gradient; `future_kl` supplies the rest.
 
-    Args:
-        logits: (B, T, V) of pi.
-        ref_logits: (B, T, V) of ref, constant.
-        temperature: tau > 0, of both.
-    Returns:
-        kl_token (B, T) [nats], cache.
-    Raises:
-        ValueError: the shapes differ, or the temperature is not positive.
+    Args:     logits: (B, T, V) of pi.
+              ref_logits: (B, T, V) of ref, constant.
+              temperature: tau > 0, of both.
+    Returns:  kl_token (B, T) [nats], cache.
+    Raises:   ValueError: the shapes differ, or the temperature is not positive.
     """
     check_same_shape("full_kl", logits=logits, ref_logits=ref_logits)
     xp = get_xp(logits, ref_logits)
@@ -328,11 +315,9 @@ def future_kl(kl_token: Array, *, mask: Array) -> Array:
     sum_t logp_t future_t to the loss, with future_t held constant, lets y_t answer for the
     prefixes it leads to: the expected gradient is then exact (Amini et al. 2025, arXiv 2504.10637).
 
-    Args:
-        kl_token: (B, T) from `full_kl_forward` [nats].
-        mask: (B, T) 1 at response tokens.
-    Returns:
-        (B, T) [nats], to be held constant.
+    Args:     kl_token: (B, T) from `full_kl_forward` [nats].
+              mask: (B, T) 1 at response tokens.
+    Returns:  (B, T) [nats], to be held constant.
     """
     check_same_shape("future_kl", kl_token=kl_token, mask=mask)
     xp = get_xp(kl_token, mask)
@@ -351,16 +336,13 @@ def adaptive_kl_coef(
     Ziegler et al. 2019, arXiv 1909.08593, section 2.2, as coded by its authors, with n / horizon at
     most 1: a batch of more than five horizons would make beta negative and the penalty a prize.
 
-    Args:
-        kl_coef: beta [reward units per nat].
-        kl_seq: mean sequence-summed KL of the batch [nats per response, not per token].
-        target: wanted kl_seq [nats].
-        horizon: episodes over which beta may change by up to 20 %.
-        n_episodes: responses in the batch.
-    Returns:
-        the next beta, at least 0.8 of this one.
-    Raises:
-        ValueError: target or horizon is not positive.
+    Args:     kl_coef: beta [reward units per nat].
+              kl_seq: mean sequence-summed KL of the batch [nats per response, not per token].
+              target: wanted kl_seq [nats].
+              horizon: episodes over which beta may change by up to 20 %.
+              n_episodes: responses in the batch.
+    Returns:  the next beta, at least 0.8 of this one.
+    Raises:   ValueError: target or horizon is not positive.
     """
     if not (target > 0 and horizon > 0):
         raise ValueError(
@@ -378,8 +360,7 @@ LOG_RATIO_LIMIT = 20.0  # exp sees no larger log-ratio; the metrics count how ma
 def clamp_log_ratio(log_ratio: Array) -> tuple[Array, Array]:
     """The log-ratio cut to [-20, 20] before it enters exp, and where it was inside.
 
-    Returns:
-        clamped (...), inside (...) boolean: the derivative of the clamp.
+    Returns:  clamped (...), inside (...) boolean: the derivative of the clamp.
     """
     xp, log_ratio = get_xp(log_ratio), as_float(log_ratio)
     # nan counts as inside, so that it stays nan and is found

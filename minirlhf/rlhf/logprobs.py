@@ -13,13 +13,10 @@ from minirlhf.backend import Array, as_float, check_ids, check_positive, check_s
 def log_softmax(logits: Array, *, temperature: float = 1.0) -> Array:
     """log P_a = z_a/tau - log sum_b exp(z_b/tau), by subtraction of the maximum.
 
-    Args:
-        logits: (..., V).
-        temperature: tau > 0.
-    Returns:
-        (..., V) log-probabilities [nats], new memory.
-    Raises:
-        ValueError: the temperature is not positive.
+    Args:     logits: (..., V).
+              temperature: tau > 0.
+    Returns:  (..., V) log-probabilities [nats], new memory.
+    Raises:   ValueError: the temperature is not positive.
     """
     check_positive("log_softmax", "temperature", temperature)
     xp, logits = get_xp(logits), as_float(logits)
@@ -42,14 +39,11 @@ def token_logprobs_forward(
 ) -> tuple[Array, TokenLogprobsCache]:
     """logp_t = z_{t,y_t}/tau - log sum_a exp(z_{t,a}/tau).
 
-    Args:
-        logits: (B, T, V).
-        targets: (B, T) the tokens y_t.
-        temperature: tau > 0.
-    Returns:
-        logp (B, T) [nats], cache.
-    Raises:
-        ValueError: shapes do not fit, targets are no ids, or the temperature is not positive.
+    Args:     logits: (B, T, V).
+              targets: (B, T) the tokens y_t.
+              temperature: tau > 0.
+    Returns:  logp (B, T) [nats], cache.
+    Raises:   ValueError: shapes do not fit, targets are no ids, or the temperature is not positive.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
@@ -72,18 +66,17 @@ def token_logprobs_backward(dlogp: Array, cache: TokenLogprobsCache) -> Array:
     """dz_a = dlogp (1[a = y] - P_a) / tau.  (B, T) -> (B, T, V)."""
     exp_z, total, targets, temperature = cache
     xp = get_xp(dlogp, exp_z)
-    dlogp = dlogp / temperature
-    dlogits = exp_z * (-dlogp / total)[..., None]  # -dlogp P
+    dlogp_over_tau = dlogp / temperature
+    dlogits = exp_z * (-dlogp_over_tau / total)[..., None]  # the -P_a of every token a
     B, T = targets.shape
-    dlogits[xp.arange(B)[:, None], xp.arange(T), targets] += dlogp  # one place a row: no repeats
+    dlogits[xp.arange(B)[:, None], xp.arange(T), targets] += dlogp_over_tau  # no place twice
     return dlogits
 
 
 def response_sum(x: Array, *, mask: Array) -> Array:
     """sum_t mask_t x_t of each response, (B, T) -> (B,). Padding may hold anything, inf included.
 
-    Raises:
-        ValueError: x and mask differ in shape.
+    Raises:   ValueError: x and mask differ in shape.
     """
     check_same_shape("response_sum", x=x, mask=mask)
     # a selection, not a product: 0 * inf would be nan
@@ -97,11 +90,9 @@ class SequenceLogprobCache(NamedTuple):
 def sequence_logprob_forward(logp: Array, *, mask: Array) -> tuple[Array, SequenceLogprobCache]:
     """log Pr(y|x) = sum_t mask_t logp_t: exact, because the response is generated token by token.
 
-    Args:
-        logp: (B, T) token log-probs [nats].
-        mask: (B, T) 1 at response tokens, the stop token included.
-    Returns:
-        seq_logp (B,) [nats], cache.
+    Args:     logp: (B, T) token log-probs [nats].
+              mask: (B, T) 1 at response tokens, the stop token included.
+    Returns:  seq_logp (B,) [nats], cache.
     """
     return response_sum(logp, mask=mask), SequenceLogprobCache(mask)
 
@@ -121,11 +112,9 @@ class EntropyCache(NamedTuple):
 def entropy_forward(logits: Array, *, temperature: float = 1.0) -> tuple[Array, EntropyCache]:
     """H_t = -sum_a P_a log P_a of the whole vocabulary.
 
-    Args:
-        logits: (B, T, V).
-        temperature: tau > 0.
-    Returns:
-        entropy (B, T) [nats], cache.
+    Args:     logits: (B, T, V).
+              temperature: tau > 0.
+    Returns:  entropy (B, T) [nats], cache.
     """
     xp = get_xp(logits)
     log_probs = log_softmax(logits, temperature=temperature)  # (B, T, V)

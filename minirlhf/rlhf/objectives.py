@@ -42,15 +42,12 @@ def token_weights(mask: Array, *, mode: str = "token-mean", constant: float | No
                                                         2025, arXiv 2503.20783); PPO takes N x the
                                                         model's positions
 
-    Args:
-        mask: (B, T) 1 at response tokens.
-        mode: one of AGGREGATIONS.
-        constant: for seq-mean-token-sum-norm; None takes B x T.
-    Returns:
-        (B, T) in the mask's dtype (a mask of integers or booleans: `as_float`); zero everywhere if
-        the mask is.
-    Raises:
-        ValueError: another mode.
+    Args:     mask: (B, T) 1 at response tokens.
+              mode: one of AGGREGATIONS.
+              constant: for seq-mean-token-sum-norm; None takes B x T.
+    Returns:  (B, T) in the mask's dtype (a mask of integers or booleans: `as_float`); zero
+              everywhere if the mask is.
+    Raises:   ValueError: another mode.
     """
     xp, mask = get_xp(mask), as_float(mask)
     kept = (mask > 0).astype(mask.dtype)
@@ -74,10 +71,8 @@ class WeightedSumCache(NamedTuple):
 def weighted_sum_forward(x: Array, *, weights: Array) -> tuple[Array, WeightedSumCache]:
     """sum_t w_t x_t. Padding (w = 0) may hold anything, inf included.
 
-    Returns:
-        (), cache.
-    Raises:
-        ValueError: x and weights differ in shape.
+    Returns:  (), cache.
+    Raises:   ValueError: x and weights differ in shape.
     """
     check_same_shape("weighted_sum", x=x, weights=weights)
     xp, x, weights = get_xp(x, weights), as_float(x), as_float(weights)
@@ -96,11 +91,9 @@ def weighted_sum_backward(dloss: Array, cache: WeightedSumCache) -> Array:
 def cross_entropy_forward(logp: Array, *, weights: Array) -> tuple[Array, WeightedSumCache]:
     """loss = -sum_t w_t logp_t: the mean negative log-probability of the demonstrated tokens.
 
-    Args:
-        logp: (B, T) from `token_logprobs_forward` [nats].
-        weights: (B, T).
-    Returns:
-        loss () [nats per token, with token-mean weights], cache.
+    Args:     logp: (B, T) from `token_logprobs_forward` [nats].
+              weights: (B, T).
+    Returns:  loss () [nats per token, with token-mean weights], cache.
     """
     loss, cache = weighted_sum_forward(logp, weights=weights)
     return -loss, cache
@@ -116,7 +109,7 @@ def cross_entropy_backward(dloss: Array, cache: WeightedSumCache) -> Array:
 
 class PPOClipCache(NamedTuple):
     slope: Array  # (B, T) d obj_t / d logp_t
-    clipped: Array  # (B, T) boolean: obj does not follow the ratio
+    clipped: Array  # (B, T) boolean: obj does not follow the ratio, whichever bound it met
     weights: Array  # (B, T) borrowed
 
 
@@ -138,16 +131,13 @@ def ppo_clip_forward(
     clip="none" is ratio A. Two e: clip-higher (Yu et al. 2025, arXiv 2503.14476). dual_clip c > 1
     bounds obj from below by c A where A < 0 (Ye et al. 2020, arXiv 1912.09729).
 
-    Args:
-        logp: (B, T) log pi_theta(y_t|.) [nats].
-        old_logp: (B, T) of the policy that sampled; |logp - old_logp| is cut at 20.
-        advantages: (B, T) A_t [reward units, or whitened].
-        weights: (B, T) from `token_weights`.
-        clip_eps: e, or (e_low, e_high).
-    Returns:
-        loss () [advantage units], cache.
-    Raises:
-        ValueError: shapes differ, or a setting is out of range.
+    Args:     logp: (B, T) log pi_theta(y_t|.) [nats].
+              old_logp: (B, T) of the policy that sampled; |logp - old_logp| is cut at 20.
+              advantages: (B, T) A_t [reward units, or whitened].
+              weights: (B, T) from `token_weights`.
+              clip_eps: e, or (e_low, e_high).
+    Returns:  loss () [advantage units], cache.
+    Raises:   ValueError: shapes differ, or a setting is out of range.
     Tested by: tests/rlhf/test_equations.py::test_ppo_clip
     """
     check_same_shape(
@@ -225,16 +215,13 @@ def value_loss_forward(
 
     As in lm-human-preferences (Ziegler et al. 2019, arXiv 1909.08593). R is held constant.
 
-    Args:
-        values: (B, T) V(x, y_<t) of the current parameters [reward units].
-        old_values: (B, T) of the rollout.
-        returns: (B, T) targets from `gae`.
-        weights: (B, T).
-        clip_eps: e [reward units]; None leaves 1/2 (V - R)^2.
-    Returns:
-        loss (), cache.
-    Raises:
-        ValueError: shapes differ.
+    Args:     values: (B, T) V(x, y_<t) of the current parameters [reward units].
+              old_values: (B, T) of the rollout.
+              returns: (B, T) targets from `gae`.
+              weights: (B, T).
+              clip_eps: e [reward units]; None leaves 1/2 (V - R)^2.
+    Returns:  loss (), cache.
+    Raises:   ValueError: shapes differ.
     Tested by: tests/rlhf/test_equations.py::test_value_loss
     """
     check_same_shape(
@@ -263,7 +250,7 @@ def value_loss_backward(dloss: Array, cache: ValueLossCache) -> Array:
 
 
 class KLLossCache(NamedTuple):
-    in_loss: str | None  # which of the four below
+    in_loss: str | None  # as in KLMode
     sampled: TokenKLCache | SequenceKLCache | None
     full: FullKLCache | None
     weights: Array  # (B, T) borrowed
@@ -289,17 +276,14 @@ def kl_loss_forward(
     full        sum_t w_t KL(pi(.|s_t) || ref(.|s_t))
     rao_blackwell   the same number; its gradient adds sum_t w_t dlogp_t (KL of the later tokens)
 
-    Args:
-        logits: (B, T, V) of the current policy; used by full and rao_blackwell.
-        logp: (B, T) of the sampled tokens [nats].
-        old_logp, ref_logp: (B, T), constant.
-        ref_logits: (B, T, V), constant; None unless full or rao_blackwell.
-        weights: (B, T) from `token_weights`.
-        temperature: tau > 0.
-    Returns:
-        loss () [nats times the weights' unit], cache.
-    Raises:
-        ValueError: another kl_mode, or shapes that do not fit.
+    Args:     logits: (B, T, V) of the current policy; used by full and rao_blackwell.
+              logp: (B, T) of the sampled tokens [nats].
+              old_logp, ref_logp: (B, T), constant.
+              ref_logits: (B, T, V), constant; None unless full or rao_blackwell.
+              weights: (B, T) from `token_weights`.
+              temperature: tau > 0.
+    Returns:  loss () [nats times the weights' unit], cache.
+    Raises:   ValueError: another kl_mode, or shapes that do not fit.
     """
     if kl_mode not in KL_MODES:
         raise ValueError(f"kl_loss: expected one of {', '.join(KL_MODES)}; got {kl_mode!r}")

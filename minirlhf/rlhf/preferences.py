@@ -26,26 +26,19 @@ class BradleyTerryCache(NamedTuple):
 
 
 def bradley_terry_forward(
-    score_chosen: Array,
-    score_rejected: Array,
-    *,
-    margin: float = 0.0,
-    label_smoothing: float = 0.0,
+    score_chosen: Array, score_rejected: Array, *, margin: float = 0.0, label_smoothing: float = 0.0
 ) -> tuple[Array, BradleyTerryCache]:
     """loss = -mean_b [(1 - f) log sigma(d_b) + f log sigma(-d_b)],  d = chosen - rejected - margin.
 
     Bradley & Terry 1952: Pr(a preferred to b) = sigma(score_a - score_b). f is the share of labels
     assumed to be flipped.
 
-    Args:
-        score_chosen: (B,) scores of the preferred responses.
-        score_rejected: (B,) of the others.
-        margin: difference that is asked for [score units].
-        label_smoothing: f in [0, 0.5).
-    Returns:
-        loss () [nats per pair], cache.
-    Raises:
-        ValueError: shapes differ, there is no pair, or f is out of range.
+    Args:     score_chosen: (B,) scores of the preferred responses.
+              score_rejected: (B,) of the others.
+              margin: difference that is asked for [score units].
+              label_smoothing: f in [0, 0.5).
+    Returns:  loss () [nats per pair], cache.
+    Raises:   ValueError: shapes differ, there is no pair, or f is out of range.
     Tested by: tests/rlhf/test_equations.py::test_bradley_terry_fixture
     """
     if score_chosen.shape != score_rejected.shape or score_chosen.size == 0:
@@ -82,12 +75,9 @@ def ranked_pairs_forward(scores: Array) -> tuple[Array, RankedPairsCache]:
     Ouyang et al. 2022, arXiv 2203.02155, equation 1. Only pairs with i ranked above j: over all
     ordered pairs the loss would be least at equal scores.
 
-    Args:
-        scores: (B, K) scores of K responses in the order of their rank, the best first.
-    Returns:
-        loss () [nats per pair], cache.
-    Raises:
-        ValueError: no list, or fewer than two responses.
+    Args:     scores: (B, K) scores of K responses in the order of their rank, the best first.
+    Returns:  loss () [nats per pair], cache.
+    Raises:   ValueError: no list, or fewer than two responses.
     """
     _check_lists("ranked_pairs", scores)
     xp, scores = get_xp(scores), as_float(scores)
@@ -115,12 +105,9 @@ def plackett_luce_forward(scores: Array) -> tuple[Array, PlackettLuceCache]:
     Plackett 1975, Luce 1959: the ranking is built by choosing the best of what remains, with
     probability proportional to the worth exp(score). K = 2 is Bradley-Terry.
 
-    Args:
-        scores: (B, K) in the order of their rank, the best first.
-    Returns:
-        loss () [nats per list], cache.
-    Raises:
-        ValueError: no list, or fewer than two responses.
+    Args:     scores: (B, K) in the order of their rank, the best first.
+    Returns:  loss () [nats per list], cache.
+    Raises:   ValueError: no list, or fewer than two responses.
     Tested by: tests/rlhf/test_equations.py::test_plackett_luce_fixtures
     """
     _check_lists("plackett_luce", scores)
@@ -128,12 +115,11 @@ def plackett_luce_forward(scores: Array) -> tuple[Array, PlackettLuceCache]:
     B, K = scores.shape
     item = xp.arange(K)
     remaining = item[:, None] <= item[None, :]  # (K, K): at step k, items k, k+1, ...
-    z = scores - scores.real.max(axis=1, keepdims=True)
-    worth = xp.where(remaining, z[:, None, :], -xp.inf)  # (B, K, K)
-    top = worth.real.max(axis=2, keepdims=True)  # finite: step k has item k itself
-    choice = xp.where(remaining, xp.exp(xp.where(remaining, worth - top, 0.0)), 0.0)
-    total = choice.sum(axis=2, keepdims=True)
-    loss = (top[..., 0] + xp.log(total[..., 0]) - z).sum() / B
+    log_worth = xp.where(remaining, scores[:, None, :], -xp.inf)  # (B, K, K)
+    top = log_worth.real.max(axis=2, keepdims=True)  # finite: step k has item k itself
+    choice = xp.exp(log_worth - top)  # exp(-inf): exactly 0 for items already taken
+    total = choice.sum(axis=2, keepdims=True)  # (B, K, 1)
+    loss = (top[..., 0] + xp.log(total[..., 0]) - scores).sum() / B
     return loss, PlackettLuceCache(choice / total)
 
 

@@ -6,6 +6,7 @@ Names and shapes: huggingface/transformers, models/gpt2/modeling_gpt2.py. Its Co
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from minirlhf import disk
 from minirlhf.backend import Array, to_host
-from minirlhf.disk import (
-    parse_object,
-    read_bytes,
-    read_text,
-    settled,
-    write_whole,
-    write_whole_folder,
-)
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
@@ -29,6 +23,12 @@ from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _HEADS, _STATE = "heads.safetensors", "state.safetensors"
 _STATE_KEY = "minirlhf_state"
+_INSTEAD = {  # a file in the place of model.safetensors -> what it is, and what to do
+    "pytorch_model.bin": "pytorch_model.bin, a pickle, which is never read: convert it with "
+    "save_pretrained",
+    f"{_WEIGHTS}.index.json": "several parts: join them with save_pretrained"
+    "(max_shard_size='100GB')",
+}
 _PLAIN_GPT2 = {  # what config.json may say, GPT-2's default first
     "model_type": ("gpt2",),  # must be there
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -37,11 +37,19 @@ _PLAIN_GPT2 = {  # what config.json may say, GPT-2's default first
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-_DTYPES = {"BOOL": np.dtype(bool)} | {  # F64, I8, ... of safetensors, which is little-endian
-    f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}")
-    for kind, sizes in {"F": (2, 4, 8), "I": (1, 2, 4, 8), "U": (1, 2, 4, 8), "C": (8,)}.items()
-    for size in sizes
+_SIZES = {  # what it must say: entry -> (field of GPTConfig, GPT-2's default)
+    "vocab_size": ("vocab_size", 50257),
+    "n_positions": ("n_ctx", 1024),
+    "n_embd": ("d_model", 768),
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "layer_norm_epsilon": ("ln_eps", 1e-5),
 }
+_NAMES = (  # a key of the parameter tree -> that part of the tensor's name, where they differ
+    {"wte": "wte.weight", "wpe": "wpe.weight", "blocks": "h", "ln1": "ln_1", "ln2": "ln_2"}
+    | {"qkv": "c_attn", "out": "c_proj", "up": "c_fc", "down": "c_proj"}
+    | {"w": "weight", "b": "bias", "gain": "weight"}
+)
 
 
 class _Slot(NamedTuple):
@@ -55,32 +63,21 @@ def _layout(config: GPTConfig) -> Tree:
     """The parameter tree with a _Slot at every leaf."""
     C = config.d_model
 
-    def linear(name, n_in, n_out):
-        return {"w": _Slot(f"{name}.weight", (n_in, n_out)), "b": _Slot(f"{name}.bias", (n_out,))}
+    def linear(n_in, n_out):
+        return {"w": (n_in, n_out), "b": (n_out,)}
 
-    def layernorm(name):
-        return {"gain": _Slot(f"{name}.weight", (C,)), "bias": _Slot(f"{name}.bias", (C,))}
-
-    def block(name):
-        return {
-            "ln1": layernorm(f"{name}.ln_1"),
-            "attn": {
-                "qkv": linear(f"{name}.attn.c_attn", C, 3 * C),
-                "out": linear(f"{name}.attn.c_proj", C, C),
-            },
-            "ln2": layernorm(f"{name}.ln_2"),
-            "mlp": {
-                "up": linear(f"{name}.mlp.c_fc", C, 4 * C),
-                "down": linear(f"{name}.mlp.c_proj", 4 * C, C),
-            },
-        }
-
-    return {
-        "wte": _Slot("wte.weight", (config.vocab_size, C)),
-        "wpe": _Slot("wpe.weight", (config.n_ctx, C)),
-        "blocks": [block(f"h.{i}") for i in range(config.n_layer)],
-        "ln_f": layernorm("ln_f"),
+    norm = {"gain": (C,), "bias": (C,)}
+    block = {
+        "ln1": norm,
+        "attn": {"qkv": linear(C, 3 * C), "out": linear(C, C)},
+        "ln2": norm,
+        "mlp": {"up": linear(C, 4 * C), "down": linear(4 * C, C)},
     }
+    embeddings = {"wte": (config.vocab_size, C), "wpe": (config.n_ctx, C)}
+    shapes = {**embeddings, "blocks": [block] * config.n_layer, "ln_f": norm}
+    paths = (path.split(".") for path, _ in tree_items(shapes))
+    names = (".".join(_NAMES.get(key, key) for key in keys) for keys in paths)
+    return tree_map(lambda shape: _Slot(next(names), shape), shapes)
 
 
 def save_model(
@@ -95,59 +92,39 @@ def save_model(
 
     A crash leaves the old model or the new one. Other files in the folder stay.
 
-    Args:
-        params: the parameter tree, float32 or float64, on either device.
-        heads:  {"value_head": {"w", "b"}}, ...; they go to heads.safetensors.
-        meta:   further entries of config.json, like bos_token_id and eos_token_id.
-    Raises:
-        ValueError: the parameters do not fit config or are not finite, or meta names an entry
-            that config decides.
-        InputError: the folder cannot be written.
+    Args:     params: the parameter tree, float32 or float64, on either device.
+              heads: {"value_head": {"w", "b"}}, ...; they go to heads.safetensors.
+              meta: further entries of config.json, like bos_token_id and eos_token_id.
+    Raises:   ValueError: the parameters do not fit config or are not finite, or meta names an entry
+                  that config decides.
+              InputError: the folder cannot be written.
     """
     tensors: dict[str, np.ndarray] = {}
 
     def put(slot, array):
         tensors[f"transformer.{slot.name}"] = array = _host(slot.name, array)
-        if array.shape != slot.shape:
+        if array.shape != slot.shape or array.dtype not in (np.float32, np.float64):
             raise ValueError(
-                f"save_model: expected {slot.name} of shape {slot.shape}; got {array.shape}"
-            )
-        if array.dtype not in (np.float32, np.float64):
-            raise ValueError(
-                f"save_model: expected {slot.name} in float32 or float64; got {array.dtype}"
+                f"save_model: expected {slot.name} of shape {slot.shape} in float32 or float64; "
+                f"got {array.shape} in {array.dtype}"
             )
         if not np.isfinite(array).all():
             raise ValueError(f"save_model: expected finite numbers; {slot.name} has NaN or inf")
 
     tree_map(put, _layout(config), params)
-    entries = _config_entries(config, str(tensors["transformer.wte.weight"].dtype))
+    entries = {name: allowed[0] for name, allowed in _PLAIN_GPT2.items()}
+    entries |= {name: getattr(config, field) for name, (field, _) in _SIZES.items()}
+    entries |= {"architectures": ["GPT2LMHeadModel"], "n_inner": None}
+    entries |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    entries["torch_dtype"] = str(tensors["transformer.wte.weight"].dtype)
     if clash := sorted(entries.keys() & (meta or {}).keys()):
         raise ValueError(f"save_model: expected meta without {clash}, which config decides")
-    files = {
-        _WEIGHTS: save(tensors, {"format": "pt"}),
-        _CONFIG: (json.dumps(entries | (meta or {}), indent=2) + "\n").encode(),
-    }
+    config_json = disk.to_json(entries | (meta or {}))
+    files = {_WEIGHTS: save(tensors, {"format": "pt"}), _CONFIG: config_json}
     if heads:
         of_heads = {f"minirlhf.{path}": _host(path, array) for path, array in tree_items(heads)}
         files[_HEADS] = save(of_heads, {"format": "pt"})
-    write_whole_folder(folder, files, drop=frozenset({_HEADS}))
-
-
-def _config_entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
-    return {name: allowed[0] for name, allowed in _PLAIN_GPT2.items()} | {
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.n_ctx,
-        "n_embd": config.d_model,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_inner": None,
-        "layer_norm_epsilon": config.ln_eps,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "torch_dtype": dtype,
-    }
+    disk.write_whole_folder(folder, files, drop=frozenset({_HEADS}))
 
 
 def load_model(
@@ -155,18 +132,19 @@ def load_model(
 ) -> tuple[Tree, GPTConfig, dict[str, dict[str, np.ndarray]]]:
     """Read a model that `save_model` or transformers wrote.
 
-    Args:
-        dtype: of all arrays; None keeps the stored one (float16 and bfloat16 become float32).
-    Returns:
-        The parameter tree, its GPTConfig, and the heads ({} if there are none); the arrays are
-        NumPy's, C-contiguous and share no memory.
-    Raises:
-        InputError: a file is missing, corrupt or foreign; a tensor is missing, superfluous, of
-            another shape or not finite; the config describes a network that is not our GPT-2.
+    Args:     dtype: of all arrays; None keeps the stored one (float16 and bfloat16 become float32).
+    Returns:  The parameter tree, its GPTConfig, and the heads ({} if there are none); the arrays
+                  are NumPy's, C-contiguous and share no memory.
+    Raises:   InputError: a file is missing, corrupt or foreign; a tensor is missing, superfluous,
+                  of another shape or not finite; the config describes a network that is not our
+                  GPT-2.
     """
-    folder = settled(folder)
+    folder = disk.settled(folder)
     config = _gpt_config(load_config(folder), folder / _CONFIG)
-    path = _weights_path(folder)
+    path = folder / _WEIGHTS
+    for other, came in _INSTEAD.items():
+        if not path.exists() and (folder / other).exists():
+            raise InputError(f"{folder}: expected one file {_WEIGHTS}; got {came} of transformers")
     stored, _ = _read_tensors(path)
     stored = {name.removeprefix("transformer."): array for name, array in stored.items()}
     head = stored.pop("lm_head.weight", None)
@@ -190,11 +168,9 @@ def load_model(
 def load_config(folder: str | Path) -> dict[str, Any]:
     """config.json as a dict, with what `save_model` got as meta.
 
-    Raises:
-        InputError: it is missing or no JSON object.
+    Raises:   InputError: it is missing or no JSON object.
     """
-    path = settled(folder) / _CONFIG
-    return parse_object(read_text(path), str(path))
+    return disk.read_object(disk.settled(folder) / _CONFIG)
 
 
 def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
@@ -206,44 +182,20 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
             "GPT-2 models can be loaded"
         )
 
-    def number(name, default):
-        value = entries.get(name, default)
-        if type(value) is not type(default) or not 0 < value < math.inf:
-            refuse(name, "a number above 0")
-        return value
-
     for name, allowed in _PLAIN_GPT2.items():
         value = entries.get(name, None if name == "model_type" else allowed[0])
         if value not in allowed:
             refuse(name, " or ".join(map(json.dumps, allowed)).replace('"', "'"))
-    C, n_head = number("n_embd", 768), number("n_head", 12)
-    if entries.get("n_inner") not in (None, 4 * C):
-        refuse("n_inner", f"null or {4 * C}")
-    if C % n_head:
-        refuse("n_embd", f"a multiple of n_head = {n_head}")
-    return GPTConfig(
-        vocab_size=number("vocab_size", 50257),
-        n_ctx=number("n_positions", 1024),
-        n_layer=number("n_layer", 12),
-        n_head=n_head,
-        d_model=C,
-        ln_eps=number("layer_norm_epsilon", 1e-5),
-    )
-
-
-def _weights_path(folder: Path) -> Path:
-    path = folder / _WEIGHTS
-    if not path.exists() and (folder / "pytorch_model.bin").exists():
-        raise InputError(
-            f"{folder}: expected {_WEIGHTS}; got pytorch_model.bin, a pickle, which is never read: "
-            "convert it with save_pretrained of transformers"
-        )
-    if not path.exists() and (folder / f"{_WEIGHTS}.index.json").exists():
-        raise InputError(
-            f"{folder}: expected one file {_WEIGHTS}; got several parts: join them with "
-            "save_pretrained(max_shard_size='100GB') of transformers"
-        )
-    return path
+    sizes = {}
+    for name, (field, default) in _SIZES.items():
+        value = sizes[field] = entries.get(name, default)
+        if type(value) is not type(default) or not 0 < value < math.inf:
+            refuse(name, "a number above 0")
+    if entries.get("n_inner") not in (None, 4 * sizes["d_model"]):
+        refuse("n_inner", f"null or {4 * sizes['d_model']}")
+    if sizes["d_model"] % sizes["n_head"]:
+        refuse("n_embd", f"a multiple of n_head = {sizes['n_head']}")
+    return GPTConfig(**sizes)
 
 
 def _load_heads(path: Path, dtype: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -293,13 +245,12 @@ def _float_tensor(stored: dict, slot: _Slot, path: Path, dtype: Any) -> np.ndarr
 def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
     """Write everything a run needs to go on, bit for bit, to one file, state.safetensors.
 
-    Args:
-        arrays: nested dicts and lists of arrays, any NumPy number type, on either device.
-        meta:   what JSON holds exactly: step counters, `bit_generator.state`, options.
-    Raises:
-        TypeError:  a leaf is no array.
-        ValueError: a key or meta does not survive JSON (tuples, keys that are numbers, NaN, inf).
-        InputError: the folder cannot be written.
+    Args:     arrays: nested dicts and lists of arrays, any NumPy number type, on either device.
+              meta: what JSON holds exactly: step counters, `bit_generator.state`, options.
+    Raises:   TypeError: a leaf is no array.
+              ValueError: a key or meta does not survive JSON (tuples, keys that are numbers, NaN,
+                  inf).
+              InputError: the folder cannot be written.
     """
     tensors = {  # the number keeps {"a.b": x, "a": {"b": y}} apart
         f"{i}.{path}": _host(path, leaf) for i, (path, leaf) in enumerate(tree_items(arrays))
@@ -311,7 +262,7 @@ def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
         raise ValueError(
             f"save_state: expected keys and meta that JSON holds exactly; got {header}"
         )
-    write_whole(Path(folder) / _STATE, save(tensors, {_STATE_KEY: text}))
+    disk.write_whole(Path(folder) / _STATE, save(tensors, {_STATE_KEY: text}))
 
 
 def has_state(folder: str | Path) -> bool:
@@ -322,17 +273,16 @@ def has_state(folder: str | Path) -> bool:
 def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
     """What `save_state` wrote: the tree, in fresh memory, and meta.
 
-    Raises:
-        InputError: the file is missing, corrupt or of another kind.
+    Raises:   InputError: the file is missing, corrupt or of another kind.
     """
-    path = settled(folder) / _STATE
+    path = disk.settled(folder) / _STATE
     tensors, metadata = _read_tensors(path)
     if _STATE_KEY not in metadata:
         raise InputError(
             f"{path}: expected a training state of minirlhf; got another safetensors file: name "
             "the checkpoint folder of a run"
         )
-    header = parse_object(metadata[_STATE_KEY], str(path))
+    header = disk.parse_object(metadata[_STATE_KEY], str(path))
     return tree_map(tensors.__getitem__, header["outline"]), header["meta"]
 
 
@@ -346,7 +296,7 @@ def _host(name: str, array: Any) -> np.ndarray:
 
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors, in fresh memory, and the metadata of a safetensors file."""
-    data = read_bytes(path)
+    data = disk.read_bytes(path)
     try:
         stored = deserialize(data)
     except SafetensorError as error:
@@ -360,13 +310,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _to_array(name: str, spec: dict, path: Path) -> np.ndarray:
-    shape, dtype, buffer = tuple(spec["shape"]), spec["dtype"], spec["data"]
-    if dtype == "BF16":  # the upper half of a float32
+    shape, kind, buffer = tuple(spec["shape"]), spec["dtype"], spec["data"]
+    if kind == "BF16":  # the upper half of a float32
         return (np.ndarray(shape, "<u2", buffer).astype(np.uint32) << 16).view(np.float32)
-    if dtype not in _DTYPES:
+    if kind != "BOOL" and not re.fullmatch(r"F(16|32|64)|[IU](8|16|32|64)|C64", kind):
         raise InputError(
-            f"{path}: expected {name} in a type that NumPy has; got {dtype}: convert the file to "
+            f"{path}: expected {name} in a type that NumPy has; got {kind}: convert the file to "
             "float32"
         )
-    array = np.ndarray(shape, _DTYPES[dtype], buffer)
-    return array.astype(array.dtype.newbyteorder("="))  # a copy
+    dtype = np.dtype("?" if kind == "BOOL" else f"<{kind[0].lower()}{int(kind[1:]) // 8}")
+    return np.ndarray(shape, dtype, buffer).astype(dtype.newbyteorder("="))  # a copy

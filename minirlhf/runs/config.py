@@ -10,22 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from minirlhf.disk import read_text, write_whole
+from minirlhf.disk import read_toml, write_whole
 from minirlhf.errors import InputError
 from minirlhf.train import settings
-from minirlhf.train.settings import (
-    ModelConfig,
-    PPOConfig,
-    RewardModelConfig,
-    SFTConfig,
-    check_fields,
-    with_fields,
-)
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -49,13 +36,15 @@ class TrainConfig:
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
-    model: ModelConfig = field(default_factory=ModelConfig)  # The policy's transformer
-    sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
-    ppo: PPOConfig = field(default_factory=PPOConfig)  # Stage 3
+    # The policy's transformer
+    model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
+    sft: settings.SFTConfig = field(default_factory=settings.SFTConfig)  # Stage 1
+    # Stage 2
+    reward_model: settings.RewardModelConfig = field(default_factory=settings.RewardModelConfig)
+    ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
 
     def __post_init__(self):
-        check_fields(
+        settings.check_fields(
             self,
             "",
             at_least_1=("vocab_size", "eval_prompts", "checkpoint_every"),
@@ -97,20 +86,13 @@ _document_fields(settings, sys.modules[__name__])
 def to_toml(config: Any, prefix: str = "") -> str:
     """A dataclass of numbers, strings, booleans and further dataclasses as TOML."""
     lines, tables = [], []
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+    for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
-            name = f"{prefix}{f.name}"
-            tables.append(f"\n[{name}]\n{to_toml(value, name + '.')}")
-        elif isinstance(value, bool):
-            lines.append(f"{f.name} = {str(value).lower()}\n")
-        elif value is None:
-            continue
-        elif isinstance(value, int | float):
-            lines.append(f"{f.name} = {value!r}\n")
-        else:
-            text = json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-            lines.append(f"{f.name} = {text}\n")  # a string of JSON is one of TOML
+            tables.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
+        elif value is not None:  # what JSON writes for a number, a boolean, a string is TOML too
+            value = value if isinstance(value, bool | int | float) else str(value)
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{name} = {text}\n")
     return "".join(lines + tables)
 
 
@@ -122,14 +104,10 @@ def save_config(path: Path, config: TrainConfig) -> None:
 def load_config(path: str | Path) -> TrainConfig:
     """Read a TOML file; what it leaves out has its default.
 
-    Raises:
-        InputError: no TOML, an unknown field, or a value of the wrong type.
+    Raises:   InputError: no TOML, an unknown field, or a value of the wrong type.
     """
+    values = read_toml(path)
     try:
-        values = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: expected TOML; got {error}: correct it") from error
-    try:
-        return with_fields(TrainConfig(), values, "")
+        return settings.with_fields(TrainConfig(), values, "")
     except InputError as error:
         raise InputError(f"{path}: {str(error).removeprefix(': ')}") from error

@@ -1,7 +1,9 @@
 """What a policy is worth on held-out prompts, in numbers a person can compare."""
 
 import dataclasses
+import math
 from collections import Counter
+from itertools import cycle, islice
 
 import numpy as np
 
@@ -26,12 +28,7 @@ def distinct_2(responses: list[list[int]]) -> float:
 
 
 def response_metrics(
-    rollout: Rollout,
-    *,
-    world: World,
-    stop_id: int,
-    score_mean: float = 0.0,
-    score_sd: float = 1.0,
+    rollout: Rollout, *, world: World, stop_id: int, score_mean: float = 0.0, score_sd: float = 1.0
 ) -> dict[str, float]:
     """The columns of the final table, means over responses.
 
@@ -42,18 +39,18 @@ def response_metrics(
     entropy    of the next token [nats per token]
     length     tokens, the stop token included
 
-    Args:
-        score_mean, score_sd: score = (reward - score_mean) / score_sd.
+    Args:     score_mean, score_sd: score = (reward - score_mean) / score_sd.
     """
     samples = rollout.samples
     mask = to_host(rollout.batch.response_mask) > 0
     log_ratio = to_host(rollout.old_logp - rollout.ref_logp).astype(np.float64)
     full = to_host(rollout.kl_full).astype(np.float64)
     plain = [[i for i in ids if i != stop_id] for ids in samples.response_ids]
-    metrics = {
-        "proxy": float(to_host(rollout.score).astype(np.float64).mean()),
-        "gold": float("nan"),
-        "reward": float("nan"),
+    proxy = float(to_host(rollout.score).astype(np.float64).mean())
+    return {
+        "proxy": proxy,
+        "gold": float(np.mean(gold_of(samples, world))) if world.gold else math.nan,
+        "reward": proxy * score_sd + score_mean if world.reward else math.nan,
         "kl_seq": float(np.where(mask, log_ratio, 0.0).sum(axis=1).mean()),
         "kl_full_seq": float(np.where(mask, full, 0.0).sum(axis=1).mean()),
         "entropy": float(to_host(rollout.entropy)[mask].mean()),
@@ -62,19 +59,12 @@ def response_metrics(
         "repeated_bigrams": float(np.mean([repeated_bigram_share(ids) for ids in plain])),
         "ended": float(np.mean([stop_id in ids for ids in samples.response_ids])),
     }
-    if world.gold is not None:
-        metrics["gold"] = float(np.mean(gold_of(samples, world)))
-    if world.reward is not None:
-        metrics["reward"] = metrics["proxy"] * score_sd + score_mean
-    return metrics
 
 
 def gold_of(samples: Samples, world: World) -> list[float]:
     """The world's true reward of every response."""
-    return [
-        float(world.gold(prompt, response))
-        for prompt, response in zip(samples.prompts, samples.responses, strict=True)
-    ]
+    pairs = zip(samples.prompts, samples.responses, strict=True)
+    return [float(world.gold(prompt, response)) for prompt, response in pairs]
 
 
 def evaluate(
@@ -82,25 +72,17 @@ def evaluate(
 ) -> tuple[dict[str, float], Samples]:
     """Held-out metrics, one response a prompt, always with the same coins: two calls compare.
 
-    Args:
-        policy, reference: {"transformer": ..., "value_head": ...} and {"transformer": ...}.
+    Args:     policy, reference: {"transformer": ..., "value_head": ...} and {"transformer": ...}.
     """
-    config, prompts = session.config, session.world.heldout_prompts
-    repeats = -(-config.eval_prompts // len(prompts))
+    config = session.config
+    prompts = list(islice(cycle(session.world.heldout_prompts), config.eval_prompts))
     rng = np.random.default_rng(config.seed + 1_000_003)  # no stream of the training
     settings = dataclasses.replace(config.ppo, kl_mode="reward_k1")  # keeps no whole distributions
-    samples = session.sample(
-        policy, (prompts * repeats)[: config.eval_prompts], rng, Sampling(settings.temperature)
-    )
+    samples = session.sample(policy, prompts, rng, Sampling(settings.temperature))
     samples = samples._replace(hidden=None)  # scored anew: a policy's KL to itself is exactly 0
     rollout = score_rollout(
         policy, reference, samples, score=score, config=session.gpt, settings=settings
     )
-    metrics = response_metrics(
-        rollout,
-        world=session.world,
-        stop_id=session.tokenizer.eos,
-        score_mean=score.model.mean,
-        score_sd=score.model.sd,
-    )
-    return metrics, samples
+    scale = {"score_mean": score.model.mean, "score_sd": score.model.sd}
+    stop_id = session.tokenizer.eos
+    return response_metrics(rollout, world=session.world, stop_id=stop_id, **scale), samples

@@ -1,15 +1,11 @@
 """What a run leaves behind: metrics.jsonl and samples.jsonl, one JSON object a line."""
 
 import json
-import math
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from minirlhf.disk import parse_object, read_bytes
+from minirlhf.disk import parse_object, plain, read_bytes
 from minirlhf.errors import InputError
 
 
@@ -20,15 +16,14 @@ class RunLog:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.metrics_path = self.folder / "metrics.jsonl"
-        self.samples_path = self.folder / "samples.jsonl"
+        folder = Path(folder)
+        self.metrics_path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
         self.paths = (self.metrics_path, self.samples_path)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for path in self.paths:
                 path.touch()
-                _cut_torn_line(path)
+                _mend(path)
         except OSError as error:
             raise InputError(
                 f"{folder}: expected a run folder to write to; got {error.strerror}: choose another"
@@ -37,18 +32,17 @@ class RunLog:
     def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
         """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null.
 
-        Raises:
-            ValueError: values has a key "step" or "stage".
-            TypeError:  a value is neither a number, a string, None, nor a dict or list of them.
+        Raises:   ValueError: values has a key "step" or "stage".
+                  TypeError: a value is neither a number, a string, None, nor a dict or list of
+                      them.
         """
         _append(self.metrics_path, [_line({"step": step, "stage": stage}, values)])
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append {"step", **sample} to samples.jsonl for each sample.
 
-        Raises:
-            ValueError: a sample has a key "step".
-            TypeError:  as `metrics`.
+        Raises:   ValueError: a sample has a key "step".
+                  TypeError: as `metrics`.
         """
         _append(self.samples_path, [_line({"step": step}, sample) for sample in samples])
 
@@ -79,8 +73,7 @@ class RunLog:
     def rewind(self, position: dict[str, int]) -> None:
         """Drop the lines written after `position`, so that a resumed run does not repeat them.
 
-        Raises:
-            InputError: a file is shorter than it was.
+        Raises:   InputError: a file is shorter than it was.
         """
         for path in self.paths:
             size, kept = path.stat().st_size, position[path.name]
@@ -95,39 +88,17 @@ class RunLog:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. An unfinished last line, of a run that crashed, is dropped.
 
-    Raises:
-        InputError: the file is missing, or a finished line is no JSON object (says which).
+    Raises:   InputError: the file is missing, or a finished line is no JSON object (says which).
     """
-    *lines, tail = read_bytes(path).split(b"\n")
-    objects = [
-        parse_object(line, f"{path}:{number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    with suppress(InputError):
-        objects += [parse_object(tail, str(path))] if tail.strip() else []
-    return objects
+    data = read_bytes(path)
+    lines = enumerate(data[: _whole(data)].split(b"\n"), 1)
+    return [parse_object(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 
 def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
     if clash := sorted(head.keys() & values.keys()):
         raise ValueError(f"run log: expected other keys than {clash}, which are set already")
-    return json.dumps(_plain(head | values), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types: NumPy numbers as Python's, NaN and inf as None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    raise TypeError(f"run log: expected numbers, strings, dicts and lists; got {type(value)}")
+    return json.dumps(plain(head | values), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _append(path: Path, lines: list[str]) -> None:
@@ -136,15 +107,20 @@ def _append(path: Path, lines: list[str]) -> None:
         file.write("".join(lines).encode("utf-8", errors="backslashreplace"))
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Finish the last line with its newline, or cut it off if it is no whole object."""
-    data = path.read_bytes()
+def _whole(data: bytes) -> int:
+    """How many bytes there are without an unfinished last line; only its newline may be missing."""
     tail = data[data.rfind(b"\n") + 1 :]
-    if not tail:
-        return
     try:
-        parse_object(tail, str(path))
+        parse_object(tail, "")
     except InputError:
-        os.truncate(path, len(data) - len(tail))
-    else:
+        return len(data) - len(tail)
+    return len(data)
+
+
+def _mend(path: Path) -> None:
+    """Cut off an unfinished last line; give a whole one its newline."""
+    data = path.read_bytes()
+    size = _whole(data)
+    os.truncate(path, size)
+    if size and not data[:size].endswith(b"\n"):
         _append(path, ["\n"])

@@ -69,9 +69,8 @@ def pad_batch(
 ) -> Batch:
     """Prompts and responses (lists of ids) as one checked batch.
 
-    Raises:
-        ValueError: lists of different lengths, an empty prompt, ids that are no integers, or that
-            the model has no room for.
+    Raises:   ValueError: lists of different lengths, an empty prompt, ids that are no integers, or
+                  that the model has no room for.
     """
     if len(prompts) != len(responses) or not all(len(p) > 0 for p in prompts):
         raise ValueError(
@@ -103,9 +102,9 @@ def micro_batches(
     With more than one group, sequences of like length stand together, the longest first, so that a
     group holds little padding. The groups do not depend on the number of workers.
 
-    Args:
-        lengths: tokens of each sequence, of at least one.
-        size: the most sequences of a group; 0: as many as suit a core's cache (on a GPU: all).
+    Args:     lengths: tokens of each sequence, of at least one.
+              size: the most sequences of a group; 0: as many as suit a core's cache (on a GPU:
+                  all).
     """
     n = len(lengths)
     if not size and device == "cpu":

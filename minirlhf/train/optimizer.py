@@ -54,11 +54,10 @@ class Optimizer:
     def step(self, gradients: Tree, *, loss: float) -> dict[str, float]:
         """One update.
 
-        Returns:
-            grad_norm, the global norm of the gradient before clipping, and the learning rate lr.
-        Raises:
-            NonFiniteError: the loss or a gradient is nan or inf, and the parameters are unchanged;
-                or the update was so large that a parameter is.
+        Returns:  grad_norm, the global norm of the gradient before clipping, and the learning rate
+                      lr.
+        Raises:   NonFiniteError: the loss or a gradient is nan or inf, and the parameters are
+                      unchanged; or the update was so large that a parameter is.
         """
         c, learning_rate = self.config, self.learning_rate
         leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order

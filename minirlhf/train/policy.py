@@ -7,26 +7,14 @@ hidden state that predicts token t, h_{t-1}, also gives V(x, y_<t).
 from typing import NamedTuple
 
 from minirlhf.backend import Array, get_xp
-from minirlhf.nn.heads import (
-    ScalarHeadCache,
-    TiedLogitsCache,
-    last_columns,
-    scalar_head_backward,
-    scalar_head_forward,
-    tied_logits_backward,
-    tied_logits_forward,
-)
+from minirlhf.nn import heads
 from minirlhf.nn.transformer import (
     GPTConfig,
     TransformerCache,
     transformer_backward,
     transformer_forward,
 )
-from minirlhf.rlhf.logprobs import (
-    TokenLogprobsCache,
-    token_logprobs_backward,
-    token_logprobs_forward,
-)
+from minirlhf.rlhf import logprobs
 from minirlhf.train.batches import Batch
 from minirlhf.tree import Tree
 
@@ -39,9 +27,9 @@ class PolicyOutput(NamedTuple):
 
 class PolicyCache(NamedTuple):
     trunk: TransformerCache
-    logits: TiedLogitsCache
-    logp: TokenLogprobsCache
-    values: ScalarHeadCache | None
+    logits: heads.TiedLogitsCache
+    logp: logprobs.TokenLogprobsCache
+    values: heads.ScalarHeadCache | None
 
 
 def policy_forward(
@@ -55,12 +43,10 @@ def policy_forward(
 ) -> tuple[PolicyOutput, PolicyCache | None]:
     """logits, log-probs and values of the response tokens of a batch.
 
-    Args:
-        hidden: (B, at least T, C) the transformer's output that predicts the response tokens, where
-            it is known from sampling them. No backward can follow.
-        keep: False where no backward will follow: it takes less time and memory.
-    Returns:
-        PolicyOutput, cache (None unless kept).
+    Args:     hidden: (B, at least T, C) the transformer's output that predicts the response tokens,
+                  where it is known from sampling them. No backward can follow.
+              keep: False where no backward will follow: it takes less time and memory.
+    Returns:  PolicyOutput, cache (None unless kept).
     """
     xp = get_xp(batch.tokens)
     B, columns = batch.tokens.shape
@@ -76,13 +62,13 @@ def policy_forward(
         )
     else:
         h, trunk, keep = hidden[:, : len(before)], None, False
-    logits, logits_cache = tied_logits_forward(h, params["transformer"]["wte"])  # h (B, T, C)
-    logp, logp_cache = token_logprobs_forward(
+    logits, logits_cache = heads.tied_logits_forward(h, params["transformer"]["wte"])  # h (B, T, C)
+    logp, logp_cache = logprobs.token_logprobs_forward(
         logits, targets=batch.responses, temperature=temperature
     )
     values = values_cache = None
     if "value_head" in params:
-        values, values_cache = scalar_head_forward(h, **params["value_head"])
+        values, values_cache = heads.scalar_head_forward(h, **params["value_head"])
     cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache)
     return PolicyOutput(logits, logp, values), cache if keep else None
 
@@ -91,14 +77,14 @@ def policy_backward(
     dlogits: Array | None, dlogp: Array, dvalues: Array | None, cache: PolicyCache
 ) -> Tree:
     """dL/dparams from dL/dlogits (None: 0), dL/dlogp and dL/dvalues (None without a value head)."""
-    dlogits_total = token_logprobs_backward(dlogp, cache.logp)
+    dlogits_total = logprobs.token_logprobs_backward(dlogp, cache.logp)
     if dlogits is not None:
         dlogits_total += dlogits
-    dh, dwte_head = tied_logits_backward(dlogits_total, cache.logits)
+    dh, dwte_head = heads.tied_logits_backward(dlogits_total, cache.logits)
     del dlogits_total  # the largest of all arrays
     gradients = {}
     if cache.values is not None:
-        dh_value, dw, db = scalar_head_backward(dvalues, cache.values)
+        dh_value, dw, db = heads.scalar_head_backward(dvalues, cache.values)
         dh += dh_value
         gradients["value_head"] = {"w": dw, "b": db}
     dtransformer = transformer_backward(dh, cache.trunk)
@@ -108,7 +94,7 @@ def policy_backward(
 
 class RewardCache(NamedTuple):
     trunk: TransformerCache
-    score: ScalarHeadCache
+    score: heads.ScalarHeadCache
 
 
 def reward_forward(
@@ -116,27 +102,25 @@ def reward_forward(
 ) -> tuple[Array, RewardCache | None]:
     """score = h_last . w + b at the last real token of [x, y, eos].
 
-    Args:
-        params: {"transformer": ..., "reward_head": {w, b}}.
-        keep: False where no backward will follow.
-    Returns:
-        score (B,), cache (None unless kept).
+    Args:     params: {"transformer": ..., "reward_head": {w, b}}.
+              keep: False where no backward will follow.
+    Returns:  score (B,), cache (None unless kept).
     """
     h, trunk = transformer_forward(
         params["transformer"],
         tokens=batch.tokens,
         mask=batch.mask,
         config=config,
-        read=last_columns(batch.mask),
+        read=heads.last_columns(batch.mask),
         keep=keep,
     )
-    score, score_cache = scalar_head_forward(h[:, 0], **params["reward_head"])
+    score, score_cache = heads.scalar_head_forward(h[:, 0], **params["reward_head"])
     return score, RewardCache(trunk, score_cache) if keep else None
 
 
 def reward_backward(dscore: Array, cache: RewardCache) -> Tree:
     """dL/dparams from dL/dscore (B,)."""
-    dh_last, dw, db = scalar_head_backward(dscore, cache.score)
+    dh_last, dw, db = heads.scalar_head_backward(dscore, cache.score)
     return {
         "transformer": transformer_backward(dh_last[:, None], cache.trunk),
         "reward_head": {"w": dw, "b": db},

@@ -60,12 +60,12 @@ def train_ppo(
 ) -> Iterator[Iteration]:
     """The loop of RLHF: sample, score, penalise, advantages, epochs of clipped updates, next beta.
 
-    Args:
-        optimizer: owns the policy; after a resume it says how many updates have been made.
-        reference: the frozen copy that the penalty is measured from.
-        rng: of the minibatches.
-        kl_coef: beta to go on with; None: settings.kl_coef.
-        advantages_of: in the place of `make_experience`, for another estimate of the advantages.
+    Args:     optimizer: owns the policy; after a resume it says how many updates have been made.
+              reference: the frozen copy that the penalty is measured from.
+              rng: of the minibatches.
+              kl_coef: beta to go on with; None: settings.kl_coef.
+              advantages_of: in the place of `make_experience`, for another estimate of the
+                  advantages.
     Yields:
         an Iteration, until all of settings.iterations are done.
     """
@@ -128,8 +128,7 @@ def make_experience(
     the loss stands beside the advantages: its beta is divided by whatever whitening divided the
     rewards and the advantages by, so that beta means the same in both places.
 
-    Args:
-        kl_coef: beta [reward units per nat].
+    Args:     kl_coef: beta [reward units per nat].
     """
     mask = rollout.batch.response_mask
     score = final_score(rollout, settings=settings, stop_id=stop_id)
@@ -308,10 +307,8 @@ def ppo_loss_forward(
     penalty is inside the advantages of L_clip, constants, and no term of its own: what reaches the
     logits is dz_a = -w ratio A (1[a = y] - P_a) / tau where the clip lets it through, 0 elsewhere.
 
-    Args:
-        params: {"transformer": ..., "value_head": ...}.
-    Returns:
-        loss (), cache.
+    Args:     params: {"transformer": ..., "value_head": ...}.
+    Returns:  loss (), cache.
     """
     batch, weights, tau = experience.batch, experience.weights, settings.temperature
     out, policy = policy_forward(params, batch=batch, config=config, temperature=tau)

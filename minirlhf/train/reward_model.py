@@ -50,13 +50,11 @@ def train_reward_model(
 ) -> Iterator[dict[str, float]]:
     """The loop: epochs over the pairs in a new order each, minimising -log sigma(margin).
 
-    Args:
-        optimizer: of `init_reward_model`; made for `n_updates` updates.
+    Args:     optimizer: of `init_reward_model`; made for `n_updates` updates.
     Yields:
         loss, accuracy, margin, grad_norm and lr of each update.
-    Raises:
-        InputError: there are no pairs.
-        NonFiniteError: the loss diverged.
+    Raises:   InputError: there are no pairs.
+              NonFiniteError: the loss diverged.
     """
     if not pairs:
         raise InputError(
@@ -101,8 +99,7 @@ def reward_model_loss_and_gradients(
 ) -> tuple[dict[str, float], Tree]:
     """Mean of -log sigma(score_chosen - score_rejected), and its gradient.
 
-    Returns:
-        metrics (loss, accuracy, mean margin), gradients.
+    Returns:  metrics (loss, accuracy, mean margin), gradients.
     """
     lengths = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
     groups = micro_batches(lengths, config=config, device=device)
@@ -181,8 +178,7 @@ def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
     The scale is part of beta: only beta / sd(score) has a meaning, and the ranking loss fixes
     neither offset nor scale.
 
-    Raises:
-        InputError: all scores are equal.
+    Raises:   InputError: all scores are equal.
     """
     mean, sd = float(raw_scores.mean()), float(raw_scores.std())
     if not sd > 1e-6 * max(1.0, abs(mean)):

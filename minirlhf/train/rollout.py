@@ -48,8 +48,7 @@ def sample_responses(
 
     PPO samples with top_k 0 and top_p 1: what is sampled must be what is scored.
 
-    Args:
-        params: {"transformer": ...}.
+    Args:     params: {"transformer": ...}.
     """
     dtype = params["transformer"]["wte"].dtype
     batch = pad_batch(
@@ -105,11 +104,10 @@ def score_rollout(
     first update is 1 up to rounding; without hidden states, and with minibatches of the same
     shapes, it is exactly 1.
 
-    Args:
-        policy: {"transformer": ..., "value_head": ...}, the one that drew the samples.
-        reference: {"transformer": ...}, a frozen copy.
-        settings: the temperature, the size of a micro-batch, and whether `kl_mode` needs the
-            reference's whole distributions.
+    Args:     policy: {"transformer": ..., "value_head": ...}, the one that drew the samples.
+              reference: {"transformer": ...}, a frozen copy.
+              settings: the temperature, the size of a micro-batch, and whether `kl_mode` needs the
+                  reference's whole distributions.
     """
     batch, hidden = samples.batch, samples.hidden
     xp, groups = get_xp(batch.mask), batch.groups(size=settings.micro_batch_size, config=config)

@@ -30,11 +30,9 @@ def check_fields(config: Any, where: str, **names_of: tuple[str, ...]) -> None:
 
     A dict in the place of a nested dataclass becomes one, over the defaults of that field.
 
-    Args:
-        where: what stands before the name of a field in a message, like "ppo.".
-        names_of: which fields follow which of _RULES.
-    Raises:
-        InputError: a field has another type or is out of its range.
+    Args:     where: what stands before the name of a field in a message, like "ppo.".
+              names_of: which fields follow which of _RULES.
+    Raises:   InputError: a field has another type or is out of its range.
     """
     hints = get_type_hints(type(config))
     for f in fields(config):
@@ -53,8 +51,7 @@ def check_fields(config: Any, where: str, **names_of: tuple[str, ...]) -> None:
 def with_fields(default: Any, values: dict[str, Any], where: str) -> Any:
     """The dataclass with other values of some fields.
 
-    Raises:
-        InputError: a name is no field, or as `check_fields`.
+    Raises:   InputError: a name is no field, or as `check_fields`.
     """
     names = [f.name for f in fields(default)]
     for name in values:

@@ -8,11 +8,7 @@ import numpy as np
 from minirlhf.backend import Array, get_xp
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.objectives import (
-    cross_entropy_backward,
-    cross_entropy_forward,
-    token_weights,
-)
+from minirlhf.rlhf.objectives import cross_entropy_backward, cross_entropy_forward, token_weights
 from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
@@ -35,13 +31,11 @@ def train_sft(
 ) -> Iterator[dict[str, float]]:
     """The loop: one update a step on a random batch of demonstrations.
 
-    Args:
-        optimizer: of {"transformer": ...}; made for settings.steps updates.
+    Args:     optimizer: of {"transformer": ...}; made for settings.steps updates.
     Yields:
         loss/sft [nats per token], grad_norm and lr of each update.
-    Raises:
-        InputError: there are no examples.
-        NonFiniteError: the loss diverged.
+    Raises:   InputError: there are no examples.
+              NonFiniteError: the loss diverged.
     """
     if not examples:
         raise InputError(
@@ -87,8 +81,7 @@ def sft_loss(
 ) -> float:
     """Mean cross-entropy of the response tokens of all examples [nats per token].
 
-    Args:
-        params: {"transformer": ...}.
+    Args:     params: {"transformer": ...}.
     """
     total = tokens = 0.0
     for rows in row_slices(len(examples), batch_size):

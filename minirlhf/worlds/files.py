@@ -42,16 +42,14 @@ def corpus_world(
     than 20 % of the examples unless one prompt has more than that (26 first letters of names are
     few prompts). At least one prompt of the pairs is trained on. A single prompt is in both lists.
 
-    Args:
-        path:       corpus; None: the chosen replies of the pairs are the demonstrations.
-        pairs_path: preference pairs; their prompts join those of the corpus.
-        reward:     what `load_reward` takes.
-        unit:       what is an example of a plain text: "line", "document", or "auto".
-        max_prompt_chars, max_response_chars: longer ones are cut at a word border, prompts in
-            front, responses at the end.
-        rng:        chooses the held-out prompts.
-    Raises:
-        InputError: a file cannot be used, nothing usable is left, or the choices do not fit.
+    Args:     path: corpus; None: the chosen replies of the pairs are the demonstrations.
+              pairs_path: preference pairs; their prompts join those of the corpus.
+              reward: what `load_reward` takes.
+              unit: what is an example of a plain text: "line", "document", or "auto".
+              max_prompt_chars, max_response_chars: longer ones are cut at a word border, prompts in
+                  front, responses at the end.
+              rng: chooses the held-out prompts.
+    Raises:   InputError: a file cannot be used, nothing usable is left, or the choices do not fit.
     """
     _check_sources(path, pairs_path, reward)
     notes: list[str] = []
@@ -61,19 +59,22 @@ def corpus_world(
         examples, joiner = [(prompt, chosen) for prompt, chosen, _ in pairs], " "
     else:
         examples, joiner = read_corpus(path, unit=unit, notes=notes)
-    examples = _unique(_cut_examples(examples, limits, notes), notes)
+    cut = _cut_examples(examples, limits, notes)
+    examples = list(dict.fromkeys(cut))
+    if dropped := len(cut) - len(examples):
+        notes.append(f"dropped {dropped} of {len(cut)} examples that occur twice")
     judged = [prompt for prompt, _, _ in pairs or []]
     weights = Counter([prompt for prompt, _ in examples] + judged)
     train_prompts, heldout_prompts = _split_prompts(weights, rng, set(judged))
     if train_prompts == heldout_prompts:
         notes.append("there is one prompt in all: it is trained on and evaluated on")
-    train = set(train_prompts)
+    demonstrations, heldout_demonstrations = split_pairs(examples, train_prompts=train_prompts)
     return World(
         name=Path(path or pairs_path).stem,
-        demonstrations=[example for example in examples if example[0] in train],
+        demonstrations=demonstrations,
         train_prompts=train_prompts,
         heldout_prompts=heldout_prompts,
-        heldout_demonstrations=[example for example in examples if example[0] not in train],
+        heldout_demonstrations=heldout_demonstrations,
         pairs=pairs,
         reward=None if reward is None else load_reward(reward),
         joiner=joiner,
@@ -94,10 +95,8 @@ def _check_sources(path, pairs_path, reward) -> None:
         raise InputError("corpus: expected a corpus or preference pairs; got none: give --corpus")
 
 
-def split_pairs(
-    pairs: list[TextPair], *, train_prompts: list[str]
-) -> tuple[list[TextPair], list[TextPair]]:
-    """(train, held-out): a pair belongs where its prompt does."""
+def split_pairs(pairs: list[tuple], *, train_prompts: list[str]) -> tuple[list, list]:
+    """(train, held-out): a pair, or an example, belongs where its prompt does."""
     train = set(train_prompts)
     return [p for p in pairs if p[0] in train], [p for p in pairs if p[0] not in train]
 
@@ -113,10 +112,8 @@ def read_corpus(
     A paragraph's prompt is its first line (joiner "\n"). Where most examples are one line it is the
     first word (" "); where most are one word, the first character ("").
 
-    Args:
-        notes: gets a sentence if examples were dropped.
-    Raises:
-        InputError: the file cannot be used, or no example has a prompt and a response.
+    Args:     notes: gets a sentence if examples were dropped.
+    Raises:   InputError: the file cannot be used, or no example has a prompt and a response.
     """
     if unit not in ("auto", "line", "document"):
         raise InputError(f"unit: expected auto, line or document; got {unit!r}: choose one of them")
@@ -170,9 +167,8 @@ def read_pairs(path: str | Path) -> list[TextPair]:
     A line without "prompt" holds two whole dialogues, as in HH-RLHF; their prompt goes up to and
     including the last "\n\nAssistant:" before they differ.
 
-    Raises:
-        InputError: the file cannot be used, or a line (named) is not JSON, lacks a key, has another
-            type than text, an empty text, or a chosen equal to the rejected.
+    Raises:   InputError: the file cannot be used, or a line (named) is not JSON, lacks a key, has
+                  another type than text, an empty text, or a chosen equal to the rejected.
     """
     pairs = []
     for where, entry in _objects(path):
@@ -217,20 +213,16 @@ def _objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _texts(entry: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[str, ...]:
     """The texts under `keys`, without outer white space."""
     for key in keys:
+        text = entry.get(key)
+        if isinstance(text, str) and text.strip():
+            continue
+        wrong = f"expected some text as {key}; got {text!r}: fill it or remove the line"
         if key not in entry:
-            raise InputError(
-                f"{where}: expected the keys {', '.join(keys)}; {key} is missing, got "
-                f"{', '.join(entry) or 'none'}: add it"
-            )
-        if not isinstance(entry[key], str):
-            raise InputError(
-                f"{where}: expected {key} to be text; got {shorten(repr(entry[key]))}: correct it"
-            )
-        if not entry[key].strip():
-            raise InputError(
-                f"{where}: expected some text as {key}; got {entry[key]!r}: fill it or remove the "
-                "line"
-            )
+            came = ", ".join(entry) or "none"
+            wrong = f"expected the keys {', '.join(keys)}; {key} is missing, got {came}: add it"
+        elif not isinstance(text, str):
+            wrong = f"expected {key} to be text; got {shorten(repr(text))}: correct it"
+        raise InputError(f"{where}: {wrong}")
     return tuple(entry[key].strip() for key in keys)
 
 
@@ -281,21 +273,13 @@ def _cut_pairs(pairs: list[TextPair], limits: tuple[int, int], notes: list[str])
     return kept
 
 
-def _unique(examples: list[tuple[str, str]], notes: list[str]) -> list[tuple[str, str]]:
-    unique = list(dict.fromkeys(examples))
-    if dropped := len(examples) - len(unique):
-        notes.append(f"dropped {dropped} of {len(examples)} examples that occur twice")
-    return unique
-
-
 def _split_prompts(
     weights: dict[str, int], rng: Generator, judged: frozenset[str] | set[str] = frozenset()
 ) -> tuple[list[str], list[str]]:
     """(train, held-out) prompts.
 
-    Args:
-        weights: how many examples each has.
-        judged:  prompts of pairs, of which at least one has to be among those of training.
+    Args:     weights: how many examples each has.
+              judged: prompts of pairs, of which at least one has to be among those of training.
     """
     prompts = list(weights)
     if len(prompts) == 1:

@@ -29,9 +29,8 @@ _PLURALS = {"texts", "prompts", "responses", "completions", "replies"}
 class UserReward:
     """The user's function, checked: a finite number for each reply.
 
-    Raises:
-        InputError: the function takes something else, raised, or returned something else; quotes
-            the text and the value.
+    Raises:   InputError: the function takes something else, raised, or returned something else;
+                  quotes the text and the value.
     """
 
     function: Callable
@@ -58,13 +57,11 @@ class UserReward:
     def __call__(self, prompts: list[str], responses: list[str], texts: list[str]) -> list[float]:
         """The reward of each reply; texts[i] is prompts[i] and responses[i] as one text."""
         columns = (texts,) if len(self._wants) == 1 else (prompts, responses)
-        if not _PLURALS & set(self._wants):
-            return [
-                self._number(self._ask(text, *row), text)
-                for text, row in zip(texts, zip(*columns, strict=True), strict=True)
-            ]
-        values = self._ask(texts[0], *map(list, columns))
-        values = values.tolist() if hasattr(values, "tolist") else values
+        if _PLURALS & set(self._wants):
+            values = self._ask(texts[0], *map(list, columns))
+            values = values.tolist() if hasattr(values, "tolist") else values
+        else:
+            values = [self._ask(*row) for row in zip(texts, *columns, strict=True)]
         if not isinstance(values, list | tuple) or len(values) != len(texts):
             raise InputError(
                 f"{self.name}: expected a list of {len(texts)} numbers, one a reply; got "
@@ -102,9 +99,8 @@ def load_reward(reward: str | Callable) -> UserReward:
 
     The module may lie in the current directory.
 
-    Raises:
-        InputError: there is no such module, file or function, its import fails, or it cannot be
-            called.
+    Raises:   InputError: there is no such module, file or function, its import fails, or it cannot
+                  be called.
     """
     if callable(reward):
         return UserReward(reward)
@@ -153,8 +149,10 @@ def _import(source: str) -> ModuleType:
         sys.path.remove(folder)
 
 
-def name_of(reward: Callable) -> str:
+def name_of(reward: str | Callable) -> str:
     """module:function where the function can be found again; python:NAME where it cannot."""
+    if isinstance(reward, str):
+        return absolute_reward(reward)
     module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "reward")
     found = getattr(sys.modules.get(module), name, None) is reward and module != "__main__"
     return f"{module}:{name}" if found else f"python:{name}"

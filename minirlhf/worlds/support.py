@@ -14,19 +14,14 @@ Top down: 1 the grammar · 2 prompts and demonstrations · 3 gold · 4 annotator
 
 import math
 import re
-import sys
 from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
 from numpy.random import Generator
 
+from minirlhf.disk import read_toml
 from minirlhf.worlds.world import World
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # ---------------------------------------------------------------- 1 the grammar
 
@@ -39,7 +34,7 @@ class Intent(NamedTuple):
     details: list[str]  # worth adding, for this intent only
 
 
-_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLES = read_toml(Path(__file__).with_suffix(".toml"))
 ITEMS, OPENERS = _TABLES["items"], _TABLES["openers"]
 INTENTS = {name: Intent(**entries) for name, entries in _TABLES["intents"].items()}
 SENTENCES = _TABLES["sentences"]  # kind -> those of the desk that fit no intent in particular
@@ -200,11 +195,7 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
 def gold_reward(prompt: str, response: str) -> float:
     """gold = sum of `gold_terms`: the true reward of a reply, from the text alone; at most 3.0.
 
-    It is logged and never trained on.
-
-    Args:     prompt: one of PROMPTS, capitals and spacing aside.
-              response: any text.
-    Raises:   ValueError: the prompt is not of the grammar.
+    It is logged and never trained on. Arguments and errors are those of `gold_terms`.
     """
     return sum(gold_terms(prompt, response).values())
 

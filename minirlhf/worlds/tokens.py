@@ -6,7 +6,6 @@ base alphabet is all 256 bytes, so every text encodes and decodes to itself.
 
 import base64
 import heapq
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import tiktoken
 
-from minirlhf.disk import parse_object, read_text, settled, shorten, write_whole
+from minirlhf.disk import read_object, settled, shorten, to_json, write_whole
 from minirlhf.errors import InputError
 
 EOS, BOS, SEP, PAD = SPECIALS = ("<|endoftext|>", "<|bos|>", "<|sep|>", "<|pad|>")
@@ -58,8 +57,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         r"""The text of the ids without the special ones; bytes that are not UTF-8 become "\ufffd".
 
-        Raises:
-            ValueError: an id outside the vocabulary.
+        Raises:   ValueError: an id outside the vocabulary.
         """
         plain = (i for i in map(int, ids) if not self.encoding.is_special_token(i))
         return b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
@@ -67,16 +65,14 @@ class Tokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         r"""One printable string a token: a newline reads "\n", a lone byte "\xe2".
 
-        Raises:
-            ValueError: an id outside the vocabulary.
+        Raises:   ValueError: an id outside the vocabulary.
         """
         return [_printable(self._bytes(int(i))) for i in ids]
 
     def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
 
-        Raises:
-            InputError: the prompt is empty.
+        Raises:   InputError: the prompt is empty.
         """
         if not text:
             raise InputError("prompt: expected some text; got an empty prompt: write one")
@@ -89,8 +85,7 @@ class Tokenizer:
 
         Without a limit the empty response is [eos], as a policy that ends at once samples it.
 
-        Raises:
-            InputError: there is a limit, as for text to train on or to score, and no text.
+        Raises:   InputError: there is a limit, as for text to train on or to score, and no text.
         """
         if max_tokens is not None and not text:
             raise InputError("response: expected some text; got an empty response: write one")
@@ -116,11 +111,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     Pairs are counted within the pieces of PATTERN; ties go to the pair first in byte order, so the
     order of the texts does not matter. Training ends early when no pair occurs twice.
 
-    Args:
-        texts:      what to count.
-        vocab_size: ids wanted, with the 256 bytes and the 4 special tokens; the most there will be.
-    Raises:
-        InputError: vocab_size is below 260, or there is no text.
+    Args:     texts: what to count.
+              vocab_size: ids wanted, with the 256 bytes and the 4 special tokens; the most there
+                  will be.
+    Raises:   InputError: vocab_size is below 260, or there is no text.
     """
     base = 256 + len(SPECIALS)
     if vocab_size < base:
@@ -213,8 +207,7 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
 
     Its <|endoftext|> is our eos. tiktoken fetches the table from the network at first use.
 
-    Raises:
-        InputError: tiktoken does not know the name, or the table cannot be had.
+    Raises:   InputError: tiktoken does not know the name, or the table cannot be had.
     """
     names = tiktoken.list_encoding_names()
     if name not in names:
@@ -233,47 +226,39 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
         ) from error
     specials = encoding._special_tokens  # documented in tiktoken's README, "Extending"
     missing = [special for special in SPECIALS if special not in specials]
-    specials = specials | {
-        special: encoding.max_token_value + 1 + i for i, special in enumerate(missing)
-    }
-    return _tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, specials)
+    new = {special: i for i, special in enumerate(missing, encoding.max_token_value + 1)}
+    return _tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, specials | new)
 
 
 def _tokenizer(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]):
-    encoding = tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-    )
-    return Tokenizer(encoding, specials[BOS], specials[SEP], specials[EOS], specials[PAD])
+    bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    return Tokenizer(bpe, specials[BOS], specials[SEP], specials[EOS], specials[PAD])
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write tiktoken.json (not tokenizer.json: transformers would read that as its own).
 
-    Raises:
-        InputError: the folder cannot be written.
+    Raises:   InputError: the folder cannot be written.
     """
-    encoding = tokenizer.encoding
+    encoding, ranks = tokenizer.encoding, tokenizer.encoding._mergeable_ranks
+    in_order = sorted(ranks, key=ranks.__getitem__)
     content = {
         "format": _FORMAT,
         "name": encoding.name,
         "pattern": encoding._pat_str,
         "special_tokens": encoding._special_tokens,
-        "ranks": {
-            base64.b64encode(token).decode("ascii"): rank
-            for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-        },
+        "ranks": {base64.b64encode(token).decode("ascii"): ranks[token] for token in in_order},
     }
-    write_whole(Path(folder) / _FILE, json.dumps(content, indent=1).encode())
+    write_whole(Path(folder) / _FILE, to_json(content))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read what `save_tokenizer` wrote.
 
-    Raises:
-        InputError: the file is missing, corrupt or of another kind.
+    Raises:   InputError: the file is missing, corrupt or of another kind.
     """
     path = settled(folder) / _FILE
-    content = parse_object(read_text(path), str(path))
+    content = read_object(path)
     if content.get("format") != _FORMAT:
         raise InputError(
             f"{path}: expected the format {_FORMAT!r}; got {content.get('format')!r}: name a "
@@ -281,12 +266,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     try:
         name, pattern = str(content["name"]), str(content["pattern"])
-        specials = {str(token): _id(i) for token, i in content["special_tokens"].items()}
-        ranks = {
-            base64.b64decode(token, validate=True): _id(rank)
-            for token, rank in content["ranks"].items()
-        }
+        specials, stored = content["special_tokens"], content["ranks"].items()
+        ranks = {base64.b64decode(token, validate=True): rank for token, rank in stored}
         ids = [*ranks.values(), *specials.values()]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError("an id is no whole number in its range")
         if len(set(ids)) != len(ids):  # tiktoken itself would abort with a Rust panic
             raise ValueError("two tokens share an id")
         if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
@@ -297,9 +281,3 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{path}: expected a tokenizer; it is corrupt ({type(error).__name__}: {error}): "
             "restore the file or train again"
         ) from error
-
-
-def _id(value: int) -> int:
-    if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError(f"{value!r} is no token id")
-    return value

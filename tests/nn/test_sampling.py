@@ -268,7 +268,12 @@ def test_a_logit_of_minus_infinity_is_never_drawn():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "wrong",
+    [
+        *({"temperature": t} for t in (-1.0, math.inf, math.nan)),
+        *({"top_p": p} for p in (0.0, 1.5, math.nan)),
+        {"top_k": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="expected a finite temperature >= 0, top_k >= 0"):

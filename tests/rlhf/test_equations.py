@@ -419,8 +419,9 @@ def test_rloo(case, n_prompts):
 def test_rloo_needs_a_second_response():
     with pytest.raises(ValueError, match="at least two responses to every prompt"):
         rloo_advantages(np.ones(3), group=np.array([0, 0, 1]), mask=np.ones((3, 2)))
-    with pytest.raises(ValueError, match=r"expected seq_reward \(B,\)"):
-        rloo_advantages(np.ones(2), group=np.array([0, 0, 1]), mask=np.ones((3, 2)))
+    for rewards, groups in ((2, 3), (3, 2)):
+        with pytest.raises(ValueError, match=r"expected seq_reward \(B,\), group \(B,\) and mask"):
+            rloo_advantages(np.ones(rewards), group=np.zeros(groups, int), mask=np.ones((3, 2)))
 
 
 @given(ragged(), st.booleans())

@@ -40,6 +40,7 @@ def obj_and_slope(ratio, advantage, **settings):
 RATIOS = (0.5, 0.9, 1.1, 1.5, 4.0)
 SLOPES = [  # clip, dual clip, advantage, slope in the ratio at each of RATIOS
     ("ppo", None, 1.0, (1, 1, 1, 0, 0)),
+    ("ppo", None, 0.5, (0.5, 0.5, 0.5, 0, 0)),
     ("book", None, 1.0, (1, 1, 1, 0, 0)),
     ("none", None, 1.0, (1, 1, 1, 1, 1)),
     ("ppo", None, -1.0, (0, -1, -1, -1, -1)),
@@ -104,6 +105,16 @@ def test_what_each_clip_is(log_ratio, advantage, eps):
         assert book > none  # the book's is not
     dual, _ = obj_and_slope(ratio, advantage, clip_eps=eps, dual_clip=2.0)
     assert dual == pytest.approx(max(ppo, 2 * advantage) if advantage < 0 else ppo)
+
+
+def test_the_defaults_are_a_fifth():
+    logp, old_logp, advantages = np.random.default_rng(0).standard_normal((3, 4, 5))
+    weights = np.ones((4, 5))
+    same = {"old_logp": old_logp, "advantages": advantages, "weights": weights}
+    by_default, _ = ppo_clip_forward(logp, **same)
+    assert by_default == ppo_clip_forward(logp, **same, clip_eps=0.2, clip="ppo")[0]
+    same = {"old_values": old_logp, "returns": advantages, "weights": weights}
+    assert value_loss_forward(logp, **same)[0] == value_loss_forward(logp, **same, clip_eps=0.2)[0]
 
 
 def test_zero_advantage_gives_no_slope():

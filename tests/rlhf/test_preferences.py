@@ -123,6 +123,9 @@ def test_preferences_refuse():
         bradley_terry_forward(np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match=r"B > 0; got \(0,\)"):
         bradley_terry_forward(np.zeros(0), np.zeros(0))
+    for smoothing in (-0.1, 0.5, 1.0, math.nan):  # from a half on, the rejected one is preferred
+        with pytest.raises(ValueError, match=rf"label_smoothing in \[0, 0.5\); got {smoothing}"):
+            bradley_terry_forward(np.zeros(2), np.zeros(2), label_smoothing=smoothing)
     for forward in (plackett_luce_forward, ranked_pairs_forward):
         for shape in ((3, 1), (3,), (0, 3)):
             with pytest.raises(ValueError, match=r"expected scores \(B, K\) with .* K >= 2; got"):

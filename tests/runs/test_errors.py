@@ -234,6 +234,7 @@ DAMAGES = [
     ("reference/model.safetensors", cut, ("resume",)),
     ("reference/config.json", edit_json(n_positions=7), ("resume",)),
     ("reference", delete, ("resume",)),
+    ("reference", replaced_by("policy"), ("resume",)),  # which has a head
     ("reward_model/model.safetensors", cut, ("resume",)),
     ("reward_model/heads.safetensors", delete, ("resume",)),
     ("reward_model/config.json", edit_json(score_mean=None), ("resume",)),

@@ -160,7 +160,7 @@ def test_the_users_reward_is_asked_once_a_reply(tmp_path):
         return answers[-len(replies[0]) :]
 
     run.world = dataclasses.replace(run.world, reward=counted)
-    reference = {"transformer": pipeline.reference_stage(run)}
+    reference = pipeline.reference_stage(run)
     score = run.score_with(pipeline.reward_stage(run, reference))
     answers.clear()
     head = {"w": np.zeros((8, 1), np.float32), "b": np.zeros(1, np.float32)}
@@ -228,7 +228,8 @@ def evaluated(policy, reference, *, seed=0, prompts=("abc", "d", "ga", "bbbb"), 
         *("letters", [("a", "b")], list(prompts), list(prompts)),
         gold=lambda prompt, response: response.count("a"),
     )
-    session = session_module.Session(config, world, Letters(), CONFIG, {}, None, print)
+    session = session_module.Session(config, world, Letters(), {})
+    session.gpt = CONFIG
     return evaluate(session, policy, reference, Lengths(world, RewardModel({}, CONFIG), {}))
 
 

@@ -28,7 +28,7 @@ from minirlhf import workers
 from minirlhf.backend import cuda_is_available, get_xp
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.runs import pipeline
+from minirlhf.runs import checkpoint, pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.train import batches, ppo
@@ -200,7 +200,7 @@ def run(tmp_path_factory, files):
 def observed(config, patch):
     """The outcome of a run, and what the folder does not tell."""
     saves, sizes = [], set()
-    save_state, policy_forward = pipeline.checkpoint.save_state, ppo.policy_forward
+    save_state, policy_forward = checkpoint.save_state, ppo.policy_forward
 
     def count(folder, arrays, meta):
         saves.append(meta["iterations_done"])
@@ -210,10 +210,10 @@ def observed(config, patch):
         sizes.add(batch.tokens.shape[0])
         return policy_forward(params, batch=batch, **constants)
 
-    patch.setattr(pipeline.checkpoint, "save_state", count)
+    patch.setattr(checkpoint, "save_state", count)
     patch.setattr(ppo, "policy_forward", look)
     patch.setattr(
-        session_module,
+        session_module.tokens,
         "load_tokenizer_by_name",
         lambda name: train_tokenizer(["kalo mitru brisen"] * 3, vocab_size=265),
     )

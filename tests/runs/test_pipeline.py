@@ -27,8 +27,8 @@ from tolerances import SAMPLER_HIDDEN, assert_close
 from minirlhf.disk import write_whole
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import adaptive_kl_coef
+from minirlhf.runs import checkpoint, pipeline
 from minirlhf.runs import folder as run_folder
-from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_config as load_model_entries
 from minirlhf.runs.checkpoint import load_model, load_state
@@ -297,13 +297,13 @@ def crash_at(monkeypatch, owner, name, count, *, after):
 @pytest.mark.parametrize(
     "owner, name, count",
     [
-        (pipeline, "pair_metrics", 1),
-        (pipeline, "normalized", 1),
-        (pipeline.checkpoint, "save_model", 1),
-        (pipeline.checkpoint, "save_model", 2),
-        (pipeline.checkpoint, "save_model", 3),
-        (pipeline.checkpoint, "save_state", 1),
-        (pipeline.checkpoint, "save_state", 2),
+        (pipeline.reward_model, "pair_metrics", 1),
+        (pipeline.reward_model, "normalized", 1),
+        (checkpoint, "save_model", 1),
+        (checkpoint, "save_model", 2),
+        (checkpoint, "save_model", 3),
+        (checkpoint, "save_state", 1),
+        (checkpoint, "save_state", 2),
         (ppo_module, "ppo_update", 4),
         (RunLog, "metrics", 14),
         (RunLog, "samples", 3),
@@ -525,7 +525,7 @@ def test_such_a_note_is_shown(tmp_path, names):
 def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, sft__batch_size=3)
     run = session_module.open_session(config)
-    reference = {"transformer": pipeline.reference_stage(run)}
+    reference = pipeline.reference_stage(run)
     *steps, heldout = metrics(config.out, "sft")
     assert len(steps) == heldout["step"] == 6
     prompts = {prompt for prompt, _ in run.world.heldout_demonstrations}
@@ -576,7 +576,7 @@ def test_a_fork_needs_a_reward_model_and_a_new_folder(finished, tmp_path):
 def open_ready(config):
     """A run whose reference and reward model are there: (run, reference, score)."""
     run = session_module.open_session(config)
-    reference = {"transformer": pipeline.reference_stage(run)}
+    reference = pipeline.reference_stage(run)
     return run, reference, run.score_with(pipeline.reward_stage(run, reference))
 
 
@@ -725,7 +725,7 @@ def test_a_known_encoding_is_loaded_once_by_its_name(tmp_path, names, monkeypatc
         asked.append(name)
         return train_tokenizer(["kalomi trusen brinova"] * 3, vocab_size=270)
 
-    monkeypatch.setattr(session_module, "load_tokenizer_by_name", stand_in)
+    monkeypatch.setattr(session_module.tokens, "load_tokenizer_by_name", stand_in)
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, encoding="stand_in")
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config, track=interrupted_after("PPO", 1))

@@ -301,7 +301,7 @@ def frozen(out, pairs, **changes):
     """A run whose reward model learns nothing, so that it shows what it starts from."""
     changes = {"reward_model__optimizer__learning_rate": 0.0, **changes}
     run = session_module.open_session(tiny_config(out, pairs=pairs, model__n_layer=2, **changes))
-    reference = {"transformer": pipeline.reference_stage(run)}
+    reference = pipeline.reference_stage(run)
     return pipeline.reward_stage(run, reference), reference["transformer"]
 
 
@@ -328,7 +328,7 @@ def test_the_stored_model_scores_as_the_one_in_memory(tmp_path, pairs):
     """What `resume` reads back: the weights and the scale."""
     config = tiny_config(tmp_path / "run", pairs=pairs)
     run = session_module.open_session(config)
-    reference = {"transformer": pipeline.reference_stage(run)}
+    reference = pipeline.reference_stage(run)
     model = pipeline.reward_stage(run, reference)
     again = pipeline.reward_stage(session_module.reopen_session(config.out), reference)
     assert (again.mean, again.sd, again.config) == (model.mean, model.sd, model.config)

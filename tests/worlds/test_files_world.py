@@ -485,6 +485,7 @@ def test_a_reward_that_leaves_the_program_is_one_sentence():
 def test_the_name_of_a_function_is_one_that_finds_it_again():
     assert name_of(vowel_share) == VOWELS and load_reward(VOWELS).function is vowel_share
     assert name_of(lambda text: 0.0).startswith("python:")
+    assert name_of(VOWELS) == VOWELS and name_of("") == ""
     with pytest.raises(InputError, match="expected the function f again"):
         load_reward("python:f")
 
