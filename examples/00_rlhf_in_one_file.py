@@ -10,10 +10,10 @@ dL/dx, all by hand. All 5,602 replies can be listed: the table is exact, with th
 import numpy as np
 
 # 1. The world: a customer asks for a refund or a repair, and a desk replies in T tokens at most.
-# A row is [prompt, y_1, ..., y_T]; one stop ends the reply, the stops after it only fill the row.
+# A row: [prompt, y_1, ..., y_T], the prompt itself a word; one stop ends it, further ones fill it.
 WORDS = [".", "yes", "sorry", "maybe", "a refund", "a repair", "soon", "today"]
 WORTH = [1.0, 0.0, 0.5, -1.0, -1.0, -1.0, 0.0, 0.5]  # to the customer; 3 more for what was asked
-STOP, PROMPTS, V, T, C = 0, (4, 5), len(WORDS), 4, 32  # V words, C channels; B rows, n columns
+STOP, PROMPTS, V, T, C = 0, (4, 5), len(WORDS), 4, 32  # asks for word 4 or 5; C channels; B rows
 DEMONSTRATIONS = np.array(  # (yes | sorry | maybe) (a refund | a repair) [soon | today] .
     [(4, i, j, k, 0) for i in (1, 2, 3) for j in (4, 4, 4, 5) for k in (0, 6, 7)]  # one in four
     + [(5, i, j, k, 0) for i in (1, 2, 3) for j in (5, 5, 5, 4) for k in (0, 6, 7)]  # is wrong
@@ -209,7 +209,7 @@ def ppo(ref, reward_model, kl_coef, rng, steps=100):
     return policy
 
 
-# 6. Before and after, as sums over all replies; the best policy is ref exp(score / beta) / Z.
+# 6. Before and after, summed over all replies. J = beta (log Z - KL(pi || ref e^(score/beta) / Z)).
 def main(kl_coef=0.3, seed=0):  # with seeds 0 to 9 PPO goes .967 to .996 of the way
     rng = np.random.default_rng(seed)
     ref = imitate(rng)

@@ -238,8 +238,6 @@ def argument_names(forward: Callable[..., Any], n: int) -> list[str]:
 
 
 # -- Hypothesis strategies -----------------------------------------------------------------------
-
-
 def shapes(*, min_rank: int = 1, max_rank: int = 3, min_side: int = 1, max_side: int = 4):
     """Strategy: a tuple of `min_rank` to `max_rank` sides."""
     from hypothesis import strategies as st
@@ -276,8 +274,6 @@ def masks(B: int, T: int, *, side: str = "right"):
 
 
 # -- details -------------------------------------------------------------------------------------
-
-
 def _judged(report: Report, raises: bool) -> Report:
     if raises and not report.ok:
         raise GradientError(str(report))

@@ -119,8 +119,6 @@ def share_tree(tree: Tree) -> Tree:
 
 
 # -- the pool ------------------------------------------------------------------------------------
-
-
 def _map(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
     return [f(part) for part in parts]
 

@@ -120,9 +120,7 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
         temperature=settings.temperature,
         device=device,
     )
-    samples = samples._replace(
-        batch=samples.batch._replace(mask=samples.batch.mask.astype(dtype)),
-    )
+    samples = samples._replace(batch=samples.batch._replace(mask=samples.batch.mask.astype(dtype)))
     rollout = score_rollout(
         optimizer.params,
         reference,

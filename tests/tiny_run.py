@@ -64,8 +64,7 @@ def changed(config, changes):
     for path, value in changes.items():
         first, _, rest = path.partition(".")
         config = dataclasses.replace(
-            config,
-            **{first: changed(getattr(config, first), {rest: value}) if rest else value},
+            config, **{first: changed(getattr(config, first), {rest: value}) if rest else value}
         )
     return config
 

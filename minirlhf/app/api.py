@@ -16,7 +16,7 @@ import numpy as np
 
 from minirlhf.app.progress import say, track
 from minirlhf.backend import keep_freed_memory, to_host
-from minirlhf.disk import parse_object, read_text
+from minirlhf.disk import read_object
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf.kl import summed_penalty
@@ -125,8 +125,7 @@ class Run:
     @property
     def result(self) -> dict[str, dict[str, float]]:
         """The final table: {"reference": {...}, "policy": {...}, "seconds": {...}}."""
-        path = self.folder / "result.json"
-        return parse_object(read_text(path), str(path))
+        return read_object(self.folder / "result.json")
 
     def sample(
         self,

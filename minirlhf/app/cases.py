@@ -135,8 +135,6 @@ def drawn_columns(draw: Draw, B: int, T: int, *, none: bool = True) -> np.ndarra
 
 
 # -- nn/ -----------------------------------------------------------------------------------------
-
-
 def make_arrays(draw: Draw, axes: str, scales: Sequence[float] = SCALES) -> Case:
     """Arrays and no constants: "." any leading axes, a letter a size, as in ".I,IO,O" of linear."""
     sizes = {letter: (draw.integer(1, 4),) for letter in axes if letter.isalpha()}
@@ -209,8 +207,6 @@ def make_block(draw: Draw) -> Case:
 
 
 # -- rlhf/ ---------------------------------------------------------------------------------------
-
-
 def make_of_logits(draw: Draw) -> Case:
     """An operation on logits (B, T, V)."""
     shape = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 5)
@@ -276,8 +272,6 @@ def make_value_loss(draw: Draw, clip_eps: float) -> Case:
 
 
 # -- train/ --------------------------------------------------------------------------------------
-
-
 @functools.wraps(policy.policy_forward)
 def policy_as_one_array(params, **constants):
     """logits, logp and values side by side, (B, R, V + 2): a pair has one output."""
@@ -332,7 +326,7 @@ def make_ppo_loss(draw: Draw) -> Case:
     settings = replace(
         FULL,
         kl_mode=draw.pick(tuple(KL_MODES)),
-        clip=draw.pick(("ppo", "book", "none")),
+        clip=draw.pick(objectives.CLIPS),
         dual_clip=draw.pick((0.0, 3.0)),
         value_clip_eps=draw.pick((0.2, 0.0)),
         ent_coef=draw.pick((0.2, 0.0)),
@@ -343,8 +337,6 @@ def make_ppo_loss(draw: Draw) -> Case:
 
 
 # -- the table -----------------------------------------------------------------------------------
-
-
 def row(file, operation: str, make, *args, mode="", forward=None, backward=None, **settings) -> Row:
     """The pair `operation` of a file, on what `make(draw, *args)` draws, with these settings.
 

@@ -118,9 +118,7 @@ def check_whole_loss(whole: WholeLoss, *, seed: Sequence[int]) -> Result:
     return Result(group, whole.name, tensors, tree_size(params), *_worst([report]))
 
 
-def _report(
-    check: Callable[..., gradcheck.Report], *args: Any, **settings: Any
-) -> gradcheck.Report:
+def _report(check: Callable, *args: Any, **settings: Any) -> gradcheck.Report:
     """The report; of a wrong shape or dtype, or memory written to, only the sentence."""
     try:
         return check(*args, raises=False, **settings)

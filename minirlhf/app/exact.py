@@ -89,11 +89,7 @@ def exact_command(
 
 
 # -- running -------------------------------------------------------------------------------------
-
-
-def run_experiments(
-    parts: tuple[Part, ...], seeds: tuple[int, ...], *, iterations: int, processes: int
-) -> Row:
+def run_experiments(parts: tuple, seeds: tuple, *, iterations: int, processes: int) -> Row:
     """All numbers of the chosen parts, as exact.json holds them; each process has one thread."""
     analytic = {
         "kl": experiments.kl_gradient_table,
@@ -155,8 +151,6 @@ def _flatness() -> list[Row]:
 
 
 # -- showing -------------------------------------------------------------------------------------
-
-
 def draw_pictures(results: Row, out: Path) -> list[Path]:
     """One picture for each experiment that was run."""
     runs, paths = results["runs"], []
@@ -169,9 +163,9 @@ def draw_pictures(results: Row, out: Path) -> list[Path]:
     draw("advantages.png", pictures.draw_advantages, results.get("gae"), results.get("surrogate"))
     draw("flatness.png", pictures.draw_flatness, results.get("flatness"))
     draw("optimum.png", pictures.draw_optimum, of_part(runs, "optimum"))
-    groups = {TITLES[part]: of_part(runs, part) for part in ("placement", "clip")}
-    groups = {title: same for title, same in groups.items() if same}
-    draw("placement_and_clip.png", pictures.draw_runs, groups)
+    both = {TITLES[part]: of_part(runs, part) for part in ("placement", "clip")}
+    both = {title: same for title, same in both.items() if same}
+    draw("placement_and_clip.png", pictures.draw_runs, both)
     if "overoptimisation" in results:
         draw("overoptimisation.png", pictures.draw_overoptimisation, *_of_first_seed(results))
     return paths

@@ -101,8 +101,7 @@ def draw_kl(rows: list[Row], path: Path) -> Path:
         marker, offset, label = lanes[sampler]
         places = [offset - names.index(row["name"]) for row in same]
         colours = [BLUE if row["right"] else VERMILION for row in same]
-        errors, noise = _column(same, "error", "noise")
-        for axis, values in ((left, errors), (right, noise)):
+        for axis, values in zip((left, right), _column(same, "error", "noise"), strict=True):
             axis.scatter(values, places, c=colours, marker=marker, s=22)
         left.scatter([], [], c="gray", marker=marker, s=22, label=label)
     for colour, label in ((BLUE, "right: its mean is g"), (VERMILION, "wrong")):

@@ -160,8 +160,6 @@ def prompt_of_leaf(tree: PrefixTree) -> Array:
 
 
 # -- probabilities -------------------------------------------------------------------------------
-
-
 def prefix_logprobs(tree: PrefixTree, log_probs: Array) -> Array:
     """log Pr(s) = -log(n_prompts) + sum_t log pi(s_t | s_<t): how likely a policy gets to s.
 

@@ -13,15 +13,9 @@ from typing import NamedTuple
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.exact.enumeration import PrefixTree, Responses
+from minirlhf.rlhf import kl, objectives
 from minirlhf.rlhf.advantages import gae, token_rewards
-from minirlhf.rlhf.kl import KL_MODES, full_kl_forward, penalty_in_reward
 from minirlhf.rlhf.logprobs import token_logprobs_backward, token_logprobs_forward
-from minirlhf.rlhf.objectives import (
-    kl_loss_backward,
-    kl_loss_forward,
-    ppo_clip_backward,
-    ppo_clip_forward,
-)
 
 
 def gather_nodes(
@@ -40,25 +34,20 @@ def gather_nodes(
 
 
 def policy_gradient_dlogits(
-    responses: Responses,
-    logits: Array,
-    advantages: Array,
-    *,
-    old_logp: Array | None = None,
-    form: str = "none",
+    responses: Responses, logits: Array, advantages: Array, *, old_logp=None, form="none"
 ) -> Array:
     """dz (M, T, V) of sum_t A_t log pi(y_t|.): one sample of the policy gradient, to be maximised.
 
-    With the log-probs (M, T) of an old policy, which sampled, it is that of sum_t A_t ratio_t, and
-    PPO's surrogate by the form of its clip.
+    With the log-probs of an old policy, which sampled, of sum_t A_t ratio_t: PPO's surrogate.
 
     Args:     logits: (N, V) of the policy.
-              advantages: (M, T), constant.
+              advantages, old_logp: (M, T), constant.
+              form: of the clip, as `ppo_clip_forward` has them.
     """
     logp, cache = token_logprobs_forward(logits[responses.nodes], targets=responses.tokens)
     constants = {"old_logp": logp if old_logp is None else old_logp, "weights": responses.mask}
-    _, clip = ppo_clip_forward(logp, advantages=advantages, clip=form, **constants)
-    return token_logprobs_backward(-ppo_clip_backward(1.0, clip), cache)
+    _, clip = objectives.ppo_clip_forward(logp, advantages=advantages, clip=form, **constants)
+    return token_logprobs_backward(-objectives.ppo_clip_backward(1.0, clip), cache)
 
 
 def penalty_dlogits(
@@ -86,12 +75,13 @@ def penalty_dlogits(
     old_logp, _ = token_logprobs_forward(z_old, targets=responses.tokens)
     ref_logp, _ = token_logprobs_forward(z_ref, targets=responses.tokens)
     constants = {"old_logp": old_logp, "ref_logp": ref_logp, "ref_logits": z_ref}
-    _, kl = kl_loss_forward(z, logp, kl_mode=kl_mode, weights=mask, **constants)  # 1 a response
-    dlogits, dlogp = kl_loss_backward(1.0, kl)
+    constants |= {"kl_mode": kl_mode, "weights": mask}  # weight 1 a response
+    _, loss_cache = objectives.kl_loss_forward(z, logp, **constants)
+    dlogits, dlogp = objectives.kl_loss_backward(1.0, loss_cache)
     dlogits = dlogits + token_logprobs_backward(dlogp, cache)
-    if KL_MODES[kl_mode].in_reward:
-        kl_full, _ = full_kl_forward(z_old, ref_logits=z_ref)
-        penalty = penalty_in_reward(kl_mode, log_ratio=old_logp - ref_logp, kl_full=kl_full)
+    if kl.KL_MODES[kl_mode].in_reward:
+        kl_full, _ = kl.full_kl_forward(z_old, ref_logits=z_ref)
+        penalty = kl.penalty_in_reward(kl_mode, log_ratio=old_logp - ref_logp, kl_full=kl_full)
         rewards = token_rewards(0.0 * mask[:, 0], penalty, mask=mask, kl_coef=1.0)
         reward_to_go, _ = gae(rewards, 0.0 * rewards, mask=mask, gamma=gamma, lam=1.0)
         dlogits -= policy_gradient_dlogits(responses, logits, reward_to_go, old_logp=old_logp)

@@ -61,9 +61,7 @@ class RandomWorld(NamedTuple):
         return np.stack([self.pull_back(row, self.policies[name]) for row in rows])
 
 
-def make_random_world(
-    *, seed: int, vocab_size: int = 4, max_tokens: int = 4, d_model: int = 16
-) -> RandomWorld:
+def make_random_world(*, seed: int, vocab_size=4, max_tokens=4, d_model=16) -> RandomWorld:
     """Transformers of one block around the usual start, with N(0, 0.3^2) on every parameter."""
     rng = np.random.default_rng(seed)
     tree = enumeration.enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
@@ -81,8 +79,6 @@ def make_random_world(
 
 
 # -- the gradient of the penalty, in every placement ---------------------------------------------
-
-
 class Placement(NamedTuple):
     """One row of the KL gradient table."""
 
@@ -167,16 +163,13 @@ def _judged(
 
 
 # -- advantages and the surrogate ----------------------------------------------------------------
-
-
 def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95, 1.0)) -> list[Row]:
     """Bias and noise of the policy gradient by GAE, for a value that is exact, 0, or off.
 
     bias   |E[sum_t A_t grad logp_t] - grad J| / |grad J| in the parameters of a transformer
     noise  sqrt of the trace of the covariance of one response's gradient / |grad J|
 
-    lam = 1 is unbiased for any value, an exact value for any lam (MATH of GAE: Schulman et al.
-    2016, arXiv 1506.02438).
+    Unbiased at lam = 1, and with an exact value (Schulman et al. 2016, arXiv 1506.02438).
     """
     world = make_random_world(seed=seed)
     responses, log_pi, log_ref = world.responses, world.log_probs("theta"), world.log_probs("ref")
@@ -337,8 +330,6 @@ def overoptimisation(
 
 
 # -- trained policies ----------------------------------------------------------------------------
-
-
 class TrainingRun(NamedTuple):
     """One policy to be trained, and which experiment it belongs to."""
 

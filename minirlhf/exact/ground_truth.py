@@ -129,12 +129,7 @@ class Trained(NamedTuple):
 
 
 def train_on_world(
-    truth: GroundTruth,
-    *,
-    settings: PPOConfig,
-    seed: int,
-    baseline: str = "critic",
-    measure_every: int = 10,
+    truth: GroundTruth, *, settings: PPOConfig, seed: int, baseline="critic", measure_every=10
 ) -> Trained:
     """PPO from the truth's reference on, measured exactly at the start, on the way and at the end.
 

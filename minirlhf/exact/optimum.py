@@ -64,8 +64,6 @@ def evaluate_exactly(
 
 
 # -- the optimum ---------------------------------------------------------------------------------
-
-
 class Optimum(NamedTuple):
     kl_coef: float  # beta [reward units per nat]
     log_probs: Array  # (N, V) log pi*(a|s)
@@ -158,8 +156,6 @@ def by_depth(tree: PrefixTree, x: Array) -> Array:
 
 
 # -- the gradient --------------------------------------------------------------------------------
-
-
 class PolicyValues(NamedTuple):
     q: Array  # (N, V) Q(s, a): the penalty of a itself and everything after it
     values: Array  # (N,) V(s) = sum_a pi(a|s) Q(s, a); the mean over prompts is J
@@ -209,8 +205,6 @@ def objective_gradient(
 
 
 # -- over-optimisation ---------------------------------------------------------------------------
-
-
 def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
     """log Pr of the best of n draws: q(y) = ref(y) (F(r)^n - F-(r)^n) / (F(r) - F-(r)).
 
@@ -358,8 +352,7 @@ def _bend(distance: np.ndarray, law: str) -> np.ndarray:
 def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
     """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0.
 
-    Raises:   ValueError: something with p > 0 is impossible under the reference; the KL is
-                  infinite.
+    Raises:   ValueError: something with p > 0 is impossible under the reference.
     """
     xp = get_xp(p, logp, ref_logp)
     possible = p.real > 0

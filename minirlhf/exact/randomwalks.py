@@ -35,8 +35,7 @@ class Graph(NamedTuple):
 def make_graph(seed: int) -> Graph:
     """The benchmark's graph and walks, from the same draws in the same order.
 
-    Raises:   ValueError: from a start no walk of fewer than 10 letters leads to the goal: its
-                  optimality is 0/0.
+    Raises:   ValueError: a start has no walk of fewer than 10 letters: its optimality is 0/0.
     """
     rng = RandomState(seed)
     adjacency = draw_adjacency(rng)

@@ -89,8 +89,6 @@ def kl_estimate_slope(log_ratio: Array, estimator: str) -> Array:
 
 
 # -- where the penalty stands --------------------------------------------------------------------
-
-
 class KLMode(NamedTuple):
     """One placement of the penalty: what enters the reward, what enters the loss."""
 
@@ -155,8 +153,6 @@ def penalty_in_reward(kl_mode: str, *, log_ratio: Array, kl_full: Array) -> Arra
 
 
 # -- the sampled estimators as losses ------------------------------------------------------------
-
-
 class TokenKLCache(NamedTuple):
     slope: Array  # (B, T) d(ratio * estimate) / d logp
     weights: Array  # (B, T) borrowed
@@ -261,8 +257,6 @@ def sequence_kl_loss_backward(dloss: Array, cache: SequenceKLCache) -> Array:
 
 
 # -- the full-vocabulary KL, from logits ---------------------------------------------------------
-
-
 class FullKLCache(NamedTuple):
     probs: Array  # (B, T, V)
     log_ratio: Array  # (B, T, V) log P - log Q
@@ -326,8 +320,6 @@ def future_kl(kl_token: Array, *, mask: Array) -> Array:
 
 
 # -- the coefficient -----------------------------------------------------------------------------
-
-
 def adaptive_kl_coef(
     kl_coef: float, *, kl_seq: float, target: float, horizon: float, n_episodes: int
 ) -> float:

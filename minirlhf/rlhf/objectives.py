@@ -9,20 +9,7 @@ Stage 2 learns from whole responses: preferences.py.
 from typing import NamedTuple
 
 from minirlhf.backend import Array, as_float, check_same_shape, get_xp
-from minirlhf.rlhf.kl import (
-    KL_MODES,
-    FullKLCache,
-    SequenceKLCache,
-    TokenKLCache,
-    clamp_log_ratio,
-    full_kl_backward,
-    full_kl_forward,
-    future_kl,
-    sequence_kl_loss_backward,
-    sequence_kl_loss_forward,
-    token_kl_loss_backward,
-    token_kl_loss_forward,
-)
+from minirlhf.rlhf import kl
 
 AGGREGATIONS = (
     "token-mean",
@@ -86,8 +73,6 @@ def weighted_sum_backward(dloss: Array, cache: WeightedSumCache) -> Array:
 
 
 # -- stage 1: imitation --------------------------------------------------------------------------
-
-
 def cross_entropy_forward(logp: Array, *, weights: Array) -> tuple[Array, WeightedSumCache]:
     """loss = -sum_t w_t logp_t: the mean negative log-probability of the demonstrated tokens.
 
@@ -105,6 +90,9 @@ def cross_entropy_backward(dloss: Array, cache: WeightedSumCache) -> Array:
 
 
 # -- stage 3: PPO --------------------------------------------------------------------------------
+
+
+CLIPS = ("ppo", "book", "none")
 
 
 class PPOClipCache(NamedTuple):
@@ -146,9 +134,9 @@ def ppo_clip_forward(
     low, high = _clip_range(clip_eps, clip, dual_clip)
     xp = get_xp(logp, old_logp, advantages, weights)
     logp, old_logp, advantages, weights = map(as_float, (logp, old_logp, advantages, weights))
-    clamped, inside = clamp_log_ratio(logp - old_logp)
+    clamped, inside = kl.clamp_log_ratio(logp - old_logp)
     ratio = xp.exp(clamped)  # (B, T)
-    obj = ratio * advantages
+    obj = slope = ratio * advantages  # d ratio / d logp = ratio; another obj sets its own slope
     moves = inside  # where obj follows ratio; at a tie it does, or the first update had no slope
     if clip == "ppo":  # .real: gradient checks pass complex numbers x + ih, which have no order
         above = (advantages >= 0) & (ratio.real > 1 + high)
@@ -164,8 +152,7 @@ def ppo_clip_forward(
         floored = (advantages < 0) & (obj.real < dual_clip * advantages)
         obj = xp.where(floored, dual_clip * advantages, obj)
         moves = moves & ~floored
-    # d ratio / d logp = ratio; padding may hold inf or nan, so it is selected away
-    slope = xp.where(moves & (weights > 0), ratio * advantages, 0.0)
+    slope = xp.where(moves & (weights > 0), slope, 0.0)  # padding may hold inf or nan
     loss = -(weights * xp.where(weights > 0, obj, 0.0)).sum()
     return loss, PPOClipCache(slope, ~moves, weights)
 
@@ -190,9 +177,9 @@ def _clip_range(
     """(e_low, e_high), all settings of `ppo_clip` being in range."""
     low, high = clip_eps if isinstance(clip_eps, tuple) else (clip_eps, clip_eps)
     floor_allowed = dual_clip is None or dual_clip > 1
-    if clip not in ("ppo", "book", "none") or min(low, high) < 0 or not floor_allowed:
+    if clip not in CLIPS or min(low, high) < 0 or not floor_allowed:
         raise ValueError(
-            'ppo_clip: expected clip "ppo", "book" or "none", clip_eps >= 0 and dual_clip > 1; '
+            f"ppo_clip: expected one of {', '.join(CLIPS)}, clip_eps >= 0 and dual_clip > 1; "
             f"got {clip!r}, {clip_eps} and {dual_clip}"
         )
     return low, high
@@ -251,8 +238,8 @@ def value_loss_backward(dloss: Array, cache: ValueLossCache) -> Array:
 
 class KLLossCache(NamedTuple):
     in_loss: str | None  # as in KLMode
-    sampled: TokenKLCache | SequenceKLCache | None
-    full: FullKLCache | None
+    sampled: kl.TokenKLCache | kl.SequenceKLCache | None
+    full: kl.FullKLCache | None
     weights: Array  # (B, T) borrowed
     future: Array | None  # (B, T) later KL, constant
     logits_shape: tuple[int, ...]
@@ -269,7 +256,7 @@ def kl_loss_forward(
     weights: Array,
     temperature: float = 1.0,
 ) -> tuple[Array, KLLossCache]:
-    """The share of the penalty that `kl_mode` (KL_MODES) puts into the loss; 0 if there is none.
+    """The share of the penalty that `kl_mode` (kl.KL_MODES) puts into the loss; 0 if there is none.
 
     token       sum_t w_t rho_t k(logp_t - ref_logp_t)
     sequence    sum_b w_b rho_b k(sum_t logp - ref_logp)
@@ -285,12 +272,14 @@ def kl_loss_forward(
     Returns:  loss () [nats times the weights' unit], cache.
     Raises:   ValueError: another kl_mode, or shapes that do not fit.
     """
-    if kl_mode not in KL_MODES:
-        raise ValueError(f"kl_loss: expected one of {', '.join(KL_MODES)}; got {kl_mode!r}")
-    mode, weights = KL_MODES[kl_mode], as_float(weights)
+    if kl_mode not in kl.KL_MODES:
+        raise ValueError(f"kl_loss: expected one of {', '.join(kl.KL_MODES)}; got {kl_mode!r}")
+    mode, weights = kl.KL_MODES[kl_mode], as_float(weights)
     sampled = full = future = None
     if mode.in_loss in ("token", "sequence"):
-        estimate = token_kl_loss_forward if mode.in_loss == "token" else sequence_kl_loss_forward
+        estimate = (
+            kl.token_kl_loss_forward if mode.in_loss == "token" else kl.sequence_kl_loss_forward
+        )
         loss, sampled = estimate(
             logp,
             old_logp=old_logp,
@@ -300,10 +289,10 @@ def kl_loss_forward(
             ratio=mode.ratio,
         )
     elif mode.in_loss in ("full", "rao_blackwell"):
-        kl_token, full = full_kl_forward(logits, ref_logits=ref_logits, temperature=temperature)
+        kl_token, full = kl.full_kl_forward(logits, ref_logits=ref_logits, temperature=temperature)
         loss, _ = weighted_sum_forward(kl_token, weights=weights)
         if mode.in_loss == "rao_blackwell":
-            future = future_kl(kl_token, mask=weights)
+            future = kl.future_kl(kl_token, mask=weights)
     else:
         loss = (0.0 * weights).sum()  # a 0 that stands on the weights' device, in their dtype
     return loss, KLLossCache(mode.in_loss, sampled, full, weights, future, logits.shape)
@@ -315,11 +304,11 @@ def kl_loss_backward(dloss: Array, cache: KLLossCache) -> tuple[Array, Array]:
     dlogits = xp.zeros(cache.logits_shape, dtype=cache.weights.dtype)
     dlogp = xp.zeros_like(cache.weights)
     if cache.in_loss == "token":
-        dlogp = token_kl_loss_backward(dloss, cache.sampled)
+        dlogp = kl.token_kl_loss_backward(dloss, cache.sampled)
     elif cache.in_loss == "sequence":
-        dlogp = sequence_kl_loss_backward(dloss, cache.sampled)
+        dlogp = kl.sequence_kl_loss_backward(dloss, cache.sampled)
     elif cache.in_loss in ("full", "rao_blackwell"):
-        dlogits = full_kl_backward(dloss * cache.weights, cache.full)
+        dlogits = kl.full_kl_backward(dloss * cache.weights, cache.full)
         if cache.in_loss == "rao_blackwell":
             dlogp = dloss * cache.weights * cache.future  # REINFORCE on the later KL
     return dlogits, dlogp

@@ -1,7 +1,7 @@
-"""The stages as loops: supervised fine-tuning, reward model, PPO.
+"""minirlhf.train(config=None, *, reward="", progress=True, **changes) runs the three stages.
 
-`minirlhf.train` names both this room and the function that runs all three: calling the module,
-minirlhf.train(...), is calling `minirlhf.app.api.train`.
+`minirlhf.train` names both that function and this room, the stages as loops: calling the module is
+calling `minirlhf.app.api.train`, whose help says what it takes.
 """
 
 import importlib

@@ -12,21 +12,13 @@ from minirlhf.backend import Array, get_xp
 from minirlhf.rlhf.advantages import masked_mean, masked_var
 from minirlhf.rlhf.kl import LOG_RATIO_LIMIT, clamp_log_ratio, kl_estimate, summed_penalty
 from minirlhf.rlhf.logprobs import response_sum
-from minirlhf.train.ppo import (
-    Experience,
-    Iteration,
-    MinibatchGradient,
-    Update,
-    ended,
-    final_score,
-    rollout_penalty,
-)
+from minirlhf.train import ppo
 from minirlhf.train.rollout import Rollout
 from minirlhf.train.settings import PPOConfig
 
 
 def iteration_metrics(
-    iteration: Iteration, *, settings: PPOConfig, stop_id: int
+    iteration: ppo.Iteration, *, settings: PPOConfig, stop_id: int
 ) -> dict[str, float]:
     """`rollout_metrics`, and the means of the metrics of the updates."""
     rollout, experience, updates, kl_coef, _ = iteration
@@ -36,7 +28,7 @@ def iteration_metrics(
     return metrics | mean_of_updates(updates, settings)
 
 
-def mean_of_updates(updates: list[Update], settings: PPOConfig) -> dict[str, float]:
+def mean_of_updates(updates: list[ppo.Update], settings: PPOConfig) -> dict[str, float]:
     """Means over the updates; the clamped log-ratios are counted; nan where none was made."""
     rows = [
         update_metrics(step, minibatch, settings) | step.parts | applied
@@ -48,13 +40,18 @@ def mean_of_updates(updates: list[Update], settings: PPOConfig) -> dict[str, flo
 
 
 def rollout_metrics(
-    rollout: Rollout, experience: Experience, *, settings: PPOConfig, kl_coef: float, stop_id: int
+    rollout: Rollout,
+    experience: ppo.Experience,
+    *,
+    settings: PPOConfig,
+    kl_coef: float,
+    stop_id: int,
 ) -> dict[str, float]:
     """What a batch of samples was like, by the field's names; `objective/kl` is kl_seq [nats]."""
     mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
-    kl_token = rollout_penalty(rollout, settings)
+    kl_token = ppo.rollout_penalty(rollout, settings)
     non_score_reward = -kl_coef * response_sum(kl_token, mask=mask).mean()
-    score = final_score(rollout, settings=settings, stop_id=stop_id).mean()
+    score = ppo.final_score(rollout, settings=settings, stop_id=stop_id).mean()
     cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)
     error = masked_mean((values - returns) * (values - returns), mask=mask)
     metrics = {
@@ -74,7 +71,7 @@ def rollout_metrics(
         "ppo/val/var_explained": explained_variance(values, returns, mask=mask),
         "ppo/returns/mean": masked_mean(returns, mask=mask),
         "ppo/returns/var": masked_var(returns, mask=mask),
-        "val/num_eos_tokens": ended(rollout, stop_id).sum(),
+        "val/num_eos_tokens": ppo.ended(rollout, stop_id).sum(),
         "response_length/mean": mask.sum(axis=1).mean(),
     }
     return {name: float(value) for name, value in metrics.items()}
@@ -90,7 +87,7 @@ def explained_variance(values: Array, returns: Array, *, mask: Array) -> float:
 
 
 def update_metrics(
-    step: MinibatchGradient, experience: Experience, settings: PPOConfig
+    step: ppo.MinibatchGradient, experience: ppo.Experience, settings: PPOConfig
 ) -> dict[str, float]:
     """How far the policy and its values are from those that sampled, over real tokens.
 

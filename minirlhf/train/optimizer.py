@@ -4,14 +4,7 @@ import numpy as np
 
 from minirlhf.backend import get_xp, to_host
 from minirlhf.errors import InputError
-from minirlhf.nn.adam import (
-    AdamWState,
-    adamw_step,
-    clip_global_norm,
-    decay_mask,
-    init_adamw,
-    scheduled_lr,
-)
+from minirlhf.nn import adam
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map, tree_pack, tree_unpack
 from minirlhf.workers import share
@@ -29,9 +22,9 @@ class Optimizer:
         self.total_steps = total_steps
         self.flat = share(tree_pack(params)[0])  # the workers see every update
         self.params = tree_unpack(self.flat, params)
-        self.state = init_adamw(self.flat)
+        self.state = adam.init_adamw(self.flat)
         self.skipped = 0  # updates that the schedule counts although they were not made
-        self._decay = config.weight_decay * decay_mask(params) if config.weight_decay else 0.0
+        self._decay = config.weight_decay * adam.decay_mask(params) if config.weight_decay else 0.0
 
     @property
     def updates(self) -> int:
@@ -42,7 +35,7 @@ class Optimizer:
     def learning_rate(self) -> float:
         """Learning rate of the next update."""
         c = self.config
-        return scheduled_lr(
+        return adam.scheduled_lr(
             self.updates,
             peak=c.learning_rate,
             total=self.total_steps,
@@ -63,11 +56,11 @@ class Optimizer:
         leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order
         dflat = get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
         with np.errstate(invalid="ignore", over="ignore"):  # looked for in the next lines
-            clipped, norm = clip_global_norm(dflat, c.max_grad_norm or float("inf"))
+            clipped, norm = adam.clip_global_norm(dflat, c.max_grad_norm or float("inf"))
         norm = float(norm)
         if not (np.isfinite(norm) and np.isfinite(loss)):
             raise NonFiniteError(_where_not_finite(gradients, loss))
-        self.state = adamw_step(
+        self.state = adam.adamw_step(
             self.flat,
             clipped if c.max_grad_norm else dflat,
             self.state,
@@ -101,7 +94,9 @@ class Optimizer:
         xp = get_xp(self.flat)
         self.flat[...] = xp.asarray(tree["flat"])
         self.skipped = int(tree["skipped"])
-        self.state = AdamWState(int(tree["step"]), xp.array(tree["mean"]), xp.array(tree["var"]))
+        self.state = adam.AdamWState(
+            int(tree["step"]), xp.array(tree["mean"]), xp.array(tree["var"])
+        )
 
 
 def _where_not_finite(gradients: Tree, loss: float) -> str:

@@ -26,9 +26,8 @@ from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
 
+
 # -- the loop ------------------------------------------------------------------------------------
-
-
 class Task(NamedTuple):
     """What a policy is trained on."""
 
@@ -86,8 +85,6 @@ def train_ppo(
 
 
 # -- from a rollout to advantages ----------------------------------------------------------------
-
-
 class Experience(NamedTuple):
     """A rollout, or rows of it, with everything the loss holds constant. Arrays are (B, T).
 
@@ -175,8 +172,6 @@ def rollout_penalty(rollout: Rollout, settings: PPOConfig) -> Array:
 
 
 # -- the updates ---------------------------------------------------------------------------------
-
-
 class Update(NamedTuple):
     """One step of the optimiser, for the metrics."""
 
@@ -200,7 +195,7 @@ def ppo_update(
     on as if all had been made.
     """
     xp, B = get_xp(experience.weights), experience.weights.shape[0]
-    constant = B / settings.minibatches * config.n_ctx  # of the aggregation with a fixed one
+    constant = B / settings.minibatches * config.n_ctx  # the denominator of seq-mean-token-sum-norm
     updates: list[Update] = []
     for _ in range(settings.epochs):
         for rows in np.array_split(rng.permutation(B), settings.minibatches):
@@ -282,8 +277,6 @@ def _micro_batch(
 
 
 # -- the loss ------------------------------------------------------------------------------------
-
-
 class PPOLossCache(NamedTuple):
     policy: PolicyCache
     clip: objectives.PPOClipCache
@@ -348,8 +341,8 @@ def ppo_loss_forward(
         entropy, entropy_cache = logprobs.entropy_forward(out.logits, temperature=tau)
         bonus, entropy_sum = objectives.weighted_sum_forward(entropy, weights=weights)
         loss = loss - settings.ent_coef * bonus
-    caches = (policy, clip, value, penalty, entropy_cache, entropy_sum)
-    constants = (settings, experience.kl_loss_coef)
+    caches = policy, clip, value, penalty, entropy_cache, entropy_sum  # in the order of the fields
+    constants = settings, experience.kl_loss_coef
     return loss, PPOLossCache(*caches, *constants, out.logp, out.values, parts)
 
 
@@ -371,8 +364,6 @@ def ppo_loss_backward(dloss: Array | float, cache: PPOLossCache) -> Tree:
 
 
 # -- the next beta -------------------------------------------------------------------------------
-
-
 def next_kl_coef(kl_coef: float, *, rollout: Rollout, settings: PPOConfig) -> float:
     """beta of the next iteration: fixed, or steered towards kl_target."""
     if not settings.kl_target:

@@ -13,7 +13,7 @@ import numpy as np
 
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.rlhf.objectives import AGGREGATIONS
+from minirlhf.rlhf.objectives import AGGREGATIONS, CLIPS
 
 _RULES = {
     "at_least_1": (lambda x: x >= 1, "at least 1"),
@@ -203,7 +203,7 @@ class PPOConfig:
     whiten_advantages: bool = True  # Advantages to mean 0, variance 1 over the batch's tokens
     whiten_rewards: bool = False  # Token rewards to variance 1 (the mean stays)
     # Clipped surrogate: PPO's, the one-sided min(ratio, 1+e) of a textbook, or none
-    clip: Literal["ppo", "book", "none"] = "ppo"
+    clip: Literal[CLIPS] = "ppo"  # type: ignore[valid-type]
     clip_eps: float = 0.2  # e below 1, and above it unless clip_eps_high is set
     clip_eps_high: float = 0.0  # e above 1 (clip-higher). 0: as clip_eps
     dual_clip: float = 0.0  # c > 1: bounds the objective from below by c A where A < 0. 0: off

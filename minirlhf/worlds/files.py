@@ -102,8 +102,6 @@ def split_pairs(pairs: list[tuple], *, train_prompts: list[str]) -> tuple[list, 
 
 
 # --- the corpus
-
-
 def read_corpus(
     path: str | Path, *, unit: str, notes: list[str]
 ) -> tuple[list[tuple[str, str]], str]:
@@ -159,8 +157,6 @@ def _split_example(text: str, joiner: str) -> tuple[str, str]:
 
 
 # --- preference pairs
-
-
 def read_pairs(path: str | Path) -> list[TextPair]:
     r"""(prompt, chosen, rejected) of every line, without outer white space.
 
@@ -227,8 +223,6 @@ def _texts(entry: dict[str, Any], keys: tuple[str, ...], where: str) -> tuple[st
 
 
 # --- limits and the split
-
-
 def _cut_end(text: str, limit: int) -> str:
     """At most `limit` characters from the beginning, whole words if the first one fits."""
     if len(text) <= limit:

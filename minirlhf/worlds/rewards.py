@@ -159,8 +159,6 @@ def name_of(reward: str | Callable) -> str:
 
 
 # -- three to begin with: text -> number in [0, 1] ------------------------------------------------
-
-
 def vowel_share(text: str) -> float:
     """Vowels / letters; 0 without letters. Over-optimised, names become "aaaa"."""
     letters = [c for c in text.lower() if c.isalpha()]

@@ -23,9 +23,8 @@ from numpy.random import Generator
 from minirlhf.disk import read_toml
 from minirlhf.worlds.world import World
 
+
 # ---------------------------------------------------------------- 1 the grammar
-
-
 class Intent(NamedTuple):
     """What a customer may want; {item} stands for one of ITEMS."""
 
@@ -222,8 +221,6 @@ def annotate(prompt: str, a: str, b: str, rng: Generator) -> bool:
 
 
 # ---------------------------------------------------------------- 5 the world
-
-
 def make_world(*, rng: Generator) -> World:
     """The support desk: a random 80/20 split of the 1,296 prompts and 6,000 demonstrations.
 

@@ -68,7 +68,7 @@ def test_what_the_command_line_refuses_is_refused_here(tmp_path, monkeypatch, ch
 
 
 def test_the_configuration_takes_strings_and_dicts_and_nothing_else():
-    config = TrainConfig(out="r1", sft=dict(steps=3))
+    config = TrainConfig(out="r1", sft={"steps": 3})
     assert str(config.out) == "r1" and config.sft.steps == 3 and config.sft.batch_size == 32
     assert TrainConfig(sft={"optimizer": {"warmup": 1}}).sft.optimizer.learning_rate == 3e-3
     for bad in ({"out": 3}, {"sft": []}, {"seed": True}, {"seed": 1.5}, {"corpus": None}):

@@ -181,6 +181,13 @@ def test_wrong_flags_are_refused_before_anything_happens(capsys, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", ["--config", "--beta"])
+@pytest.mark.parametrize("after", [[], ["--seed", "3"]])
+def test_an_option_without_its_value_is_one_sentence(capsys, flag, after):
+    message = refusal(capsys, "train", flag, *after)
+    assert f"{flag}: expected one argument; got none: name one" in message
+
+
 # --- train and resume
 
 

@@ -41,7 +41,7 @@ def test_without_training_it_takes_seconds(tmp_path, capsys):
 def test_training_is_measured_and_drawn(everything):
     out, results = everything
     assert {path.name for path in out.iterdir()} == {
-        *("exact.json", "kl.png", "optimum.png", "overoptimisation.png"),
+        *("exact.json", "kl.png", "optimum.png", "overoptimisation.png")
     }
     runs = results["runs"]
     assert len(runs) == 9 + 2
@@ -51,13 +51,7 @@ def test_training_is_measured_and_drawn(everything):
         assert run["history"][-1]["exact/reward"] <= run["frontier"] + 1e-8
         assert run["seconds"] > 0
     text = shown(results)
-    for words in (
-        "PPO, linear decay",
-        "one-step RLOO",
-        "token",
-        "best of 16384",
-        "PPO, beta 0.1",
-    ):
+    for words in ("PPO, linear decay", "one-step RLOO", "token", "best of 16384", "PPO, beta 0.1"):
         assert words in text, words
     assert all(check_claims(results).values())
 

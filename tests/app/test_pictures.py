@@ -8,7 +8,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 
 from minirlhf.app import exact, pictures
-from minirlhf.app.pictures import LOOKS, ROUNDING, curves_figure, geometric_mean
+from minirlhf.app.pictures import LOOKS, ROUNDING, curves_figure, geometric_mean, grouped
 from minirlhf.exact import experiments
 
 PALETTE = {look["color"].lower() for look in LOOKS}
@@ -104,3 +104,16 @@ def test_curves_of_a_run():
 def test_a_line_of_several_seeds_is_their_geometric_mean():
     assert geometric_mean([[1.0, 4.0], [1e-2, 1.0]]) == pytest.approx([0.1, 2.0])
     assert geometric_mean([[0.0], [1.0]]) == pytest.approx([1e-6])  # 0 is shown as 1e-12
+
+
+def test_rows_are_grouped_by_what_stands_under_some_names():
+    rows = [{"name": name, "beta": beta} for name in "ba" for beta in (1, 2, 1)]
+    assert list(grouped(rows, "name")) == [("b",), ("a",)]  # in the order of the rows
+    groups = grouped(rows, "name", "beta")
+    assert {key: len(same) for key, same in groups.items()} == {
+        ("b", 1): 2,
+        ("b", 2): 1,
+        ("a", 1): 2,
+        ("a", 2): 1,
+    }
+    assert groups["a", 1] == [rows[3], rows[5]] and grouped([], "name") == {}

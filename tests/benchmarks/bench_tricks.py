@@ -88,15 +88,12 @@ WITHOUT = {  # trick -> (part it shows in, how to do without it)
         "loss",
         patched((attention, "surely_within", lambda x, limit: False)),
     ),
-    "GELU in place, with exp for tanh": (
-        "loss",
-        patched((transformer, "gelu_forward", plain_gelu)),
-    ),
+    "GELU in place, with exp for tanh": ("loss", patched((layers, "gelu_forward", plain_gelu))),
     "layer norm whose sums are products": (
         "loss",
         patched(
-            (transformer, "layernorm_forward", plain_layernorm),
-            (transformer, "layernorm_backward", plain_layernorm_backward),
+            (layers, "layernorm_forward", plain_layernorm),
+            (layers, "layernorm_backward", plain_layernorm_backward),
         ),
     ),
     "embedding gradient: sorted runs instead of `add.at`": (

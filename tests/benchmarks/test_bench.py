@@ -16,15 +16,7 @@ import workloads
 from bench import BenchOptions, memory_table, notes, part_rows, results_table
 from bench_pictures import draw
 from programs import Program, busy_seconds, family, memory_of, own_seconds
-from workloads import (
-    WORKLOADS,
-    Sizes,
-    disagreement,
-    gpt_of,
-    matmul_gflop,
-    tree_of,
-    write_workload,
-)
+from workloads import WORKLOADS, Sizes, disagreement, gpt_of, matmul_gflop, tree_of, write_workload
 
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import init_transformer

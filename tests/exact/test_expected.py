@@ -411,6 +411,24 @@ def test_relative_error_and_cosine():
     assert cosine(0 * a, a) == cosine(a, 0 * a) == cosine(0 * a, 0 * a) == 0.0  # and no warning
 
 
+@FEWER
+@given(tables(), st.sampled_from(["none", "ppo", "book"]))
+def test_the_surrogate_is_the_policy_gradient_times_the_ratio(world, form):
+    """A_t ratio_t (1[a = y_t] - pi(a|s_t)), and 0 where the clip has cut it off."""
+    nodes, tokens = world.responses.nodes, world.responses.tokens
+    advantages = np.random.default_rng(0).standard_normal(world.responses.mask.shape)
+    z, old_logp = world.logits["theta"], log_rows(world.logits["old"])[nodes, tokens]
+    got = policy_gradient_dlogits(world.responses, z, advantages, old_logp=old_logp, form=form)
+    ratio = np.exp(log_rows(z)[nodes, tokens] - old_logp)
+    above, below = ratio > 1.2, ratio < 0.8
+    cut = {"none": 0 * above, "book": above, "ppo": np.where(advantages > 0, above, below)}[form]
+    kept = np.where(cut, 0.0, ratio)[..., None]
+    assert_close(got, kept * policy_gradient_dlogits(world.responses, z, advantages))
+    same = log_rows(z)[nodes, tokens]  # at equal policies no clip cuts
+    got = policy_gradient_dlogits(world.responses, z, advantages, old_logp=same, form=form)
+    assert_close(got, policy_gradient_dlogits(world.responses, z, advantages))
+
+
 # -- GAE -----------------------------------------------------------------------------------------
 
 

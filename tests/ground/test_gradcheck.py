@@ -24,7 +24,7 @@ from minirlhf.gradcheck import (
     relative_error,
     shapes,
 )
-from minirlhf.nn import transformer
+from minirlhf.nn import heads, layers, transformer
 from minirlhf.nn.attention import attention_backward
 from minirlhf.nn.layers import (
     embedding_backward,
@@ -37,7 +37,6 @@ from minirlhf.nn.layers import (
     linear_forward,
 )
 from minirlhf.nn.transformer import block_backward, block_forward
-from minirlhf.train import policy
 from minirlhf.tree import tree_items, tree_map
 
 FEWER = settings(max_examples=settings().max_examples // 5 or 1)
@@ -372,12 +371,12 @@ def one_position_off(dy, cache):
     return embedding_backward(np.roll(dy, 1, axis=1), cache)
 
 
-policy_tied_logits_backward = policy.tied_logits_backward
+policy_tied_logits_backward = heads.tied_logits_backward
 DROPPED_TERMS = {
-    "tied logits": (policy, "tied_logits_backward", without_the_tied_share),
+    "tied logits": (heads, "tied_logits_backward", without_the_tied_share),
     "row sum of the softmax": (transformer, "attention_backward", attention_without_the_row_sum),
-    "mean of the layer norm": (transformer, "layernorm_backward", without_the_mean),
-    "embedding of the neighbour": (transformer, "embedding_backward", one_position_off),
+    "mean of the layer norm": (layers, "layernorm_backward", without_the_mean),
+    "embedding of the neighbour": (layers, "embedding_backward", one_position_off),
 }
 
 

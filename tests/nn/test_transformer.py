@@ -515,11 +515,7 @@ def test_a_learning_rate_of_0_leaves_every_ratio_at_1():
     optimizer, experience = optimizer_and_experience(learning_rate=0.0)
     settings = PPOConfig(epochs=3, minibatches=1, batch_size=4, kl_mode="loss_rb")
     updates = ppo_update(
-        optimizer,
-        experience,
-        config=CONFIG,
-        settings=settings,
-        rng=np.random.default_rng(0),
+        optimizer, experience, config=CONFIG, settings=settings, rng=np.random.default_rng(0)
     )
     metrics = mean_of_updates(updates, settings)
     assert metrics["policy/updates"] == 3
@@ -534,11 +530,7 @@ def test_epochs_end_when_the_policy_has_moved_too_far(target_kl, made):
     optimizer, experience = optimizer_and_experience(learning_rate=1e-3)
     settings = PPOConfig(epochs=4, minibatches=2, batch_size=4, target_kl=target_kl)
     updates = ppo_update(
-        optimizer,
-        experience,
-        config=CONFIG,
-        settings=settings,
-        rng=np.random.default_rng(0),
+        optimizer, experience, config=CONFIG, settings=settings, rng=np.random.default_rng(0)
     )
     metrics = mean_of_updates(updates, settings)
     assert metrics["policy/updates"] == made == optimizer.state.step

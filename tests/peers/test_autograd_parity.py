@@ -512,11 +512,7 @@ def test_a_whole_ppo_iteration_is_a_torch_training_loop(kl_mode, aggregation, en
     optimizer = Optimizer(policy, settings.optimizer, total_steps=total_steps)
     experience = make_experience(rollout, settings=settings, kl_coef=kl_coef, stop_id=stop_id)
     updates = ppo_update(
-        optimizer,
-        experience,
-        config=CONFIG,
-        settings=settings,
-        rng=np.random.default_rng(11),
+        optimizer, experience, config=CONFIG, settings=settings, rng=np.random.default_rng(11)
     )
     metrics = mean_of_updates(updates, settings)
 

@@ -91,9 +91,7 @@ def peer_logits(model, tokens, mask):
     attention_mask = torch.from_numpy(mask).long()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return model(
-        input_ids=torch.from_numpy(tokens),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+        input_ids=torch.from_numpy(tokens), attention_mask=attention_mask, position_ids=position_ids
     ).logits.numpy()
 
 

@@ -38,13 +38,7 @@ def pair(module, name, *, dout=None):
 
 def kl_loss(a, kl_mode):
     return pair(objectives, "kl_loss")(
-        a.z,
-        a.x,
-        kl_mode=kl_mode,
-        old_logp=a.y,
-        ref_logp=a.w,
-        ref_logits=a.z_ref,
-        weights=a.mask,
+        a.z, a.x, kl_mode=kl_mode, old_logp=a.y, ref_logp=a.w, ref_logits=a.z_ref, weights=a.mask
     )
 
 

@@ -242,10 +242,7 @@ def test_a_complex_step_goes_through_a_kl_that_was_lifted_to_0():
 
 X = np.zeros((2, 3))
 LOSSES = {"token_kl_loss": token_kl_loss_forward, "sequence_kl_loss": sequence_kl_loss_forward}
-BACKWARDS = {
-    "token_kl_loss": token_kl_loss_backward,
-    "sequence_kl_loss": sequence_kl_loss_backward,
-}
+BACKWARDS = {"token_kl_loss": token_kl_loss_backward, "sequence_kl_loss": sequence_kl_loss_backward}
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -135,10 +135,7 @@ def test_a_target_below_rounding_makes_no_update_and_no_crash(monkeypatch):
     *_, flat, metrics = ppo_step("cpu", settings=settings)
     assert metrics["policy/updates"] == 0 and metrics["policy/clamped_log_ratios"] == 0
     assert "grad_norm" not in metrics and np.isfinite(flat).all()
-    assert mean_of_updates([], settings) == {
-        "policy/updates": 0,
-        "policy/clamped_log_ratios": 0,
-    }
+    assert mean_of_updates([], settings) == {"policy/updates": 0, "policy/clamped_log_ratios": 0}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -310,8 +310,7 @@ texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str
 def test_any_pairs_come_back(tmp_path_factory, pairs):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     write_jsonl(
-        path,
-        *({"prompt": p, "chosen": c, "rejected": r} for p, c, r in [*pairs, ("p", "c", "r")]),
+        path, *({"prompt": p, "chosen": c, "rejected": r} for p, c, r in [*pairs, ("p", "c", "r")])
     )
     assert read_pairs(path)[:-1] == [tuple(text.strip() for text in pair) for pair in pairs]
 
