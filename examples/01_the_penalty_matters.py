@@ -53,7 +53,8 @@ def run_seed(seed: int, out: Path) -> dict[str, dict]:
     for name in ("reference", *(f"{beta:g}" for beta in BETAS)):
         cells = "  ".join(f"{column} {rows[name][column]:7.3f}" for column in COLUMNS)
         print(f"seed {seed}  {name:>9}  {cells}", flush=True)
-    return {"seed": seed, "rows": rows, "replies": replies, "prompts": results[0.0].prompts[:8]}
+    found = {"seed": seed, "rows": rows, "replies": replies, "claims": claims(rows)}
+    return found | {"prompts": results[0.0].prompts[:8]}
 
 
 def claims(rows: dict[str, dict]) -> dict[str, bool]:

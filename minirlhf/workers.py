@@ -13,6 +13,7 @@ Tell the BLAS to use one thread (threadpoolctl), or the workers wait for each ot
 """
 
 import contextlib
+import copyreg
 import functools
 import io
 import mmap
@@ -32,16 +33,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from minirlhf.backend import get_xp
+from minirlhf.backend import Array, get_xp
 from minirlhf.errors import InputError
-from minirlhf.tree import Tree, tree_pack, tree_sum, tree_unpack
+from minirlhf.tree import Tree, tree_leaves, tree_pack, tree_sum, tree_unpack
 
 Part, Result = TypeVar("Part"), TypeVar("Result")
 CAN_FORK = sys.platform == "linux"
 
 _n = 1  # how many work side by side here, this process among them
 _pool: Executor | None = None  # the n - 1 others, once there was something to do
-_shared = weakref.WeakValueDictionary()  # address -> memory that forked processes see
+_shared = weakref.WeakValueDictionary()  # id -> array in memory that forked processes see
 
 
 @contextlib.contextmanager
@@ -99,23 +100,29 @@ def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
 
 
 def share(array: np.ndarray) -> np.ndarray:
-    """A copy that all workers see; written to by one process only.
-
-    An array on a GPU is copied there: nobody shares it.
-    """
+    """A copy that all workers see, written to by one process only; on a GPU a plain copy."""
     if not CAN_FORK or get_xp(array) is not np:
         return array.copy()
     _dismiss()  # who was forked before does not see it: the next use forks anew
     memory = mmap.mmap(-1, max(array.nbytes, 1))  # anonymous and shared: children inherit it
     block = np.ndarray(array.shape, array.dtype, memory)
     block[...] = array
-    _shared[id(memory)] = memory
+    _shared[id(block)] = block
     return block
+
+
+def share_packed(tree: Tree) -> tuple[Array, Tree]:
+    """`tree_pack` in memory that all workers see: one flat buffer, and the tree as views of it."""
+    flat = share(tree_pack(tree)[0])
+    views = tree_unpack(flat, tree)
+    if id(flat) in _shared:
+        _shared.update((id(leaf), leaf) for leaf in tree_leaves(views))
+    return flat, views
 
 
 def share_tree(tree: Tree) -> Tree:
     """`share` for all leaves at once."""
-    return tree_unpack(share(tree_pack(tree)[0]), tree)
+    return share_packed(tree)[1]
 
 
 # -- the pool ------------------------------------------------------------------------------------
@@ -198,27 +205,21 @@ def _answer(message: bytes) -> Any:
         raise
 
 
-class _ByReference(pickle.Pickler):
-    """Arrays in shared memory go by reference: which memory, and where in it."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is not np.ndarray:
-            return NotImplemented
-        block = value
-        while isinstance(block.base, np.ndarray):
-            block = block.base
-        if id(block.base) not in _shared:
-            return NotImplemented
-        offset = value.ctypes.data - block.ctypes.data
-        return _seen, (id(block.base), offset, value.shape, value.dtype.str, value.strides)
+def _reduced(value: np.ndarray) -> tuple:
+    """How an array is pickled: a shared one by its name, any other one as it is."""
+    return (_named, (id(value),)) if id(value) in _shared else value.__reduce_ex__(5)
 
 
-def _seen(memory: int, offset: int, shape: tuple, dtype: str, strides: tuple) -> np.ndarray:
-    """The array in this process: a forked one has the memory under the same name."""
-    return np.ndarray(shape, dtype, _shared[memory], offset, strides)
+def _named(name: int) -> np.ndarray:
+    """The shared array in this process: a forked one has it under the same name."""
+    return _shared[name]
+
+
+class _Pickler(pickle.Pickler):
+    dispatch_table = {**copyreg.dispatch_table, np.ndarray: _reduced}
 
 
 def _dumps(value: Any) -> bytes:
     stream = io.BytesIO()
-    _ByReference(stream, protocol=5).dump(value)
+    _Pickler(stream, protocol=5).dump(value)
     return stream.getvalue()

@@ -6,8 +6,8 @@ from minirlhf.backend import get_xp, to_host
 from minirlhf.errors import InputError
 from minirlhf.nn import adam
 from minirlhf.train.settings import OptimizerConfig
-from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map, tree_pack, tree_unpack
-from minirlhf.workers import share
+from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
+from minirlhf.workers import share_packed
 
 
 class NonFiniteError(InputError):
@@ -20,8 +20,7 @@ class Optimizer:
     def __init__(self, params: Tree, config: OptimizerConfig, *, total_steps: int):
         self.config = config
         self.total_steps = total_steps
-        self.flat = share(tree_pack(params)[0])  # the workers see every update
-        self.params = tree_unpack(self.flat, params)
+        self.flat, self.params = share_packed(params)  # the workers see every update
         self.state = adam.init_adamw(self.flat)
         self.skipped = 0  # updates that the schedule counts although they were not made
         self._decay = config.weight_decay * adam.decay_mask(params) if config.weight_decay else 0.0
