@@ -77,17 +77,17 @@ def pad_batch(
             f"pad_batch: expected as many non-empty prompts as responses; got {len(prompts)} "
             f"and {len(responses)}, the shortest prompt of {min(map(len, prompts), default=0)} ids"
         )
-    B, P, T = len(prompts), max(map(len, prompts)), max(map(len, responses))
-    tokens = np.full((B, P + T), pad_id, dtype=np.int64)
-    mask = np.zeros((B, P + T), dtype=dtype)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        ids = np.asarray([*prompt, *response])
-        if ids.dtype.kind not in "iu":  # an assignment would cut 1.7 to 1
-            raise ValueError(f"pad_batch: expected ids that are integers; got {ids.dtype}")
-        tokens[row, P - len(prompt) : P + len(response)] = ids
-        mask[row, P - len(prompt) : P + len(response)] = 1
+    before, after = (np.array([len(ids) for ids in lists]) for lists in (prompts, responses))
+    P, T = before.max(), after.max()
+    column = np.arange(P + T)
+    real = (column >= P - before[:, None]) & (column < P + after[:, None])  # (B, P+T)
+    ids = np.array([i for pair in zip(prompts, responses, strict=True) for x in pair for i in x])
+    if ids.dtype.kind not in "iu":  # an assignment would cut 1.7 to 1
+        raise ValueError(f"pad_batch: expected ids that are integers; got {ids.dtype}")
+    tokens = np.full(real.shape, pad_id, dtype=np.int64)
+    tokens[real], mask = ids, real.astype(dtype)  # row by row, the order in which they stand
     check_tokens(tokens, mask, config)
-    return Batch(to_device(tokens, device), to_device(mask, device), P)
+    return Batch(to_device(tokens, device), to_device(mask, device), int(P))
 
 
 MICRO_BATCH_FLOATS = 9 << 19  # kept from a forward for its backward: about what a cache holds
