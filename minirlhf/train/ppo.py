@@ -21,7 +21,7 @@ from minirlhf.rlhf.advantages import gae, masked_mean, masked_whiten, token_rewa
 from minirlhf.train.batches import Batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import PolicyCache, policy_backward, policy_forward
-from minirlhf.train.rollout import Rollout, Samples, ScoreFunction, score_rollout
+from minirlhf.train.rollout import Rollout, Samples, Scorer, score_rollout
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
@@ -32,7 +32,7 @@ class Task(NamedTuple):
     """What a policy is trained on."""
 
     sample: Callable[[Tree], Samples]  # responses of a policy to a batch of prompts
-    score: ScoreFunction  # what they are worth
+    score: Scorer  # what they are worth
     stop_id: int  # the token that ends a response
 
 

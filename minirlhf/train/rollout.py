@@ -29,7 +29,7 @@ class Samples(NamedTuple):
     responses: list[str] | tuple = ()
 
 
-ScoreFunction = Callable[[Samples], np.ndarray]  # (B,) normalised scores on the host
+Scorer = Callable[[Samples], np.ndarray]  # (B,) normalised scores on the host
 
 
 def sample_responses(
@@ -93,7 +93,7 @@ def score_rollout(
     reference: Tree,
     samples: Samples,
     *,
-    score: ScoreFunction,
+    score: Scorer,
     config: GPTConfig,
     settings: PPOConfig,
 ) -> Rollout:
