@@ -138,12 +138,12 @@ def _run(f: Callable[[list[Part]], Result], shares: list[list[Part]]) -> list[Re
     """[f(share), ...]: the first share here, the others in the pool."""
     if len(shares) == 1:
         return [f(shares[0])]
-    pool = _executor()
-    if CAN_FORK:
-        others = [pool.submit(_answer, _dumps((f, share))) for share in shares[1:]]
-    else:
-        others = [pool.submit(f, share) for share in shares[1:]]
     try:
+        pool = _executor()
+        if CAN_FORK:
+            others = [pool.submit(_answer, _dumps((f, share))) for share in shares[1:]]
+        else:
+            others = [pool.submit(f, share) for share in shares[1:]]
         return [f(shares[0]), *(other.result() for other in others)]
     except BrokenProcessPool as error:
         _dismiss()

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minirlhf.backend import to_device, to_host
-from minirlhf.nn.sampling import Sampling
+from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.metrics import mean_of_updates, rollout_metrics
@@ -46,6 +46,21 @@ def sampled(params, texts, *, seed, max_tokens=6, temperature=1.0, device="cpu")
     )
     responses = [letters.decode(ids) for ids in samples.response_ids]
     return samples._replace(prompts=list(texts), responses=responses)
+
+
+def generated(params, batch, *, max_new=6, seed=1, **sampling):
+    """`generate` after the prompts of a batch of letters; params of the transformer alone."""
+    return generate(
+        params,
+        tokens=batch.tokens,
+        mask=batch.mask,
+        config=CONFIG,
+        max_new=max_new,
+        stop_id=Letters.eos,
+        pad_id=Letters.pad,
+        rng=np.random.default_rng(seed),
+        sampling=Sampling(**sampling),
+    )
 
 
 def make_params(*, seed=0, dtype=np.float64, heads=("value_head",), config=CONFIG):

@@ -16,7 +16,6 @@ from minirlhf.backend import get_xp
 from minirlhf.exact import optimum
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_logits
-from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.advantages import masked_whiten, rloo_advantages
 from minirlhf.rlhf.logprobs import log_softmax, response_sum
@@ -141,11 +140,7 @@ def train_on_world(
     _check_settings(truth, settings, baseline)
     config, reference, world = truth.config, truth.reference, truth.world
     rng_rollout, rng_shuffle = np.random.default_rng([seed, 1]).spawn(2)
-    dtype = reference["transformer"]["wte"].dtype
-    head = init_scalar_head(config.d_model, std=0.0, rng=rng_rollout, dtype=dtype)
-    start = {"transformer": tree_copy(reference["transformer"]), "value_head": head}
-    total = settings.iterations * settings.updates_per_iteration
-    optimizer = Optimizer(start, settings.optimizer, total_steps=total)
+    optimizer = ppo.new_policy(reference, settings, rng=rng_rollout)
     draw = {"world": world, "n": settings.batch_size, "config": config, "rng": rng_rollout}
     task = ppo.Task(
         functools.partial(sample_world, **draw),

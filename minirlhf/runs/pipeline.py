@@ -15,7 +15,6 @@ from threadpoolctl import threadpool_limits
 
 from minirlhf.disk import to_json, write_whole
 from minirlhf.errors import InputError
-from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs import folder
@@ -25,11 +24,11 @@ from minirlhf.runs.session import Score, Session, cut_notes, open_session, reope
 from minirlhf.train import reward_model
 from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
-from minirlhf.train.ppo import Task, train_ppo
+from minirlhf.train.ppo import Task, new_policy, train_ppo
 from minirlhf.train.reward_model import Pair, RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sft import sft_loss, train_sft
-from minirlhf.tree import Tree, tree_copy
+from minirlhf.tree import Tree
 from minirlhf.workers import side_by_side
 from minirlhf.worlds.files import TextPair, split_pairs
 
@@ -229,7 +228,7 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     Raises:   NonFiniteError: a loss is not finite; the message names the last good checkpoint.
     """
     settings, config, stop_id = session.config.ppo, session.config, session.tokenizer.eos
-    optimizer = _new_policy(session, reference)
+    optimizer = new_policy(reference, settings, rng=session.rng["init"])
     done, kl_coef = folder.load_ppo_state(session, optimizer)
     loop = train_ppo(
         optimizer,
@@ -264,15 +263,6 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         raise NonFiniteError(f"PPO iteration {done}: {error} ({last})") from error
     folder.save_params(session, "policy", optimizer.params, session.gpt)
     return optimizer.params
-
-
-def _new_policy(session: Session, reference: Tree) -> Optimizer:
-    """The optimiser of a copy of the reference with a value head that says 0 everywhere."""
-    settings, dtype = session.config.ppo, reference["transformer"]["wte"].dtype
-    head = init_scalar_head(session.gpt.d_model, std=0.0, rng=session.rng["init"], dtype=dtype)
-    policy = {**tree_copy(reference), "value_head": session.on_device(head)}
-    total = settings.iterations * settings.updates_per_iteration
-    return Optimizer(policy, settings.optimizer, total_steps=total)
 
 
 def _sample_batch(session: Session, policy: Tree) -> Samples:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.backend import Array, get_xp
+from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf import kl, logprobs, objectives
 from minirlhf.rlhf.advantages import gae, masked_mean, masked_whiten, token_rewards
@@ -82,6 +83,15 @@ def train_ppo(
         next_beta = next_kl_coef(beta, rollout=rollout, settings=settings)
         yield Iteration(rollout, experience, updates, beta, next_beta)
         beta = next_beta
+
+
+def new_policy(reference: Tree, settings: PPOConfig, *, rng: np.random.Generator) -> Optimizer:
+    """The optimiser of a copy of the reference with a value head that says 0 everywhere."""
+    wte = reference["transformer"]["wte"]
+    head = init_scalar_head(wte.shape[1], std=0.0, rng=rng, dtype=wte.dtype)
+    head = {name: get_xp(wte).asarray(array) for name, array in head.items()}
+    total = settings.iterations * settings.updates_per_iteration
+    return Optimizer({**reference, "value_head": head}, settings.optimizer, total_steps=total)
 
 
 # -- from a rollout to advantages ----------------------------------------------------------------

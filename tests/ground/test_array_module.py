@@ -7,14 +7,13 @@ passes here has a good chance on a GPU; test_gpu.py is the proof.
 import numpy as np
 import pytest
 from fakegpu import FakeArray, fakegpu, numpy_as_on_a_gpu
-from tiny import CONFIG, Letters, make_batch, make_ids, make_params, moved, ppo_step
+from tiny import CONFIG, Letters, generated, make_batch, make_ids, make_params, moved, ppo_step
 from tolerances import STAND_IN, assert_close, assert_trees_close
 
 from minirlhf import backend
 from minirlhf.app.check import TABLE, Draw
 from minirlhf.backend import to_host
 from minirlhf.nn.adam import adamw_step, clip_global_norm, init_adamw
-from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import transformer_forward
 from minirlhf.rlhf.advantages import gae, masked_whiten
 from minirlhf.rlhf.kl import KL_MODES, summed_penalty
@@ -140,17 +139,7 @@ def test_the_same_ids_are_sampled(settings, dtype):
     batch = pad_batch(ids, [[]] * 20, pad_id=Letters.pad, config=CONFIG, dtype=dtype)
 
     def run(params, batch):
-        return generate(
-            params,
-            tokens=batch.tokens,
-            mask=batch.mask,
-            config=CONFIG,
-            max_new=6,
-            stop_id=Letters.eos,
-            pad_id=Letters.pad,
-            rng=np.random.default_rng(1),
-            sampling=Sampling(**settings),
-        )
+        return generated(params, batch, **settings)
 
     expected = run(params, batch)
     before = fakegpu.sync_count

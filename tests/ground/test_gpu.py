@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from tiny import CONFIG, Letters, make_ids, make_params, moved, ppo_step
+from tiny import CONFIG, Letters, generated, make_ids, make_params, moved, ppo_step
 from tolerances import CUPY_PAIR, CUPY_UPDATE, assert_close
 
 from minirlhf.app.check import TABLE, Draw
 from minirlhf.backend import array_module, get_xp, to_device, to_host
-from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
@@ -72,17 +71,7 @@ def test_the_same_ids_are_sampled(settings, dtype):
     batch = pad_batch(ids, [[]] * 40, pad_id=Letters.pad, config=CONFIG, dtype=dtype)
 
     def run(params, batch):
-        return generate(
-            params,
-            tokens=batch.tokens,
-            mask=batch.mask,
-            config=CONFIG,
-            max_new=6,
-            stop_id=Letters.eos,
-            pad_id=Letters.pad,
-            rng=np.random.default_rng(1),
-            sampling=Sampling(**settings),
-        )
+        return generated(params, batch, **settings)
 
     expected, got = run(params, batch), run(*there((params, batch)))
     assert_same(list(got), list(expected), 0.0)

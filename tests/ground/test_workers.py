@@ -10,12 +10,11 @@ import time
 
 import numpy as np
 import pytest
-from tiny import CONFIG, Letters, make_batch, make_ids, make_params
+from tiny import CONFIG, Letters, generated, make_batch, make_ids, make_params
 from tolerances import MICRO_BATCH, assert_close, assert_trees_close
 
 from minirlhf import workers
 from minirlhf.errors import InputError
-from minirlhf.nn.sampling import generate
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.train import batches
 from minirlhf.train.batches import Batch, micro_batches, pad_batch
@@ -148,6 +147,17 @@ def test_a_worker_that_was_killed_is_missed():
         assert map_over(square, [1, 2]) == [1, 4]
 
 
+@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
+def test_a_worker_that_was_killed_between_two_calls_is_missed():
+    with side_by_side(2):
+        pids = map_over(who, [0, 1])
+        os.kill(pids[1], signal.SIGKILL)
+        time.sleep(0.3)  # until the pool has noticed
+        with pytest.raises(InputError, match="a worker process has ended"):
+            map_over(square, [1, 2])
+        assert map_over(square, [1, 2]) == [1, 4]
+
+
 def unpicklable(x):
     return (lambda: x) if x == 1 else x
 
@@ -272,16 +282,7 @@ def test_the_same_ids_are_sampled_by_any_number_of_workers(n):
     batch = pad_batch(ids, [[]] * 6, pad_id=Letters.pad, config=CONFIG, dtype=np.float64)
 
     def run():
-        return generate(
-            params,
-            tokens=batch.tokens,
-            mask=batch.mask,
-            config=CONFIG,
-            max_new=6,
-            stop_id=Letters.eos,
-            pad_id=Letters.pad,
-            rng=np.random.default_rng(1),
-        )
+        return generated(params, batch)
 
     alone = run()
     with side_by_side(n):
