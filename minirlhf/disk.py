@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,6 @@ from typing import Any
 import numpy as np
 
 from minirlhf.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -5,9 +5,9 @@
         results = map_over(f, parts)    [f(part), f(part), ...]
 
 Many small NumPy calls in threads wait for the interpreter's lock more than they compute, so the
-workers are processes, forked at the first use: a ProcessPoolExecutor. Arrays from `share` are not
-copied into its messages: all processes see one memory, and what an optimiser writes there all of
-them see. Where forking is not safe, anywhere but on Linux, the workers are threads.
+workers are processes, forked at the first use. Arrays from `share` are not copied into messages to
+them: all processes see one memory, and what an optimiser writes there all of them see. Where
+forking is not safe, anywhere but on Linux, the workers are threads.
 
 Tell the BLAS to use one thread (threadpoolctl), or the workers wait for each other.
 """
@@ -22,13 +22,13 @@ import os
 import pickle
 import signal
 import sys
-import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,7 +41,7 @@ Part, Result = TypeVar("Part"), TypeVar("Result")
 CAN_FORK = sys.platform == "linux"
 
 _n = 1  # how many work side by side here, this process among them
-_pool: Executor | None = None  # the n - 1 others, once there was something to do
+_crew: "_Processes | ThreadPoolExecutor | None" = None  # the n - 1 others, once there was work
 _shared = weakref.WeakValueDictionary()  # id -> array in memory that forked processes see
 
 
@@ -49,20 +49,16 @@ _shared = weakref.WeakValueDictionary()  # id -> array in memory that forked pro
 def side_by_side(n_workers: int) -> Iterator[None]:
     """Within the block `sum_over` and `map_over` use n_workers; 0: one for each core we may use.
 
-    For NumPy arrays only. A process that multiprocessing runs as a daemon may not have children,
-    and works alone.
+    For NumPy arrays only. A daemon of multiprocessing may have no children, and works alone.
     """
     global _n
     alone = multiprocessing.current_process().daemon
     before, _n = _n, 1 if alone else n_workers or usable_cores()
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # or the pool's threads wait up to 5 ms to send a part
     _dismiss()
     try:
         yield
     finally:
         _dismiss()
-        sys.setswitchinterval(interval)
         _n = before
 
 
@@ -120,12 +116,7 @@ def share_packed(tree: Tree) -> tuple[Array, Tree]:
     return flat, views
 
 
-def share_tree(tree: Tree) -> Tree:
-    """`share` for all leaves at once."""
-    return share_packed(tree)[1]
-
-
-# -- the pool ------------------------------------------------------------------------------------
+# -- the crew ------------------------------------------------------------------------------------
 def _map(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
     return [f(part) for part in parts]
 
@@ -135,74 +126,104 @@ def _sum(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
 
 
 def _run(f: Callable[[list[Part]], Result], shares: list[list[Part]]) -> list[Result]:
-    """[f(share), ...]: the first share here, the others in the pool."""
+    """[f(share), ...]: the first share here, the others by the crew."""
+    global _crew
     if len(shares) == 1:
         return [f(shares[0])]
+    _crew = _crew or (_Processes if CAN_FORK else ThreadPoolExecutor)(_n - 1)
     try:
-        pool = _executor()
-        if CAN_FORK:
-            others = [pool.submit(_answer, _dumps((f, share))) for share in shares[1:]]
-        else:
-            others = [pool.submit(f, share) for share in shares[1:]]
-        return [f(shares[0]), *(other.result() for other in others)]
-    except BrokenProcessPool as error:
-        _dismiss()
-        raise InputError(
-            "workers: expected an answer; a worker process has ended, perhaps for want of "
-            "memory: use fewer --workers, or a smaller --ppo.micro-batch-size"
-        ) from error
-
-
-def _executor() -> Executor:
-    global _pool
-    if _pool is None and CAN_FORK:
-        context = multiprocessing.get_context("fork")
-        _pool = ProcessPoolExecutor(_n - 1, mp_context=context, initializer=_begin)
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads beside a fork; the BLAS's are idle and not used there
-            warnings.simplefilter("ignore", DeprecationWarning)
-            _pool.submit(int)  # forks all of them
-    elif _pool is None:
-        _pool = ThreadPoolExecutor(_n - 1)
-    return _pool
+        answers = _crew.map(f, shares[1:])
+        return [f(shares[0]), *answers]
+    except BaseException:
+        _dismiss()  # answers may be under way that nobody will fetch
+        raise
 
 
 def _dismiss() -> None:
-    """Let the others go; `_executor` makes new ones."""
-    global _pool
-    if _pool is not None:
-        _pool.shutdown()
-    _pool = None
+    """Let the others go; `_run` makes new ones."""
+    global _crew
+    if _crew is not None:
+        _crew.shutdown()
+    _crew = None
 
 
 def _work_alone() -> None:
-    """In a forked process: the pool belongs to the one who forked it."""
-    global _n, _pool
-    _n, _pool = 1, None
+    """In a forked process: the crew belongs to the one who forked it."""
+    global _n, _crew
+    _n, _crew = 1, None
 
 
 if CAN_FORK:
     os.register_at_fork(after_in_child=_work_alone)
 
 
-def _begin() -> None:
-    """A worker's first act: leave Ctrl-C to the one who forked it, and end when that one does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: wait([parent.sentinel]) and os._exit(1), daemon=True).start()
+class _Processes:
+    """n forked processes, each at the end of a pipe; `map` and `shutdown` as an Executor has them.
+
+    (ProcessPoolExecutor's own threads take 5 ms of a PPO iteration of 75 ms.)
+    """
+
+    def __init__(self, n: int):
+        self.crew: list[tuple[BaseProcess, Connection]] = []
+        new = multiprocessing.get_context("fork").Process
+        for _ in range(n):
+            ours, theirs = multiprocessing.Pipe()
+            process = new(target=_serve, args=(theirs, ours), daemon=True)
+            with warnings.catch_warnings():
+                # Python 3.12 warns of threads beside a fork; the BLAS's are idle and not used there
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+            theirs.close()  # so that its end is noticed
+            self.crew.append((process, ours))
+
+    def map(self, f: Callable[[Part], Result], shares: list[Part]) -> Iterator[Result]:
+        pipes = [pipe for _, pipe in self.crew[: len(shares)]]
+        for pipe, share in zip(pipes, shares, strict=True):
+            with contextlib.suppress(ConnectionError):  # there will be no answer either
+                pipe.send_bytes(_dumps((f, share)))
+        return (_received(pipe) for pipe in pipes)
+
+    def shutdown(self) -> None:
+        for process, pipe in self.crew:
+            process.kill()
+            process.join()
+            pipe.close()
 
 
-def _answer(message: bytes) -> Any:
-    """f(share) of a message; an error that does not survive the way back is told in words."""
+def _serve(pipe: Connection, other_end: Connection) -> None:
+    """A worker's life: one message after the other, until the one who forked it has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked
+    other_end.close()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            pipe.send_bytes(_answer(pipe.recv_bytes()))
+
+
+def _answer(message: bytes) -> bytes:
+    """f(share) of a message, or its error; one that does not survive the way is told in words."""
     try:
         f, share = pickle.loads(message)
-        return f(share)
+        return pickle.dumps((f(share), None), protocol=5)
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            raise RuntimeError(f"in a worker: {error!r}") from None
-        raise
+        error.add_note(f"in a worker: {traceback.format_exc()}")
+        with contextlib.suppress(Exception):
+            pickle.loads(answer := pickle.dumps((None, error)))
+            return answer
+        return pickle.dumps((None, RuntimeError(f"in a worker: {error!r}")))
+
+
+def _received(pipe: Connection) -> Any:
+    try:
+        message = pipe.recv_bytes()
+    except (EOFError, ConnectionError) as error:
+        raise InputError(
+            "workers: expected an answer; a worker process has ended, perhaps for want of "
+            "memory: use fewer --workers, or a smaller --ppo.micro-batch-size"
+        ) from error
+    answer, error = pickle.loads(message)
+    if error is not None:
+        raise error
+    return answer
 
 
 def _reduced(value: np.ndarray) -> tuple:

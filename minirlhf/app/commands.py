@@ -36,8 +36,8 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         raise InputError(f"{error.argument_name}: {error.message}; got none: name one") from error
     rest += ["--ppo.kl-coef", named.beta] if named.beta else []
     start = load_config(named.config) if named.config else TrainConfig()
-    same = {"prog": "minirlhf train", "description": TRAIN_HELP}
-    return tyro.cli(TrainConfig, args=rest, default=start, **same)
+    about = {"prog": "minirlhf train", "description": TRAIN_HELP}
+    return tyro.cli(TrainConfig, args=rest, default=start, **about)
 
 
 def resume(run: tyro.conf.Positional[Path]) -> int:
@@ -56,8 +56,7 @@ def _show(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
     tables.print_result(result, session.world, console)
     figure = pictures.curves_figure(read_jsonl(folder / "metrics.jsonl"))
-    picture = pictures.save(figure, folder / "curves.png")
-    _print(f"curves: {picture}", f"run folder: {folder}")
+    _print(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
     return 0
 
 

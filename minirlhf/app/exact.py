@@ -83,8 +83,8 @@ def exact_command(
     claims = check_claims(results)
     for claim, holds in claims.items():
         console.print(Text(f"{'holds' if holds else 'FAILS'}: {claim}", "" if holds else BAD))
-    spent = f"{time.perf_counter() - started:.0f} s in all"
-    console.print(f"numbers: {out / 'exact.json'}; {spent}", soft_wrap=True)
+    spent = time.perf_counter() - started
+    console.print(f"numbers: {out / 'exact.json'}; {spent:.0f} s in all", soft_wrap=True)
     return 0 if all(claims.values()) else 1
 
 
@@ -280,8 +280,8 @@ def runs_table(runs: list[Row], title: str) -> Table:
         cells = [f"{of(shares):.4f}" for of in (np.mean, *spread.values())]
         for key, form in (("kl_seq", ".3f"), ("gold", ".3f"), ("flatness", ".1e")):
             cells.append(f"{np.mean([end[f'exact/{key}'] for end in ends]):{form}}")
-        seconds = np.mean([run["seconds"] for run in same])
-        table.add_row(f"{name}, beta {beta:g}", *cells, f"{seconds:.0f}")
+        cells.append(f"{np.mean([run['seconds'] for run in same]):.0f}")
+        table.add_row(f"{name}, beta {beta:g}", *cells)
     table.caption = "share of J*: (J - E_ref r) / (J* - E_ref r). Var: of r - beta log_ratio over "
     table.caption += "responses, 0 at the optimum."
     return table

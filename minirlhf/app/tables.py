@@ -90,9 +90,9 @@ def print_result(result: Result, world: World, console: Console, *, n_samples: i
     replies = (result.reference_samples.responses, result.policy_samples.responses)
     first = (texts[:n_samples] for texts in (result.prompts, *replies))
     console.print(replies_table("before and after", world, *first, with_prompts=True))
-    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
-    total = sum(result.seconds.values())
-    console.print(f"training time in this session: {stages}; {total:.0f} s in all")
+    spent = {**result.seconds, "in all": sum(result.seconds.values())}
+    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
+    console.print(f"training time in this session: {stages}")
 
 
 def replies_table(title: str, world: World, prompts, *replies, with_prompts=False) -> Table:

@@ -140,7 +140,7 @@ def load_model(
                   GPT-2.
     """
     folder = disk.settled(folder)
-    config = _gpt_config(load_config(folder), folder / _CONFIG)
+    config = _gpt_config(disk.read_object(folder / _CONFIG), folder / _CONFIG)
     path = folder / _WEIGHTS
     for other, came in _INSTEAD.items():
         if not path.exists() and (folder / other).exists():
@@ -163,14 +163,6 @@ def load_model(
             "from wte.weight: use a model with tie_word_embeddings"
         )
     return params, config, _load_heads(folder / _HEADS, dtype)
-
-
-def load_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as a dict, with what `save_model` got as meta.
-
-    Raises:   InputError: it is missing or no JSON object.
-    """
-    return disk.read_object(disk.settled(folder) / _CONFIG)
 
 
 def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:

@@ -31,7 +31,7 @@ from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples, sample_responses
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
-from minirlhf.workers import share_tree
+from minirlhf.workers import share_packed
 from minirlhf.worlds import files, support, tokens
 from minirlhf.worlds.rewards import load_reward, name_of
 from minirlhf.worlds.world import World
@@ -98,7 +98,7 @@ class Session:
 
     def on_device(self, tree: Tree) -> Tree:
         """A copy on the device, on a CPU where all workers see it."""
-        return share_tree(tree_map(lambda array: to_device(array, self.config.device), tree))
+        return share_packed(tree_map(lambda a: to_device(a, self.config.device), tree))[1]
 
     def sample(
         self, params: Tree, prompts: list[str], rng: Generator, sampling: Sampling = Sampling()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,6 @@ from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.worlds.tokens import load_tokenizer
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(minirlhf.__file__).parents[1]
 VOWELS = "minirlhf.worlds.rewards:vowel_share"

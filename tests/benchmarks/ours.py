@@ -24,7 +24,7 @@ from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import Tree, tree_items
-from minirlhf.workers import map_over, share_tree, side_by_side
+from minirlhf.workers import map_over, share_packed, side_by_side
 
 NO_STOP, PAD = -1, 0  # ids: nothing stops early, nothing is padded
 
@@ -62,7 +62,7 @@ class MiniRLHF(Peer):
             **{name: arrays[name] for name in names},
         )
         self.rng = np.random.default_rng(w.seed)
-        self.policy = share_tree(tree_of(w.parameters("policy")))
+        _, self.policy = share_packed(tree_of(w.parameters("policy")))
         self.gradient: Array | None = None
 
     @classmethod
@@ -184,11 +184,12 @@ class MiniRLHF(Peer):
 
     @functools.cached_property
     def reference(self) -> Tree:
-        return share_tree(tree_of(self.workload.parameters("reference")))
+        return share_packed(tree_of(self.workload.parameters("reference")))[1]
 
     @functools.cached_property
     def reward(self) -> RewardModel:
-        return RewardModel(share_tree(tree_of(self.workload.parameters("reward"))), self.config)
+        _, shared = share_packed(tree_of(self.workload.parameters("reward")))
+        return RewardModel(shared, self.config)
 
     @functools.cached_property
     def _matrices(self) -> list[Array]:

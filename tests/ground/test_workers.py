@@ -22,7 +22,7 @@ from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.train.sft import sft_loss_and_gradients
 from minirlhf.tree import tree_map
-from minirlhf.workers import map_over, share, share_tree, side_by_side, sum_over, usable_cores
+from minirlhf.workers import map_over, share, share_packed, side_by_side, sum_over, usable_cores
 
 MODES = pytest.mark.parametrize("forks", [True, False], ids=["processes", "threads"])
 
@@ -235,7 +235,7 @@ def test_shared_memory_is_given_back():
 
 def test_a_shared_tree_is_a_copy():
     tree = make_params()
-    shared = share_tree(tree)
+    _, shared = share_packed(tree)
     shared["transformer"]["wte"][:] = 0.0
     assert (tree["transformer"]["wte"] != 0).any()
 

@@ -7,14 +7,10 @@ import re
 import subprocess
 import sys
 import tokenize
+import tomllib
 
 import pytest
 from sources import FILES, PACKAGE, ROOT, each, name_of, parse
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MATHS = [path for path in FILES if path.parent.name in ("nn", "rlhf")]
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from minirlhf.disk import read_object
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.runs.checkpoint import load_config, load_model, load_state, save_model, save_state
+from minirlhf.runs.checkpoint import load_model, load_state, save_model, save_state
 from minirlhf.tree import tree_items, tree_map
 
 CONFIG = GPTConfig(vocab_size=7, n_ctx=5, n_layer=2, n_head=2, d_model=4, ln_eps=1e-6)
@@ -50,7 +51,7 @@ def test_a_model_comes_back(tmp_path, dtype):
     assert config == CONFIG
     assert_same(params, model(dtype=dtype))
     assert_same(got_heads, heads())
-    assert load_config(tmp_path / "a/b")["eos_token_id"] == 3
+    assert read_object(tmp_path / "a/b/config.json")["eos_token_id"] == 3
 
 
 def test_loaded_arrays_are_ours_to_write(tmp_path):
@@ -466,7 +467,8 @@ def test_a_crash_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch, erro
             assert_same(params, model())
             assert_same(got_heads, heads())
         else:
-            assert config == smaller and got_heads == {} and load_config(folder)["kind"] == "new"
+            assert config == smaller and got_heads == {}
+            assert read_object(folder / "config.json")["kind"] == "new"
         if isinstance(error, OSError):
             assert ".policy.new" not in os.listdir(tmp_path)
         write_new()  # the next save goes through and cleans up

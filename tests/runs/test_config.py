@@ -2,11 +2,9 @@
 
 import ast
 import dataclasses
-import importlib.util
 import math
 import re
-import sys
-import types
+import tomllib
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -15,17 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import as_flags, changed, leaves, tiny_config
 
-from minirlhf import disk
 from minirlhf.app.commands import parse_config
 from minirlhf.errors import InputError
 from minirlhf.runs import config as config_module
 from minirlhf.runs.config import TrainConfig, load_config, save_config, to_toml
 from minirlhf.train.settings import RewardModelConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PACKAGE = Path(config_module.__file__).parents[1]
 TEXT_FIELDS = ("corpus", "pairs", "reward", "encoding")
@@ -301,39 +293,19 @@ def assert_documented(config):
         assert "type: ignore" not in said.get(f.name, "")
 
 
-# --- Python 3.10
+# --- Python 3.11
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
-def test_the_package_is_python_3_10(path):
-    """The grammar of 3.10, and no name that the standard library has only since 3.11."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
-    assert not any(type(node).__name__ == "TryStar" for node in ast.walk(tree))
-    newer = {"typing": {"Self", "assert_never", "Never", "LiteralString", "override"}}
-    newer |= {"enum": {"StrEnum"}, "datetime": {"UTC"}, "itertools": {"batched"}}
+def test_the_package_is_python_3_11(path):
+    """The grammar of 3.11, and no name that the standard library has only since 3.12."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 11))
+    newer = {"typing": {"override"}, "itertools": {"batched"}}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert not newer.get(node.module, set()) & {alias.name for alias in node.names}
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert node.attr not in newer.get(node.value.id, set())
-
-
-def test_where_python_has_no_tomllib_tomli_reads(tmp_path, monkeypatch):
-    """As in Python 3.10: the module is made anew under a version without tomllib."""
-    calls = []
-    tomli = types.ModuleType("tomli")
-    tomli.TOMLDecodeError = tomllib.TOMLDecodeError
-    tomli.loads = lambda text: calls.append(text) or tomllib.loads(text)
-    monkeypatch.setitem(sys.modules, "tomli", tomli)
-    monkeypatch.setitem(sys.modules, "tomllib", None)
-    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
-    spec = importlib.util.spec_from_file_location("disk_for_3_10", disk.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    (tmp_path / "c.toml").write_text("seed = 5\n")
-    assert module.read_toml(tmp_path / "c.toml") == {"seed": 5}
-    assert calls == ["seed = 5\n"]
 
 
 # --- values are values

@@ -343,19 +343,19 @@ def test_threads_are_limited_while_the_stages_run(tmp_path, files, monkeypatch, 
 def test_workers_change_who_computes_and_no_result(tmp_path, files, monkeypatch):
     monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 16)  # several groups, so all have work
     monkeypatch.setattr(batches, "MICRO_BATCH_FLOATS", 0)
-    pools, original = [], workers.ProcessPoolExecutor
+    crews, original = [], workers._Processes
 
-    def watched(n, **options):
-        pools.append(n)
-        return original(n, **options)
+    def watched(n):
+        crews.append(n)
+        return original(n)
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", watched)
+    monkeypatch.setattr(workers, "_Processes", watched)
     results = {}
     for n in (1, 2, 3):
         config = changed(tiny_config(tmp_path / str(n), workers=n), files["pairs"])
         pipeline.train(config)
         results[n] = outcome(config.out)
-    assert set(pools) == {1, 2}  # beside this process
+    assert set(crews) == {1, 2}  # beside this process
     tolerance = 10 * BATCH_COMPOSITION[np.float32]
     for n in (2, 3):
         assert results[n]["samples.jsonl"] is not None

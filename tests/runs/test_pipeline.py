@@ -24,13 +24,12 @@ from tiny_run import (
 )
 from tolerances import SAMPLER_HIDDEN, assert_close
 
-from minirlhf.disk import write_whole
+from minirlhf.disk import read_object, write_whole
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import adaptive_kl_coef
 from minirlhf.runs import checkpoint, pipeline
 from minirlhf.runs import folder as run_folder
 from minirlhf.runs import session as session_module
-from minirlhf.runs.checkpoint import load_config as load_model_entries
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.evaluate import evaluate
@@ -99,7 +98,7 @@ def test_the_models_are_plain_gpt2_of_one_vocabulary(finished):
     ):
         _, gpt, found = load_model(out / name)
         assert gpt.vocab_size == tokenizer.vocab_size and set(found) == heads
-        entries = load_model_entries(out / name)
+        entries = read_object(out / name / "config.json")
         assert entries["eos_token_id"] == tokenizer.eos
         assert entries["pad_token_id"] == tokenizer.pad
 
