@@ -99,7 +99,7 @@ def own_reward(folder: Path, config: TrainConfig, named: Reward, *, changed: boo
     began, found = read_object(folder / "world.json").get("reward_sha256"), fingerprint(reward)
     if found not in ("", began) and not changed:
         raise InputError(
-            f"{name_of(reward)}: expected the source that the run began with; it has changed: "
+            f"{name_of(reward)}: expected the reward that the run began with; it has changed: "
             f"restore it, or take it as it is with {_resume(folder, reward)}"
         )
     remember(name_of(reward), found)

@@ -273,7 +273,7 @@ def test_a_function_of_python_is_the_same_by_its_source(tmp_path, names):
     assert fingerprint(len) == ""  # has no source: it cannot be compared
     assert fingerprint(vowel_share) == fingerprint(VOWELS)
     run = minirlhf.train(tiny_config(tmp_path / "run", corpus=names), reward=first, progress=False)
-    with pytest.raises(InputError, match="python:.*first: expected the source"):
+    with pytest.raises(InputError, match="python:.*first: expected the reward that the run began"):
         minirlhf.resume(run.folder, reward=second, progress=False)
     minirlhf.resume(run.folder, reward=second, accept_changed_reward=True, progress=False)
     minirlhf.resume(run.folder, reward=second, progress=False)
