@@ -31,6 +31,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory):
+    """Which rewards were named is remembered in no user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(
     scope="module",  # Hypothesis calls a test many times, and refuses fixtures made once a call
     params=["numpy", "fakegpu", pytest.param("cupy", marks=pytest.mark.gpu)],

@@ -8,7 +8,6 @@
 The command line does its work through the same functions.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,56 +28,61 @@ from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.rollout import Samples
 from minirlhf.train.settings import with_fields
+from minirlhf.worlds.rewards import Reward
 
 BARS = {"track": track, "say": say}
 
 
 def train(
-    config: TrainConfig | None = None,
-    *,
-    reward: str | Callable[..., Any] = "",
-    progress: bool = True,
-    **changes: Any,
+    config: TrainConfig | None = None, *, reward: Reward = "", progress: bool = True, **changes: Any
 ) -> "Run":
     """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
 
     Args:     config: settings to start from; None: the defaults.
               reward: of your own, in the place of a reward model: a function of the text, of
                   (prompt, response), or of lists of them (texts, or prompts and responses); or the
-                  name of one, module:function.
+                  name of one, file.py:function, or of a ready-made one, like length.
               progress: show bars and notes on stderr.
               changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
                   ppo={"kl_coef": 0.1}.
     Returns:  the finished Run; its folder is config.out, or runs/WORLD-N with the next free N.
     Raises:   InputError: a setting or a file cannot be used.
     """
-    named = {"reward": reward} if isinstance(reward, str) and reward else {}
+    named = {"reward": reward} if reward and not callable(reward) else {}
     config = with_fields(config or TrainConfig(), changes | named, "train")
     function = reward if callable(reward) else ""
     return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
 
 
 def resume(
-    folder: str | Path, *, reward: str | Callable[..., Any] = "", progress: bool = True
+    folder: str | Path,
+    *,
+    reward: Reward = "",
+    accept_changed_reward: bool = False,
+    progress: bool = True,
 ) -> "Run":
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
-    Args:     reward: the function again, where the run was given one that has no importable name.
+    Args:     reward: the run's own again: a function that has no importable name, a file that was
+                  moved, or the code of a run that came from somebody else, if you trust it.
+              accept_changed_reward: go on with it though its source has changed.
     """
-    return _finish(reopen_session(folder, reward=reward, **(BARS if progress else {})), reward)
+    asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
+    return _finish(reopen_session(folder, **asked, **(BARS if progress else {})), reward)
 
 
-def open_run(folder: str | Path, *, reward: str | Callable[..., Any] = "") -> "Run":
+def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
     """A finished run, to sample from and to score with.
 
+    Args:     reward: as of `resume`; `Run.score` alone asks it.
     Raises:   InputError: the folder holds no finished run.
     """
     return Run(reopen_session(folder, device="cpu", reward=reward, look=True))
 
 
-def _finish(session: Session, reward: str | Callable[..., Any]) -> "Run":
+def _finish(session: Session, reward: Reward) -> "Run":
     run_session(session)
-    return open_run(session.folder, reward=reward)
+    return open_run(session.folder, reward=reward if callable(reward) else session.config.reward)
 
 
 def run_session(session: Session) -> pipeline.Result:
@@ -98,6 +102,8 @@ class TokenScores(NamedTuple):
     score: float  # normalised reward of the whole response
     kl_coef: float  # beta, as training left it
     gold: float | None  # the world's true reward, where there is one
+    reward: float | None  # the user's own in its units, where there is one
+    no_score: str  # why score and reward are nan: the user's reward cannot be had
 
     @property
     def kl_token(self) -> np.ndarray:
@@ -173,11 +179,19 @@ class Run:
             for params in (self.policy, self.reference)
         )
         kl_seq = summed_penalty(logp, ref_logp, mask=np.ones_like(logp))[0]
-        scoring = session.score_with(pipeline.reward_stage(session, self.reference))
-        score = scoring(Samples(*ids, batch, prompts=[prompt], responses=[response]))[0]
+        samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
+        model, score, no_score = pipeline.reward_stage(session, self.reference), np.nan, ""
+        try:
+            score = float(session.score_with(model)(samples)[0])
+        except InputError as error:
+            if session.world.reward is None:
+                raise
+            no_score = str(error)
         gold = session.world.gold_or_none(prompt, response)
+        reward = None if session.world.reward is None else model.raw(score)
         by_token = session.tokenizer.pieces(ids[1][0]), logp[0], ref_logp[0]
-        return TokenScores(*by_token, float(kl_seq), float(score), last_kl_coef(session), gold)
+        whole = float(kl_seq), score, last_kl_coef(session), gold, reward, no_score
+        return TokenScores(*by_token, *whole)
 
     def curves(self) -> Any:
         """A matplotlib figure: reward, KL, entropy and length against the iterations of PPO."""

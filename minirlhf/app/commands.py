@@ -12,6 +12,7 @@ from minirlhf.app.progress import say, track
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.own_reward import refuse_foreign_code
 from minirlhf.runs.session import Session, open_session, reopen_session
 
 TRAIN_HELP = """Supervised fine-tuning, reward model, PPO, into one run folder.
@@ -36,11 +37,16 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         raise InputError(f"{error.argument_name}: {error.message}; got none: name one") from error
     rest += ["--ppo.kl-coef", named.beta] if named.beta else []
     start = load_config(named.config) if named.config else TrainConfig()
+    of_run = named.config and Path(named.config).with_name("world.json").exists()
+    if of_run and not any(word.partition("=")[0] == "--reward" for word in rest):
+        refuse_foreign_code(Path(named.config).parent, start.reward)
     about = {"prog": "minirlhf train", "description": TRAIN_HELP}
     return tyro.cli(TrainConfig, args=rest, default=start, **about)
 
 
-def resume(run: tyro.conf.Positional[Path]) -> int:
+def resume(
+    run: tyro.conf.Positional[Path], *, reward: str = "", accept_changed_reward: bool = False
+) -> int:
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
     PPO goes on from its last checkpoint; the other stages (supervised fine-tuning, reward model)
@@ -48,8 +54,11 @@ def resume(run: tyro.conf.Positional[Path]) -> int:
 
     Args:
         run: Run folder.
+        reward: The run's own reward by name: where it is now; or that you trust its code.
+        accept_changed_reward: Go on with the reward though its source has changed.
     """
-    return _show(reopen_session(run, track=track, say=say))
+    asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
+    return _show(reopen_session(run, track=track, say=say, **asked))
 
 
 def _show(session: Session) -> int:
@@ -60,21 +69,26 @@ def _show(session: Session) -> int:
     return 0
 
 
-def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str) -> int:
+def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str, reward: str = "") -> int:
     """The penalty of one response: log pi_theta - log pi_ref, token by token.
 
     Args:
         run: Run folder of a finished run.
         prompt: The prompt x.
         response: The response y.
+        reward: The run's own reward by name: where it is now; or that you trust its code.
     """
-    scores = api.open_run(run).score(prompt, response)
+    scores = api.open_run(run, reward=reward).score(prompt, response)
     _print(
         tables.penalty_table(scores.tokens, scores.logp, scores.ref_logp),
         f"log Pr_theta(y|x) - log Pr_ref(y|x) = {scores.kl_seq:+.4f} nats",
-        f"score {scores.score:+.4f}; with beta = {scores.kl_coef:g}: score - beta * Penalty = "
-        f"{scores.objective:+.4f}",
+        f"no score: {scores.no_score}"
+        if scores.no_score
+        else f"score {scores.score:+.4f}; with beta = {scores.kl_coef:g}: "
+        f"score - beta * Penalty = {scores.objective:+.4f}",
     )
+    if scores.reward is not None and not scores.no_score:
+        _print(f"your reward {scores.reward:.6g}")
     if scores.gold is not None:
         _print(f"gold reward {scores.gold:+.2f}")
     return 0

@@ -19,7 +19,7 @@ GOOD, BAD = "#0072b2", "#d55e00"  # blue and vermilion: every eye can tell them 
 ROWS = {  # metric of `evaluate.response_metrics` -> (label, format)
     "proxy": ("proxy reward (what training sees)", "{:.2f}"),
     "gold": ("gold reward (what is wanted)", "{:.2f}"),
-    "reward": ("your reward", "{:.3f}"),
+    "reward": ("your reward", "{:.4g}"),
     "kl_seq": ("kl_seq, sum of log-ratios [nats]", "{:.2f}"),
     "kl_full_seq": ("kl_full_seq, whole vocabulary [nats]", "{:.2f}"),
     "entropy": ("entropy [nats per token]", "{:.2f}"),

@@ -28,7 +28,9 @@ class TrainConfig:
     corpus: str = ""
     corpus_unit: Literal["auto", "line", "document"] = "auto"  # What one example of the corpus is
     pairs: str = ""  # Preference pairs as JSONL (prompt, chosen, rejected) for the reward model
-    reward: str = ""  # module:function or FILE.py:function, in the place of a reward model
+    # FILE.py:function, module:function, length, regex:PATTERN, .. in the place of a reward model
+    reward: str = ""
+    reward_timeout: float = 0.0  # Seconds that a call of the reward may take; 0: any
     encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
     vocab_size: int = 768  # Ids of the encoding that is trained
     max_prompt_tokens: int = 0  # Longest prompt, at least 3; 0: what the world suggests
@@ -50,7 +52,7 @@ class TrainConfig:
             at_least_1=("vocab_size", "eval_prompts", "checkpoint_every"),
             at_least_0=(
                 *("seed", "workers", "threads"),
-                *("max_prompt_tokens", "max_response_tokens", "eval_every"),
+                *("max_prompt_tokens", "max_response_tokens", "eval_every", "reward_timeout"),
             ),
         )
         for name, least, why in (

@@ -100,10 +100,12 @@ def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
     path = settled(session.folder / "reward_model") / scale_in
     entries = read_object(path)
     mean, sd = entries.get("score_mean"), entries.get("score_sd")
-    if not (isinstance(mean, float) and isinstance(sd, float) and sd > 0):
+    numbers = isinstance(mean, float) and isinstance(sd, float)
+    # `normalized` gives no smaller sd, nor a mean that far from 0
+    if not (numbers and 1e-37 <= sd < float("inf") and abs(mean) <= 1e20 * sd):
         raise InputError(
-            f"{path}: expected the numbers score_mean and score_sd > 0; got {mean!r} and {sd!r}: "
-            "restore the folder"
+            f"{path}: expected the finite numbers score_mean and score_sd > 0; got {mean!r} and "
+            f"{sd!r}: restore the folder"
         )
     return RewardModel(params, expected, mean, sd)
 

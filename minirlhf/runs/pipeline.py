@@ -115,7 +115,7 @@ def reference_stage(session: Session) -> Tree:
 def reward_stage(session: Session, reference: Tree) -> RewardModel:
     """Stage 2: a reward model from pairs, or the scale of the user's own reward.
 
-    Either way the score gets mean 0 and sd 1 on fresh reference samples.
+    Either way the score gets mean 0 and sd 1 on fresh reference samples, drawn as PPO draws.
     """
     settings, gpt = session.config.reward_model, session.gpt
     if settings.init == "scratch":
@@ -128,7 +128,8 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
         model = learn_preferences(session, reference, gpt)
     rng = session.rng["normalize"]
     prompts = _draw(session.world.train_prompts, settings.n_normalize, rng)
-    samples = session.sample(reference, prompts, rng)
+    sampling = Sampling(session.config.ppo.temperature)
+    samples = session.sample(reference, prompts, rng, sampling)
     model = reward_model.normalized(model, session.score_with(model)(samples))
     folder.save_reward_model(session, model)
     return model
@@ -249,6 +250,8 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
             if session.world.gold is not None:  # of the samples: nobody trains on it
                 gold = gold_of(iteration.rollout.samples, session.world)
                 metrics["objective/gold"] = np.mean(gold)
+            if session.world.reward is not None:
+                metrics["objective/reward"] = score.model.raw(metrics["objective/scores"])
             if config.eval_every and done % config.eval_every == 0:
                 heldout, _ = evaluate(session, optimizer.params, reference, score)
                 metrics |= {f"eval/{name}": value for name, value in heldout.items()}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.log import RunLog
+from minirlhf.runs.own_reward import fingerprint, keep_reward, own_reward, remember, tried
 from minirlhf.train.optimizer import NonFiniteError
 from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples, sample_responses
@@ -33,14 +34,13 @@ from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
 from minirlhf.workers import share_packed
 from minirlhf.worlds import files, support, tokens
-from minirlhf.worlds.rewards import load_reward, name_of
+from minirlhf.worlds.rewards import Reward, load_reward, name_of
 from minirlhf.worlds.world import World
 
 STREAMS = (
     "world", "init", "sft", "pairs", "annotator", "reward_init", "reward_model", "normalize",
     "prompts", "rollout", "shuffle",
 )  # fmt: skip
-Reward = str | Callable[..., Any]  # module:function, or the function itself
 # what world.json keeps of a world: enough to sample from a run and to score with it
 KEPT = {"name": str, "joiner": str, "max_prompt_tokens": int, "max_response_tokens": int}
 
@@ -165,7 +165,9 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
             "resume`, or choose another folder"
         )
     rng, reward = _streams(config), reward or config.reward
-    world = build_world(config, reward, rng["world"])
+    world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
+    world = tried(world, out) if reward else world
+    digest = {"reward_sha256": fingerprint(reward)} if reward else {}
     config = replace(
         config,
         out=out,
@@ -178,21 +180,29 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         session.say(note)
     _ = session.log  # refuses a folder that cannot be written
     tokens.save_tokenizer(session.tokenizer, out)
-    write_whole(out / "world.json", to_json(_outline(world)))
+    write_whole(out / "world.json", to_json(_outline(world) | digest))
     save_config(out / "config.toml", config)
+    remember(config.reward, digest.get("reward_sha256", ""))
     return session
 
 
 def reopen_session(
-    folder: str | Path, *, device: str = "", reward: Reward = "", look: bool = False, **shown: Any
+    folder: str | Path,
+    *,
+    device: str = "",
+    reward: Reward = "",
+    accept_changed_reward: bool = False,
+    look: bool = False,
+    **shown: Any,
 ) -> Session:
     """A run that lies in a folder, finished or not.
 
     Args:     device: instead of the one it was trained on.
-              reward: as of `open_session`.
-              look: it is only sampled from and scored with, for which its texts are not read.
-    Raises:   InputError: the folder holds no run, its files are damaged, or its texts have changed
-                  since it began.
+              reward, accept_changed_reward: `named` and `changed` of `own_reward`.
+              look: it is only sampled from and scored with, for which its texts are not read, and
+                  its reward not before it is asked.
+    Raises:   InputError: the folder holds no run, its files are damaged, or its texts or its reward
+                  have changed since it began.
     """
     folder = Path(folder)
     if not (folder / "config.toml").exists():
@@ -200,20 +210,27 @@ def reopen_session(
             f"{folder}: expected a run folder with config.toml; found none: name the folder that "
             "`minirlhf train --out` wrote"
         )
-    config = load_config(folder / "config.toml")
-    config = replace(config, out=folder, device=device or config.device)
+    stored = load_config(folder / "config.toml")
+    config = replace(stored, out=folder, device=device or stored.device)
     array_module(config.device)
-    rng, reward = _streams(config), reward or config.reward
-    config = replace(config, reward=name_of(reward))
+    rng, own = _streams(config), None
+    if config.reward or reward:
+        own = cache(partial(own_reward, folder, config, reward, changed=accept_changed_reward))
     if look and (config.corpus or config.pairs):
-        world = _stored_world(folder / "world.json", reward)
+        world = _stored_world(folder / "world.json")
     else:
-        world = build_world(config, reward, rng["world"])
+        world = build_world(config, own() if own and not look else "", rng["world"])
         if read_object(folder / "world.json").get("sha256") != _outline(world)["sha256"]:
             raise InputError(
                 f"{folder / 'world.json'}: expected the texts that the run began with; the corpus, "
                 "the pairs or the seed have changed: restore them, or train in a new folder"
             )
+    if own and look:
+        world = replace(world, reward=lambda *replies: own()(*replies))
+    elif own:
+        world = tried(world, folder)
+        keep_reward(folder, stored, reward or config.reward)
+    config = replace(config, reward=name_of(reward or config.reward))
     session = Session(config, world, tokens.load_tokenizer(folder), rng, **shown)
     for note in world.notes:
         session.say(note)
@@ -236,6 +253,11 @@ def fork_run(
         came = f"{out}, which exists" if out.exists() else f"no {missing[0]} in {folder}"
         raise InputError(f"fork: expected a run with its reward model and a new folder; got {came}")
     config = load_config(folder / "config.toml")
+    if ppo.temperature != config.ppo.temperature:
+        raise InputError(
+            f"fork: expected the temperature {config.ppo.temperature}, at which the score was "
+            f"scaled; got {ppo.temperature}: train a run of its own"
+        )
     out.mkdir(parents=True)
     for name in shared:
         copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
@@ -277,14 +299,13 @@ def _outline(world: World) -> dict[str, Any]:
     return {name: getattr(world, name) for name in KEPT} | {"sha256": digest}
 
 
-def _stored_world(path: Path, reward: Reward) -> World:
+def _stored_world(path: Path) -> World:
     """What sampling and scoring need of a world of files, which may be gone by now."""
     stored = read_object(path)
     kept = {name: stored.get(name) for name in KEPT}
     if [type(value) for value in kept.values()] != list(KEPT.values()):
         raise InputError(f"{path}: expected {', '.join(KEPT)}; got {kept}: restore the file")
-    function = load_reward(reward) if reward else None
-    return World(demonstrations=[], train_prompts=[], heldout_prompts=[], reward=function, **kept)
+    return World(demonstrations=[], train_prompts=[], heldout_prompts=[], **kept)
 
 
 def unused_options(config: TrainConfig) -> list[str]:
@@ -299,6 +320,8 @@ def unused_options(config: TrainConfig) -> list[str]:
         notes.append("--corpus-unit changes nothing without a corpus of plain text")
     if config.encoding and "vocab_size" in of_run:
         notes.append("--vocab-size changes nothing beside --encoding")
+    if not config.reward and "reward_timeout" in of_run:
+        notes.append("--reward-timeout changes nothing without --reward")
     if config.reward and of_model - {"n_normalize"}:
         notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
     if config.pairs and of_model & {"n_pairs", "n_heldout_pairs"}:

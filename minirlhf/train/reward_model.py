@@ -1,6 +1,7 @@
 """Stage 2: a reward model from preferences between two responses to one prompt."""
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,6 +37,10 @@ class RewardModel(NamedTuple):
     config: GPTConfig
     mean: float = 0.0
     sd: float = 1.0
+
+    def raw(self, score: float) -> float:
+        """The reward in its own units."""
+        return score * self.sd + self.mean
 
 
 def train_reward_model(
@@ -178,14 +183,20 @@ def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
     The scale is part of beta: only beta / sd(score) has a meaning, and the ranking loss fixes
     neither offset nor scale.
 
-    Raises:   InputError: all scores are equal.
+    Raises:   InputError: all scores are equal, or differ by rounding alone; one is not finite.
     """
-    mean, sd = float(raw_scores.mean()), float(raw_scores.std())
-    if not sd > 1e-6 * max(1.0, abs(mean)):
+    low, high = float(raw_scores.min()), float(raw_scores.max())
+    dtype = model.params["reward_head"]["w"].dtype if model.params else np.float64
+    largest = max(-low, high)
+    if not high - low > max(16 * float(np.finfo(dtype).eps) * largest, 1e-30):
+        came = f"{low:.6g} for all of them" if low == high else f"scores from {low!r} to {high!r}"
         raise InputError(
-            f"reward: expected scores that differ between reference samples; got {mean:.6g} for "
-            "all of them: use a reward that tells responses apart"
+            "reward: expected finite scores that differ by more than rounding between reference "
+            f"samples; got {came}: use a reward that tells responses apart"
         )
+    exponent = math.frexp(largest)[1]  # within [-1, 1] no square overflows
+    scaled = np.ldexp(raw_scores, -exponent)
+    mean, sd = (math.ldexp(float(value), exponent) for value in (scaled.mean(), scaled.std()))
     return model._replace(mean=mean, sd=sd)
 
 

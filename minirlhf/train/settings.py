@@ -17,6 +17,7 @@ from minirlhf.rlhf.objectives import AGGREGATIONS, CLIPS
 
 _RULES = {
     "at_least_1": (lambda x: x >= 1, "at least 1"),
+    "at_least_2": (lambda x: x >= 2, "at least 2"),
     "at_least_0": (lambda x: x >= 0, "at least 0"),
     # float32 holds no positive number much below: 1e-46 would become 0
     "above_0": (lambda x: x >= 1e-37, "at least 1e-37"),
@@ -169,10 +170,8 @@ class RewardModelConfig:
         check_fields(
             self,
             "reward_model.",
-            at_least_1=(
-                *("n_layer", "n_pairs", "n_heldout_pairs", "n_normalize"),
-                *("epochs", "batch_size"),
-            ),
+            at_least_1=("n_layer", "n_pairs", "n_heldout_pairs", "epochs", "batch_size"),
+            at_least_2=("n_normalize",),  # one sample has no sd
             at_least_0=("margin", "label_smoothing"),
         )
         if self.label_smoothing >= 0.5:  # from there on the loss prefers what was rejected

@@ -1,27 +1,35 @@
-"""A reward of one's own: which functions can be one, how it is found and called; and three to use.
+"""A reward of one's own: which functions can be one, how it is found and called; and some to use.
 
-    --reward minirlhf.worlds.rewards:vowel_share     or file.py:function
+    --reward file.py:function     or package.module:function
+    --reward length               or another of READY_MADE
 
 The names of its parameters say what a function wants: text (prompt and response as one text), or
 (prompt, response); lists of them where the names are plural: texts, (prompts, responses).
 """
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
 import numbers
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minirlhf.disk import shorten
+from minirlhf.disk import read_text, shorten
 from minirlhf.errors import InputError
 
+Reward = str | Callable[..., Any]  # its name, or the function itself
+LARGEST = 1e300  # size of a reward: sums of them do not overflow
 _PLURALS = {"texts", "prompts", "responses", "completions", "replies"}
 
 
@@ -35,6 +43,8 @@ class UserReward:
 
     function: Callable
     name: str = "reward"
+    timeout: float = 0.0  # seconds that a call may take; 0: any
+    then: str = "correct the function"  # what to do about an error in it
 
     def __post_init__(self):
         if len(self._wants) > 2:
@@ -65,45 +75,89 @@ class UserReward:
         if not isinstance(values, list | tuple) or len(values) != len(texts):
             raise InputError(
                 f"{self.name}: expected a list of {len(texts)} numbers, one a reply; got "
-                f"{shorten(repr(values))}: correct the function"
+                f"{shorten(repr(values))}: {self.then}"
             )
         return [self._number(value, text) for value, text in zip(values, texts, strict=True)]
 
     def _ask(self, text: str, *arguments: Any) -> Any:
         try:
-            return self.function(*arguments)
-        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            with _alarm(self.timeout):
+                return self.function(*arguments)
+        except BaseException as error:  # the user's code may raise anything
             raise InputError(
-                f"{self.name}: expected a number for the text {shorten(text)!r}; it raised "
-                f"{type(error).__name__}: {shorten(str(error))}: correct the function"
+                f"{self.name}: expected a number for the text {shorten(text)!r}; "
+                f"{_raised(error)}: {self.then}"
             ) from error
 
     def _number(self, value: Any, text: str) -> float:
         number = value.item() if getattr(value, "shape", None) == () else value
-        if not isinstance(number, numbers.Real) or not abs(number) <= sys.float_info.max:
+        if not isinstance(number, numbers.Real) or not abs(number) <= LARGEST:
             raise InputError(
-                f"{self.name}: expected a finite number for the text {shorten(text)!r}; got "
-                f"{shorten(repr(value))}: correct the function"
+                f"{self.name}: expected a finite number of at most {LARGEST:g} for the text "
+                f"{shorten(text)!r}; got {shorten(repr(value))}: {self.then}"
             )
         return float(number)
+
+
+class Timeout(BaseException):
+    """A call took too long. It is no Exception, which the user's code may catch."""
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise Timeout in the block after so many seconds; 0: never."""
+
+    def ring(*_):
+        raise Timeout(f"longer than --reward-timeout {seconds:g}")
+
+    if not seconds:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    every = min(seconds, 1e8)  # again and again, should the code go on in spite of it
+    signal.setitimer(signal.ITIMER_REAL, every, every)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def _raised(error: BaseException) -> str:
+    """What was raised, and in which line of the user's file; Ctrl-C is raised again."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    ours = (__file__, importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
+    frames = [f for f in frames if not f.filename.startswith("<frozen")]
+    theirs = [f for f in frames if f.filename == frames[0].filename]
+    where = f" in line {theirs[-1].lineno} of {theirs[-1].filename}" if theirs else ""
+    return f"it raised {type(error).__name__}{where}: {shorten(str(error), 120)}"
 
 
 def absolute_reward(where: str) -> str:
     """The same function, named so that it is found from any directory if it lies in a file."""
     source, _, name = where.rpartition(":")
-    return f"{os.path.abspath(source)}:{name}" if source.endswith(".py") else where
+    if where.startswith("words:"):
+        return f"words:{os.path.abspath(where[len('words:') :])}"
+    in_file = source.endswith(".py") and not ready_made(where)
+    return f"{os.path.abspath(source)}:{name}" if in_file else where
 
 
-def load_reward(reward: str | Callable) -> UserReward:
+def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
     """A function, or the one at "package.module:function" or "file.py:function", checked.
 
-    The module may lie in the current directory.
+    The module may lie in the current directory. One that is loaded already is given back.
 
     Raises:   InputError: there is no such module, file or function, its import fails, or it cannot
                   be called.
     """
+    if isinstance(reward, UserReward):
+        return reward
     if callable(reward):
-        return UserReward(reward)
+        return UserReward(reward, name_of(reward), timeout)
+    if make := ready_made(reward):
+        return UserReward(make(), reward, timeout)
     source, _, name = reward.rpartition(":")
     if source == "python":
         raise InputError(
@@ -112,23 +166,25 @@ def load_reward(reward: str | Callable) -> UserReward:
         )
     if not (source and name):
         raise InputError(
-            f"reward: expected module:function or file.py:function; got {reward!r}: for example "
-            "minirlhf.worlds.rewards:vowel_share"
+            f"reward: expected file.py:function, module:function, {', '.join(READY_MADE)}; got "
+            f"{shorten(reward)!r}: name one of these"
         )
     if source.endswith(".py") and not Path(source).is_file():
-        raise InputError(f"reward: expected a Python file {source}; found none: check the path")
+        raise InputError(
+            f"reward: expected a Python file {source}; found none: check the path, or say with "
+            "--reward where it is now"
+        )
     try:
         module = _import(source)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
+    except BaseException as error:  # the user's code may raise anything
         raise InputError(
-            f"reward: expected to import {source}; it raised {type(error).__name__}: "
-            f"{shorten(str(error), 120)}: check the name and the code"
+            f"reward: expected to import {source}; {_raised(error)}: check the name and the code"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         came = "found none" if function is None else f"got {shorten(repr(function))}"
         raise InputError(f"reward: expected a function {name} in {source}; {came}: check the name")
-    return UserReward(function, reward)
+    return UserReward(function, reward, timeout)
 
 
 def _import(source: str) -> ModuleType:
@@ -149,7 +205,19 @@ def _import(source: str) -> ModuleType:
         sys.path.remove(folder)
 
 
-def name_of(reward: str | Callable) -> str:
+def module_file(module: str) -> str:
+    """The file of a module, found without running it or its package; "" if it has none."""
+    if module in sys.modules:
+        return getattr(sys.modules[module], "__file__", None) or ""
+    importlib.invalidate_caches()
+    places, spec = [os.getcwd(), *sys.path], None
+    for end in re.finditer(r"\.|$", module):
+        spec = PathFinder.find_spec(module[: end.start()], places)
+        places = (spec and spec.submodule_search_locations) or []
+    return (spec and spec.origin) or ""
+
+
+def name_of(reward: Reward) -> str:
     """module:function where the function can be found again; python:NAME where it cannot."""
     if isinstance(reward, str):
         return absolute_reward(reward)
@@ -158,7 +226,7 @@ def name_of(reward: str | Callable) -> str:
     return f"{module}:{name}" if found else f"python:{name}"
 
 
-# -- three to begin with: text -> number in [0, 1] ------------------------------------------------
+# -- ready-made ----------------------------------------------------------------------------------
 def vowel_share(text: str) -> float:
     """Vowels / letters; 0 without letters. Over-optimised, names become "aaaa"."""
     letters = [c for c in text.lower() if c.isalpha()]
@@ -175,6 +243,51 @@ def distinct_words(text: str) -> float:
     """Distinct words / words, regardless of case; 0 without words. Punishes repetition."""
     words = _words(text)
     return len(set(words)) / max(len(words), 1)
+
+
+def _length_near(target: str) -> Callable:
+    """Minus the distance of the reply's length in characters to a target."""
+    if not re.fullmatch("[0-9]{1,9}", target):
+        raise InputError(f"reward: expected length:N; got N = {shorten(target)!r}: give a number")
+    return lambda prompt, response: -abs(len(response) - int(target))
+
+
+def _matches(pattern: str) -> Callable:
+    """Matches of a regular expression in the reply."""
+    try:
+        find = re.compile(pattern).findall
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(
+            f"reward: expected a regular expression; got {shorten(pattern)!r} ({error}): correct it"
+        ) from error
+    return lambda prompt, response: len(find(response))
+
+
+def _listed_words(path: str) -> Callable:
+    """Words of the reply that stand in the file / words; 0 without words."""
+    listed = set(_words(read_text(path)))
+
+    def share(prompt, response):
+        words = _words(response)
+        return sum(word in listed for word in words) / max(len(words), 1)
+
+    return share
+
+
+READY_MADE = {  # name, up to the colon before its parameter -> what makes it of the parameter
+    "length": lambda _: lambda prompt, response: len(response),
+    "length:": _length_near,
+    "regex:": _matches,
+    "words:": _listed_words,
+    **{f.__name__: lambda _, f=f: f for f in (vowel_share, short_words, distinct_words)},
+}
+
+
+def ready_made(reward: str) -> Callable[[], Callable] | None:
+    """What makes the reward of this name; None: it is none of ours."""
+    kind, colon, parameter = reward.removeprefix(f"{__name__}:").partition(":")
+    make = READY_MADE.get(kind + colon)
+    return make and functools.partial(make, parameter)
 
 
 def _words(text: str) -> list[str]:

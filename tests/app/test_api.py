@@ -57,7 +57,8 @@ def test_settings_by_keyword_as_dataclass_or_dict(tmp_path):
         ({"ppo": {"optimizer": {"eps": "small"}}}, "optimizer.eps: expected float"),
         ({"device": "tpu"}, "device: expected one of cpu, cuda"),
         ({"ppo": {"kl_coef": -1}}, "kl_coef: expected at least 0"),
-        ({"reward": "nowhere"}, "expected module:function"),
+        ({"reward": "nowhere"}, "expected file.py:function, module:function"),
+        ({"reward": 3}, "reward: expected str; got 3"),
     ],
 )
 def test_what_the_command_line_refuses_is_refused_here(tmp_path, monkeypatch, changes, says):
@@ -97,8 +98,13 @@ def test_a_function_without_a_name_is_asked_for_again(tmp_path):
     raw = run.session.world.reward
     assert raw([prompt], [reply], ["Kalo"]) == [3.0]
     assert np.isfinite(run.score(prompt, reply).score)
-    with pytest.raises(InputError, match="pass reward= to minirlhf.open_run"):
-        minirlhf.open_run(run.folder)
+    assert run.score(prompt, reply).reward == pytest.approx(3.0, abs=1e-12)  # in its own units
+    blind = minirlhf.open_run(run.folder)
+    assert blind.sample(prompt, seed=1) == run.sample(prompt, seed=1)
+    scores = blind.score(prompt, reply)
+    assert np.isnan(scores.score) and np.isnan(scores.objective) and np.isnan(scores.reward)
+    assert "pass reward= to minirlhf.open_run" in scores.no_score
+    assert scores.kl_seq == run.score(prompt, reply).kl_seq
     again = minirlhf.open_run(run.folder, reward=nameless)
     assert again.score(prompt, reply).score == run.score(prompt, reply).score
 

@@ -172,6 +172,7 @@ IMPOSSIBLE = {
     "max_response_tokens": -1,
     "eval_prompts": 0,
     "eval_every": -1,
+    "reward_timeout": -0.5,
     "checkpoint_every": 0,
     "model.n_layer": 0,
     "model.n_head": 3,  # does not divide 64
@@ -181,7 +182,7 @@ IMPOSSIBLE = {
     "reward_model.n_layer": 0,
     "reward_model.n_pairs": 0,
     "reward_model.n_heldout_pairs": 0,
-    "reward_model.n_normalize": 0,
+    "reward_model.n_normalize": 1,
     "reward_model.epochs": 0,
     "reward_model.batch_size": 0,
     "reward_model.margin": math.inf,

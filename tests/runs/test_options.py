@@ -126,7 +126,7 @@ MUTATIONS = {
     "ppo.epochs": ppo_turn(3),
     "ppo.minibatches": ppo_turn(3),
     "ppo.micro_batch_size": ppo_turn(5),  # another order of summation: the last digits
-    "ppo.temperature": ppo_turn(0.6),
+    "ppo.temperature": ppo_turn(0.6, first="reward_model"),  # whose scale is of such samples
     "ppo.kl_coef": ppo_turn(0.0),
     "ppo.kl_target": ppo_turn(0.02, given={"ppo.kl_horizon": 50.0}),
     "ppo.kl_horizon": ppo_turn(500.0, given=STEERED),
@@ -154,6 +154,7 @@ ELSEWHERE = {  # fields with a test of their own, below
     "threads": "test_threads_are_limited_while_the_stages_run",
     "corpus": "test_the_corpus_and_the_pairs_are_read",
     "pairs": "test_the_corpus_and_the_pairs_are_read",
+    "reward_timeout": "test_a_reward_may_be_given_a_time",
     "ppo.kl_mode": "test_every_kl_mode_is_another_training",
 }
 EVERY_VALUE = {  # the further values of a choice, each unlike the default and unlike each other
@@ -380,6 +381,17 @@ def test_the_corpus_and_the_pairs_are_read(tmp_path, files):
     }
     assert len({tuple(world.demonstrations) for world in opened.values()}) == 4
     assert [world.pairs is None for world in opened.values()] == [True, False, False, True]
+
+
+def test_a_reward_may_be_given_a_time(tmp_path, files):
+    (tmp_path / "slow.py").write_text("import time\ndef f(text): time.sleep(0.1); return len(text)")
+    config = changed(
+        tiny_config(tmp_path / "run"), {**files["names"], "reward": f"{tmp_path}/slow.py:f"}
+    )
+    with pytest.raises(InputError, match="longer than --reward-timeout 0.01"):
+        session_module.open_session(changed(config, {"reward_timeout": 0.01}))
+    assert not (tmp_path / "run").exists()
+    assert session_module.open_session(changed(config, {"reward_timeout": 60.0})).world.reward
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path, files):

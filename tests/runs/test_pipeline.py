@@ -503,6 +503,7 @@ def test_no_pairs_that_differ_are_refused(tmp_path):
         ({"reward_model.optimizer.eps": 1e-3}, "--reward-model.*"),
         ({"pairs": "p.jsonl", "reward": "", "reward_model.n_pairs": 7}, "--reward-model.n-pairs"),
         ({"reward_model.n_normalize": 7}, None),
+        ({"reward": "", "pairs": "p.jsonl", "reward_timeout": 1.0}, "--reward-timeout"),
         ({"corpus_unit": "line"}, None),
         ({"reward": "", "corpus": "", "reward_model.epochs": 5, "vocab_size": 400}, None),
     ],
@@ -566,6 +567,8 @@ def test_a_fork_needs_a_reward_model_and_a_new_folder(finished, tmp_path):
     shutil.rmtree(half / "reward_model")
     with pytest.raises(InputError, match="no reward_model"):
         session_module.fork_run(half, tmp_path / "new", ppo=PPOConfig())
+    with pytest.raises(InputError, match="temperature 1.0, at which the score was scaled; got 0.5"):
+        session_module.fork_run(out, tmp_path / "new", ppo=PPOConfig(temperature=0.5))
     assert not (tmp_path / "new").exists()
 
 

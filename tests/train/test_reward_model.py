@@ -235,20 +235,51 @@ def test_normalized_scores_have_mean_0_and_sd_1_on_their_samples():
 
 
 @pytest.mark.parametrize(
-    "scores",
+    ("scores", "came"),
     [
-        np.full(5, 0.3),
-        np.zeros(5),
-        np.array([1.0]),
-        np.array([1e9, 1e9 + 1e-3]),  # differ in nothing but rounding
-        np.array([0.0, np.nan]),
-        np.array([0.0, np.inf]),
+        (np.full(5, 0.3), "0.3 for all of them"),
+        (np.zeros(5), "0 for all of them"),
+        (np.array([1.0]), "1 for all of them"),
+        (np.array([1e9, 1e9 + 1e-3]), "from 1000000000.0 to 1000000000.001"),  # of a float32 model
+        (np.array([0.0, np.nan]), "from nan to nan"),
+        (np.array([0.0, np.inf]), "from 0.0 to inf"),
+        (np.array([-np.inf, np.inf]), "from -inf to inf"),
     ],
-    ids=["equal", "zero", "one", "rounding", "nan", "inf"],
 )
-def test_scores_that_tell_nothing_apart_are_refused(scores):
-    with np.errstate(invalid="ignore"), pytest.raises(InputError, match="scores that differ"):
+def test_scores_that_tell_nothing_apart_are_refused(scores, came):
+    with np.errstate(invalid="ignore"), pytest.raises(InputError, match=f"that differ .*{came}"):
         normalized(some_model(), scores)
+
+
+@pytest.mark.parametrize("scores", [[0.3, 0.1 + 0.2], [5e-31, 0.0], [1.0, 1.0]])
+def test_a_reward_that_differs_by_rounding_alone_is_refused(scores):
+    with pytest.raises(InputError, match="by more than rounding"):
+        normalized(RewardModel({}, CONFIG), np.array(scores))
+
+
+@pytest.mark.parametrize("center", [0.0, 1.0, -3e5, 1e300, -1e300])
+@pytest.mark.parametrize("spread", [1e-20, 1e-7, 1.0, 1e150, 1e200, 1e300])
+def test_rewards_of_any_size_get_mean_0_and_sd_1(center, spread):
+    """Next to equal is not equal, and no square overflows; a warning would be an error here."""
+    noise = np.random.default_rng(0).standard_normal(50)
+    noise = np.clip((noise - noise.mean()) / noise.std(), -3, 3)
+    raw = center + spread * noise
+    if spread < 1e-15 * abs(center):
+        with pytest.raises(InputError, match="by more than rounding"):
+            normalized(RewardModel({}, CONFIG), raw)
+        return
+    model = normalized(RewardModel({}, CONFIG), raw)
+    score = (raw - model.mean) / model.sd
+    tolerance = 1e-8 if spread >= 1e-6 * abs(center) else 1e-3
+    assert score.mean() == pytest.approx(0, abs=tolerance)
+    assert score.std() == pytest.approx(1, abs=tolerance)
+    assert model.raw(score[0]) == pytest.approx(raw[0], rel=1e-12, abs=1e-9 * spread)
+
+
+def test_the_scale_of_rewards_of_usual_size_is_the_plain_one():
+    raw = np.random.default_rng(0).gamma(2.0, 3.0, size=1000)
+    model = normalized(RewardModel({}, CONFIG), raw)
+    assert (model.mean, model.sd) == (raw.mean(), raw.std())  # to the last bit
 
 
 # --- T14: nobody's score depends on the batch
