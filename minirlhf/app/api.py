@@ -21,9 +21,9 @@ from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import pipeline
-from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.config import Stages, TrainConfig
 from minirlhf.runs.folder import last_kl_coef
-from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
@@ -39,7 +39,7 @@ def train(
     reward: str | Callable[..., Any] = "",
     progress: bool = True,
     **changes: Any,
-) -> "Run":
+) -> "Run | None":
     """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
 
     Args:     config: settings to start from; None: the defaults.
@@ -50,6 +50,7 @@ def train(
               changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
                   ppo={"kl_coef": 0.1}.
     Returns:  the finished Run; its folder is config.out, or runs/WORLD-N with the next free N.
+              None where `stages` leave out PPO.
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if isinstance(reward, str) and reward else {}
@@ -59,13 +60,21 @@ def train(
 
 
 def resume(
-    folder: str | Path, *, reward: str | Callable[..., Any] = "", progress: bool = True
-) -> "Run":
+    folder: str | Path,
+    *,
+    reward: str | Callable[..., Any] = "",
+    iterations: int = 0,
+    stages: Stages = "sft,reward,ppo",
+    progress: bool = True,
+) -> "Run | None":
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
     Args:     reward: the function again, where the run was given one that has no importable name.
+              iterations: PPO goes on to so many in all; 0: as config.toml says.
+              stages: what to run now.
     """
-    return _finish(reopen_session(folder, reward=reward, **(BARS if progress else {})), reward)
+    options = {"reward": reward, "iterations": iterations, "stages": stages}
+    return _finish(reopen_session(folder, **options, **(BARS if progress else {})), reward)
 
 
 def open_run(folder: str | Path, *, reward: str | Callable[..., Any] = "") -> "Run":
@@ -76,12 +85,11 @@ def open_run(folder: str | Path, *, reward: str | Callable[..., Any] = "") -> "R
     return Run(reopen_session(folder, device="cpu", reward=reward, look=True))
 
 
-def _finish(session: Session, reward: str | Callable[..., Any]) -> "Run":
-    run_session(session)
-    return open_run(session.folder, reward=reward)
+def _finish(session: Session, reward: str | Callable[..., Any]) -> "Run | None":
+    return open_run(session.folder, reward=reward) if run_session(session) else None
 
 
-def run_session(session: Session) -> pipeline.Result:
+def run_session(session: Session) -> pipeline.Result | None:
     """The stages that are not done yet, and the final comparison."""
     keep_freed_memory()
     with np.errstate(all="ignore"):  # what is not finite is looked for at every update
@@ -120,7 +128,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: "stage", "step", and that step's numbers."""
-        return read_jsonl(self.folder / "metrics.jsonl")
+        return read_metrics(self.folder)
 
     @property
     def result(self) -> dict[str, dict[str, float]]:
@@ -180,7 +188,7 @@ class Run:
         return TokenScores(*by_token, float(kl_seq), float(score), last_kl_coef(session), gold)
 
     def curves(self) -> Any:
-        """A matplotlib figure: reward, KL, entropy and length against the iterations of PPO."""
+        """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""
         from minirlhf.app.pictures import curves_figure
 
         return curves_figure(self.metrics)

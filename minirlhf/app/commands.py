@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -10,8 +10,8 @@ from rich.console import Console
 from minirlhf.app import api, pictures, tables
 from minirlhf.app.progress import say, track
 from minirlhf.errors import InputError
-from minirlhf.runs.config import TrainConfig, load_config
-from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.config import Stages, TrainConfig, load_config
+from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
 
 TRAIN_HELP = """Supervised fine-tuning, reward model, PPO, into one run folder.
@@ -40,22 +40,32 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     return tyro.cli(TrainConfig, args=rest, default=start, **about)
 
 
-def resume(run: tyro.conf.Positional[Path]) -> int:
+def resume(
+    run: tyro.conf.Positional[Path],
+    *,
+    iterations: Annotated[int, tyro.conf.arg(name="ppo.iterations")] = 0,
+    stages: Stages = "sft,reward,ppo",
+) -> int:
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
-    PPO goes on from its last checkpoint; the other stages (supervised fine-tuning, reward model)
-    start again if they were not finished.
+    A stage that was begun goes on from its last checkpoint.
 
     Args:
         run: Run folder.
+        iterations: PPO goes on to so many in all; 0: as in config.toml.
+        stages: What to run now.
     """
-    return _show(reopen_session(run, track=track, say=say))
+    options = {"iterations": iterations, "stages": stages}
+    return _show(reopen_session(run, **options, track=track, say=say))
 
 
 def _show(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
-    tables.print_result(result, session.world, console)
-    figure = pictures.curves_figure(read_jsonl(folder / "metrics.jsonl"))
+    if result is None:
+        _print(f"done: {session.config.stages}; `minirlhf resume {folder}` goes on")
+    else:
+        tables.print_result(result, session.world, console)
+    figure = pictures.curves_figure(read_metrics(folder))
     _print(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
     return 0
 

@@ -7,6 +7,7 @@ leaves the others' numbers as they are: that is what makes `resume` exact.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,18 +21,18 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.backend import array_module, to_device
-from minirlhf.disk import next_numbered_folder, read_object, to_json, write_whole
+from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.runs.config import Stages, TrainConfig, load_config, save_config
+from minirlhf.runs.lock import locked
 from minirlhf.runs.log import RunLog
-from minirlhf.train.optimizer import NonFiniteError
 from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples, sample_responses
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
-from minirlhf.workers import share_packed
+from minirlhf.workers import resolved, share_packed
 from minirlhf.worlds import files, support, tokens
 from minirlhf.worlds.rewards import load_reward, name_of
 from minirlhf.worlds.world import World
@@ -43,6 +44,7 @@ STREAMS = (
 Reward = str | Callable[..., Any]  # module:function, or the function itself
 # what world.json keeps of a world: enough to sample from a run and to score with it
 KEPT = {"name": str, "joiner": str, "max_prompt_tokens": int, "max_response_tokens": int}
+BEGAN = Path("checkpoint", "config.toml")  # the settings that what is in the folder was made with
 
 
 def no_progress(steps: Iterable, title: str) -> Iterable:
@@ -116,15 +118,22 @@ class Session:
         """What PPO maximises of this run's samples."""
         return Score(self.world, model, self.padding)
 
-    def follow(self, loop: Iterable[dict], stage: str, n_steps: int, title: str) -> None:
-        """Let a loop run to its end: progress, and a line of metrics for each of its steps."""
-        done = 0
-        try:
-            for step, metrics in zip(self.track(range(n_steps), title), loop, strict=False):
-                self.log.metrics(step, stage, metrics)
-                done = step + 1
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{title} step {done}: {error}") from error
+    def note(self, line: str) -> None:
+        """Say what is worth knowing and no fault."""
+        self.say(f"note: {line}")
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """In the block the folder is this process's; a refusal in it says how to go on."""
+        with locked(self.folder):
+            try:
+                yield
+            except (InputError, KeyboardInterrupt) as stop:
+                how = f"`minirlhf resume {shlex.quote(str(self.folder))}`"
+                if "minirlhf resume" not in str(stop):
+                    said = f"{stop}; then go on with {how}" if stop.args else f"{how} goes on"
+                    stop.args = (said,)
+                raise
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -157,38 +166,56 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     Raises:   InputError: the folder holds a run already, or a setting or file cannot be used.
     """
     array_module(config.device)  # refuse a device that is not there before anything is written
-    world_name = Path(config.corpus or config.pairs or "support").stem
-    out = config.out or next_numbered_folder(world_name)
-    if (out / "config.toml").exists():
-        raise InputError(
-            f"--out {out}: expected a new folder; it holds a run: go on with `minirlhf "
-            "resume`, or choose another folder"
-        )
+    _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
     world = build_world(config, reward, rng["world"])
+    tokenizer = _new_tokenizer(config, world)
+    world_name = Path(config.corpus or config.pairs or "support").stem
+    out = config.out or new_numbered_folder(world_name)
     config = replace(
         config,
         out=out,
+        workers=resolved(config.workers),  # another number would round otherwise
         corpus=config.corpus and os.path.abspath(config.corpus),  # resumed from any directory
         pairs=config.pairs and os.path.abspath(config.pairs),
         reward=name_of(reward),
     )
-    session = Session(config, world, _new_tokenizer(config, world), rng, **shown)
+    session = Session(config, world, tokenizer, rng, **shown)
     for note in (*world.notes, *unused_options(config)):
-        session.say(note)
-    _ = session.log  # refuses a folder that cannot be written
-    tokens.save_tokenizer(session.tokenizer, out)
-    write_whole(out / "world.json", to_json(_outline(world)))
-    save_config(out / "config.toml", config)
+        session.note(note)
+    with locked(out):
+        _refuse_a_run(out)  # of another process, which has been faster
+        _ = session.log  # refuses a folder that cannot be written
+        tokens.save_tokenizer(tokenizer, out)
+        write_whole(out / "world.json", to_json(_outline(world)))
+        save_config(out / BEGAN, config)
+        save_config(out / "config.toml", config)
     return session
 
 
+def _refuse_a_run(out: Path | None) -> None:
+    if out and (out / "config.toml").exists():
+        raise InputError(
+            f"--out {out}: expected a new folder; it holds a run: go on with `minirlhf resume "
+            f"{shlex.quote(str(out))}`, or choose another folder"
+        )
+
+
 def reopen_session(
-    folder: str | Path, *, device: str = "", reward: Reward = "", look: bool = False, **shown: Any
+    folder: str | Path,
+    *,
+    device: str = "",
+    iterations: int = 0,
+    stages: Stages = "sft,reward,ppo",
+    reward: Reward = "",
+    look: bool = False,
+    **shown: Any,
 ) -> Session:
     """A run that lies in a folder, finished or not.
 
     Args:     device: instead of the one it was trained on.
+              iterations: of PPO, in all; 0: as config.toml says.
+              stages: what to run.
               reward: as of `open_session`.
               look: it is only sampled from and scored with, for which its texts are not read.
     Raises:   InputError: the folder holds no run, its files are damaged, or its texts have changed
@@ -201,7 +228,8 @@ def reopen_session(
             "`minirlhf train --out` wrote"
         )
     config = load_config(folder / "config.toml")
-    config = replace(config, out=folder, device=device or config.device)
+    ppo = replace(config.ppo, iterations=iterations or config.ppo.iterations)
+    config = replace(config, out=folder, device=device or config.device, stages=stages, ppo=ppo)
     array_module(config.device)
     rng, reward = _streams(config), reward or config.reward
     config = replace(config, reward=name_of(reward))
@@ -216,7 +244,7 @@ def reopen_session(
             )
     session = Session(config, world, tokens.load_tokenizer(folder), rng, **shown)
     for note in world.notes:
-        session.say(note)
+        session.note(note)
     return session
 
 
@@ -241,7 +269,8 @@ def fork_run(
         copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
         copy(folder / name, out / name)
     every = config.eval_every if eval_every is None else eval_every
-    save_config(out / "config.toml", replace(config, out=out, ppo=ppo, eval_every=every))
+    for name in (BEGAN, "config.toml"):
+        save_config(out / name, replace(config, out=out, ppo=ppo, eval_every=every))
     return out
 
 
@@ -281,7 +310,8 @@ def _stored_world(path: Path, reward: Reward) -> World:
     """What sampling and scoring need of a world of files, which may be gone by now."""
     stored = read_object(path)
     kept = {name: stored.get(name) for name in KEPT}
-    if [type(value) for value in kept.values()] != list(KEPT.values()):
+    fits = [type(value) for value in kept.values()] == list(KEPT.values())
+    if not (fits and kept["max_prompt_tokens"] > 2 and kept["max_response_tokens"] > 1):
         raise InputError(f"{path}: expected {', '.join(KEPT)}; got {kept}: restore the file")
     function = load_reward(reward) if reward else None
     return World(demonstrations=[], train_prompts=[], heldout_prompts=[], reward=function, **kept)
