@@ -64,7 +64,7 @@ def resume(
     *,
     reward: str | Callable[..., Any] = "",
     iterations: int = 0,
-    stages: Stages = "sft,reward,ppo",
+    stages: Stages = "all",
     progress: bool = True,
 ) -> "Run | None":
     """Go on with an interrupted run; its result is that of a run that was never interrupted.

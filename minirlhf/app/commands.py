@@ -44,16 +44,18 @@ def resume(
     run: tyro.conf.Positional[Path],
     *,
     iterations: Annotated[int, tyro.conf.arg(name="ppo.iterations")] = 0,
-    stages: Stages = "sft,reward,ppo",
+    stages: Stages = "all",
 ) -> int:
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
-    A stage that was begun goes on from its last checkpoint.
+    A stage that was begun goes on from its last checkpoint: of PPO every --checkpoint-every
+    iterations, of the others every few seconds. In config.toml may be changed: what made nothing
+    yet, learning rates, and what changes no number.
 
     Args:
         run: Run folder.
         iterations: PPO goes on to so many in all; 0: as in config.toml.
-        stages: What to run now.
+        stages: What to run now: sft; sft,reward; or all.
     """
     options = {"iterations": iterations, "stages": stages}
     return _show(reopen_session(run, **options, track=track, say=say))

@@ -219,27 +219,36 @@ def settle_settings(session: Session) -> None:
     May change at any time: FREE. The learning rate of a stage, until the stage is finished. All
     of a stage's own, until it has begun.
 
-    Raises:   InputError: names the setting, what it was and what it is.
+    Raises:   InputError: names the setting, what it was and what it is; nothing has changed then.
     """
     path = session.folder / "config.toml"
-    began, now = dict(flat(load_config(session.folder / BEGAN))), dict(flat(session.config))
-    changed = [name for name in now if now[name] != began[name] and name != "out"]
+    was, now = dict(flat(load_config(session.folder / BEGAN))), dict(flat(session.config))
+    changed = [name for name in now if now[name] != was[name] and name != "out"]
+    finished = {stage for stage, made in STAGES.items() if is_saved(session, made)}
+    begun = finished | {stage for stage in STAGES if has_state(session, stage)}
+    longer = "ppo.iterations" in changed and "ppo" in begun
     for name in changed:
         # the score is scaled at the temperature of training
         stage = "reward_model" if name == "ppo.temperature" else name.partition(".")[0]
-        finished = stage in STAGES and is_saved(session, STAGES[stage])
-        begun = finished or stage not in STAGES or has_state(session, stage)
-        goes_on = not finished or (stage == "ppo" and "ppo.iterations" in changed)
+        goes_on = stage not in finished or (longer and stage == "ppo")
         is_rate = name.endswith(".optimizer.learning_rate")
-        if begun and name not in FREE and not (is_rate and goes_on):
+        free = name in FREE or (stage in STAGES and stage not in begun) or (is_rate and goes_on)
+        if not free:
             raise InputError(
-                f"{path}: expected {name} = {began[name]!r}, with which the run began; got "
+                f"{path}: expected {name} = {was[name]!r}, with which the run began; got "
                 f"{now[name]!r}: set it back, or train with `--config {path} --out NEW`"
             )
-        if name in ("device", "workers", "threads"):
-            session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
-        if name == "ppo.iterations" and begun:
-            session.note(f"the learning rate now follows its schedule to iteration {now[name]}")
+    if longer:
+        least, wanted = _read_state(session, "ppo")[1]["done"], now["ppo.iterations"]
+        if wanted < least:
+            raise InputError(
+                f"--ppo.iterations: expected at least the {least} that are done; got {wanted}: "
+                "choose more"
+            )
+        session.note(f"the learning rate now follows its schedule to iteration {wanted}")
+        (session.folder / "result.json").unlink(missing_ok=True)  # of a policy that goes on
+    for name in {"device", "workers", "threads"} & set(changed):
+        session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
     for name in ("config.toml", BEGAN) if changed else ():
         save_config(session.folder / name, session.config)
 

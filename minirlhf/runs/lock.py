@@ -51,7 +51,8 @@ def _lock(file: int, folder: Path) -> None:
             os.lseek(file, 1 << 30, os.SEEK_SET)  # beyond what is read of it
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError) as error:
-        pid = os.pread(file, 20, 0).decode(errors="replace")
+        os.lseek(file, 0, os.SEEK_SET)
+        pid = os.read(file, 20).decode(errors="replace")
         who = f"process {pid}" if pid.isdecimal() else "another process"
         raise InputError(
             f"{folder}: expected a run that nobody is at work on; {who} is: wait until it has "

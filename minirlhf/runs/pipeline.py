@@ -33,11 +33,7 @@ from minirlhf.tree import Tree
 from minirlhf.workers import side_by_side
 from minirlhf.worlds.files import TextPair, split_pairs
 
-TITLES = {  # of each stage: what is shown, and what a step is called
-    "sft": ("supervised fine-tuning", "step"),
-    "reward_model": ("reward model", "step"),
-    "ppo": ("PPO", "iteration"),
-}
+TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model", "ppo": "PPO"}
 # Checkpoints of the first two stages: not more often, and of the time not more than this share
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 10.0, 0.02
 
@@ -117,17 +113,18 @@ def run_stages(session: Session) -> Result | None:
 
 def banner(session: Session) -> str:
     """What is about to be done, on one line."""
-    world, gpt, asked = session.world, session.gpt, session.config.stages.split(",")
-    C = gpt.d_model
+    world, gpt, stages, C = session.world, session.gpt, session.config.stages, session.gpt.d_model
     n = C * (gpt.vocab_size + gpt.n_ctx + 2) + gpt.n_layer * C * (12 * C + 13)
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
     sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
     pairs = "pairs of its own samples" if world.pairs is None else f"{len(world.pairs):,} pairs"
     source = pairs if world.reward is None else f"the reward {session.config.reward}"
-    names = zip(("sft", "reward", "ppo"), folder.STAGES.values(), strict=True)
-    left = [name for name, made in names if name in asked and not folder.is_saved(session, made)]
-    stages = ", ".join(left) or "none, all are done"
-    return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {stages}"
+    done = {"sft": folder.is_saved(session, "reference")}
+    done |= {"reward": folder.is_saved(session, "reward_model")}
+    done |= {"ppo": (session.folder / "result.json").exists()}
+    left = [name for name in done if not done[name] and (stages == "all" or name in stages)]
+    to_run = ", ".join(left) or "none, all are done"
+    return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
 
 
 def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Iterator[tuple]:
@@ -135,7 +132,7 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Itera
 
     Raises:   NonFiniteError: says at which step, and what is left.
     """
-    (title, unit), at = TITLES[stage], steps.start
+    title, at = TITLES[stage], steps.start
     try:
         for step, result in zip(session.track(steps, title), loop, strict=False):
             yield step, result
@@ -144,6 +141,7 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Itera
         last = "no checkpoint yet"
         if folder.has_state(session, stage):
             last = f"the last good checkpoint is {folder.state_of(session, stage)}"
+        unit = "iteration" if stage == "ppo" else "step"
         raise NonFiniteError(f"{title} {unit} {at}: {error} ({last})") from error
 
 

@@ -206,7 +206,7 @@ def reopen_session(
     *,
     device: str = "",
     iterations: int = 0,
-    stages: Stages = "sft,reward,ppo",
+    stages: Stages = "all",
     reward: Reward = "",
     look: bool = False,
     **shown: Any,

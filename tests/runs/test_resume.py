@@ -290,8 +290,19 @@ def test_ppo_goes_on_for_longer(tmp_path, names):
     assert differences(outcome(tmp_path / "long"), outcome(tmp_path / "run")) == []
     assert load_config(tmp_path / "run/config.toml").ppo.iterations == 5
     assert "note: the learning rate now follows its schedule to iteration 5" in said
-    with pytest.raises(InputError, match="expected the updates of at most 4 steps; got 5 steps"):
+    before = files_under(tmp_path / "run")
+    with pytest.raises(InputError, match="expected at least the 5 that are done; got 4"):
         pipeline.resume(tmp_path / "run", iterations=4)
+    assert files_under(tmp_path / "run") == before
+
+
+def test_a_run_that_was_stopped_on_its_way_to_more_goes_on(run, names, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.resume(run, iterations=6, track=interrupted_after("PPO", 1))
+    assert not (run / "result.json").exists()
+    said = []
+    pipeline.resume(run, say=said.append)
+    assert said[0].endswith("stages to run: ppo") and len(metrics(run, "ppo")) == 6
 
 
 def test_a_linear_learning_rate_decays_to_the_new_end(run, names, tmp_path):
@@ -398,7 +409,7 @@ def test_a_part_says_how_it_goes_on(tmp_path, names, capsys):
     assert minirlhf.train(config, progress=False) is None
     assert minirlhf.resume(config.out, stages="sft,reward", progress=False) is None
     run = minirlhf.resume(config.out, progress=False)
-    assert run.sample("k") and load_config(config.out / "config.toml").stages == "sft,reward,ppo"
+    assert run.sample("k") and load_config(config.out / "config.toml").stages == "all"
 
 
 def test_a_metrics_line_without_a_stage_stops_a_resume(run, capsys):
