@@ -21,7 +21,7 @@ from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import pipeline
-from minirlhf.runs.config import Stages, TrainConfig
+from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.folder import last_kl_coef
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
@@ -64,17 +64,15 @@ def resume(
     *,
     reward: str | Callable[..., Any] = "",
     iterations: int = 0,
-    stages: Stages = "all",
     progress: bool = True,
-) -> "Run | None":
+) -> "Run":
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
     Args:     reward: the function again, where the run was given one that has no importable name.
               iterations: PPO goes on to so many in all; 0: as config.toml says.
-              stages: what to run now.
     """
-    options = {"reward": reward, "iterations": iterations, "stages": stages}
-    return _finish(reopen_session(folder, **options, **(BARS if progress else {})), reward)
+    options = {"reward": reward, "iterations": iterations, **(BARS if progress else {})}
+    return _finish(reopen_session(folder, **options), reward)
 
 
 def open_run(folder: str | Path, *, reward: str | Callable[..., Any] = "") -> "Run":

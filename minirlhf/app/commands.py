@@ -10,7 +10,7 @@ from rich.console import Console
 from minirlhf.app import api, pictures, tables
 from minirlhf.app.progress import say, track
 from minirlhf.errors import InputError
-from minirlhf.runs.config import Stages, TrainConfig, load_config
+from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
 
@@ -44,7 +44,6 @@ def resume(
     run: tyro.conf.Positional[Path],
     *,
     iterations: Annotated[int, tyro.conf.arg(name="ppo.iterations")] = 0,
-    stages: Stages = "all",
 ) -> int:
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
@@ -55,10 +54,8 @@ def resume(
     Args:
         run: Run folder.
         iterations: PPO goes on to so many in all; 0: as in config.toml.
-        stages: What to run now: sft; sft,reward; or all.
     """
-    options = {"iterations": iterations, "stages": stages}
-    return _show(reopen_session(run, **options, track=track, say=say))
+    return _show(reopen_session(run, iterations=iterations, track=track, say=say))
 
 
 def _show(session: Session) -> int:

@@ -87,29 +87,23 @@ CURVES = {  # title -> unit, what is measured while a stage learns, and of what 
 
 def curves_figure(metrics: list[Row]) -> Any:
     """What a run's metrics say of its stages: the panels of CURVES for which there are numbers."""
-    panels = {}
-    for title, (_, *names) in CURVES.items():
-        rows = {
-            name: [r for r in metrics if isinstance(r.get(name), int | float)] for name in names
-        }
-        if any(rows.values()):
-            panels[title] = {name: points for name, points in rows.items() if points}
+    panels = []
+    for title, (unit, *names) in CURVES.items():
+        rows = [[row for row in metrics if isinstance(row.get(n), int | float)] for n in names]
+        if any(rows):
+            panels.append((title, unit, zip(LOOKS, names, rows, strict=False)))
     columns = min(3, len(panels)) or 1
     n_rows = -(-len(panels) // columns) or 1
     figure, axes = new_figure(3.7 * columns, 2.8 * n_rows, n_rows, columns)
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        for look, (name, rows) in zip(LOOKS, lines.items(), strict=False):
+    for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
+        for look, name, rows in (line for line in lines if line[2]):
             ended = name.startswith("heldout/")  # measured after the last update
-            x = [row["step"] + (not ended) for row in rows]
+            points = [row["step"] + (not ended) for row in rows], [row[name] for row in rows]
             label = "held out" if ended or name.startswith("eval/") else "training"
-            look = {**look, "markevery": -(-len(x) // 20)}  # 850 of them would hide the line
-            draw_lines(axis, {label: (x, [row[name] for row in rows])}, [look])
-        say(
-            axis,
-            title,
-            "PPO iteration" if rows[0]["stage"] == "ppo" else "update",
-            CURVES[title][0],
-        )
+            every = -(-len(rows) // 20)  # 850 markers would hide the line
+            draw_lines(axis, {label: points}, [{**look, "markevery": every}])
+            x = "PPO iteration" if rows[0]["stage"] == "ppo" else "update"
+        say(axis, title, x, unit)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     return figure

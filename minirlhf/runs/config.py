@@ -15,8 +15,6 @@ from minirlhf.disk import read_toml, write_whole
 from minirlhf.errors import InputError
 from minirlhf.train import settings
 
-Stages = Literal["sft", "sft,reward", "all"]
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -39,7 +37,7 @@ class TrainConfig:
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
-    stages: Stages = "all"  # What to run now: sft; sft,reward; or all. A resume does the rest
+    stages: Literal["sft", "sft,reward", "all"] = "all"  # What to run; `resume` does the rest
     # The policy's transformer
     model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
     sft: settings.SFTConfig = field(default_factory=settings.SFTConfig)  # Stage 1

@@ -66,17 +66,14 @@ def begin_stage(session: Session, stage: str) -> None:
     Raises:   InputError: what was made from its result exists. So this stage was once finished and
                   its folder has been lost: to run it again would not fit.
     """
-    kept, left = has_state(session, stage), session.folder / STAGES[stage]
-    later = list(STAGES)[list(STAGES).index(stage) + 1 :]
-    made = [session.folder / STAGES[name] for name in later if is_saved(session, STAGES[name])]
-    made += [state_of(session, name) for name in later if has_state(session, name)]
-    if is_saved(session, STAGES[stage]) and not kept:  # a policy alone cannot go on
-        made, left = [left], state_of(session, stage)
-    if made:
-        raise InputError(
-            f"{left}: expected it beside {made[0]}, which was made with it; found nothing in it: "
-            "restore it, or train again in another folder"
-        )
+    kept, names = has_state(session, stage), list(STAGES)
+    for later in names[names.index(stage) + kept :]:  # a policy without its state cannot go on
+        if is_saved(session, STAGES[later]) or has_state(session, later):
+            lost = state_of(session, stage) if stage == "ppo" else session.folder / STAGES[stage]
+            raise InputError(
+                f"{lost}: expected it beside what {later} made with it; found nothing in it: "
+                "restore it, or train again in another folder"
+            )
     if not kept:
         session.log.restart(stage)
 
@@ -196,10 +193,7 @@ def _read_state(session: Session, stage: str) -> tuple[Tree, dict[str, Any]]:
 
 
 def _set_streams(rng: dict[str, Generator], states: dict[str, Any]) -> None:
-    """Let each stream go on from its state.
-
-    Raises:   ValueError: the states are those of other streams, or of none.
-    """
+    """Let each stream go on from its state; ValueError if it is of another one, or of none."""
     with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         for name, stream in rng.items():
             stream.bit_generator.state = states[name]

@@ -81,11 +81,10 @@ class RunLog:
 
         Raises:   InputError: no such step ends there: the position or a file is not what it was.
         """
-        last = {self.metrics_path: {"step": step, "stage": stage}}
-        last[self.samples_path] = {"step": step} if stage == "ppo" else {}
-        ends = []
-        for path, expected in last.items():
-            end, data = position.get(path.name), read_bytes(path)
+        last = {"step": step, "stage": stage}, {"step": step} if stage == "ppo" else {}
+        ends = [position.get(path.name) for path in self.paths]
+        for path, end, expected in zip(self.paths, ends, last, strict=True):
+            data = read_bytes(path)
             fits = type(end) is int and 0 <= end <= len(data)
             line = data[data.rfind(b"\n", 0, end - 1) + 1 : end] if fits and end else b"{}\n"
             row = parse_object(line, str(path)) if fits and line.endswith(b"\n") else None
@@ -94,7 +93,6 @@ class RunLog:
                     f"{path}: expected {expected or 'nothing'} up to byte {end}, as at the last "
                     f"checkpoint; got {len(data)} bytes of something else: restore the file"
                 )
-            ends.append(end)
         self._cut(*ends)
 
     def _cut(self, *ends: int) -> None:

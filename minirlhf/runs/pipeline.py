@@ -128,10 +128,7 @@ def banner(session: Session) -> str:
 
 
 def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Iterator[tuple]:
-    """(step, what the loop yields) for the steps that are left, with progress.
-
-    Raises:   NonFiniteError: says at which step, and what is left.
-    """
+    """(step, what the loop yields) for the steps that are left, with progress."""
     title, at = TITLES[stage], steps.start
     try:
         for step, result in zip(session.track(steps, title), loop, strict=False):

@@ -25,7 +25,7 @@ from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.runs.config import Stages, TrainConfig, load_config, save_config
+from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.lock import locked
 from minirlhf.runs.log import RunLog
 from minirlhf.train.reward_model import RewardModel, score_responses
@@ -206,7 +206,6 @@ def reopen_session(
     *,
     device: str = "",
     iterations: int = 0,
-    stages: Stages = "all",
     reward: Reward = "",
     look: bool = False,
     **shown: Any,
@@ -215,7 +214,6 @@ def reopen_session(
 
     Args:     device: instead of the one it was trained on.
               iterations: of PPO, in all; 0: as config.toml says.
-              stages: what to run.
               reward: as of `open_session`.
               look: it is only sampled from and scored with, for which its texts are not read.
     Raises:   InputError: the folder holds no run, its files are damaged, or its texts have changed
@@ -229,7 +227,7 @@ def reopen_session(
         )
     config = load_config(folder / "config.toml")
     ppo = replace(config.ppo, iterations=iterations or config.ppo.iterations)
-    config = replace(config, out=folder, device=device or config.device, stages=stages, ppo=ppo)
+    config = replace(config, out=folder, device=device or config.device, stages="all", ppo=ppo)
     array_module(config.device)
     rng, reward = _streams(config), reward or config.reward
     config = replace(config, reward=name_of(reward))

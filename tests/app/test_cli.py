@@ -135,7 +135,7 @@ def test_help_of_each_command(capsys, command):
             "--beta",
             *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig())),
         ],
-        "resume": ["Run folder", "--ppo.iterations", "--stages", "last checkpoint"],
+        "resume": ["Run folder", "--ppo.iterations", "last checkpoint"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],

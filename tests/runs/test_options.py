@@ -376,7 +376,6 @@ def test_a_part_of_the_stages_is_run_and_resume_does_the_rest(run, files, tmp_pa
     made = made or ["reference", "reward_model"]
     assert [n for n in ("reference", "reward_model", "policy") if (out / n).exists()] == made
     assert load_config(out / "config.toml").stages == stages
-    assert pipeline.resume(out, stages="sft,reward") is None and not (out / "policy").exists()
     pipeline.resume(out)
     found = differences(outcome(out), run("names", {}))
     assert found == ["seen: checkpoints", "seen: rows in a forward"]  # which only `run` looks at
