@@ -55,7 +55,7 @@ def train(config: TrainConfig, **shown: Any) -> Result | None:
     return run_stages(open_session(config, **shown))
 
 
-def resume(run: str | Path, **options: Any) -> Result | None:
+def resume(run: str | Path, **options: Any) -> Result:
     """Go on where a run stopped: finished stages are read back, a begun one from its checkpoint.
 
     Args:     options: of `reopen_session`.
