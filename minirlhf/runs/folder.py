@@ -184,7 +184,8 @@ def _read_state(session: Session, stage: str) -> tuple[Tree, dict[str, Any]]:
     arrays, meta = checkpoint.load_state(state_of(session, stage))
     names = {"done", "rng", "log"} | ({"kl_coef"} if stage == "ppo" else set())
     if meta.keys() != names or not all(isinstance(meta[name], dict) for name in ("rng", "log")):
-        raise _damaged(session, stage, f"expected {sorted(names)}; got {sorted(meta)}")
+        came = shorten(f"{sorted(meta)}")
+        raise _damaged(session, stage, f"expected {sorted(names)}; got {came}")
     done, kl_coef = meta["done"], meta.get("kl_coef", 0.0)
     if not (type(done) is int and done > 0 and type(kl_coef) is float and 0 <= kl_coef < math.inf):
         came = shorten(f"{done!r} and {kl_coef!r}")

@@ -34,6 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
         _lock(file, folder)
         with suppress(OSError):  # a full disk
             os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
             os.write(file, str(os.getpid()).encode())
         yield
     finally:

@@ -28,6 +28,7 @@ from minirlhf import disk, workers
 from minirlhf.errors import InputError
 from minirlhf.runs import checkpoint, pipeline
 from minirlhf.runs import folder as run_folder
+from minirlhf.runs import lock as lock_module
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import load_config, save_config
 from minirlhf.runs.lock import locked
@@ -153,6 +154,28 @@ def test_a_lock_is_let_go_whatever_happens(tmp_path):
     with pytest.raises(InputError, match="expected a run folder to write to"), locked(tmp_path):
         pass
     assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def test_where_there_is_no_flock_windows_has_its_own(tmp_path, monkeypatch):
+    locks = []
+
+    class Windows:
+        LK_NBLCK = 2
+
+        @staticmethod
+        def locking(file, mode, n):
+            locks.append(file)
+            if len(locks) == 2:
+                raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lock_module, "fcntl", None)
+    monkeypatch.setattr(lock_module, "msvcrt", Windows, raising=False)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        with pytest.raises(InputError, match=f"process {os.getpid()} is"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
 
 
 def test_numbered_folders_are_never_shared(tmp_path):
