@@ -5,6 +5,7 @@ A reader never sees half a file: bytes go to a temporary neighbour, are flushed 
 of several files takes two renames; between them only `.NAME.old` exists, and `settled` finds it.
 """
 
+import itertools
 import json
 import math
 import os
@@ -109,12 +110,20 @@ def plain(value: Any) -> Any:
     raise TypeError(f"JSON: expected numbers, strings, dicts and lists; got {type(value)}")
 
 
-def next_numbered_folder(name: str) -> Path:
-    """runs/NAME-N with the first N that is free."""
-    n = 0
-    while (folder := Path("runs") / f"{name}-{n}").exists():
-        n += 1
-    return folder
+def new_numbered_folder(name: str) -> Path:
+    """Make runs/NAME-N with the first N that is free: two processes never get the same one.
+
+    Raises:   InputError: the disk or the permissions refuse.
+    """
+    for n in itertools.count():
+        folder = Path("runs") / f"{name}-{n}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
 
 def new_folder(out: Path, *, holds: str) -> Path:
@@ -154,7 +163,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_whole_folder(
@@ -188,7 +197,7 @@ def write_whole_folder(
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def settled(folder: str | Path) -> Path:
@@ -236,7 +245,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _cannot_write(path: Path, error: OSError) -> InputError:
+def cannot_write(path: Path, error: OSError) -> InputError:
     return InputError(
         f"{path}: cannot be written ({error.strerror or error}): free some space or choose "
         "another folder"

@@ -52,8 +52,7 @@ def side_by_side(n_workers: int) -> Iterator[None]:
     For NumPy arrays only. A daemon of multiprocessing may have no children, and works alone.
     """
     global _n
-    alone = multiprocessing.current_process().daemon
-    before, _n = _n, 1 if alone else n_workers or usable_cores()
+    before, _n = _n, resolved(n_workers)
     _dismiss()
     try:
         yield
@@ -65,6 +64,11 @@ def side_by_side(n_workers: int) -> Iterator[None]:
 def n_workers() -> int:
     """How many parts are worked on at a time here."""
     return _n
+
+
+def resolved(n_workers: int) -> int:
+    """The number that `side_by_side` makes of this one."""
+    return 1 if multiprocessing.current_process().daemon else n_workers or usable_cores()
 
 
 def usable_cores() -> int:

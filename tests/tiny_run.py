@@ -148,7 +148,8 @@ def outcome(folder) -> dict:
     found = {f"metrics of {stage}": metrics(folder, stage) for stage in STAGES}
     found["metrics"] = metrics(folder)
     for name, content in files_under(folder).items():
-        if name.startswith(("reference/", "reward_model/", "policy/", "checkpoint/")):
+        made = ("reference/", "reward_model/", "policy/", "checkpoint/")
+        if name.startswith(made) and not name.endswith(".toml"):
             # the state's meta holds sizes of the log, in which times have more or fewer digits
             found[name] = tensor_bytes(folder / name) if "state." in name else content
         elif name in ("samples.jsonl", "tiktoken.json"):

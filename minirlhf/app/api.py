@@ -22,7 +22,7 @@ from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.folder import last_kl_coef
-from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
@@ -35,7 +35,7 @@ BARS = {"track": track, "say": say}
 
 def train(
     config: TrainConfig | None = None, *, reward: Reward = "", progress: bool = True, **changes: Any
-) -> "Run":
+) -> "Run | None":
     """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
 
     Args:     config: settings to start from; None: the defaults.
@@ -46,6 +46,7 @@ def train(
               changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
                   ppo={"kl_coef": 0.1}.
     Returns:  the finished Run; its folder is config.out, or runs/WORLD-N with the next free N.
+              None where `stages` leave out PPO.
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
@@ -59,6 +60,7 @@ def resume(
     *,
     reward: Reward = "",
     accept_changed_reward: bool = False,
+    iterations: int = 0,
     progress: bool = True,
 ) -> "Run":
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
@@ -66,9 +68,11 @@ def resume(
     Args:     reward: the run's own again: a function that has no importable name, a file that was
                   moved, or the code of a run that came from somebody else, if you trust it.
               accept_changed_reward: go on with it though its source has changed.
+              iterations: PPO goes on to so many in all; 0: as config.toml says.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
-    return _finish(reopen_session(folder, **asked, **(BARS if progress else {})), reward)
+    asked |= {"iterations": iterations, **(BARS if progress else {})}
+    return _finish(reopen_session(folder, **asked), reward)
 
 
 def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
@@ -80,12 +84,13 @@ def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
     return Run(reopen_session(folder, device="cpu", reward=reward, look=True))
 
 
-def _finish(session: Session, reward: Reward) -> "Run":
-    run_session(session)
+def _finish(session: Session, reward: Reward) -> "Run | None":
+    if not run_session(session):
+        return None
     return open_run(session.folder, reward=reward if callable(reward) else session.config.reward)
 
 
-def run_session(session: Session) -> pipeline.Result:
+def run_session(session: Session) -> pipeline.Result | None:
     """The stages that are not done yet, and the final comparison."""
     keep_freed_memory()
     with np.errstate(all="ignore"):  # what is not finite is looked for at every update
@@ -126,7 +131,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: "stage", "step", and that step's numbers."""
-        return read_jsonl(self.folder / "metrics.jsonl")
+        return read_metrics(self.folder)
 
     @property
     def result(self) -> dict[str, dict[str, float]]:
@@ -194,7 +199,7 @@ class Run:
         return TokenScores(*by_token, *whole)
 
     def curves(self) -> Any:
-        """A matplotlib figure: reward, KL, entropy and length against the iterations of PPO."""
+        """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""
         from minirlhf.app.pictures import curves_figure
 
         return curves_figure(self.metrics)

@@ -45,9 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"minirlhf: {error}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:
-        goes_on = "; `minirlhf resume RUN` goes on" if arguments[0] in ("train", "resume") else ""
-        print(f"minirlhf: interrupted{goes_on}", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # a run says how it goes on
+        print(f"minirlhf: interrupted{f'; {stop}' if stop.args else ''}", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader of our output has gone: `minirlhf check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

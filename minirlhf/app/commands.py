@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -11,7 +11,7 @@ from minirlhf.app import api, pictures, tables
 from minirlhf.app.progress import say, track
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, load_config
-from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import refuse_foreign_code
 from minirlhf.runs.session import Session, open_session, reopen_session
 
@@ -45,26 +45,35 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
 
 def resume(
-    run: tyro.conf.Positional[Path], *, reward: str = "", accept_changed_reward: bool = False
+    run: tyro.conf.Positional[Path],
+    *,
+    iterations: Annotated[int, tyro.conf.arg(name="ppo.iterations")] = 0,
+    reward: str = "",
+    accept_changed_reward: bool = False,
 ) -> int:
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
-    PPO goes on from its last checkpoint; the other stages (supervised fine-tuning, reward model)
-    start again if they were not finished.
+    A stage that was begun goes on from its last checkpoint: of PPO every --checkpoint-every
+    iterations, of the others every few seconds. In config.toml may be changed: what made nothing
+    yet, learning rates, and what changes no number.
 
     Args:
         run: Run folder.
+        iterations: PPO goes on to so many in all; 0: as in config.toml.
         reward: The run's own reward by name: where it is now; or that you trust its code.
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
-    return _show(reopen_session(run, track=track, say=say, **asked))
+    return _show(reopen_session(run, iterations=iterations, track=track, say=say, **asked))
 
 
 def _show(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
-    tables.print_result(result, session.world, console)
-    figure = pictures.curves_figure(read_jsonl(folder / "metrics.jsonl"))
+    if result is None:
+        _print(f"done: {session.config.stages}; `minirlhf resume {folder}` goes on")
+    else:
+        tables.print_result(result, session.world, console)
+    figure = pictures.curves_figure(read_metrics(folder))
     _print(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
     return 0
 

@@ -19,7 +19,7 @@ from minirlhf.app import pictures
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table, rows_table
 from minirlhf.backend import keep_freed_memory
-from minirlhf.disk import new_folder, next_numbered_folder, write_whole
+from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.exact import experiments, ground_truth
 from minirlhf.exact.tiny import make_tiny_world
@@ -73,7 +73,7 @@ def exact_command(
             f"processes >= 1; got {len(parts)} parts, seeds {list(seeds)}, {iterations} and "
             f"{processes}: choose such numbers"
         )
-    out = new_folder(out or next_numbered_folder("exact"), holds="exact.json")
+    out = new_folder(out or new_numbered_folder("exact"), holds="exact.json")
     results = run_experiments(parts, seeds, iterations=iterations, processes=processes)
     write_whole(out / "exact.json", (json.dumps(results, indent=1) + "\n").encode())
     console = Console()

@@ -72,22 +72,40 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
     return groups
 
 
+CURVES = {  # title -> unit, what is measured while a stage learns, and of what was held out
+    "fine-tuning: its loss": ("nats per token", "loss/sft", "heldout/loss_sft"),
+    "reward model: its loss": ("nats per pair", "loss/reward_model"),
+    "reward model: right order": ("share of pairs", "accuracy", "heldout/accuracy"),
+    "score: what PPO raises": ("sd of the reference's", "objective/scores", "eval/proxy"),
+    "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
+    "your reward": ("its own units", "objective/reward", "eval/reward"),
+    "KL to the reference: how far it went": ("nats per reply", "objective/kl", "eval/kl_seq"),
+    "entropy: 0 is no choice": ("nats per token", "policy/entropy_avg", "eval/entropy"),
+    "length of a reply": ("tokens", "response_length/mean", "eval/length"),
+}
+
+
 def curves_figure(metrics: list[Row]) -> Any:
-    """Reward, KL, entropy and length against the iterations of PPO, from a run's metrics."""
-    panels = {
-        "reward": ("higher is better", {"objective/scores": "proxy", "objective/gold": "gold"}),
-        "KL to the reference: how far it went": ("nats per reply", {"objective/kl": "kl_seq"}),
-        "entropy: 0 is a policy without choice": ("nats per token", {"policy/entropy_avg": ""}),
-        "length of a reply": ("tokens", {"response_length/mean": ""}),
-    }
-    figure, axes = new_figure(11, 2.8, 1, len(panels))
-    for axis, (title, (unit, keys)) in zip(axes[0], panels.items(), strict=True):
-        lines = {}
-        for key, label in keys.items():
-            rows = (row for row in metrics if row["stage"] == "ppo" and row.get(key) is not None)
-            lines[label] = tuple(zip(*((row["step"] + 1, row[key]) for row in rows), strict=True))
-        draw_lines(axis, lines)
-        say(axis, title, "PPO iteration", unit)
+    """What a run's metrics say of its stages: the panels of CURVES for which there are numbers."""
+    panels = []
+    for title, (unit, *names) in CURVES.items():
+        rows = [[row for row in metrics if isinstance(row.get(n), int | float)] for n in names]
+        if any(rows):
+            panels.append((title, unit, zip(LOOKS, names, rows, strict=False)))
+    columns = min(3, len(panels)) or 1
+    n_rows = -(-len(panels) // columns) or 1
+    figure, axes = new_figure(3.7 * columns, 2.8 * n_rows, n_rows, columns)
+    for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
+        for look, name, rows in (line for line in lines if line[2]):
+            ended = name.startswith("heldout/")  # measured after the last update
+            points = [row["step"] + (not ended) for row in rows], [row[name] for row in rows]
+            label = "held out" if ended or name.startswith("eval/") else "training"
+            every = -(-len(rows) // 20)  # 850 markers would hide the line
+            draw_lines(axis, {label: points}, [{**look, "markevery": every}])
+            x = "PPO iteration" if rows[0]["stage"] == "ppo" else "update"
+        say(axis, title, x, unit)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     return figure
 
 

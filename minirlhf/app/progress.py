@@ -17,33 +17,36 @@ def say(line: str) -> None:
 
 
 def track(steps: Iterable, title: str) -> Iterator:
-    """Iterate over `steps` (which has a length) and show how far it is, on stderr."""
-    started = time.perf_counter()
-    with (_bar if sys.stderr.isatty() else _lines)(title, len(steps)) as show:
-        for done, step in enumerate(steps, 1):
+    """Iterate over `steps` (which has a length) and show how far it is, on stderr.
+
+    A range that begins at 20 of 30 is one of which 20 steps have been done before.
+    """
+    started, first = time.perf_counter(), steps.start if isinstance(steps, range) else 0
+    with (_bar if sys.stderr.isatty() else _lines)(title, first, first + len(steps)) as show:
+        for made, step in enumerate(steps, 1):
             yield step
-            show(done, max(time.perf_counter() - started, 1e-9))
+            spent = max(time.perf_counter() - started, 1e-9)
+            show(first + made, spent, made / spent)
 
 
 @contextlib.contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, float], None]]:
     done = (progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[rate]}")
     times = (progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
     columns = ("{task.description:24}", *done, *times)
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total, rate="")
-        yield lambda n, spent: bar.update(task, completed=n, rate=f"{n / spent:.1f}/s")
+        task = bar.add_task(title, completed=first, total=total, rate="")
+        yield lambda done, _, rate: bar.update(task, completed=done, rate=f"{rate:.1f}/s")
 
 
 @contextlib.contextmanager
-def _lines(title: str, total: int) -> Iterator[Callable[[int, float], None]]:
+def _lines(title: str, _: int, total: int) -> Iterator[Callable[[int, float, float], None]]:
     last = 0.0
 
-    def show(done: int, spent: float) -> None:
+    def show(done: int, spent: float, rate: float) -> None:
         nonlocal last
         if done == total or spent - last >= SECONDS_BETWEEN_LINES:
-            last, rate = spent, done / spent
-            left = (total - done) / rate
+            last, left = spent, (total - done) / rate
             say(f"{title}: {done}/{total}, {rate:.1f}/s, {spent:.0f} s spent, {left:.0f} s left")
 
     yield show

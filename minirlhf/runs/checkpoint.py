@@ -275,7 +275,13 @@ def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
             "the checkpoint folder of a run"
         )
     header = disk.parse_object(metadata[_STATE_KEY], str(path))
-    return tree_map(tensors.__getitem__, header["outline"]), header["meta"]
+    try:
+        tree, meta = tree_map(tensors.__getitem__, header["outline"]), {**header["meta"]}
+    except (KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: expected a training state's outline and meta; got others: restore the file"
+        ) from error
+    return tree, meta
 
 
 def _host(name: str, array: Any) -> np.ndarray:

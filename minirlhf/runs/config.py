@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ class TrainConfig:
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
+    stages: Literal["sft", "sft,reward", "all"] = "all"  # What to run; `resume` does the rest
     # The policy's transformer
     model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
     sft: settings.SFTConfig = field(default_factory=settings.SFTConfig)  # Stage 1
@@ -83,6 +85,15 @@ def _document_fields(*modules: ModuleType) -> None:
 
 
 _document_fields(settings, sys.modules[__name__])
+
+
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("ppo.optimizer.eps", its value) of every field of a dataclass and of those in it."""
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def to_toml(config: Any, prefix: str = "") -> str:

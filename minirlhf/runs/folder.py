@@ -4,29 +4,42 @@ config.toml                      what was asked for, resolved
 world.json                       limits, and the digest of the texts that it trains on
 tiktoken.json                    the encoding
 reference/ reward_model/ policy/ models in Hugging Face GPT-2 layout
-checkpoint/                      the state of PPO, to go on from bit for bit
+checkpoint/                      the state of a stage, to go on from bit for bit, and the settings
+                                 with which what is here was made
 metrics.jsonl samples.jsonl      one object a step
 result.json                      the final table
+.lock                            the process that is at work here
 """
 
+import math
+import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from numpy.random import Generator
+
 from minirlhf.backend import to_host
-from minirlhf.disk import read_object, settled, to_json, write_whole_folder
+from minirlhf.disk import read_object, settled, shorten, to_json, write_whole_folder
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import checkpoint
+from minirlhf.runs.config import flat, load_config, save_config
 from minirlhf.runs.evaluate import gold_of
-from minirlhf.runs.session import Session
+from minirlhf.runs.session import BEGAN, Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
 from minirlhf.tree import Tree
 
-# what the stages leave, in this order -> the stage's name in the log
-STAGES = {"reference": "sft", "reward_model": "reward_model", "checkpoint": "ppo", "policy": "ppo"}
+STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy"}  # what each leaves
+# of each stage the streams that go on from a checkpoint; the others are drawn from their beginning
+GO_ON = {"sft": (), "reward_model": (), "ppo": ("prompts", "rollout", "shuffle")}
+FREE = {  # what may change between two sessions; other texts and rewards are refused elsewhere
+    *("device", "workers", "threads", "stages", "corpus", "pairs", "reward", "eval_prompts"),
+    *("eval_every", "checkpoint_every", "ppo.iterations", "ppo.micro_batch_size"),
+}
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl
 
 
@@ -37,20 +50,32 @@ def is_saved(session: Session, name: str) -> bool:
     return False
 
 
-def begin_stage(session: Session, name: str) -> None:
-    """Start the stage that makes a folder, which does not exist yet, with an empty log of its own.
+def state_of(session: Session, stage: str) -> Path:
+    """The folder of its checkpoint: PPO's is kept, those of the other stages lie in it."""
+    return session.folder / "checkpoint" / ("" if stage == "ppo" else stage)
 
-    Raises:   InputError: a later folder exists. So this stage was once finished and its folder has
-                  been lost: to run it again would not fit what was made from it.
+
+def has_state(session: Session, stage: str) -> bool:
+    """Has the stage a checkpoint to go on from?"""
+    return checkpoint.has_state(state_of(session, stage))
+
+
+def begin_stage(session: Session, stage: str) -> None:
+    """Start a stage: where it has no checkpoint, with an empty log of its own.
+
+    Raises:   InputError: what was made from its result exists. So this stage was once finished and
+                  its folder has been lost: to run it again would not fit.
     """
-    made = list(STAGES)
-    for later in made[made.index(name) + 1 :]:
-        if is_saved(session, later):
+    kept, names = has_state(session, stage), list(STAGES)
+    for later in names[names.index(stage) + kept :]:  # a policy without its state cannot go on
+        if is_saved(session, STAGES[later]) or has_state(session, later):
+            lost = state_of(session, stage) if stage == "ppo" else session.folder / STAGES[stage]
             raise InputError(
-                f"{session.folder / name}: expected it beside {session.folder / later}, which was "
-                "made with it; found nothing in it: restore it, or train again in another folder"
+                f"{lost}: expected it beside what {later} made with it; found nothing in it: "
+                "restore it, or train again in another folder"
             )
-    session.log.restart(STAGES[name])
+    if not kept:
+        session.log.restart(stage)
 
 
 def save_params(
@@ -110,42 +135,119 @@ def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
     return RewardModel(params, expected, mean, sd)
 
 
-def save_ppo_state(session: Session, optimizer: Optimizer, done: int, kl_coef: float) -> None:
-    """What PPO goes on from, bit for bit, after `done` iterations."""
-    streams = ("prompts", "rollout", "shuffle")
-    rng = {name: session.rng[name].bit_generator.state for name in streams}
-    log = session.log.position()
-    meta = {"iterations_done": done, "kl_coef": kl_coef, "rng": rng, "log": log}
-    checkpoint.save_state(session.folder / "checkpoint", optimizer.state_tree(), meta)
+def save_state(
+    session: Session, stage: str, optimizer: Optimizer, done: int, **more: float
+) -> None:
+    """What a stage goes on from, bit for bit, after `done` steps; `more`: the kl_coef of PPO."""
+    rng = {name: session.rng[name].bit_generator.state for name in GO_ON[stage]}
+    meta = {"done": done, "rng": rng, "log": session.log.position(), **more}
+    checkpoint.save_state(state_of(session, stage), optimizer.state_tree(), meta)
 
 
-def load_ppo_state(session: Session, optimizer: Optimizer) -> tuple[int, float]:
-    """(iterations done, kl_coef): those of the checkpoint, or the start's."""
-    folder = session.folder / "checkpoint"
-    if not checkpoint.has_state(folder):
-        begin_stage(session, "checkpoint")
-        return 0, session.config.ppo.kl_coef
-    arrays, meta = checkpoint.load_state(folder)
-    shapes = {name: array.shape for name, array in arrays.items()}
-    expected = {name: array.shape for name, array in optimizer.state_tree().items()}
-    if shapes != expected or meta.keys() != {"iterations_done", "kl_coef", "rng", "log"}:
-        raise InputError(
-            f"{folder}: expected the state of this run, with the arrays {expected}; got {shapes} "
-            f"and {', '.join(meta)}: restore the folder"
-        )
-    optimizer.load_state_tree(arrays)
-    for name, state in meta["rng"].items():
-        session.rng[name].bit_generator.state = state
-    session.log.rewind(meta["log"])
-    return meta["iterations_done"], meta["kl_coef"]
+def load_state(
+    session: Session, stage: str, optimizer: Optimizer, n_steps: int
+) -> tuple[int, float | None]:
+    """(steps done, kl_coef of PPO) of a stage's checkpoint, from which all goes on; (0, None).
+
+    Raises:   InputError: the state is not of this stage of this run; nothing has changed then.
+    """
+    if not has_state(session, stage):
+        return 0, None
+    arrays, meta = _read_state(session, stage)
+    done = meta["done"]
+    try:
+        optimizer.load_state_tree(arrays)
+        if not (done <= n_steps and optimizer.updates * n_steps == done * optimizer.total_steps):
+            raise ValueError(
+                f"expected the updates of at most {n_steps} steps; got {done} steps and "
+                f"{optimizer.updates} updates"
+            )
+        _set_streams({name: session.rng[name] for name in GO_ON[stage]}, meta["rng"])
+    except ValueError as error:
+        raise _damaged(session, stage, str(error)) from error
+    session.log.rewind(meta["log"], stage, done - 1)
+    return done, meta.get("kl_coef")
+
+
+def drop_state(session: Session, stage: str) -> None:
+    """Remove the checkpoint of a stage, the first or the second, that has left its result."""
+    shutil.rmtree(state_of(session, stage), ignore_errors=True)
 
 
 def last_kl_coef(session: Session) -> float:
     """beta as training left it: where it is adaptive, not the configured one."""
-    folder, configured = session.folder / "checkpoint", session.config.ppo.kl_coef
-    if not checkpoint.has_state(folder):
-        return configured
-    return checkpoint.load_state(folder)[1].get("kl_coef", configured)
+    if not has_state(session, "ppo"):
+        return session.config.ppo.kl_coef
+    return _read_state(session, "ppo")[1]["kl_coef"]
+
+
+def _read_state(session: Session, stage: str) -> tuple[Tree, dict[str, Any]]:
+    """The arrays of a checkpoint, and its meta, whose entries are what they should be."""
+    arrays, meta = checkpoint.load_state(state_of(session, stage))
+    names = {"done", "rng", "log"} | ({"kl_coef"} if stage == "ppo" else set())
+    if meta.keys() != names or not all(isinstance(meta[name], dict) for name in ("rng", "log")):
+        came = shorten(f"{sorted(meta)}")
+        raise _damaged(session, stage, f"expected {sorted(names)}; got {came}")
+    done, kl_coef = meta["done"], meta.get("kl_coef", 0.0)
+    if not (type(done) is int and done > 0 and type(kl_coef) is float and 0 <= kl_coef < math.inf):
+        came = shorten(f"{done!r} and {kl_coef!r}")
+        raise _damaged(session, stage, f"expected steps done > 0 and kl_coef >= 0; got {came}")
+    return arrays, meta
+
+
+def _set_streams(rng: dict[str, Generator], states: dict[str, Any]) -> None:
+    """Let each stream go on from its state; ValueError if it is of another one, or of none."""
+    with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        for name, stream in rng.items():
+            stream.bit_generator.state = states[name]
+        if {name: stream.bit_generator.state for name, stream in rng.items()} == states:
+            return
+    raise ValueError(f"expected the random streams {', '.join(rng) or 'of none'}; got others")
+
+
+def _damaged(session: Session, stage: str, why: str) -> InputError:
+    path = state_of(session, stage) / "state.safetensors"
+    return InputError(f"{path}: {why}: restore the file from a copy")
+
+
+def settle_settings(session: Session) -> None:
+    """Let those settings change that may; refuse the others, by which what is there was made.
+
+    May change at any time: FREE. The learning rate of a stage, until the stage is finished. All
+    of a stage's own, until it has begun.
+
+    Raises:   InputError: names the setting, what it was and what it is; nothing has changed then.
+    """
+    path = session.folder / "config.toml"
+    was, now = dict(flat(load_config(session.folder / BEGAN))), dict(flat(session.config))
+    changed = [name for name in now if now[name] != was[name] and name != "out"]
+    finished = {stage for stage, made in STAGES.items() if is_saved(session, made)}
+    begun = finished | {stage for stage in STAGES if has_state(session, stage)}
+    longer = "ppo.iterations" in changed and "ppo" in begun
+    for name in changed:
+        # the score is scaled at the temperature of training
+        stage = "reward_model" if name == "ppo.temperature" else name.partition(".")[0]
+        goes_on = stage not in finished or (longer and stage == "ppo")
+        is_rate = name.endswith(".optimizer.learning_rate")
+        free = name in FREE or (stage in STAGES and stage not in begun) or (is_rate and goes_on)
+        if not free:
+            raise InputError(
+                f"{path}: expected {name} = {was[name]!r}, with which the run began; got "
+                f"{now[name]!r}: set it back, or train with `--config {path} --out NEW`"
+            )
+    if longer:
+        least, wanted = _read_state(session, "ppo")[1]["done"], now["ppo.iterations"]
+        if wanted < least:
+            raise InputError(
+                f"--ppo.iterations: expected at least the {least} that are done; got {wanted}: "
+                "choose more"
+            )
+        session.note(f"the learning rate now follows its schedule to iteration {wanted}")
+        (session.folder / "result.json").unlink(missing_ok=True)  # of a policy that goes on
+    for name in {"device", "workers", "threads"} & set(changed):
+        session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
+    for name in ("config.toml", BEGAN) if changed else ():
+        save_config(session.folder / name, session.config)
 
 
 def sample_rows(session: Session, rollout: Rollout) -> list[dict[str, Any]]:

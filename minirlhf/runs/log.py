@@ -2,11 +2,15 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minirlhf.disk import parse_object, plain, read_bytes
+from minirlhf.disk import cannot_write, parse_object, plain, read_bytes, shorten
 from minirlhf.errors import InputError
+
+_METRICS, _SAMPLES = {"step": int, "stage": str}, {"step": int}  # what every line has
 
 
 class RunLog:
@@ -28,6 +32,8 @@ class RunLog:
             raise InputError(
                 f"{folder}: expected a run folder to write to; got {error.strerror}: choose another"
             ) from error
+        for path, has in zip(self.paths, (_METRICS, _SAMPLES), strict=True):
+            read_jsonl(path, has)  # refuse a damaged one before hours of work are written below it
 
     def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
         """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null.
@@ -53,7 +59,7 @@ class RunLog:
         """
         sizes = {}
         for path in self.paths:
-            with open(path, "r+b") as file:
+            with _writing(path), open(path, "r+b") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
         return sizes
@@ -64,35 +70,68 @@ class RunLog:
         Only PPO, the last stage, writes samples: where a stage begins there are none.
         """
         kept = 0
-        for line in self.metrics_path.read_bytes().splitlines(keepends=True):
-            if parse_object(line, str(self.metrics_path)).get("stage") == stage:
+        for line in read_bytes(self.metrics_path).splitlines(keepends=True):
+            if parse_object(line, str(self.metrics_path))["stage"] == stage:
                 break
             kept += len(line)
-        self.rewind({self.metrics_path.name: kept, self.samples_path.name: 0})
+        self._cut(kept, 0)
 
-    def rewind(self, position: dict[str, int]) -> None:
-        """Drop the lines written after `position`, so that a resumed run does not repeat them.
+    def rewind(self, position: dict[str, int], stage: str, step: int) -> None:
+        """Drop what was written after `position`, when `step` of `stage` was the last one.
 
-        Raises:   InputError: a file is shorter than it was.
+        Raises:   InputError: no such step ends there: the position or a file is not what it was.
         """
-        for path in self.paths:
-            size, kept = path.stat().st_size, position[path.name]
-            if size < kept:
+        last = {"step": step, "stage": stage}, {"step": step} if stage == "ppo" else {}
+        ends = [position.get(path.name) for path in self.paths]
+        for path, end, expected in zip(self.paths, ends, last, strict=True):
+            data = read_bytes(path)
+            fits = type(end) is int and 0 <= end <= len(data)
+            line = data[data.rfind(b"\n", 0, end - 1) + 1 : end] if fits and end else b"{}\n"
+            row = parse_object(line, str(path)) if fits and line.endswith(b"\n") else None
+            if row is None or {name: row.get(name) for name in expected or row} != expected:
                 raise InputError(
-                    f"{path}: expected at least {kept} bytes, as at the last checkpoint; got "
-                    f"{size}: restore the file"
+                    f"{path}: expected {expected or 'nothing'} up to byte {end}, as at the last "
+                    f"checkpoint; got {len(data)} bytes of something else: restore the file"
                 )
-            os.truncate(path, kept)
+        self._cut(*ends)
+
+    def _cut(self, *ends: int) -> None:
+        for path, end in zip(self.paths, ends, strict=True):
+            with _writing(path):
+                os.truncate(path, end)
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, each with its step and stage; refused as by `read_jsonl`."""
+    return read_jsonl(Path(folder) / "metrics.jsonl", _METRICS)
+
+
+def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dict[str, Any]]:
     """The objects of a JSONL file. An unfinished last line, of a run that crashed, is dropped.
 
-    Raises:   InputError: the file is missing, or a finished line is no JSON object (says which).
+    Args:     has: the keys that every line has, and the types of their values.
+    Raises:   InputError: the file is missing, or a finished line is no such JSON object (says
+                  which).
     """
-    data = read_bytes(path)
-    lines = enumerate(data[: _whole(data)].split(b"\n"), 1)
-    return [parse_object(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    data, rows = read_bytes(path), []
+    for number, line in enumerate(data[: _whole(data)].split(b"\n"), 1):
+        if line.strip():
+            rows.append(parse_object(line, f"{path}:{number}"))
+            for key, kind in (has or {}).items():
+                if type(rows[-1].get(key)) is not kind:
+                    raise InputError(
+                        f"{path}:{number}: expected a line with its {key}; got "
+                        f"{shorten(line.decode())!r}: restore the file"
+                    )
+    return rows
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
@@ -103,7 +142,7 @@ def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
 
 def _append(path: Path, lines: list[str]) -> None:
     # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
-    with open(path, "ab") as file:
+    with _writing(path), open(path, "ab") as file:
         file.write("".join(lines).encode("utf-8", errors="backslashreplace"))
 
 
@@ -119,7 +158,7 @@ def _whole(data: bytes) -> int:
 
 def _mend(path: Path) -> None:
     """Cut off an unfinished last line; give a whole one its newline."""
-    data = path.read_bytes()
+    data = read_bytes(path)
     size = _whole(data)
     os.truncate(path, size)
     if size and not data[:size].endswith(b"\n"):

@@ -121,14 +121,15 @@ def _resume(folder: Path, reward: Reward) -> str:
     return f"`minirlhf resume {shlex.quote(str(folder))} --accept-changed-reward`"
 
 
-def tried(world: World, folder: Path) -> World:
-    """The world, its reward asked about a few texts: a broken one is told before any training.
+def try_reward(world: World) -> None:
+    """Ask the reward, if there is one, about a few texts: a broken one is told before training."""
+    if world.reward:
+        world.rewards(*map(list, zip(*world.demonstrations[:TRIED], strict=True)))
 
-    Errors say how the run in the folder goes on, if it has begun.
-    """
+
+def going_on(world: World, folder: Path) -> World:
+    """The world, with a reward whose errors say how the run in the folder goes on."""
+    if not world.reward:
+        return world
     then = f"correct the function and go on with {_resume(folder, world.reward.name)}"
-    going_on = replace(world, reward=replace(world.reward, then=then))
-    begun = (folder / "config.toml").exists()
-    texts = zip(*world.demonstrations[:TRIED], strict=True)
-    (going_on if begun else world).rewards(*map(list, texts))
-    return going_on
+    return replace(world, reward=replace(world.reward, then=then))

@@ -6,6 +6,7 @@ folder is there already, the stage is read back from it (`folder.py` says what a
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,10 @@ from minirlhf.tree import Tree
 from minirlhf.workers import side_by_side
 from minirlhf.worlds.files import TextPair, split_pairs
 
+TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model", "ppo": "PPO"}
+# Checkpoints of the first two stages: not more often, and of the time not more than this share
+CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 10.0, 0.02
+
 
 class Result(NamedTuple):
     reference: dict[str, float]  # columns of `evaluate.response_metrics`
@@ -42,7 +47,7 @@ class Result(NamedTuple):
     seconds: dict[str, float]  # time of each stage
 
 
-def train(config: TrainConfig, **shown: Any) -> Result:
+def train(config: TrainConfig, **shown: Any) -> Result | None:
     """SFT, reward model, PPO and the final comparison, from nothing.
 
     Args:     shown: `track` (wraps a range of steps to show progress) and `say` (prints a line).
@@ -50,9 +55,12 @@ def train(config: TrainConfig, **shown: Any) -> Result:
     return run_stages(open_session(config, **shown))
 
 
-def resume(run: str | Path, **shown: Any) -> Result:
-    """Go on where a run stopped: finished stages are read back, PPO from its last checkpoint."""
-    return run_stages(reopen_session(run, **shown))
+def resume(run: str | Path, **options: Any) -> Result:
+    """Go on where a run stopped: finished stages are read back, a begun one from its checkpoint.
+
+    Args:     options: of `reopen_session`.
+    """
+    return run_stages(reopen_session(run, **options))
 
 
 def load_models(session: Session) -> tuple[Tree, Tree]:
@@ -69,32 +77,90 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
     return policy, reference_stage(session)
 
 
-def run_stages(session: Session) -> Result:
-    """The stages in order; a stage whose result lies in the folder is not run again."""
-    for note in cut_notes(session):
-        session.say(note)
-    n_workers = session.config.workers if session.config.device == "cpu" else 1
-    with threadpool_limits(limits=session.config.threads or None), side_by_side(n_workers):
+def run_stages(session: Session) -> Result | None:
+    """The stages in order; a stage whose result lies in the folder is not run again.
+
+    Returns:  the comparison; None where config.stages leave out PPO.
+    """
+    config = session.config
+    n_workers = config.workers if config.device == "cpu" else 1
+    threads = config.threads or None
+    with session.at_work(), threadpool_limits(limits=threads), side_by_side(n_workers):
+        folder.settle_settings(session)
+        session.say(banner(session))
+        for note in cut_notes(session):
+            session.note(note)
         with session.timed("sft"):
             reference = reference_stage(session)
+        folder.drop_state(session, "sft")
+        if config.stages == "sft":
+            return None
         with session.timed("reward_model"):
             score = session.score_with(reward_stage(session, reference))
+        folder.drop_state(session, "reward_model")
+        if config.stages == "sft,reward":
+            return None
         with session.timed("ppo"):
             policy = ppo_stage(session, reference, score)
         with session.timed("evaluation"):
             valued = {**reference, "value_head": policy["value_head"]}
             before, first = evaluate(session, valued, reference, score)
             after, last = evaluate(session, policy, reference, score)
-    content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
-    write_whole(session.folder / "result.json", content)
+        content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
+        write_whole(session.folder / "result.json", content)
     return Result(before, after, last.prompts, first, last, session.seconds)
+
+
+def banner(session: Session) -> str:
+    """What is about to be done, on one line."""
+    world, gpt, stages, C = session.world, session.gpt, session.config.stages, session.gpt.d_model
+    n = C * (gpt.vocab_size + gpt.n_ctx + 2) + gpt.n_layer * C * (12 * C + 13)
+    texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
+    sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
+    pairs = "pairs of its own samples" if world.pairs is None else f"{len(world.pairs):,} pairs"
+    source = pairs if world.reward is None else f"the reward {session.config.reward}"
+    done = {"sft": folder.is_saved(session, "reference")}
+    done |= {"reward": folder.is_saved(session, "reward_model")}
+    done |= {"ppo": (session.folder / "result.json").exists()}
+    left = [name for name in done if not done[name] and (stages == "all" or name in stages)]
+    to_run = ", ".join(left) or "none, all are done"
+    return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
+
+
+def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Iterator[tuple]:
+    """(step, what the loop yields) for the steps that are left, with progress."""
+    title, at = TITLES[stage], steps.start
+    try:
+        for step, result in zip(session.track(steps, title), loop, strict=False):
+            yield step, result
+            at = step + 1
+    except NonFiniteError as error:
+        last = "no checkpoint yet"
+        if folder.has_state(session, stage):
+            last = f"the last good checkpoint is {folder.state_of(session, stage)}"
+        unit = "iteration" if stage == "ppo" else "step"
+        raise NonFiniteError(f"{title} {unit} {at}: {error} ({last})") from error
+
+
+def _learn(
+    session: Session, stage: str, optimizer: Optimizer, loop: Iterable[dict], n_steps: int
+) -> None:
+    """Let the loop of the first or second stage run to its end, with log and checkpoints."""
+    done, _ = folder.load_state(session, stage, optimizer, n_steps)
+    saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
+    for step, metrics in _follow(session, stage, loop, range(done, n_steps)):
+        session.log.metrics(step, stage, metrics)
+        if (began := time.perf_counter()) - saved >= pause:
+            folder.save_state(session, stage, optimizer, step + 1)
+            saved = time.perf_counter()
+            pause = max(CHECKPOINT_SECONDS, (saved - began) / CHECKPOINT_SHARE)
 
 
 def reference_stage(session: Session) -> Tree:
     """Stage 1: {"transformer": ...} fine-tuned on the demonstrations, frozen from here on."""
     if folder.is_saved(session, "reference"):
         return folder.load_params(session, "reference", session.gpt)
-    folder.begin_stage(session, "reference")
+    folder.begin_stage(session, "sft")
     settings, world = session.config.sft, session.world
     examples, heldout = (
         [(session.prompt_ids(prompt), session.response_ids(reply)) for prompt, reply in texts]
@@ -104,7 +170,7 @@ def reference_stage(session: Session) -> Tree:
     start = session.on_device(init_transformer(session.gpt, rng=session.rng["init"]))
     optimizer = Optimizer({"transformer": start}, settings.optimizer, total_steps=settings.steps)
     loop = train_sft(optimizer, examples, settings=settings, rng=session.rng["sft"], **same)
-    session.follow(loop, "sft", settings.steps, "supervised fine-tuning")
+    _learn(session, "sft", optimizer, loop, settings.steps)
     if heldout:
         loss = sft_loss(optimizer.params, heldout, batch_size=settings.batch_size, **same)
         session.log.metrics(settings.steps, "sft", {"heldout/loss_sft": loss})
@@ -148,7 +214,7 @@ def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> Rewa
     loop = reward_model.train_reward_model(
         optimizer, pairs, config=gpt, settings=settings, rng=rng, **session.padding
     )
-    session.follow(loop, "reward_model", updates, "reward model")
+    _learn(session, "reward_model", optimizer, loop, updates)
     model = RewardModel(optimizer.params, gpt)
     if heldout:
         metrics = reward_model.pair_metrics(
@@ -182,7 +248,7 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
     train, heldout = (_differing_pairs(session, part) for part in parts)
     within = f"in their first {session.max_response_tokens} tokens"
     if dropped := len(world.pairs) - len(train) - len(heldout):
-        session.say(f"dropped {dropped} of {len(world.pairs)} pairs that are equal {within}")
+        session.note(f"dropped {dropped} of {len(world.pairs)} pairs that are equal {within}")
     if not train:
         raise InputError(
             f"pairs: expected pairs to train on that differ {within}; got none: raise "
@@ -228,9 +294,10 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
 
     Raises:   NonFiniteError: a loss is not finite; the message names the last good checkpoint.
     """
+    folder.begin_stage(session, "ppo")
     settings, config, stop_id = session.config.ppo, session.config, session.tokenizer.eos
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    done, kl_coef = folder.load_ppo_state(session, optimizer)
+    done, kl_coef = folder.load_state(session, "ppo", optimizer, settings.iterations)
     loop = train_ppo(
         optimizer,
         reference,
@@ -240,30 +307,26 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         rng=session.rng["shuffle"],
         kl_coef=kl_coef,
     )
-    steps, started = session.track(range(done, settings.iterations), "PPO"), time.perf_counter()
-    try:
-        for step, iteration in zip(steps, loop, strict=False):
-            metrics = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
-            metrics["time/iteration"] = time.perf_counter() - started
-            done = step + 1
-            metrics["episode"] = done * settings.batch_size
-            if session.world.gold is not None:  # of the samples: nobody trains on it
-                gold = gold_of(iteration.rollout.samples, session.world)
-                metrics["objective/gold"] = np.mean(gold)
-            if session.world.reward is not None:
-                metrics["objective/reward"] = score.model.raw(metrics["objective/scores"])
-            if config.eval_every and done % config.eval_every == 0:
-                heldout, _ = evaluate(session, optimizer.params, reference, score)
-                metrics |= {f"eval/{name}": value for name, value in heldout.items()}
-            session.log.metrics(step, "ppo", metrics)
-            session.log.samples(step, folder.sample_rows(session, iteration.rollout))
-            if done % config.checkpoint_every == 0 or done == settings.iterations:
-                folder.save_ppo_state(session, optimizer, done, iteration.next_kl_coef)
-            started = time.perf_counter()
-    except NonFiniteError as error:
-        kept = session.folder / "checkpoint"
-        last = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint yet"
-        raise NonFiniteError(f"PPO iteration {done}: {error} ({last})") from error
+    started = time.perf_counter()
+    for step, iteration in _follow(session, "ppo", loop, range(done, settings.iterations)):
+        metrics = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
+        metrics["time/iteration"] = time.perf_counter() - started
+        done = step + 1
+        metrics["episode"] = done * settings.batch_size
+        if session.world.gold is not None:  # of the samples: nobody trains on it
+            gold = gold_of(iteration.rollout.samples, session.world)
+            metrics["objective/gold"] = np.mean(gold)
+        if session.world.reward is not None:
+            metrics["objective/reward"] = score.model.raw(metrics["objective/scores"])
+        if config.eval_every and done % config.eval_every == 0:
+            heldout, _ = evaluate(session, optimizer.params, reference, score)
+            metrics |= {f"eval/{name}": value for name, value in heldout.items()}
+        session.log.metrics(step, "ppo", metrics)
+        session.log.samples(step, folder.sample_rows(session, iteration.rollout))
+        if done % config.checkpoint_every == 0 or done == settings.iterations:
+            beta = float(iteration.next_kl_coef)
+            folder.save_state(session, "ppo", optimizer, done, kl_coef=beta)
+        started = time.perf_counter()
     folder.save_params(session, "policy", optimizer.params, session.gpt)
     return optimizer.params
 

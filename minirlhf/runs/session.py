@@ -7,6 +7,7 @@ leaves the others' numbers as they are: that is what makes `resume` exact.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,19 +21,26 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.backend import array_module, to_device
-from minirlhf.disk import next_numbered_folder, read_object, to_json, write_whole
+from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.runs.lock import locked
 from minirlhf.runs.log import RunLog
-from minirlhf.runs.own_reward import fingerprint, keep_reward, own_reward, remember, tried
-from minirlhf.train.optimizer import NonFiniteError
+from minirlhf.runs.own_reward import (
+    fingerprint,
+    going_on,
+    keep_reward,
+    own_reward,
+    remember,
+    try_reward,
+)
 from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples, sample_responses
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
-from minirlhf.workers import share_packed
+from minirlhf.workers import resolved, share_packed
 from minirlhf.worlds import files, support, tokens
 from minirlhf.worlds.rewards import Reward, load_reward, name_of
 from minirlhf.worlds.world import World
@@ -43,6 +51,7 @@ STREAMS = (
 )  # fmt: skip
 # what world.json keeps of a world: enough to sample from a run and to score with it
 KEPT = {"name": str, "joiner": str, "max_prompt_tokens": int, "max_response_tokens": int}
+BEGAN = Path("checkpoint", "config.toml")  # the settings that what is in the folder was made with
 
 
 def no_progress(steps: Iterable, title: str) -> Iterable:
@@ -116,15 +125,22 @@ class Session:
         """What PPO maximises of this run's samples."""
         return Score(self.world, model, self.padding)
 
-    def follow(self, loop: Iterable[dict], stage: str, n_steps: int, title: str) -> None:
-        """Let a loop run to its end: progress, and a line of metrics for each of its steps."""
-        done = 0
-        try:
-            for step, metrics in zip(self.track(range(n_steps), title), loop, strict=False):
-                self.log.metrics(step, stage, metrics)
-                done = step + 1
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{title} step {done}: {error}") from error
+    def note(self, line: str) -> None:
+        """Say what is worth knowing and no fault."""
+        self.say(f"note: {line}")
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """In the block the folder is this process's; a refusal in it says how to go on."""
+        with locked(self.folder):
+            try:
+                yield
+            except (InputError, KeyboardInterrupt) as stop:
+                how = f"`minirlhf resume {shlex.quote(str(self.folder))}`"
+                if "minirlhf resume" not in str(stop):
+                    said = f"{stop}; then go on with {how}" if stop.args else f"{how} goes on"
+                    stop.args = (said,)
+                raise
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -157,39 +173,50 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     Raises:   InputError: the folder holds a run already, or a setting or file cannot be used.
     """
     array_module(config.device)  # refuse a device that is not there before anything is written
-    world_name = Path(config.corpus or config.pairs or "support").stem
-    out = config.out or next_numbered_folder(world_name)
-    if (out / "config.toml").exists():
-        raise InputError(
-            f"--out {out}: expected a new folder; it holds a run: go on with `minirlhf "
-            "resume`, or choose another folder"
-        )
+    _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
-    world = tried(world, out) if reward else world
-    digest = {"reward_sha256": fingerprint(reward)} if reward else {}
+    try_reward(world)
+    tokenizer = _new_tokenizer(config, world)
+    world_name = Path(config.corpus or config.pairs or "support").stem
+    out = config.out or new_numbered_folder(world_name)
+    world = going_on(world, out)
     config = replace(
         config,
         out=out,
+        workers=resolved(config.workers),  # another number would round otherwise
         corpus=config.corpus and os.path.abspath(config.corpus),  # resumed from any directory
         pairs=config.pairs and os.path.abspath(config.pairs),
         reward=name_of(reward),
     )
-    session = Session(config, world, _new_tokenizer(config, world), rng, **shown)
+    session = Session(config, world, tokenizer, rng, **shown)
     for note in (*world.notes, *unused_options(config)):
-        session.say(note)
-    _ = session.log  # refuses a folder that cannot be written
-    tokens.save_tokenizer(session.tokenizer, out)
-    write_whole(out / "world.json", to_json(_outline(world) | digest))
-    save_config(out / "config.toml", config)
-    remember(config.reward, digest.get("reward_sha256", ""))
+        session.note(note)
+    with locked(out):
+        _refuse_a_run(out)  # of another process, which has been faster
+        _ = session.log  # refuses a folder that cannot be written
+        tokens.save_tokenizer(tokenizer, out)
+        digest = {"reward_sha256": fingerprint(reward)} if reward else {}
+        write_whole(out / "world.json", to_json(_outline(world) | digest))
+        remember(config.reward, digest.get("reward_sha256", ""))
+        save_config(out / BEGAN, config)
+        save_config(out / "config.toml", config)
     return session
+
+
+def _refuse_a_run(out: Path | None) -> None:
+    if out and (out / "config.toml").exists():
+        raise InputError(
+            f"--out {out}: expected a new folder; it holds a run: go on with `minirlhf resume "
+            f"{shlex.quote(str(out))}`, or choose another folder"
+        )
 
 
 def reopen_session(
     folder: str | Path,
     *,
     device: str = "",
+    iterations: int = 0,
     reward: Reward = "",
     accept_changed_reward: bool = False,
     look: bool = False,
@@ -198,6 +225,7 @@ def reopen_session(
     """A run that lies in a folder, finished or not.
 
     Args:     device: instead of the one it was trained on.
+              iterations: of PPO, in all; 0: as config.toml says.
               reward, accept_changed_reward: `named` and `changed` of `own_reward`.
               look: it is only sampled from and scored with, for which its texts are not read, and
                   its reward not before it is asked.
@@ -211,7 +239,8 @@ def reopen_session(
             "`minirlhf train --out` wrote"
         )
     stored = load_config(folder / "config.toml")
-    config = replace(stored, out=folder, device=device or stored.device)
+    ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
+    config = replace(stored, out=folder, device=device or stored.device, stages="all", ppo=ppo)
     array_module(config.device)
     rng, own = _streams(config), None
     if config.reward or reward:
@@ -228,12 +257,14 @@ def reopen_session(
     if own and look:
         world = replace(world, reward=lambda *replies: own()(*replies))
     elif own:
-        world = tried(world, folder)
-        keep_reward(folder, stored, reward or config.reward)
+        world = going_on(world, folder)
+        try_reward(world)
+        with locked(folder):
+            keep_reward(folder, stored, reward or config.reward)
     config = replace(config, reward=name_of(reward or config.reward))
     session = Session(config, world, tokens.load_tokenizer(folder), rng, **shown)
     for note in world.notes:
-        session.say(note)
+        session.note(note)
     return session
 
 
@@ -263,7 +294,8 @@ def fork_run(
         copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
         copy(folder / name, out / name)
     every = config.eval_every if eval_every is None else eval_every
-    save_config(out / "config.toml", replace(config, out=out, ppo=ppo, eval_every=every))
+    for name in (BEGAN, "config.toml"):
+        save_config(out / name, replace(config, out=out, ppo=ppo, eval_every=every))
     return out
 
 
@@ -303,7 +335,8 @@ def _stored_world(path: Path) -> World:
     """What sampling and scoring need of a world of files, which may be gone by now."""
     stored = read_object(path)
     kept = {name: stored.get(name) for name in KEPT}
-    if [type(value) for value in kept.values()] != list(KEPT.values()):
+    fits = [type(value) for value in kept.values()] == list(KEPT.values())
+    if not (fits and kept["max_prompt_tokens"] > 2 and kept["max_response_tokens"] > 1):
         raise InputError(f"{path}: expected {', '.join(KEPT)}; got {kept}: restore the file")
     return World(demonstrations=[], train_prompts=[], heldout_prompts=[], **kept)
 

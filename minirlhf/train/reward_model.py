@@ -1,6 +1,7 @@
 """Stage 2: a reward model from preferences between two responses to one prompt."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -55,7 +56,9 @@ def train_reward_model(
 ) -> Iterator[dict[str, float]]:
     """The loop: epochs over the pairs in a new order each, minimising -log sigma(margin).
 
-    Args:     optimizer: of `init_reward_model`; made for `n_updates` updates.
+    Args:     optimizer: of `init_reward_model`; made for `n_updates` updates. After a resume it
+                  says how many have been made.
+              rng: of the orders, at its beginning also after a resume.
     Yields:
         loss, accuracy, margin, grad_norm and lr of each update.
     Raises:   InputError: there are no pairs.
@@ -66,18 +69,20 @@ def train_reward_model(
             "reward model: expected preference pairs; got none: give --pairs a file, or train a "
             "reference whose replies differ"
         )
-    for _ in range(settings.epochs):
-        order = rng.permutation(len(pairs))
-        for rows in row_slices(len(pairs), settings.batch_size):
-            metrics, gradients = reward_model_loss_and_gradients(
-                optimizer.params,
-                [pairs[i] for i in order[rows]],
-                config=config,
-                settings=settings,
-                pad_id=pad_id,
-                device=device,
-            )
-            yield metrics | optimizer.step(gradients, loss=metrics["loss/reward_model"])
+    orders = (rng.permutation(len(pairs)) for _ in range(settings.epochs))
+    rows = row_slices(len(pairs), settings.batch_size)
+    # what has been done is drawn again: after a resume the stream is where it was
+    draws = (order[some] for order in orders for some in rows)
+    for chosen in itertools.islice(draws, optimizer.updates, None):
+        metrics, gradients = reward_model_loss_and_gradients(
+            optimizer.params,
+            [pairs[i] for i in chosen],
+            config=config,
+            settings=settings,
+            pad_id=pad_id,
+            device=device,
+        )
+        yield metrics | optimizer.step(gradients, loss=metrics["loss/reward_model"])
 
 
 def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Generator) -> Tree:

@@ -1,6 +1,7 @@
 """Stage 1, supervised fine-tuning: imitate the demonstrations. The result is the reference."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,7 +32,9 @@ def train_sft(
 ) -> Iterator[dict[str, float]]:
     """The loop: one update a step on a random batch of demonstrations.
 
-    Args:     optimizer: of {"transformer": ...}; made for settings.steps updates.
+    Args:     optimizer: of {"transformer": ...}; made for settings.steps updates. After a resume it
+                  says how many have been made.
+              rng: of the batches, at its beginning also after a resume.
     Yields:
         loss/sft [nats per token], grad_norm and lr of each update.
     Raises:   InputError: there are no examples.
@@ -41,8 +44,9 @@ def train_sft(
         raise InputError(
             "sft: expected demonstrations of training prompts; got none: give a corpus with more"
         )
-    for _ in range(settings.steps):
-        chosen = rng.integers(len(examples), size=settings.batch_size)
+    # what has been done is drawn again: after a resume the stream is where it was
+    draws = (rng.integers(len(examples), size=settings.batch_size) for _ in range(settings.steps))
+    for chosen in itertools.islice(draws, optimizer.updates, None):
         prompts, responses = zip(*(examples[i] for i in chosen), strict=True)
         batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
         loss, gradients = sft_loss_and_gradients(optimizer.params, batch, config)

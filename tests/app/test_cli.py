@@ -135,7 +135,7 @@ def test_help_of_each_command(capsys, command):
             "--beta",
             *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig())),
         ],
-        "resume": ["Run folder", "PPO goes on from its last checkpoint", "start again"],
+        "resume": ["Run folder", "--ppo.iterations", "last checkpoint"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
@@ -250,7 +250,7 @@ def test_resume_goes_on_and_shows_the_same(capsys, tmp_path, names, monkeypatch)
         parts = changed(config, {"out": tmp_path / "parts"})
         status, out, err = call(capsys, "train", *as_flags(parts))
     assert status == 130 and out == ""
-    assert err.splitlines()[-1] == "minirlhf: interrupted; `minirlhf resume RUN` goes on"
+    assert err.splitlines()[-1] == f"minirlhf: interrupted; `minirlhf resume {parts.out}` goes on"
     status, resumed, _ = call(capsys, "resume", tmp_path / "parts")
     assert status == 0
     assert differences(outcome(config.out), outcome(tmp_path / "parts")) == []
@@ -592,3 +592,19 @@ def test_elsewhere_there_are_lines_at_intervals(capsys, monkeypatch):
     assert len(capsys.readouterr().err.splitlines()) == 1  # the last one always
     assert list(progress.track(range(3, 3), "PPO")) == []
     assert capsys.readouterr().err == ""
+
+
+def test_after_a_resume_the_bar_begins_where_the_run_stopped(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert list(progress.track(range(20, 22), "PPO")) == [20, 21]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["PPO: 21/22", "PPO: 22/22"]
+    spent, left = (float(s) for s in re.search(r"(\d+) s spent, (\d+) s left", lines[0]).groups())
+    assert left <= spent  # of the rate of this session: not as if it had made 21 steps
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    steps = progress.track(range(20, 22), "PPO")
+    next(steps), steps.close()
+    assert "20/22" in terminal.text

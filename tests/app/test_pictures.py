@@ -89,16 +89,24 @@ def test_pictures_of_gradients(monkeypatch, tmp_path):
 
 
 def test_curves_of_a_run():
-    rows = [
-        {"stage": "ppo", "step": step, "objective/scores": 1.0, "objective/kl": 0.1}
+    rows = [{"stage": "sft", "step": i, "loss/sft": 2.0 - 0.001 * i} for i in range(850)]
+    rows += [{"stage": "sft", "step": 850, "heldout/loss_sft": 1.2}]
+    rows += [
+        {"stage": "ppo", "step": step, "objective/scores": 1.0, "objective/reward": 40.0 + step}
         for step in range(3)
     ]
-    figure = curves_figure([{"stage": "sft", "step": 0}, *rows])
-    assert len(figure.axes) == 4
+    rows[-1] |= {"eval/reward": 39.0, "eval/gold": None, "objective/kl": "none"}
+    figure = curves_figure(rows)
     for axis in figure.axes:
         check_axis(axis)
-    assert list(figure.axes[0].get_lines()[0].get_xdata()) == [1, 2, 3]
-    assert [len(axis.get_lines()) for axis in figure.axes] == [1, 1, 0, 0]  # what was measured
+    lines = {axis.get_title().split(":")[0]: axis.get_lines() for axis in figure.axes}
+    assert list(lines) == ["fine-tuning", "score", "your reward"]  # what was measured
+    training, held_out = lines["fine-tuning"]
+    assert list(training.get_xdata()[[0, -1]]) == [1, 850] == [1, *held_out.get_xdata()]
+    assert [line.get_label() for line in lines["your reward"]] == ["training", "held out"]
+    assert list(lines["your reward"][0].get_ydata()) == [40, 41, 42]  # in its own units
+    assert list(lines["your reward"][1].get_xdata()) == [3]
+    curves_figure([])  # of a run that was stopped at once
 
 
 def test_a_line_of_several_seeds_is_their_geometric_mean():

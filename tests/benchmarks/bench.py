@@ -27,7 +27,7 @@ from programs import Program, busy_seconds, family, own_seconds
 from workloads import SGEMM_SIZE, WORKLOADS, Sizes, disagreement, matmul_gflop, write_workload
 
 from minirlhf.app.progress import track
-from minirlhf.disk import new_folder, next_numbered_folder, write_whole
+from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.workers import usable_cores
 
@@ -107,7 +107,7 @@ def run_benchmark(options: BenchOptions) -> int:
             f"{options.rounds}, {options.threads}, {list(options.workloads)} and "
             f"{list(options.parts)}: choose such values"
         )
-    out = new_folder(options.out or next_numbered_folder("bench"), holds="bench.json")
+    out = new_folder(options.out or new_numbered_folder("bench"), holds="bench.json")
     threads = options.threads or usable_cores()
     missing = [n for n, (_, _, library) in PEERS.items() if not importlib.util.find_spec(library)]
     if options.peers and missing:

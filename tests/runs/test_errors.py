@@ -261,13 +261,48 @@ DAMAGES = [
         edit_state(lambda a, m: a.update(var=a["var"][1:])),
         ("resume",),
     ),
+    *(
+        ("checkpoint/state.safetensors", edit_state(change), ("resume",))
+        for change in (
+            lambda a, m: m["rng"].pop("rollout"),
+            lambda a, m: m["rng"].update(x={}),
+            lambda a, m: m.update(rng=[]),
+            lambda a, m: m["rng"]["prompts"].update(bit_generator="MT19937"),
+            lambda a, m: m["rng"]["prompts"]["state"].update(state=-1),
+            lambda a, m: m["rng"]["prompts"].update(state="x"),
+            lambda a, m: m.update(kl_coef=-5.0),
+            lambda a, m: m.update(kl_coef="x", done=1),
+            lambda a, m: m.update(done=99),
+            lambda a, m: m.update(done=2),  # after the updates of three
+            lambda a, m: m.update(done=1.5),
+            lambda a, m: m.update(done="1"),
+            lambda a, m: m.update(done=0),
+            lambda a, m: m.update(done=True),
+            lambda a, m: m.update(more=1),
+            lambda a, m: m.update(log={}),
+            lambda a, m: m.update(log=[1, 2]),
+            lambda a, m: m["log"].update({"metrics.jsonl": 0}),
+            lambda a, m: m["log"].update({"samples.jsonl": 0}),
+            lambda a, m: m["log"].update({"samples.jsonl": 10**9}),
+            lambda a, m: a.update(mean=a["mean"].astype(np.float64)),
+            lambda a, m: a.update(flat=with_nan("", a["flat"])),
+            lambda a, m: a.update(mean=a["mean"] + np.float32(np.inf)),
+            lambda a, m: a.update(var=a["var"] - 1),
+            lambda a, m: a.update(step=np.array(-5), skipped=np.array(17)),
+            lambda a, m: a.update(step=np.array(12.0)),
+            lambda a, m: a.update(flat={"x": a["flat"]}),
+        )
+    ),
     ("checkpoint", delete, ("resume",)),
+    ("checkpoint/config.toml", scribble, ("resume",)),
     ("tiktoken.json", scribble, ("resume",)),
     ("tiktoken.json", delete, LOOK),
     ("world.json", scribble, ("resume",)),
     ("world.json", edit_json(sha256=None), ("resume",)),
     ("world.json", edit_json(joiner=None), LOOK),
     ("world.json", edit_json(max_prompt_tokens="24"), LOOK),
+    ("world.json", edit_json(max_prompt_tokens=-24), LOOK),
+    ("world.json", edit_json(max_response_tokens=0), LOOK),
     ("world.json", delete, LOOK),
     ("config.toml", scribble, ("resume",)),
     ("config.toml", delete, ("resume",)),
@@ -285,7 +320,8 @@ def test_a_corrupt_or_foreign_checkpoint(run, capsys, name, damage, command):
     damage(run / name)
     before = files_under(run)
     message = refusal(capsys, command[0], run, *command[1:])
-    assert name.split("/")[0] in message, message  # which file or folder
+    of_log = ("metrics.jsonl", "samples.jsonl")  # where a state says that they end elsewhere
+    assert any(part in message for part in (name.split("/")[0], *of_log)), message
     after = files_under(run)
     for file, content in before.items():
         if file not in ("metrics.jsonl", "samples.jsonl"):  # whose torn line may be cut off
@@ -474,7 +510,7 @@ def test_divergence_leaves_a_finite_checkpoint_or_none(
     message = refusal(capsys, *flags)
     assert "PPO iteration" in message and "learning rate" in message
     assert "transformer." in message or "value_head." in message
-    if (tmp_path / "new/checkpoint").exists():
+    if (tmp_path / "new/checkpoint/state.safetensors").exists():
         arrays, _ = load_state(tmp_path / "new/checkpoint")
         assert np.isfinite(arrays["flat"]).all()
         assert "last good checkpoint" in message
@@ -517,7 +553,14 @@ def test_in_a_process_of_its_own_nothing_else_is_said(texts, tmp_path):
         [sys.executable, "-m", "minirlhf", *flags], capture_output=True, text=True
     )
     assert done.returncode == 2
-    progress = ("supervised fine-tuning: ", "reward model: ", "PPO: ", "minirlhf: ")
+    progress = (
+        "run ",
+        "note: ",
+        "supervised fine-tuning: ",
+        "reward model: ",
+        "PPO: ",
+        "minirlhf: ",
+    )
     lines = done.stderr.splitlines()
     assert all(line.startswith(progress) for line in lines), done.stderr
     assert [line.startswith("minirlhf: ") for line in lines].count(True) == 1

@@ -150,6 +150,7 @@ MUTATIONS = {
 ELSEWHERE = {  # fields with a test of their own, below
     "out": "test_out_is_where_the_run_lies",
     "device": "test_device_chooses_the_array_module",
+    "stages": "test_a_part_of_the_stages_is_run_and_resume_does_the_rest",
     "workers": "test_workers_change_who_computes_and_no_result",
     "threads": "test_threads_are_limited_while_the_stages_run",
     "corpus": "test_the_corpus_and_the_pairs_are_read",
@@ -204,7 +205,7 @@ def observed(config, patch):
     save_state, policy_forward = checkpoint.save_state, ppo.policy_forward
 
     def count(folder, arrays, meta):
-        saves.append(meta["iterations_done"])
+        saves.append(meta["done"])
         save_state(folder, arrays, meta)
 
     def look(params, *, batch, **constants):
@@ -366,6 +367,19 @@ def test_workers_change_who_computes_and_no_result(tmp_path, files, monkeypatch)
                 for name, value in a.items():
                     if isinstance(value, float):
                         assert value == pytest.approx(b[name], abs=tolerance, rel=1e-2), name
+
+
+@pytest.mark.parametrize("stages, made", [("sft", ["reference"]), ("sft,reward", None)])
+def test_a_part_of_the_stages_is_run_and_resume_does_the_rest(run, files, tmp_path, stages, made):
+    out = tmp_path / "run"
+    config = changed(tiny_config(out, stages=stages), files["names"])
+    assert pipeline.train(config) is None
+    made = made or ["reference", "reward_model"]
+    assert [n for n in ("reference", "reward_model", "policy") if (out / n).exists()] == made
+    assert load_config(out / "config.toml").stages == stages
+    pipeline.resume(out)
+    found = differences(outcome(out), run("names", {}))
+    assert found == ["seen: checkpoints", "seen: rows in a forward"]  # which only `run` looks at
 
 
 def test_the_corpus_and_the_pairs_are_read(tmp_path, files):

@@ -1,5 +1,6 @@
 """The run log: one JSON object a line, finite, readable after a crash."""
 
+import errno
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirlhf.errors import InputError
-from minirlhf.runs.log import RunLog, read_jsonl
+from minirlhf.runs.log import RunLog, read_jsonl, read_metrics
 
 
 def test_metrics_and_samples_come_back(tmp_path):
@@ -104,12 +105,66 @@ def test_what_a_position_counts_is_on_the_disk(tmp_path, monkeypatch):
 def test_rewind_drops_what_came_after_the_checkpoint(tmp_path):
     log = RunLog(tmp_path)
     log.metrics(1, "ppo", {})
+    log.samples(1, [{"prompt": "a"}])
     position = json.loads(json.dumps(log.position()))
     log.metrics(2, "ppo", {})
     log.samples(2, [{"prompt": "a"}])
-    RunLog(tmp_path).rewind(position)
+    RunLog(tmp_path).rewind(position, "ppo", 1)
     assert [line["step"] for line in read_jsonl(log.metrics_path)] == [1]
-    assert read_jsonl(log.samples_path) == []
+    assert [line["step"] for line in read_jsonl(log.samples_path)] == [1]
     log.metrics_path.write_bytes(b"")
     with pytest.raises(InputError, match="got 0"):
-        log.rewind(position)
+        log.rewind(position, "ppo", 1)
+
+
+@pytest.mark.parametrize(
+    "position, stage, step",
+    [
+        ({}, "ppo", 1),
+        ({"metrics.jsonl": 0, "samples.jsonl": 0}, "ppo", 1),
+        ({"metrics.jsonl": -1}, "ppo", 1),
+        ({"metrics.jsonl": "26"}, "ppo", 1),
+        ({"metrics.jsonl": 10**9}, "ppo", 1),
+        ({"metrics.jsonl": 20}, "ppo", 1),  # in the middle of a line
+        ({"samples.jsonl": 0}, "ppo", 1),
+        ({}, "ppo", 0),  # the last line is of another step,
+        ({}, "sft", 1),  # another stage
+        ({"samples.jsonl": 0}, "sft", 1),
+    ],
+)
+def test_a_position_that_was_never_a_checkpoints_is_refused(tmp_path, position, stage, step):
+    log = RunLog(tmp_path)
+    log.metrics(1, "ppo", {})
+    log.samples(1, [{"prompt": "a"}])
+    true = log.position() if position or (stage, step) != ("ppo", 1) else {}
+    before = log.metrics_path.read_bytes(), log.samples_path.read_bytes()
+    with pytest.raises(InputError, match="as at the last checkpoint"):
+        log.rewind(true | position, stage, step)
+    assert before == (log.metrics_path.read_bytes(), log.samples_path.read_bytes())
+
+
+@pytest.mark.parametrize("line", [b'{"x": 1}', b'{"step": "1", "stage": "ppo"}', b'{"step": 1}'])
+def test_a_line_without_its_step_or_stage_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "stage": "sft"}\n' + line + b"\n")
+    for read in (read_metrics, RunLog):
+        with pytest.raises(InputError, match=r"metrics.jsonl:2: expected a line with its st"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "truncate"])
+def test_a_disk_that_refuses_is_one_sentence(tmp_path, monkeypatch, call):
+    log = RunLog(tmp_path)
+    log.metrics(1, "ppo", {})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if call == "write":
+        log.metrics_path.unlink()
+        log.metrics_path.symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(os, call, full)
+    acts = {"write": lambda: log.metrics(2, "ppo", {}), "fsync": log.position}
+    acts["truncate"] = lambda: log.restart("ppo")
+    with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written \(No space left"):
+        acts[call]()
