@@ -7,6 +7,7 @@ leaves the others' numbers as they are: that is what makes `resume` exact.
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -137,7 +138,7 @@ class Session:
                 yield
             except (InputError, KeyboardInterrupt) as stop:
                 how = f"`minirlhf resume {shlex.quote(str(self.folder))}`"
-                if "minirlhf resume" not in str(stop):
+                if not re.search("minirlhf.resume", str(stop)):
                     said = f"{stop}; then go on with {how}" if stop.args else f"{how} goes on"
                     stop.args = (said,)
                 raise
