@@ -5,6 +5,7 @@ base alphabet is all 256 bytes, so every text encodes and decodes to itself.
 """
 
 import base64
+import codecs
 import heapq
 import re
 from collections import Counter, defaultdict
@@ -54,13 +55,16 @@ class Tokenizer:
         """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
         return self.encoding.encode_ordinary(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, cut: bool = False) -> str:
         r"""The text of the ids without the special ones; bytes that are not UTF-8 become "\ufffd".
 
+        Args:     cut: the text goes on; a character of which only the beginning is here is left
+                      out.
         Raises:   ValueError: an id outside the vocabulary.
         """
         plain = (i for i in map(int, ids) if not self.encoding.is_special_token(i))
-        return b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return decoder.decode(b"".join(map(self._bytes, plain)), final=not cut)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         r"""One printable string a token: a newline reads "\n", a lone byte "\xe2".
@@ -72,24 +76,37 @@ class Tokenizer:
     def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
 
+        A cut stands between characters, so that one token more or two may be missing.
+
         Raises:   InputError: the prompt is empty.
         """
         if not text:
             raise InputError("prompt: expected some text; got an empty prompt: write one")
         ids = [*self.encode(text), self.sep]
-        too_many = 0 if max_tokens is None else max(0, len(ids) + 1 - max_tokens)
-        return [self.bos, *ids[too_many:]]
+        start = 0 if max_tokens is None else max(0, len(ids) + 1 - max_tokens)
+        while start and self._is_inside(ids[start]):
+            start += 1
+        return [self.bos, *ids[start:]]
 
     def response_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[*ids, eos]; of a response that is too long, the first max_tokens ids, without an eos.
 
-        Without a limit the empty response is [eos], as a policy that ends at once samples it.
+        Without a limit the empty response is [eos], as a policy that ends at once samples it. A cut
+        stands between characters, as of `prompt_ids`.
 
         Raises:   InputError: there is a limit, as for text to train on or to score, and no text.
         """
         if max_tokens is not None and not text:
             raise InputError("response: expected some text; got an empty response: write one")
-        return [*self.encode(text), self.eos][:max_tokens]
+        ids = [*self.encode(text), self.eos]
+        end = len(ids) if max_tokens is None else min(max_tokens, len(ids))
+        while 0 < end < len(ids) and self._is_inside(ids[end]):
+            end -= 1
+        return ids[: end or max_tokens]
+
+    def _is_inside(self, i: int) -> bool:
+        """Does the token begin inside of a character?"""
+        return self._bytes(i)[0] & 0xC0 == 0x80
 
     def _bytes(self, i: int) -> bytes:
         if not 0 <= i < self.vocab_size:
