@@ -7,7 +7,7 @@ preference  (prompt, best reply, .., worst reply): a pair has two replies, a ran
 import math
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from heapq import heappop, heappush
 from operator import itemgetter
@@ -44,8 +44,7 @@ class Kept:
         self, path: str | Path, rows: Rows, convert: Callable, *, max_chars: int, rng: Generator
     ):
         self.path, n_read, heap, size = path, 0, [], 0
-        self.skipped: Counter[str] = Counter()
-        self.first: dict[str, list[int]] = defaultdict(list)  # lines, the first three of a reason
+        self.skipped: dict[str, list[int]] = defaultdict(list)  # reason -> lines
         for number, row in rows:
             n_read += 1
             for texts in self._tried(convert, number, row, f"{path}:{number}"):
@@ -56,7 +55,7 @@ class Kept:
         if not n_read:
             raise InputError(f"{path}: expected text; the file is empty: fill it or name another")
         self.rows = [row for _, _, row in sorted(heap, key=itemgetter(1))]
-        self.n_passed = n_read - self.skipped.total() - len(heap)
+        self.n_usable = n_read - sum(map(len, self.skipped.values()))
 
     def _tried(self, convert: Callable, number: int, row: Any, *where: str) -> list[Texts]:
         """[the converted row], or [] and one more that is skipped."""
@@ -65,13 +64,14 @@ class Kept:
                 raise Skip("with more fields than columns")
             return [convert(row, *where)]
         except Skip as why:
-            self.skipped[str(why)] += 1
-            self.first[str(why)] = [*self.first[str(why)], number][:3]
+            self.skipped[str(why)].append(number)
             return []
 
     def refine(self, convert: Callable[[Texts], Texts]) -> None:
         """Convert the rows once more, now that all of them are known."""
+        before = len(self.rows)
         self.rows = [(n, new) for n, texts in self.rows for new in self._tried(convert, n, texts)]
+        self.n_usable -= before - len(self.rows)
 
     def finish(self, what: str, notes: list[str]) -> list[Texts]:
         """The rows; the notes get a sentence on what was read, skipped and kept.
@@ -79,18 +79,16 @@ class Kept:
         Raises:   InputError: nothing is left.
         """
         skipped = ", ".join(
-            f"{n:,} {why} (line{'s' * (n > 1)} {', '.join(map(str, self.first[why]))}"
-            f"{', ..' * (n > 3)})"
+            f"{len(n):,} {why} (line {', '.join(map(str, n[:3]))}{', ..' * (len(n) > 3)})"
             for why, n in self.skipped.items()
         )
         if not self.rows:
             raise InputError(
-                f"{self.path}: expected {what}; got none that can be used, but {skipped}: correct "
-                "them, or name another file"
+                f"{self.path}: expected {what}; got none to use, but {skipped}: correct them"
             )
-        said = f"{self.path}: read {len(self.rows) + self.n_passed:,} {what}"
+        said = f"{self.path}: read {self.n_usable:,} {what}"
         said += f", skipped {skipped}" if skipped else ""
-        if self.n_passed:
+        if self.n_usable > len(self.rows):
             said += f"; kept {len(self.rows):,}, drawn at random: --max-text-mb keeps more"
         notes.append(said)
         return [texts for _, texts in self.rows]
@@ -176,19 +174,16 @@ def as_preference(row: dict, where: str) -> Texts:
 def _ranked(responses: Any, ranking: Any, where: str) -> list[str]:
     """The responses from the best to the worst; the best has the smallest rank."""
     lists = isinstance(responses, list) and isinstance(ranking, list)
-    if not lists or len(responses) != len(ranking) or not all(map(_is_number, ranking)):
+    ranks = [x for x in ranking if type(x) in (int, float) and math.isfinite(x)] if lists else []
+    if not lists or not len(ranks) == len(ranking) == len(responses):
         raise InputError(
             f"{where}: expected a list of responses and a list of as many ranks, the smallest for "
             f"the best; got {shorten(repr(responses))} and {shorten(repr(ranking))}: correct it"
         )
-    if len(set(ranking)) < max(2, len(ranking)):
+    if len(set(ranks)) < max(2, len(ranks)):
         raise Skip("with equal ranks")
-    in_order = sorted(range(len(ranking)), key=ranking.__getitem__)
-    return [_reply(responses[i], where) for i in in_order]
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    in_order = sorted(zip(ranks, responses, strict=True), key=itemgetter(0))
+    return [_reply(response, where) for _, response in in_order]
 
 
 def _split_dialogues(chosen: str, rejected: str) -> Texts:
@@ -237,8 +232,8 @@ def _prompt(row: dict, where: str) -> str:
     """The prompt, and below it what an instruction is about."""
     if isinstance(row["prompt"], list):
         return _dialogue(_messages(row["prompt"], where))
-    texts = [row["prompt"]] + [row[name] for name in ("input",) if not _is_blank(row.get(name))]
-    return "\n\n".join(_text(text, where) for text in texts)
+    about = [] if _is_blank(row.get("input")) else [row["input"]]
+    return "\n\n".join(_text(text, where) for text in [row["prompt"], *about])
 
 
 def _reply(value: Any, where: str) -> str:

@@ -14,7 +14,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import chain, count, zip_longest
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -38,8 +38,8 @@ FORMS = {  # the option that names a file -> the columns that it needs, one of t
 }
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 KINDS[".parquet"] = "parquet"
-LONGEST = 1 << 24  # characters of a line, of a document, of an entry of an array
-_HEAD = 1 << 20  # characters from which it is guessed whether blank lines part documents
+LONGEST = 1 << 24  # characters of a line or document, which is parted, or of a JSON entry
+_HEAD = 2000  # lines from which it is guessed whether blank lines part documents
 _CHUNK = 1 << 16
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # bytes that are not UTF-8 come as half surrogates
 _JSON = re.compile(r"\{\s*[\"'}]|\[\s*\{")  # how JSON begins, and hardly ever a text
@@ -66,9 +66,8 @@ def rows_of(
               notes: gets a sentence if it was guessed what a row is.
     Raises:   InputError: the file cannot be read, is no text, or has other columns.
     """
-    named = _named(columns)
+    named, kind = _named(columns), name_and_kind(path)[1]
     means = functools.partial(_meanings, source=source, named=named)
-    kind = name_and_kind(path)[1]
     try:
         with open(path, "rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
@@ -83,8 +82,7 @@ def rows_of(
                 return
             text = io.TextIOWrapper(file, encoding, errors="surrogateescape")
             if kind == "json":
-                entries = _array(text, path) if start.startswith("[") else _objects(text, path)
-                yield from _json_rows(entries, path, means)
+                yield from _json_rows(text, path, means, is_array=start.startswith("["))
             elif kind == "csv":
                 yield from _csv_rows(text, path, means)
             elif source == "corpus":
@@ -97,8 +95,12 @@ def rows_of(
     except OSError as error:
         raise cannot_read(path, error) from error
     except (EOFError, zlib.error, UnicodeError) as error:
-        came = shorten(str(error), 120)
-        raise InputError(f"{path}: expected a whole file; got {came}: restore it") from error
+        raise _damaged(path, "a whole file", error) from error
+
+
+def _damaged(where: str | Path, expected: str, error: Exception) -> InputError:
+    came = shorten(str(error), 120)
+    return InputError(f"{where}: expected {expected}; got {came}: correct or restore it")
 
 
 def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
@@ -113,12 +115,11 @@ def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
 def _named(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """(meaning, name) of each "meaning=name"."""
     named = tuple((meaning, name) for meaning, _, name in (c.partition("=") for c in columns))
-    for column, (meaning, name) in zip(columns, named, strict=True):
-        if meaning not in COLUMNS or not name:
-            raise InputError(
-                f"--columns: expected MEANING=NAME, the meaning one of {', '.join(COLUMNS)}; got "
-                f"{shorten(column)!r}: write, for example, prompt=title"
-            )
+    if not all(meaning in COLUMNS and name for meaning, name in named):
+        raise InputError(
+            f"--columns: expected MEANING=NAME, each meaning one of {', '.join(COLUMNS)}; got "
+            f"{shorten(' '.join(columns))!r}: write, for example, prompt=title"
+        )
     return named
 
 
@@ -160,11 +161,6 @@ def _lines(text: TextIO, path: str | Path) -> Iterator[Line]:
         if not line:
             return
         _refuse_bytes(line, path, number)
-        if len(line) == LONGEST:
-            raise InputError(
-                f"{path}:{number}: expected lines of less than {LONGEST:,} characters; got a "
-                "longer one: break it into several"
-            )
         yield number, line
 
 
@@ -178,20 +174,14 @@ def _refuse_bytes(text: str, path: str | Path, line: int) -> None:
 
 def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> Rows:
     """The lines of a plain text, or its documents between blank lines."""
-    lines, head, size = _lines(text, path), [], 0
-    for line in lines:
-        head.append(line)
-        if (size := size + len(line[1])) > _HEAD:
-            break
+    lines = _lines(text, path)
+    head = list(islice(lines, _HEAD))
     shape = "".join("x" if line.strip() else " " for _, line in head)
     gaps = len(shape.split()) - 1
     if unit == "auto" and gaps > 0:
         unit = "document" if gaps >= max(2, 0.01 * shape.count("x")) else "line"
         other = "document" if unit == "line" else "line"
-        notes.append(
-            f"{path}: has blank lines; each {unit} is an example, with --corpus-unit {other} each "
-            f"{other} is"
-        )
+        notes.append(f"{path}: a {unit} is an example; --corpus-unit {other}: a {other} is")
     lines = chain(head, lines)
     for number, line in _documents(lines) if unit == "document" else lines:
         if line.strip():
@@ -212,18 +202,14 @@ def _documents(lines: Iterator[Line]) -> Iterator[Line]:
             size += len(line)
 
 
-def _json_rows(entries: Iterator[tuple[int, Any]], path: str | Path, means: Callable) -> Rows:
-    for number, entry in entries:
+def _json_rows(text: TextIO, path: str | Path, means: Callable, *, is_array: bool) -> Rows:
+    """The objects of an array, or one a line."""
+    lines = ((number, line) for number, line in _lines(text, path) if line.strip())
+    for number, entry in _array(text, path) if is_array else lines:
         where = f"{path}:{number}"
-        row = entry if isinstance(entry, dict) else parse_object(json.dumps(entry), where)
-        yield number, {meaning: row[name] for meaning, name in means(row, where).items()}
-
-
-def _objects(text: TextIO, path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line, object) of JSON lines."""
-    for number, line in _lines(text, path):
-        if line.strip():
-            yield number, parse_object(line, f"{path}:{number}")
+        if not isinstance(entry, dict):
+            entry = parse_object(json.dumps(entry) if is_array else entry, where)
+        yield number, {meaning: entry[name] for meaning, name in means(entry, where).items()}
 
 
 def _array(text: TextIO, path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -254,30 +240,24 @@ def _delimiter(header: str) -> str:
 
 
 def _csv_rows(text: TextIO, path: str | Path, means: Callable) -> Rows:
-    """Rows below a line of names; a row with more fields than names has those under None."""
+    """Rows below a line of names; a row with more fields than names has the others under None."""
     csv.field_size_limit(LONGEST)
-    number = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal number
-        for number, line in _lines(text, path):  # noqa: B007
-            yield line
-
-    stream = lines()
-    header = next((line for line in stream if line.strip()), "")
-    reader = csv.reader(chain([header], stream), delimiter=_delimiter(header), strict=True)
+    lines = _lines(text, path)
+    start, header = next(((n, line) for n, line in lines if line.strip()), (1, ""))
+    stream = chain([header], (line for _, line in lines))
+    reader = csv.reader(stream, delimiter=_delimiter(header), strict=True)
     try:
         names = next(reader, [])
-        known = means(names, f"{path}:{number}") if names else {}
-        first = number + 1
+        known = means(names, f"{path}:{start}") if names else {}
+        number = start + reader.line_num
         for fields in reader:
-            row = dict(zip_longest(names, fields[: len(names)]))
+            row = dict(zip_longest(names, fields))
             if fields:
-                more = {None: fields} if len(fields) > len(names) else {}
-                yield first, {meaning: row[name] for meaning, name in known.items()} | more
-            first = number + 1
+                others = {None: row[None]} if None in row else {}
+                yield number, {meaning: row[name] for meaning, name in known.items()} | others
+            number = start + reader.line_num
     except csv.Error as error:
-        raise InputError(f"{path}:{number}: expected CSV; got {error}: correct it") from error
+        raise _damaged(f"{path}:{start + reader.line_num - 1}", "CSV", error) from error
 
 
 def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
@@ -298,5 +278,4 @@ def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield number, {meaning: row[name] for meaning, name in known.items()}
     except pyarrow.ArrowException as error:
-        came = shorten(str(error), 120)
-        raise InputError(f"{path}: expected parquet; got {came}: restore it") from error
+        raise _damaged(path, "parquet", error) from error

@@ -650,6 +650,7 @@ def test_without_learning_every_ratio_is_one(tmp_path, names, minibatches):
 def test_the_penalty_holds_the_policy_near_the_reference(tmp_path, names):
     config = tiny_config(
         tmp_path / "free",
+        seed=1,
         corpus=names,
         reward=VOWELS,
         eval_every=0,

@@ -93,7 +93,7 @@ def test_what_is_dropped_is_counted(tmp_path):
     [
         (b"", "the file is empty"),
         (b" \n\n", "the file is empty"),
-        (b"a\nb", r"expected examples; got none .* but 2 without a response \(lines 1, 2\)"),
+        (b"a\nb", r"expected examples; got none to use, but 2 without a response \(line 1, 2\)"),
     ],
 )
 def test_an_unusable_corpus_is_one_sentence(tmp_path, content, message):
