@@ -1,6 +1,7 @@
 """Limits on tokens that follow from the data, and prompts held out that differ within them."""
 
 import math
+from array import array
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -27,9 +28,8 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
         return world
     world = _with_limits(world, tokenizer, config)
 
-    def as_cut(prompt: str) -> bytes:
-        ids = tokenizer.prompt_ids(prompt, world.max_prompt_tokens)
-        return np.array(ids, dtype=np.int32).tobytes()
+    def as_cut(prompt: str) -> bytes:  # little memory for many
+        return bytes(array("i", tokenizer.prompt_ids(prompt, world.max_prompt_tokens)))
 
     return split_world(world, rng=rng, key=as_cut)
 

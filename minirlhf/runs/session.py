@@ -266,7 +266,7 @@ def _new_tokenizer(config: TrainConfig, world: World) -> tokens.Tokenizer:
     """The encoding that was asked for, or one trained on the world's texts."""
     if config.encoding:
         return tokens.load_tokenizer_by_name(config.encoding)
-    examples = [text for example in world.demonstrations for text in example]
+    examples = [text for row in world.demonstrations + (world.pairs or []) for text in row]
     texts = examples + world.train_prompts + world.heldout_prompts
     every = 1 + sum(map(len, texts)) // TOKENIZER_CHARS
     return tokens.train_tokenizer(texts[::every], vocab_size=config.vocab_size)

@@ -43,19 +43,18 @@ class Kept:
     def __init__(
         self, path: str | Path, rows: Rows, convert: Callable, *, max_chars: int, rng: Generator
     ):
-        self.path, n_read, heap, size = path, 0, [], 0
+        self.path, self.n_read, heap, size = path, 0, [], 0
         self.skipped: dict[str, list[int]] = defaultdict(list)  # reason -> lines
         for number, row in rows:
-            n_read += 1
+            self.n_read += 1
             for texts in self._tried(convert, number, row, f"{path}:{number}"):
-                heappush(heap, (-rng.random(), n_read, (number, texts)))
+                heappush(heap, (-rng.random(), self.n_read, (number, texts)))
                 size += sum(map(len, texts)) + _OVERHEAD
                 while size > max_chars and len(heap) > 1:
                     size -= sum(map(len, heappop(heap)[2][1])) + _OVERHEAD
-        if not n_read:
+        if not self.n_read:
             raise InputError(f"{path}: expected text; the file is empty: fill it or name another")
         self.rows = [row for _, _, row in sorted(heap, key=itemgetter(1))]
-        self.n_usable = n_read - sum(map(len, self.skipped.values()))
 
     def _tried(self, convert: Callable, number: int, row: Any, *where: str) -> list[Texts]:
         """[the converted row], or [] and one more that is skipped."""
@@ -69,9 +68,7 @@ class Kept:
 
     def refine(self, convert: Callable[[Texts], Texts]) -> None:
         """Convert the rows once more, now that all of them are known."""
-        before = len(self.rows)
         self.rows = [(n, new) for n, texts in self.rows for new in self._tried(convert, n, texts)]
-        self.n_usable -= before - len(self.rows)
 
     def finish(self, what: str, notes: list[str]) -> list[Texts]:
         """The rows; the notes get a sentence on what was read, skipped and kept.
@@ -86,9 +83,11 @@ class Kept:
             raise InputError(
                 f"{self.path}: expected {what}; got none to use, but {skipped}: correct them"
             )
-        said = f"{self.path}: read {self.n_usable:,} {what}"
-        said += f", skipped {skipped}" if skipped else ""
-        if self.n_usable > len(self.rows):
+        n_usable = self.n_read - sum(map(len, self.skipped.values()))
+        said = f"{self.path}: read {n_usable:,} {what}" + (
+            f", skipped {skipped}" if skipped else ""
+        )
+        if n_usable > len(self.rows):
             said += f"; kept {len(self.rows):,}, drawn at random: --max-text-mb keeps more"
         notes.append(said)
         return [texts for _, texts in self.rows]
