@@ -277,5 +277,5 @@ def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
         batches = table.iter_batches(batch_size=256, columns=list(known.values()))
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield number, {meaning: row[name] for meaning, name in known.items()}
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, "parquet", error) from error
