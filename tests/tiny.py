@@ -23,7 +23,7 @@ class Letters:
     def prompt_ids(self, text, max_tokens=None):
         return [self.bos, *("abcdefg".index(letter) for letter in text), self.sep]
 
-    def decode(self, ids, *, cut=False):
+    def decode(self, ids):
         return "".join("abcdefg"[i] for i in ids if i < 7)
 
 

@@ -118,8 +118,11 @@ class Session:
         samples = sample_responses(
             params, ids, config=self.gpt, rng=rng, sampling=sampling, **ends, **self.padding
         )
-        decode, eos = self.tokenizer.decode, self.tokenizer.eos
-        responses = [decode(ids, cut=ids[-1] != eos) for ids in samples.response_ids]
+        texts = ((ids[-1], self.tokenizer.decode(ids)) for ids in samples.response_ids)
+        # the limit may have cut a character, of which the beginning says nothing
+        responses = [
+            t if end == self.tokenizer.eos else t.removesuffix("\ufffd") for end, t in texts
+        ]
         return samples._replace(prompts=list(prompts), responses=responses)
 
     def score_with(self, model: RewardModel) -> "Score":

@@ -84,9 +84,7 @@ class Kept:
                 f"{self.path}: expected {what}; got none to use, but {skipped}: correct them"
             )
         n_usable = self.n_read - sum(map(len, self.skipped.values()))
-        said = f"{self.path}: read {n_usable:,} {what}" + (
-            f", skipped {skipped}" if skipped else ""
-        )
+        said = f"{self.path}: read {n_usable:,} {what}{', skipped ' * bool(skipped)}{skipped}"
         if n_usable > len(self.rows):
             said += f"; kept {len(self.rows):,}, drawn at random: --max-text-mb keeps more"
         notes.append(said)
@@ -256,8 +254,8 @@ def _messages(value: Any, where: str) -> Messages:
 
 def _dialogue(messages: Messages) -> str:
     """A prompt: one message as it is, several as in HH-RLHF, up to the reply that is asked for."""
-    if len(messages) == 1:
-        return messages[0][1]
+    if len(messages) < 2:
+        return _text("".join(content for _, content in messages), "")
     return "\n\n".join([*_turns(messages), "Assistant:"])
 
 

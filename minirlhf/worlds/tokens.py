@@ -5,7 +5,6 @@ base alphabet is all 256 bytes, so every text encodes and decodes to itself.
 """
 
 import base64
-import codecs
 import heapq
 import re
 from collections import Counter, defaultdict
@@ -55,16 +54,13 @@ class Tokenizer:
         """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
         return self.encoding.encode_ordinary(text)
 
-    def decode(self, ids: Sequence[int], *, cut: bool = False) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         r"""The text of the ids without the special ones; bytes that are not UTF-8 become "\ufffd".
 
-        Args:     cut: the text goes on; a character of which only the beginning is here is left
-                      out.
         Raises:   ValueError: an id outside the vocabulary.
         """
         plain = (i for i in map(int, ids) if not self.encoding.is_special_token(i))
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return decoder.decode(b"".join(map(self._bytes, plain)), final=not cut)
+        return b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         r"""One printable string a token: a newline reads "\n", a lone byte "\xe2".

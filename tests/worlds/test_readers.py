@@ -356,6 +356,7 @@ def test_preferences_in_both_orders_are_contradictory(tmp_path):
         ([{"prompt": "p", "chosen": "c", "rejected": "c"}] * 5, "5 equal \\(line 1, 2, 3, .."),
         ([{"prompt": " ", "chosen": "c", "rejected": "r"}], "1 empty \\(line 1\\): correct"),
         ([{"prompt": "p", "chosen": None, "rejected": "r"}], "1 empty"),
+        ([{"prompt": [], "chosen": "c", "rejected": "r"}], "1 empty"),
         ([{"prompt": "\ud83d", "chosen": "c", "rejected": "r"}], "1 with half a surrogate pair"),
         ([{"chosen": [], "rejected": []}], "1 equal"),
         ([{"chosen": CHAT, "rejected": CHAT[:3]}], "1 empty"),
