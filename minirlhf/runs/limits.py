@@ -1,5 +1,6 @@
 """Limits on tokens that follow from the data, and prompts held out that differ within them."""
 
+import functools
 import math
 from array import array
 from collections.abc import Iterable
@@ -27,11 +28,8 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
     if not (config.corpus or config.pairs):
         return world
     world = _with_limits(world, tokenizer, config)
-
-    def as_cut(prompt: str) -> bytes:  # little memory for many
-        return bytes(array("i", tokenizer.prompt_ids(prompt, world.max_prompt_tokens)))
-
-    return split_world(world, rng=rng, key=as_cut)
+    as_cut = functools.partial(tokenizer.prompt_ids, max_tokens=world.max_prompt_tokens)
+    return split_world(world, rng=rng, key=lambda prompt: bytes(array("i", as_cut(prompt))))
 
 
 def _with_limits(world: World, tokenizer: Tokenizer, config: TrainConfig) -> World:

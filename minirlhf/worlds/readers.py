@@ -1,8 +1,7 @@
-"""Files to rows: text, JSON, CSV and parquet, gzipped or not, one row at a time.
+"""Files to rows: text, JSON, CSV and parquet, gzipped or not; held are a row and a buffer.
 
 A row is a dict keyed by what its columns mean (COLUMNS); what becomes of rows is in examples.py.
-What a file is follows from its name, and where that says nothing, from how it begins. However large
-it is, no more of it is held than a row and a buffer.
+What a file is follows from its name, and where that says nothing, from how it begins.
 """
 
 import codecs
@@ -14,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import chain, count, islice, zip_longest
+from itertools import chain, count, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -38,7 +37,8 @@ FORMS = {  # the option that names a file -> the columns that it needs, one of t
 }
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 KINDS[".parquet"] = "parquet"
-LONGEST = 1 << 24  # characters of a line or document, which is parted, or of a JSON entry
+LONGEST = 1 << 24  # characters of a line, which is parted, or of an entry of an array
+_LINES = 50_000  # of a document, which is parted
 _HEAD = 2000  # lines from which it is guessed whether blank lines part documents
 _CHUNK = 1 << 16
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # bytes that are not UTF-8 come as half surrogates
@@ -115,7 +115,9 @@ def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
 def _named(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """(meaning, name) of each "meaning=name"."""
     named = tuple((meaning, name) for meaning, _, name in (c.partition("=") for c in columns))
-    if not all(meaning in COLUMNS and name for meaning, name in named):
+    if not all(
+        meaning in COLUMNS and name and not _NO_TEXT.search(name) for meaning, name in named
+    ):
         raise InputError(
             f"--columns: expected MEANING=NAME, each meaning one of {', '.join(COLUMNS)}; got "
             f"{shorten(' '.join(columns))!r}: write, for example, prompt=title"
@@ -189,17 +191,10 @@ def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> R
 
 
 def _documents(lines: Iterator[Line]) -> Iterator[Line]:
-    """(number of its first line, document); one that is too long is parted."""
-    first, document, size = 0, [], 0
-    for number, line in chain(lines, [(0, "")]):
-        line = line.rstrip()
-        if document and (not line or size > LONGEST):
-            yield first, "\n".join(document)
-            document, size = [], 0
-        if line:
-            first = first if document else number
-            document.append(line)
-            size += len(line)
+    """(number of its first line, document); one of too many lines is parted."""
+    for is_text, group in groupby(lines, key=lambda line: bool(line[1].strip())):
+        while is_text and (part := list(islice(group, _LINES))):
+            yield part[0][0], "\n".join(line.rstrip() for _, line in part)
 
 
 def _json_rows(text: TextIO, path: str | Path, means: Callable, *, is_array: bool) -> Rows:
