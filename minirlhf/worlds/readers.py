@@ -183,7 +183,7 @@ def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> R
     if unit == "auto" and gaps > 0:
         unit = "document" if gaps >= max(2, 0.01 * shape.count("x")) else "line"
         other = "document" if unit == "line" else "line"
-        notes.append(f"{path}: a {unit} is an example; --corpus-unit {other}: a {other} is")
+        notes.append(f"{path}: each {unit} is an example; with --corpus-unit {other} each {other}")
     lines = chain(head, lines)
     for number, line in _documents(lines) if unit == "document" else lines:
         if line.strip():

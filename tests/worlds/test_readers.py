@@ -423,7 +423,7 @@ def test_one_blank_line_in_a_list_of_lines_is_said(tmp_path):
     path = write(tmp_path / "c.txt", "\n".join([*lines[:20], "", *lines[20:]]))
     world = read(path)
     assert len(world.demonstrations) == 40 and world.joiner == " "
-    said = "a line is an example; --corpus-unit document: a document is"
+    said = "each line is an example; with --corpus-unit document each document"
     assert world.notes[0] == f"{path}: {said}"
     assert len(read(path, unit="document").demonstrations) == 2
     assert not any("--corpus-unit" in note for note in read(path, unit="line").notes)
