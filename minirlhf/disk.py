@@ -27,12 +27,17 @@ def read_bytes(path: str | Path) -> bytes:
     """
     try:
         return Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: expected a file; found none: check the path") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: expected a file; got a folder: name a file in it") from error
     except OSError as error:
-        raise InputError(f"{path}: expected a readable file; got: {error.strerror}") from error
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: str | Path, error: OSError) -> InputError:
+    """What a file that could not be read means for the person who named it."""
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path}: expected a file; found none: check the path")
+    if isinstance(error, IsADirectoryError):
+        return InputError(f"{path}: expected a file; got a folder: name a file in it")
+    return InputError(f"{path}: expected a readable file; got: {error.strerror or error}")
 
 
 def read_text(path: str | Path) -> str:

@@ -87,6 +87,8 @@ def as_flags(config) -> list[str]:
         if isinstance(value, bool):
             *parents, name = path.replace("_", "-").split(".")
             flags.append("--" + ".".join([*parents, name if value else f"no-{name}"]))
+        elif isinstance(value, tuple):
+            flags += [flag, *value] if value else []
         elif value is not None and value != "":
             flags += [flag, str(value)]
     return flags

@@ -16,6 +16,7 @@ from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
 
+PIECE_FLOATS = 1 << 27  # most that a piece of a batch may need beside its logits: 512 MB
 ALIVE_CHECK_EVERY = 4  # steps between two looks at "who has stopped?" (each waits for a GPU)
 DROP_BELOW = 0.75  # share still alive below which those that have stopped leave the batch
 COLDEST = 2.0**-126  # below it float32 takes a temperature for 0
@@ -130,7 +131,10 @@ def generate(
     f = functools.partial(
         _extend, params, config=config, stop_id=stop_id, pad_id=pad_id, logprobs=logprobs
     )
-    each = -(-B // n_workers())  # rounded up
+    # of a row: what `prefill` keeps of the prompt, keys and values of all its columns
+    C, H = config.d_model, config.n_head
+    floats = config.n_layer * (P * (17 * C + H * P) + 2 * C * (P + max_new))
+    each = min(-(-B // n_workers()), max(1, PIECE_FLOATS // floats))  # the first rounded up
     pieces = [slice(start, start + each) for start in range(0, B, each)]
     parts = map_over(f, [(tokens[rows], mask[rows], u[rows]) for rows in pieces])
     return Generation(*map(xp.concatenate, zip(*parts, strict=True)))

@@ -25,16 +25,20 @@ class TrainConfig:
     device: Literal["cpu", "cuda"] = "cpu"  # Where the arrays live: NumPy or CuPy
     workers: int = 0  # Processes that share the work of a batch on the CPU; 0: one for each core
     threads: int = 1  # Of NumPy's matrix products in each worker; 0: all. More slow small models
-    # Your own text: one example a line, documents between blank lines, or JSONL (prompt, response)
+    # Your own text, or JSON, CSV, parquet: prompt and response, question and answer, messages ..
     corpus: str = ""
     corpus_unit: Literal["auto", "line", "document"] = "auto"  # What one example of the corpus is
-    pairs: str = ""  # Preference pairs as JSONL (prompt, chosen, rejected) for the reward model
+    # Preferences in JSON, CSV or parquet: prompt, chosen, rejected; or prompt, responses, ranking
+    pairs: str = ""
+    columns: tuple[str, ...] = ()  # Columns of other names, like prompt=title response=body
+    max_text_mb: int = 64  # Most text kept of a file [MB]; of more, a part drawn at random
     # FILE.py:function, module:function, length, regex:PATTERN, .. in the place of a reward model
     reward: str = ""
     reward_timeout: float = 0.0  # Seconds that a call of the reward may take; 0: any
     encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
     vocab_size: int = 768  # Ids of the encoding that is trained
-    max_prompt_tokens: int = 0  # Longest prompt, at least 3; 0: what the world suggests
+    # Longest prompt, at least 3; 0: so that 95 % of the prompts are whole
+    max_prompt_tokens: int = 0
     max_response_tokens: int = 0  # Longest response, at least 2, with its stop token; 0: likewise
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
@@ -51,7 +55,7 @@ class TrainConfig:
         settings.check_fields(
             self,
             "",
-            at_least_1=("vocab_size", "eval_prompts", "checkpoint_every"),
+            at_least_1=("vocab_size", "max_text_mb", "eval_prompts", "checkpoint_every"),
             at_least_0=(
                 *("seed", "workers", "threads"),
                 *("max_prompt_tokens", "max_response_tokens", "eval_every", "reward_timeout"),
@@ -97,13 +101,13 @@ def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def to_toml(config: Any, prefix: str = "") -> str:
-    """A dataclass of numbers, strings, booleans and further dataclasses as TOML."""
+    """A dataclass of numbers, strings, tuples of them, and further dataclasses as TOML."""
     lines, tables = [], []
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):
             tables.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
-        elif value is not None:  # what JSON writes for a number, a boolean, a string is TOML too
-            value = value if isinstance(value, bool | int | float) else str(value)
+        elif value is not None:  # what JSON writes for a number, a list, a string is TOML too
+            value = str(value) if isinstance(value, Path) else value
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"{name} = {text}\n")
     return "".join(lines + tables)

@@ -31,7 +31,8 @@ from minirlhf.train.rollout import Samples
 from minirlhf.train.sft import sft_loss, train_sft
 from minirlhf.tree import Tree
 from minirlhf.workers import side_by_side
-from minirlhf.worlds.files import TextPair, split_pairs
+from minirlhf.worlds.examples import Texts
+from minirlhf.worlds.files import split_pairs
 
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model", "ppo": "PPO"}
 # Checkpoints of the first two stages: not more often, and of the time not more than this share
@@ -163,7 +164,7 @@ def reference_stage(session: Session) -> Tree:
     folder.begin_stage(session, "sft")
     settings, world = session.config.sft, session.world
     examples, heldout = (
-        [(session.prompt_ids(prompt), session.response_ids(reply)) for prompt, reply in texts]
+        [session.example_ids(*example) for example in texts]
         for texts in (world.demonstrations, world.heldout_demonstrations)
     )
     same = {"config": session.gpt, **session.padding}
@@ -257,13 +258,14 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
     return train, heldout, None
 
 
-def _differing_pairs(session: Session, pairs: list[TextPair]) -> list[Pair]:
+def _differing_pairs(session: Session, pairs: list[Texts]) -> list[Pair]:
     """The pairs as ids, without those that no longer differ where they are cut."""
-    ids = (
-        Pair(session.prompt_ids(prompt), *map(session.response_ids, replies))
-        for prompt, *replies in pairs
-    )
-    return [pair for pair in ids if pair.chosen != pair.rejected]
+    differing = []
+    for texts in pairs:
+        prompt, *replies = session.example_ids(*texts)
+        if len(set(map(bytes, replies))) == len(replies):
+            differing.append(Pair(prompt, *replies[:2], tuple(replies[2:])))
+    return differing
 
 
 def annotated_pairs(

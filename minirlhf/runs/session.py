@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,7 @@ from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.runs.limits import fit_world
 from minirlhf.runs.lock import locked
 from minirlhf.runs.log import RunLog
 from minirlhf.runs.own_reward import (
@@ -43,6 +45,7 @@ from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
 from minirlhf.workers import resolved, share_packed
 from minirlhf.worlds import files, support, tokens
+from minirlhf.worlds.readers import name_and_kind
 from minirlhf.worlds.rewards import Reward, load_reward, name_of
 from minirlhf.worlds.world import World
 
@@ -53,6 +56,7 @@ STREAMS = (
 # what world.json keeps of a world: enough to sample from a run and to score with it
 KEPT = {"name": str, "joiner": str, "max_prompt_tokens": int, "max_response_tokens": int}
 BEGAN = Path("checkpoint", "config.toml")  # the settings that what is in the folder was made with
+TOKENIZER_CHARS = 8_000_000  # of the texts that an encoding is trained on
 
 
 def no_progress(steps: Iterable, title: str) -> Iterable:
@@ -106,6 +110,11 @@ class Session:
     def response_ids(self, text: str) -> list[int]:
         return self.tokenizer.response_ids(text, self.max_response_tokens)
 
+    def example_ids(self, prompt: str, *replies: str) -> tuple[array, ...]:
+        """A prompt and replies to it to train on, as ids that take little memory."""
+        lists = self.prompt_ids(prompt), *map(self.response_ids, replies)
+        return tuple(array("i", ids) for ids in lists)
+
     def on_device(self, tree: Tree) -> Tree:
         """A copy on the device, on a CPU where all workers see it."""
         return share_packed(tree_map(lambda a: to_device(a, self.config.device), tree))[1]
@@ -119,7 +128,11 @@ class Session:
         samples = sample_responses(
             params, ids, config=self.gpt, rng=rng, sampling=sampling, **ends, **self.padding
         )
-        responses = [self.tokenizer.decode(ids) for ids in samples.response_ids]
+        texts = ((ids[-1], self.tokenizer.decode(ids)) for ids in samples.response_ids)
+        # the limit may have cut a character, of which the beginning says nothing
+        responses = [
+            t if end == self.tokenizer.eos else t.removesuffix("\ufffd") for end, t in texts
+        ]
         return samples._replace(prompts=list(prompts), responses=responses)
 
     def score_with(self, model: RewardModel) -> "Score":
@@ -179,7 +192,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     try_reward(world)
     tokenizer = _new_tokenizer(config, world)
-    world_name = Path(config.corpus or config.pairs or "support").stem
+    world = fit_world(world, tokenizer, config, rng["world"])
+    world_name, _ = name_and_kind(config.corpus or config.pairs or "support")
     out = config.out or new_numbered_folder(world_name)
     world = going_on(world, out)
     config = replace(
@@ -243,13 +257,14 @@ def reopen_session(
     ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
     config = replace(stored, out=folder, device=device or stored.device, stages="all", ppo=ppo)
     array_module(config.device)
-    rng, own = _streams(config), None
+    rng, own, tokenizer = _streams(config), None, tokens.load_tokenizer(folder)
     if config.reward or reward:
         own = cache(partial(own_reward, folder, config, reward, changed=accept_changed_reward))
     if look and (config.corpus or config.pairs):
         world = _stored_world(folder / "world.json")
     else:
         world = build_world(config, own() if own and not look else "", rng["world"])
+        world = fit_world(world, tokenizer, config, rng["world"])
         if read_object(folder / "world.json").get("sha256") != _outline(world)["sha256"]:
             raise InputError(
                 f"{folder / 'world.json'}: expected the texts that the run began with; the corpus, "
@@ -263,7 +278,7 @@ def reopen_session(
         with locked(folder):
             keep_reward(folder, stored, reward or config.reward)
     config = replace(config, reward=name_of(reward or config.reward))
-    session = Session(config, world, tokens.load_tokenizer(folder), rng, **shown)
+    session = Session(config, world, tokenizer, rng, **shown)
     for note in world.notes:
         session.note(note)
     return session
@@ -308,28 +323,38 @@ def _new_tokenizer(config: TrainConfig, world: World) -> tokens.Tokenizer:
     """The encoding that was asked for, or one trained on the world's texts."""
     if config.encoding:
         return tokens.load_tokenizer_by_name(config.encoding)
-    examples = [text for example in world.demonstrations for text in example]
+    examples = [text for row in world.demonstrations + (world.pairs or []) for text in row]
     texts = examples + world.train_prompts + world.heldout_prompts
-    return tokens.train_tokenizer(texts, vocab_size=config.vocab_size)
+    every = 1 + sum(map(len, texts)) // TOKENIZER_CHARS
+    return tokens.train_tokenizer(texts[::every], vocab_size=config.vocab_size)
 
 
 def build_world(config: TrainConfig, reward: Reward, rng: Generator) -> World:
-    """The support world, or the user's own text.
+    """The support world, or the user's own text, all of it to train on (`fit_world` splits it).
 
     Raises:   InputError: options that contradict each other, or files that cannot be used.
     """
     if not (config.corpus or config.pairs):
         world = support.make_world(rng=rng)
         return replace(world, reward=load_reward(reward)) if reward else world
-    given = {"pairs_path": config.pairs or None, "reward": reward or None}
-    return files.corpus_world(config.corpus or None, unit=config.corpus_unit, rng=rng, **given)
+    return files.corpus_world(
+        config.corpus or None,
+        pairs_path=config.pairs or None,
+        reward=reward or None,
+        unit=config.corpus_unit,
+        columns=config.columns,
+        max_chars=config.max_text_mb * 10**6,
+        rng=rng,
+    )
 
 
 def _outline(world: World) -> dict[str, Any]:
     """What sampling and scoring need, and the SHA-256 of all texts that training reads."""
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts, world.pairs)
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    return {name: getattr(world, name) for name in KEPT} | {"sha256": digest}
+    digest = hashlib.sha256()
+    for part in json.JSONEncoder().iterencode(texts):  # all of it as one string would be large
+        digest.update(part.encode())
+    return {name: getattr(world, name) for name in KEPT} | {"sha256": digest.hexdigest()}
 
 
 def _stored_world(path: Path) -> World:
@@ -350,8 +375,11 @@ def unused_options(config: TrainConfig) -> list[str]:
         return {name for name in values if values[name] != default[name]}
 
     of_run, of_model, notes = turned(config), turned(config.reward_model), []
-    if "corpus_unit" in of_run and (not config.corpus or config.corpus.endswith(".jsonl")):
+    kinds = {name_and_kind(path)[1] for path in (config.corpus, config.pairs) if path}
+    if "corpus_unit" in of_run and (not config.corpus or name_and_kind(config.corpus)[1] != "text"):
         notes.append("--corpus-unit changes nothing without a corpus of plain text")
+    if config.columns and not kinds - {"text"}:
+        notes.append("--columns changes nothing without a file that has columns")
     if config.encoding and "vocab_size" in of_run:
         notes.append("--vocab-size changes nothing beside --encoding")
     if not config.reward and "reward_timeout" in of_run:
@@ -378,4 +406,8 @@ def cut_notes(session: Session) -> list[str]:
     for what, texts, ids_of, limit, further in table:
         if cut := sum(len(ids_of(text)) > limit for text in texts):
             notes.append(f"cut {cut} of {len(texts)} {what} to {limit} tokens, {further}")
+    if not (session.config.corpus or session.config.pairs):  # those are split by what is left
+        trained = {tuple(session.prompt_ids(p)) for p in world.train_prompts}
+        if again := sum(tuple(session.prompt_ids(p)) in trained for p in world.heldout_prompts):
+            notes.append(f"{again} held-out prompts are, as they are cut, also among training's")
     return notes

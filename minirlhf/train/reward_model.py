@@ -1,9 +1,10 @@
-"""Stage 2: a reward model from preferences between two responses to one prompt."""
+"""Stage 2: a reward model from preferences between two or more responses to one prompt."""
 
 import functools
 import itertools
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,12 @@ from minirlhf.backend import get_xp, to_host
 from minirlhf.errors import InputError
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
+from minirlhf.rlhf.preferences import (
+    bradley_terry_backward,
+    bradley_terry_forward,
+    plackett_luce_backward,
+    plackett_luce_forward,
+)
 from minirlhf.train.batches import Ids, micro_batches, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
@@ -24,11 +30,17 @@ SCORING_ROWS = 256  # responses scored in one forward on a GPU
 
 
 class Pair(NamedTuple):
-    """A preference: to `prompt`, `chosen` was preferred to `rejected`."""
+    """A preference: to `prompt`, `chosen` was preferred to `rejected`; or a ranked list."""
 
     prompt: Ids
     chosen: Ids
     rejected: Ids
+    worse: tuple[Ids, ...] = ()  # of a list: what was ranked below `rejected`, in this order
+
+    @property
+    def replies(self) -> tuple[Ids, ...]:
+        """The best first."""
+        return self.chosen, self.rejected, *self.worse
 
 
 class RewardModel(NamedTuple):
@@ -55,6 +67,9 @@ def train_reward_model(
     device: str = "cpu",
 ) -> Iterator[dict[str, float]]:
     """The loop: epochs over the pairs in a new order each, minimising -log sigma(margin).
+
+    A ranked list counts as one pair, with the loss of Plackett and Luce, of which this is the case
+    of two.
 
     Args:     optimizer: of `init_reward_model`; made for `n_updates` updates. After a resume it
                   says how many have been made.
@@ -109,14 +124,17 @@ def reward_model_loss_and_gradients(
 ) -> tuple[dict[str, float], Tree]:
     """Mean of -log sigma(score_chosen - score_rejected), and its gradient.
 
-    Returns:  metrics (loss, accuracy, mean margin), gradients.
+    Returns:  metrics (loss; accuracy and mean margin of neighbours in the order), gradients.
     """
-    lengths = [2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs]
-    groups = micro_batches(lengths, config=config, device=device)
     f = functools.partial(
         _micro_batch, params, config=config, settings=settings, pad_id=pad_id, device=device
     )
-    parts = [([pairs[i] for i in group], len(group) / len(pairs)) for group in groups]
+    parts = []
+    for K in sorted({len(p.replies) for p in pairs}):  # lists of one length are one array
+        alike = [p for p in pairs if len(p.replies) == K]
+        lengths = [K * (len(p.prompt) + max(map(len, p.replies))) for p in alike]
+        for group in micro_batches(lengths, config=config, device=device):
+            parts.append(([alike[i] for i in group], len(group) / len(pairs)))
     total = sum_over(f, parts)
     metrics = {name: float(value) for name, value in total["metrics"].items()}
     return metrics, total["gradients"]
@@ -131,26 +149,31 @@ def _micro_batch(
     pad_id: int,
     device: str,
 ) -> Tree:
-    """Metrics and gradients of some pairs, times their share in the batch."""
+    """Metrics and gradients of some pairs, or lists of one length, times their share of all."""
     pairs, share = part
-    n = len(pairs)
+    places = list(zip(*(p.replies for p in pairs), strict=True))  # the best of all, the second ...
     batch = pad_batch(
-        [p.prompt for p in pairs] * 2,
-        [p.chosen for p in pairs] + [p.rejected for p in pairs],
+        [p.prompt for p in pairs] * len(places),
+        [reply for place in places for reply in place],
         pad_id=pad_id,
         config=config,
         device=device,
     )
     score, cache = reward_forward(params, batch=batch, config=config)
-    chosen, rejected = score[:n], score[n:]
-    loss, loss_cache = bradley_terry_forward(
-        chosen, rejected, margin=settings.margin, label_smoothing=settings.label_smoothing
-    )
-    dscore = get_xp(score).concatenate(bradley_terry_backward(share, loss_cache))
+    xp, score = get_xp(score), score.reshape(len(places), len(pairs))
+    if len(places) == 2:
+        loss, loss_cache = bradley_terry_forward(
+            *score, margin=settings.margin, label_smoothing=settings.label_smoothing
+        )
+        dscore = xp.concatenate(bradley_terry_backward(share, loss_cache))
+    else:
+        loss, loss_cache = plackett_luce_forward(score.swapaxes(0, 1))
+        dscore = plackett_luce_backward(share, loss_cache).swapaxes(0, 1).reshape(-1)
+    better, worse = score[:-1], score[1:]
     metrics = {
         "loss/reward_model": share * loss,
-        "accuracy": share * (chosen > rejected).mean(),
-        "margin": share * (chosen - rejected).mean(),
+        "accuracy": share * (better > worse).mean(),
+        "margin": share * (better - worse).mean(),
     }
     return {"metrics": metrics, "gradients": reward_backward(dscore, cache)}
 
@@ -215,14 +238,15 @@ def pair_metrics(
 ) -> dict[str, float]:
     """How well the model orders pairs it has not seen.
 
-    accuracy           share of pairs with score_chosen > score_rejected
+    accuracy           share of pairs with score_chosen > score_rejected; of neighbours in a list
     calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(raw margin)
     gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
     """
-    prompts = [p.prompt for p in pairs]
+    rows = [(p.prompt, *two) for p in pairs for two in pairwise(p.replies)]
+    prompts, *both = map(list, zip(*rows, strict=True))
     score = [
         score_responses(model, prompts, responses, pad_id=pad_id, device=device)
-        for responses in ([p.chosen for p in pairs], [p.rejected for p in pairs])
+        for responses in both
     ]
     margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
     metrics = {

@@ -79,6 +79,10 @@ def _typed(value: Any, hint: Any, f: Field, where: str) -> Any:
                 f"{where}: expected one of {', '.join(get_args(hint))}; got {value!r}: correct it"
             )
         return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
+            raise InputError(f"{where}: expected a list of texts; got {value!r}: correct it")
+        return tuple(value)
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     if value is None and kinds != [hint]:
         return None
@@ -151,7 +155,7 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class RewardModelConfig:
-    """Bradley-Terry reward model."""
+    """Reward model: Bradley-Terry of pairs, Plackett-Luce of ranked lists."""
 
     init: Literal["scratch", "reference"] = "scratch"  # Random weights, or all of the reference
     n_layer: int = 1  # Blocks of a model from scratch
@@ -160,7 +164,7 @@ class RewardModelConfig:
     n_normalize: int = 1024  # Reference samples that set mean 0 and sd 1 of the score
     epochs: int = 4  # Passes over the pairs
     batch_size: int = 64  # Pairs an update
-    margin: float = 0.0  # Score difference that the loss asks for
+    margin: float = 0.0  # Score difference that the loss asks for in a pair
     label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)

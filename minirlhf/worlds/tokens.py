@@ -72,24 +72,37 @@ class Tokenizer:
     def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
 
+        A cut stands between characters, so that one token more or two may be missing.
+
         Raises:   InputError: the prompt is empty.
         """
         if not text:
             raise InputError("prompt: expected some text; got an empty prompt: write one")
         ids = [*self.encode(text), self.sep]
-        too_many = 0 if max_tokens is None else max(0, len(ids) + 1 - max_tokens)
-        return [self.bos, *ids[too_many:]]
+        start = 0 if max_tokens is None else max(0, len(ids) + 1 - max_tokens)
+        while start and self._is_inside(ids[start]):
+            start += 1
+        return [self.bos, *ids[start:]]
 
     def response_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[*ids, eos]; of a response that is too long, the first max_tokens ids, without an eos.
 
-        Without a limit the empty response is [eos], as a policy that ends at once samples it.
+        Without a limit the empty response is [eos], as a policy that ends at once samples it. A cut
+        stands between characters, as of `prompt_ids`.
 
         Raises:   InputError: there is a limit, as for text to train on or to score, and no text.
         """
         if max_tokens is not None and not text:
             raise InputError("response: expected some text; got an empty response: write one")
-        return [*self.encode(text), self.eos][:max_tokens]
+        ids = [*self.encode(text), self.eos]
+        end = len(ids) if max_tokens is None else min(max_tokens, len(ids))
+        while 0 < end < len(ids) and self._is_inside(ids[end]):
+            end -= 1
+        return ids[: end or max_tokens]
+
+    def _is_inside(self, i: int) -> bool:
+        """Does the token begin inside of a character?"""
+        return self._bytes(i)[0] & 0xC0 == 0x80
 
     def _bytes(self, i: int) -> bytes:
         if not 0 <= i < self.vocab_size:

@@ -24,7 +24,7 @@ class World:
     heldout_demonstrations: list[tuple[str, str]] = field(default_factory=list)  # of those prompts
     gold: Callable[[str, str], float] | None = None  # (prompt, response) -> true reward
     annotate: Callable[[str, str, str, Generator], bool] | None = None  # (prompt, a, b, rng): a?
-    pairs: list[tuple[str, str, str]] | None = None  # (prompt, chosen, rejected)
+    pairs: list[tuple[str, ...]] | None = None  # (prompt, best reply, .., worst reply)
     reward: UserReward | None = None  # the user's own
     joiner: str = " "
     max_prompt_tokens: int = 32  # suggestion, special tokens included

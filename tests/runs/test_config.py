@@ -43,6 +43,8 @@ def other_value(path, value):
         return 32
     if path == "model.n_head":
         return 2
+    if isinstance(value, tuple):
+        return ('prompt=my "title"', "response=body")
     if path in ("ppo.dual_clip", "max_prompt_tokens", "max_response_tokens"):
         return type(value)(3)  # the least above 0 that makes sense
     if isinstance(value, int):
@@ -131,6 +133,8 @@ def test_the_default_optimizers_of_the_stages_stay_theirs(tmp_path):
         ("[ppo]\nwhiten_rewards = 1", "whiten_rewards: expected bool; got 1"),
         ("corpus = 3", "corpus: expected str; got 3"),
         ("out = 3", "out: expected a path; got 3"),
+        ('columns = "a=b"', "columns: expected a list of texts; got 'a=b'"),
+        ("columns = [1]", "columns: expected a list of texts; got [1]"),
         ("out = []", "out: expected a path"),
         ("ppo = 3", "ppo: expected a table, PPOConfig or a dict; got 3"),
         ("seed = 2020-01-01", "seed: expected int"),
@@ -168,6 +172,7 @@ IMPOSSIBLE = {
     "workers": -1,
     "threads": -1,
     "vocab_size": 0,
+    "max_text_mb": 0,
     "max_prompt_tokens": -1,
     "max_response_tokens": -1,
     "eval_prompts": 0,

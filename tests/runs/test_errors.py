@@ -371,11 +371,8 @@ def test_a_run_that_is_not_finished(texts, tmp_path, capsys):
     [
         ("{oops", "JSON"),
         ("[1, 2]", "braces"),
-        ('{"prompt": "a", "chosen": "b"}', "rejected is missing"),
-        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "rejected to be text"),
-        ('{"prompt": "a", "chosen": "b", "rejected": " "}', "some text as rejected"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "to differ"),
-        ('{"prompt": "", "chosen": "b", "rejected": "c"}', "some text as prompt"),
+        ('{"prompt": "a", "chosen": "b"}', "got prompt, chosen: name yours: --columns chosen="),
+        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "expected text; got 3"),
     ],
 )
 def test_a_preference_file_with_a_bad_line(texts, tmp_path, capsys, line, said):

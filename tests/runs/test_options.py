@@ -156,6 +156,8 @@ ELSEWHERE = {  # fields with a test of their own, below
     "corpus": "test_the_corpus_and_the_pairs_are_read",
     "pairs": "test_the_corpus_and_the_pairs_are_read",
     "reward_timeout": "test_a_reward_may_be_given_a_time",
+    "columns": "test_the_columns_that_are_named_are_read",
+    "max_text_mb": "test_of_a_large_corpus_a_part_is_kept",
     "ppo.kl_mode": "test_every_kl_mode_is_another_training",
 }
 EVERY_VALUE = {  # the further values of a choice, each unlike the default and unlike each other
@@ -406,6 +408,29 @@ def test_a_reward_may_be_given_a_time(tmp_path, files):
         session_module.open_session(changed(config, {"reward_timeout": 0.01}))
     assert not (tmp_path / "run").exists()
     assert session_module.open_session(changed(config, {"reward_timeout": 60.0})).world.reward
+
+
+def test_the_columns_that_are_named_are_read(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("prompt,response,title\n" + "".join(f"p{i},r{i},t{i}\n" for i in range(9)))
+    opened = [
+        session_module.open_session(
+            tiny_config(tmp_path / name, corpus=str(path), reward=VOWELS, columns=columns)
+        ).world
+        for name, columns in (("a", ()), ("b", ("prompt=title",)))
+    ]
+    assert [world.train_prompts[0][0] for world in opened] == ["p", "t"]
+
+
+def test_of_a_large_corpus_a_part_is_kept(tmp_path):
+    path = tmp_path / "c.txt"
+    path.write_text("".join(f"p{i} text of line {i}\n" for i in range(5000)))
+    sizes = []
+    for mb in (1, 2):
+        config = tiny_config(tmp_path / str(mb), corpus=str(path), reward=VOWELS, max_text_mb=mb)
+        world = session_module.open_session(config).world
+        sizes.append(len(world.demonstrations) + len(world.heldout_demonstrations))
+    assert sizes[0] < sizes[1] == 5000  # a row counts for 300 characters more than it has
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path, files):

@@ -440,7 +440,7 @@ def test_what_the_limits_on_tokens_cut_is_said_once(tmp_path):
     )
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config, say=said.append, track=interrupted_after("PPO", 0))
-    world = session_module.build_world(config, config.reward, world_stream())
+    world = session_module.reopen_session(config.out).world
     tokenizer = load_tokenizer(config.out)
     prompts = world.train_prompts + world.heldout_prompts
     replies = [reply for _, *both in world.pairs for reply in both]
@@ -462,11 +462,6 @@ def test_what_is_whole_is_not_said_to_be_cut(finished, tmp_path):
     )
     pipeline.train(config, say=said.append)
     assert not [line for line in said if line.startswith("note: cut")]
-
-
-def world_stream():
-    """The random stream of a tiny run's world."""
-    return np.random.default_rng(0).spawn(len(session_module.STREAMS))[0]
 
 
 def write_long_pairs(path, shared, different):
@@ -505,6 +500,9 @@ def test_no_pairs_that_differ_are_refused(tmp_path):
         ({"reward_model.n_normalize": 7}, None),
         ({"reward": "", "pairs": "p.jsonl", "reward_timeout": 1.0}, "--reward-timeout"),
         ({"corpus_unit": "line"}, None),
+        ({"corpus_unit": "line", "corpus": "c.JSON.gz"}, "--corpus-unit"),
+        ({"columns": ("prompt=a",)}, "--columns"),
+        ({"columns": ("prompt=a",), "corpus": "c.csv"}, None),
         ({"reward": "", "corpus": "", "reward_model.epochs": 5, "vocab_size": 400}, None),
     ],
 )
@@ -655,6 +653,7 @@ def test_without_learning_every_ratio_is_one(tmp_path, names, minibatches):
 def test_the_penalty_holds_the_policy_near_the_reference(tmp_path, names):
     config = tiny_config(
         tmp_path / "free",
+        seed=1,
         corpus=names,
         reward=VOWELS,
         eval_every=0,

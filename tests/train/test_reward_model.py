@@ -95,7 +95,7 @@ def test_it_learns_a_preference_and_orders_pairs_it_has_not_seen(tmp_path):
 def test_the_gradient_is_that_of_the_loss(changes):
     """Along one direction through all parameters, in float64."""
     params = make_params(heads=("reward_head",))
-    pairs, settings = toy_pairs(5, seed=2), RewardModelConfig(**changes)
+    pairs, settings = toy_pairs(5, seed=2) + toy_rankings(2, seed=3), RewardModelConfig(**changes)
     rng = np.random.default_rng(3)
     direction = tree_map(lambda a: rng.standard_normal(a.shape), params)
 
@@ -110,6 +110,40 @@ def test_the_gradient_is_that_of_the_loss(changes):
     slope = sum(float((gradient * move).sum()) for gradient, move in leaves)
     rise = at(1e-5)[0] - at(-1e-5)[0]
     assert abs(slope) > 0.01 and rise / 2e-5 == pytest.approx(slope, rel=1e-6)
+
+
+def toy_rankings(n, *, seed, size=4):
+    """The more often a reply says "a", the better it is."""
+    rng = np.random.default_rng(seed)
+    rankings = []
+    for _ in range(n):
+        prompt, *rest = make_ids(
+            rng.integers(1, 4, size=size + 1), seed=int(rng.integers(2**32)), low=1
+        )
+        replies = [[*[A] * (size - 1 - i), *ids, EOS] for i, ids in enumerate(rest)]
+        rankings.append(Pair([Letters.bos, *prompt], *replies[:2], tuple(replies[2:])))
+    return rankings
+
+
+def test_ranked_lists_are_learned_by_plackett_luce():
+    model, rows = trained(toy_rankings(64, seed=0))
+    assert rows[0]["loss/reward_model"] == pytest.approx(math.log(24), abs=0.3)  # 4! orders
+    assert rows[-1]["loss/reward_model"] < 0.6 * math.log(24)
+    heldout = pair_metrics(model, toy_rankings(32, seed=1), pad_id=PAD)
+    assert heldout["heldout/accuracy"] > 0.9  # of neighbours
+
+
+def test_lists_of_several_lengths_and_pairs_share_a_batch():
+    """The mean of the losses of all, each computed alone; micro-batches or not."""
+    params, settings = make_params(heads=("reward_head",)), RewardModelConfig()
+    same = {"config": CONFIG, "settings": settings, "pad_id": PAD}
+    mixed = toy_pairs(3, seed=1) + toy_rankings(2, seed=2) + toy_rankings(3, seed=3, size=3)
+    metrics, gradients = reward_model_loss_and_gradients(params, mixed, **same)
+    alone = [reward_model_loss_and_gradients(params, [one], **same) for one in mixed]
+    for name, value in metrics.items():
+        assert value == pytest.approx(np.mean([m[name] for m, _ in alone]), abs=1e-12), name
+    for leaves in zip(*map(tree_leaves, (gradients, *(g for _, g in alone))), strict=True):
+        np.testing.assert_allclose(leaves[0], np.mean(leaves[1:], axis=0), atol=1e-12)
 
 
 def test_it_does_not_write_to_what_it_starts_from(tmp_path):

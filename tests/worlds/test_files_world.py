@@ -12,14 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirlhf.errors import InputError
-from minirlhf.worlds.files import (
-    _cut_end,
-    _cut_front,
-    _split_prompts,
-    corpus_world,
-    read_pairs,
-    split_pairs,
-)
+from minirlhf.worlds.files import _split_prompts, corpus_world, split_pairs, split_world
 from minirlhf.worlds.rewards import (
     UserReward,
     absolute_reward,
@@ -45,7 +38,7 @@ def write_jsonl(path, *entries):
 
 def world_of(path, **options):
     options = {"reward": VOWELS, "rng": np.random.default_rng(0)} | options
-    return corpus_world(path, **options)
+    return split_world(corpus_world(path, **options), rng=options["rng"])
 
 
 def world_of_text(tmp_path, text, **options):
@@ -74,67 +67,25 @@ def test_examples_by_hand(tmp_path, text, unit, joiner, demonstration):
     assert world.demonstrations[0] == demonstration
 
 
-def test_auto_is_document_from_one_blank_line_in_a_hundred_lines(tmp_path):
+def test_auto_is_document_from_two_blank_lines_and_one_in_a_hundred_lines(tmp_path):
     def text(n_lines, n_gaps):
         lines = [f"a{i}: b" for i in range(n_lines)]
         return "\n\n".join(["\n".join(lines[i :: n_gaps + 1]) for i in range(n_gaps + 1)])
 
-    assert world_of_text(tmp_path, text(100, 1)).joiner == "\n"
-    assert world_of_text(tmp_path, text(101, 1)).joiner == " "
+    assert world_of_text(tmp_path, text(200, 2)).joiner == "\n"
+    assert world_of_text(tmp_path, text(201, 2)).joiner == " "
+    assert world_of_text(tmp_path, text(10, 1)).joiner == " "
     assert world_of_text(tmp_path, text(100, 0)).joiner == " "
-    assert world_of_text(tmp_path, text(100, 1), unit="line").joiner == " "
+    assert world_of_text(tmp_path, text(200, 2), unit="line").joiner == " "
 
 
 def test_what_is_dropped_is_counted(tmp_path):
     world = world_of_text(tmp_path, "a b\na b\na c\nalone\nd e", unit="line")
-    assert any("dropped 1 of 5 examples without a response" in note for note in world.notes)
-    assert any("dropped 1 of 4 examples that occur twice" in note for note in world.notes)
-    assert world_of_text(tmp_path, "a b\nc d", unit="line").notes == ()
-
-
-def test_long_responses_are_cut_at_a_word(tmp_path):
-    world = world_of_text(tmp_path, "a bcd efg\na bcd ef", unit="line", max_response_chars=6)
-    assert world.demonstrations == [("a", "bcd"), ("a", "bcd ef")]
-    assert any(note.startswith("cut 1 of 2 examples") for note in world.notes)
-
-
-@given(st.text("ab \n", min_size=1).filter(lambda t: t.strip()), st.integers(1, 30))
-def test_cuts_keep_whole_words_within_the_limit(text, limit):
-    text = text.strip()
-    head, tail = _cut_end(text, limit), _cut_front(text, limit)
-    assert 1 <= len(head) <= limit and 1 <= len(tail) <= limit
-    assert text.startswith(head) and text.endswith(tail)
-    words, n_head, n_tail = text.split(), len(head.split()), len(tail.split())
-    if len(words[0]) <= limit:
-        assert head.split() == words[:n_head]
-    if len(words[-1]) <= limit:
-        assert tail.split() == words[-n_tail:]
-
-
-def test_a_corpus_of_json_lines(tmp_path):
-    path = write_jsonl(
-        tmp_path / "my.jsonl",
-        {"prompt": " p q ", "response": " r\n", "source": 3},
-        {"prompt": "p q", "response": "s"},
-    )
-    world = world_of(path)
-    assert world.demonstrations == [("p q", "r"), ("p q", "s")]
-    assert (world.name, world.joiner) == ("my", " ")
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"prompt": "p"}, "response is missing, got prompt: add it"),
-        ({"prompt": "p", "response": 3}, "expected response to be text; got 3"),
-        ({"prompt": "p", "response": " "}, "expected some text as response; got ' '"),
-        ({"prompt": "", "response": "r"}, "expected some text as prompt; got ''"),
-    ],
-)
-def test_a_bad_line_of_a_corpus_is_named(tmp_path, entry, message):
-    path = write_jsonl(tmp_path / "c.jsonl", {"prompt": "p", "response": "r"}, entry)
-    with pytest.raises(InputError, match=f"c.jsonl:2: .*{message}"):
-        world_of(path)
+    read, dropped = world.notes
+    assert read.endswith("read 4 examples, skipped 1 without a response (line 4)")
+    assert dropped == "dropped 1 of 4 examples that occur twice"
+    (read,) = world_of_text(tmp_path, "a b\nc d", unit="line").notes
+    assert read == f"{tmp_path / 'corpus.txt'}: read 2 examples"
 
 
 @pytest.mark.parametrize(
@@ -142,9 +93,7 @@ def test_a_bad_line_of_a_corpus_is_named(tmp_path, entry, message):
     [
         (b"", "the file is empty"),
         (b" \n\n", "the file is empty"),
-        (b"a b\nc \xff d", "expected UTF-8 text; got the byte 0xff in line 2"),
-        ("a b".encode("utf-16"), "expected UTF-8 text"),
-        (b"a\nb", "expected examples that can be split"),
+        (b"a\nb", r"expected examples; got none to use, but 2 without a response \(line 1, 2\)"),
     ],
 )
 def test_an_unusable_corpus_is_one_sentence(tmp_path, content, message):
@@ -171,8 +120,6 @@ def test_choices_that_do_not_fit_are_refused(tmp_path):
         world_of(corpus, pairs_path=pairs)
     with pytest.raises(InputError, match="expected a corpus or preference pairs"):
         world_of(None)
-    with pytest.raises(InputError, match="at least 1 character"):
-        world_of(corpus, max_response_chars=0)
 
 
 # --- train and held-out prompts
@@ -204,7 +151,23 @@ def test_a_single_prompt_is_in_both_lists(tmp_path):
     corpus = write(tmp_path / "c.txt", "one two\none three\n")
     assert [n for n in world_of(corpus).notes if "one prompt in all" in n]
     corpus = write(tmp_path / "c.txt", "one two\ntwo three\n")
-    assert not world_of(corpus).notes
+    assert not [n for n in world_of(corpus).notes if "one prompt in all" in n]
+
+
+def test_prompts_that_look_alike_are_on_the_same_side(tmp_path):
+    lines = "\n".join(f"{'abcdefghij'[i % 10]}{i} text {i}" for i in range(40))
+    corpus = corpus_world(
+        write(tmp_path / "c.txt", lines), reward=VOWELS, rng=np.random.default_rng(0)
+    )
+    assert len(corpus.train_prompts) == 40 and corpus.heldout_prompts == []
+    for seed in range(5):
+        world = split_world(corpus, rng=np.random.default_rng(seed), key=lambda prompt: prompt[0])
+        train, heldout = ({p[0] for p in ps} for ps in (world.train_prompts, world.heldout_prompts))
+        assert train and heldout and not train & heldout
+        assert len(world.demonstrations) + len(world.heldout_demonstrations) == 40
+    world = split_world(corpus, rng=np.random.default_rng(0), key=lambda prompt: "all")
+    assert world.train_prompts == world.heldout_prompts == corpus.train_prompts
+    assert "trained on and evaluated on" in world.notes[-1]
 
 
 @given(
@@ -249,70 +212,17 @@ def test_a_reward_in_a_file_is_named_absolutely(tmp_path, monkeypatch):
 # --- pairs
 
 
-def test_pairs_of_both_forms(tmp_path):
-    human = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
-    path = write_jsonl(
-        tmp_path / "pairs.jsonl",
-        {"prompt": "p ", "chosen": " c", "rejected": "r", "margin": 1},
-        {"chosen": human + " so long", "rejected": human + " so what"},
-    )
-    write(path, path.read_bytes() + b"\n")
-    assert read_pairs(path) == [("p", "c", "r"), (human.strip(), "so long", "so what")]
-
-
-def test_dialogues_are_split_before_they_differ(tmp_path):
-    # the last turn of one is longer: only what both share is the prompt
-    shared = "\n\nHuman: hi\n\nAssistant:"
-    path = write_jsonl(
-        tmp_path / "pairs.jsonl",
-        {"chosen": shared + " a\n\nHuman: b\n\nAssistant: c", "rejected": shared + " d"},
-    )
-    assert read_pairs(path) == [(shared.strip(), "a\n\nHuman: b\n\nAssistant: c", "d")]
-
-
-GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "expected a JSON object; got '{'"),
-        ("[1]", r"expected a JSON object; got '\[1\]' \(no object in braces\)"),
-        ('{"prompt": NaN}', "NaN is not JSON"),
-        ("[" * 100_000, "expected a JSON object"),
-        ({"prompt": "p", "chosen": "c"}, "rejected is missing, got prompt, chosen"),
-        ({"prompt": "p"}, "chosen is missing"),
-        ({}, "chosen is missing, got none"),
-        (GOOD | {"chosen": ["c"]}, r"expected chosen to be text; got \['c'\]"),
-        (GOOD | {"prompt": None}, "expected prompt to be text; got None"),
-        (GOOD | {"prompt": ""}, "expected some text as prompt"),
-        (GOOD | {"rejected": "\n"}, "expected some text as rejected"),
-        (GOOD | {"chosen": "r "}, "expected chosen and rejected to differ; got 'r' twice"),
-        ({"chosen": "a", "rejected": "b"}, "expected a prompt, or dialogues that share"),
-        (
-            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"},
-            "expected a reply after .* of rejected; got none",
-        ),
-    ],
-)
-def test_a_bad_pair_is_named(tmp_path, line, message):
-    line = line if isinstance(line, str) else json.dumps(line)
-    path = write(tmp_path / "pairs.jsonl", f"{json.dumps(GOOD)}\n\n{line}\n{json.dumps(GOOD)}\n")
-    with pytest.raises(InputError, match=rf"pairs.jsonl:3: .*{message}") as caught:
-        read_pairs(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
 
 
 @given(st.lists(st.tuples(texts, texts, texts).filter(lambda p: p[1].strip() != p[2].strip())))
 def test_any_pairs_come_back(tmp_path_factory, pairs):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    write_jsonl(
-        path, *({"prompt": p, "chosen": c, "rejected": r} for p, c, r in [*pairs, ("p", "c", "r")])
-    )
-    assert read_pairs(path)[:-1] == [tuple(text.strip() for text in pair) for pair in pairs]
+    pairs = [tuple(text.strip() for text in pair) for pair in [*pairs, ("p", "c", "r")]]
+    write_jsonl(path, *({"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs))
+    both = {(p, r, c) for p, c, r in pairs}
+    found = corpus_world(None, pairs_path=path, rng=np.random.default_rng(0)).pairs
+    assert found == [pair for pair in pairs if pair not in both]
 
 
 def pairs_file(tmp_path, n=40):
@@ -340,21 +250,6 @@ def test_pairs_beside_a_corpus_share_its_split(tmp_path):
     assert all(response.startswith("text") for _, response in world.demonstrations)
     train, heldout = split_pairs(world.pairs, train_prompts=world.train_prompts)
     assert train and heldout and len(train) + len(heldout) == 60
-
-
-def test_pairs_are_cut_too_and_dropped_where_they_become_equal(tmp_path):
-    path = write_jsonl(
-        tmp_path / "pairs.jsonl",
-        {"prompt": "one two", "chosen": "aa bb cc", "rejected": "aa bb dd"},
-        {"prompt": "one two", "chosen": "aa bb cc", "rejected": "ee"},
-    )
-    options = {"pairs_path": path, "reward": None, "max_prompt_chars": 4}
-    world = world_of(None, max_response_chars=6, **options)
-    assert world.pairs == [("two", "aa bb", "ee")]
-    assert any("dropped 1 of 2 pairs" in note for note in world.notes)
-    write_jsonl(path, {"prompt": "p", "chosen": "aa b", "rejected": "aa c"})
-    with pytest.raises(InputError, match="differ in their first 2 characters"):
-        world_of(None, max_response_chars=2, **options)
 
 
 # --- the reward function
@@ -528,7 +423,6 @@ def test_shakespeare():
     speakers = sum(prompt.endswith(":") for prompt in prompts)
     assert speakers > 0.9 * len(prompts)
     assert 0.8 <= len(world.demonstrations) / 7_083 <= 0.99
-    assert max(len(response) for _, response in world.demonstrations) <= 120
-    assert world.max_response_tokens < 80
+    assert max(len(response) for _, response in world.demonstrations) > 1_000  # whole
     most = Counter(prompt for prompt, _ in world.demonstrations).most_common(1)[0]
     assert most[1] > 100

@@ -159,9 +159,16 @@ def test_long_prompts_keep_their_end_and_long_responses_their_beginning():
 def test_a_limit_is_kept_and_changes_nothing_that_fits(text, limit):
     for ids_of in (TOKENIZER.prompt_ids, TOKENIZER.response_ids):
         whole, cut = ids_of(text + "x"), ids_of(text + "x", limit)
-        assert len(cut) == min(limit, len(whole))
+        assert min(limit, len(whole)) - 3 <= len(cut) <= limit
         if len(whole) <= limit:
             assert cut == whole
+
+
+@given(st.text("aé€😀", min_size=1, max_size=12), st.integers(4, 20))
+def test_a_cut_stands_between_characters(text, limit):
+    beginning = TOKENIZER.decode(TOKENIZER.response_ids(text, limit))
+    end = TOKENIZER.decode(TOKENIZER.prompt_ids(text, limit))
+    assert text.startswith(beginning) and text.endswith(end) and beginning
 
 
 @given(texts)

@@ -1,0 +1,75 @@
+"""Limits on tokens that follow from the data, and prompts held out that differ within them."""
+
+import functools
+import math
+from array import array
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+from numpy.random import Generator
+
+from minirlhf.runs.config import TrainConfig
+from minirlhf.train.settings import ModelConfig
+from minirlhf.worlds.files import split_world
+from minirlhf.worlds.tokens import Tokenizer
+from minirlhf.worlds.world import World
+
+WHOLE = 95  # percent of the texts that the default limits leave whole
+SHORT = 32  # tokens: no default limit cuts a shorter text, it would save little
+FLOATS = 1 << 27  # of one sequence in a forward and its backward: 512 MB
+
+
+def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Generator) -> World:
+    """A world of files with its limits, then split: prompts that are equal as cut stay together.
+
+    Any other world as it is. `rng` is that of `split_world`.
+    """
+    if not (config.corpus or config.pairs):
+        return world
+    world = _with_limits(world, tokenizer, config)
+    as_cut = functools.partial(tokenizer.prompt_ids, max_tokens=world.max_prompt_tokens)
+    return split_world(world, rng=rng, key=lambda prompt: bytes(array("i", as_cut(prompt))))
+
+
+def _with_limits(world: World, tokenizer: Tokenizer, config: TrainConfig) -> World:
+    """The limits that are set; for the others those that leave 95 % of the texts whole, or less.
+
+    Less where a sequence would take too much memory: then half of it is for the response.
+    """
+    rows = world.demonstrations + (world.pairs or [])
+    prompts = (len(tokenizer.prompt_ids(prompt)) for prompt in world.train_prompts)
+    replies = (len(tokenizer.response_ids(reply)) for _, *texts in rows for reply in texts)
+    prompt = config.max_prompt_tokens or _enough(prompts)
+    response = config.max_response_tokens or _enough(replies)
+    whole, room = (prompt, response), most_tokens(config.model, tokenizer.vocab_size)
+    response = config.max_response_tokens or min(response, max(room // 2, room - prompt))
+    prompt = config.max_prompt_tokens or min(prompt, max(room // 2, room - response))
+    chosen = [
+        f"--max-{name}-tokens {n}"
+        for name, n in (("prompt", prompt), ("response", response))
+        if not getattr(config, f"max_{name}_tokens")
+    ]
+    why = f"{WHOLE} % of the texts are whole"
+    if (prompt, response) != whole:
+        why = f"{FLOATS >> 18} MB hold a sequence ({why} with {whole[0]} and {whole[1]})"
+    notes = [f"chosen so that {why}: {', '.join(chosen)}"] if chosen else []
+    limits = {"max_prompt_tokens": prompt, "max_response_tokens": response}
+    return replace(world, **limits, notes=(*world.notes, *notes))
+
+
+def _enough(lengths: Iterable[int]) -> int:
+    """The 95th percentile, or SHORT where that is more and there are such texts."""
+    lengths = list(lengths)
+    percentile = int(np.percentile(lengths, WHOLE, method="inverted_cdf"))
+    return max(percentile, min(max(lengths), SHORT))
+
+
+def most_tokens(model: ModelConfig, vocab_size: int) -> int:
+    """The longest sequence, n tokens, that takes at most FLOATS = a n^2 + b n.
+
+    a n^2: attention weights of each block, and two more of the backward; b n: activations, logits.
+    """
+    a = model.n_head * (model.n_layer + 2)
+    b = 17 * model.n_layer * model.d_model + 4 * vocab_size
+    return max(4, int((math.sqrt(b * b + 4 * a * FLOATS) - b) / (2 * a)))

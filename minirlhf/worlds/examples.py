@@ -1,0 +1,268 @@
+"""Rows to examples and preferences; rows that teach nothing are left out and counted.
+
+example     (prompt, response)
+preference  (prompt, best reply, .., worst reply): a pair has two replies, a ranked list more
+"""
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from heapq import heappop, heappush
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from numpy.random import Generator
+
+from minirlhf.disk import shorten
+from minirlhf.errors import InputError
+from minirlhf.worlds.readers import Rows
+
+Texts = tuple[str, ...]
+Messages = list[tuple[str, str]]  # role, content
+
+_TURN = "\n\nAssistant:"  # of Anthropic's HH-RLHF dialogues (Bai et al. 2022, arXiv 2204.05862)
+_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+_HALF = re.compile("[\ud800-\udfff]")
+_OVERHEAD = 300  # bytes of a row beside its characters, about: Python's strings and lists
+
+
+class Skip(Exception):
+    """Why a row is left out."""
+
+
+class Kept:
+    """What is kept of the rows of a file, how many were read, and why others were left out.
+
+    All rows, or of more than max_chars characters a part that is drawn at random: those with the
+    smallest of independent uniform numbers. While the rows go by, only that part is held.
+    """
+
+    def __init__(
+        self, path: str | Path, rows: Rows, convert: Callable, *, max_chars: int, rng: Generator
+    ):
+        self.path, self.n_read, heap, size = path, 0, [], 0
+        self.skipped: dict[str, list[int]] = defaultdict(list)  # reason -> lines
+        for number, row in rows:
+            self.n_read += 1
+            for texts in self._tried(convert, number, row, f"{path}:{number}"):
+                heappush(heap, (-rng.random(), self.n_read, (number, texts)))
+                size += sum(map(len, texts)) + _OVERHEAD
+                while size > max_chars and len(heap) > 1:
+                    size -= sum(map(len, heappop(heap)[2][1])) + _OVERHEAD
+        if not self.n_read:
+            raise InputError(f"{path}: expected text; the file is empty: fill it or name another")
+        self.rows = [row for _, _, row in sorted(heap, key=itemgetter(1))]
+
+    def _tried(self, convert: Callable, number: int, row: Any, *where: str) -> list[Texts]:
+        """[the converted row], or [] and one more that is skipped."""
+        try:
+            if None in row:
+                raise Skip("with more fields than columns")
+            return [convert(row, *where)]
+        except Skip as why:
+            self.skipped[str(why)].append(number)
+            return []
+
+    def refine(self, convert: Callable[[Texts], Texts]) -> None:
+        """Convert the rows once more, now that all of them are known."""
+        self.rows = [(n, new) for n, texts in self.rows for new in self._tried(convert, n, texts)]
+
+    def finish(self, what: str, notes: list[str]) -> list[Texts]:
+        """The rows; the notes get a sentence on what was read, skipped and kept.
+
+        Raises:   InputError: nothing is left.
+        """
+        skipped = ", ".join(
+            f"{len(n):,} {why} (line {', '.join(map(str, n[:3]))}{', ..' * (len(n) > 3)})"
+            for why, n in self.skipped.items()
+        )
+        if not self.rows:
+            raise InputError(
+                f"{self.path}: expected {what}; got none to use, but {skipped}: correct them"
+            )
+        n_usable = self.n_read - sum(map(len, self.skipped.values()))
+        said = f"{self.path}: read {n_usable:,} {what}{', skipped ' * bool(skipped)}{skipped}"
+        if n_usable > len(self.rows):
+            said += f"; kept {len(self.rows):,}, drawn at random: --max-text-mb keeps more"
+        notes.append(said)
+        return [texts for _, texts in self.rows]
+
+
+# --- a corpus
+def examples_of(kept: Kept, notes: list[str]) -> tuple[list[Texts], str]:
+    r"""(prompt, response) of every example, and the joiner between them.
+
+    The prompt of a text without columns is its first line (joiner "\n"). Where most examples are
+    one line it is the first word (" "); where most are one word, the first character ("").
+
+    Args:     kept: rows that `as_example` converted.
+    """
+    joiner = _joiner([texts[0] for _, texts in kept.rows if len(texts) == 1])
+    kept.refine(lambda texts: texts if len(texts) == 2 else _split_example(*texts, joiner))
+    return kept.finish("examples", notes), joiner
+
+
+def as_example(row: dict, where: str) -> Texts:
+    """(prompt, response), or (text,) that is to be split."""
+    if {"prompt", "response"} <= row.keys():
+        return _prompt(row, where), _reply(row["response"], where)
+    if "messages" not in row:
+        return (_text(row["text"], where),)
+    messages = _messages(row["messages"], where)
+    while messages and messages[-1][0] != "assistant":
+        messages.pop()
+    if len(messages) < 2:
+        raise Skip("without a reply")
+    return _dialogue(messages[:-1]), messages[-1][1]
+
+
+def _joiner(texts: list[str]) -> str:
+    """What stands between prompt and response in most of the texts without columns."""
+    if texts and 2 * sum("\n" in text for text in texts) >= len(texts):
+        return "\n"
+    return " " if 2 * sum(len(text.split(None, 1)) > 1 for text in texts) >= len(texts) else ""
+
+
+def _split_example(text: str, joiner: str) -> Texts:
+    parts = text.split("\n" if joiner == "\n" else None, 1) if joiner else (text[0], text[1:])
+    prompt, response = (part.strip() for part in (*parts, "")[:2])
+    if not response:
+        raise Skip("without a response")
+    return prompt, response
+
+
+# --- preferences
+def preferences_of(kept: Kept, notes: list[str]) -> list[Texts]:
+    """(prompt, best reply, .., worst reply); without those that are given in two orders.
+
+    Args:     kept: rows that `as_preference` converted.
+    """
+    orders = defaultdict(set)
+    for _, (prompt, *replies) in kept.rows:
+        orders[prompt, frozenset(replies)].add(tuple(replies))
+
+    def agreed(texts: Texts) -> Texts:
+        if len(orders[texts[0], frozenset(texts[1:])]) > 1:
+            raise Skip("contradictory")
+        return texts
+
+    kept.refine(agreed)
+    return kept.finish("preferences", notes)
+
+
+def as_preference(row: dict, where: str) -> Texts:
+    """(prompt, best reply, .., worst reply)."""
+    if not {"chosen", "rejected"} <= row.keys():
+        texts = (_prompt(row, where), *_ranked(row["responses"], row["ranking"], where))
+    elif isinstance(row["chosen"], list):
+        texts = _split_messages(row, where)
+    elif row.get("prompt") is None:
+        texts = _split_dialogues(_text(row["chosen"], where), _text(row["rejected"], where))
+    else:
+        texts = (_prompt(row, where), _text(row["chosen"], where), _text(row["rejected"], where))
+    if len(set(texts[1:])) < len(texts[1:]):
+        raise Skip("equal")
+    return texts
+
+
+def _ranked(responses: Any, ranking: Any, where: str) -> list[str]:
+    """The responses from the best to the worst; the best has the smallest rank."""
+    lists = isinstance(responses, list) and isinstance(ranking, list)
+    ranks = [x for x in ranking if type(x) in (int, float) and math.isfinite(x)] if lists else []
+    if not lists or not len(ranks) == len(ranking) == len(responses):
+        raise InputError(
+            f"{where}: expected a list of responses and a list of as many ranks, the smallest for "
+            f"the best; got {shorten(repr(responses))} and {shorten(repr(ranking))}: correct it"
+        )
+    if len(set(ranks)) < max(2, len(ranks)):
+        raise Skip("with equal ranks")
+    in_order = sorted(zip(ranks, responses, strict=True), key=itemgetter(0))
+    return [_reply(response, where) for _, response in in_order]
+
+
+def _split_dialogues(chosen: str, rejected: str) -> Texts:
+    r"""The prompt goes up to and including the last "\n\nAssistant:" before the two differ."""
+    end = os.path.commonprefix([chosen, rejected]).rfind(_TURN) + len(_TURN)
+    if end < len(_TURN):
+        raise Skip(f"without a prompt or a shared beginning up to {_TURN!r}")
+    return tuple(_text(text, "") for text in (chosen[:end], chosen[end:], rejected[end:]))
+
+
+def _split_messages(row: dict, where: str) -> Texts:
+    """The prompt is what both dialogues share, below the column prompt unless they repeat it."""
+    chosen, rejected = _messages(row["chosen"], where), _messages(row["rejected"], where)
+    if chosen == rejected:
+        raise Skip("equal")
+    n = len(os.path.commonprefix([chosen, rejected]))
+    shared, replies = chosen[:n], (chosen[n:], rejected[n:])
+    if not all(replies):
+        raise Skip("empty")
+    given = row.get("prompt")
+    if given is not None and (not shared or shared[0][0] == "assistant"):
+        asked = given if isinstance(given, list) else [{"role": "user", "content": given}]
+        shared = _messages(asked, where) + shared
+    if not shared or any(reply[0][0] != "assistant" for reply in replies):
+        raise Skip("without a prompt that both share")
+    return _dialogue(shared), *map(_continued, replies)
+
+
+# --- texts and messages
+def _is_blank(value: Any) -> bool:
+    return value is None or isinstance(value, str) and not value.strip()
+
+
+def _text(value: Any, where: str) -> str:
+    """The text without outer white space."""
+    if _is_blank(value):
+        raise Skip("empty")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: expected text; got {shorten(repr(value))}: correct it")
+    if _HALF.search(value):
+        raise Skip("with half a surrogate pair")
+    return value.strip()
+
+
+def _prompt(row: dict, where: str) -> str:
+    """The prompt, and below it what an instruction is about."""
+    if isinstance(row["prompt"], list):
+        return _dialogue(_messages(row["prompt"], where))
+    about = [] if _is_blank(row.get("input")) else [row["input"]]
+    return "\n\n".join(_text(text, where) for text in [row["prompt"], *about])
+
+
+def _reply(value: Any, where: str) -> str:
+    return _continued(_messages(value, where)) if isinstance(value, list) else _text(value, where)
+
+
+def _messages(value: Any, where: str) -> Messages:
+    """(role, content) of each message that says something."""
+    messages = []
+    for message in value if isinstance(value, list) else [value]:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str):
+            raise InputError(
+                f"{where}: expected messages with role and content; got "
+                f"{shorten(repr(message))}: correct it"
+            )
+        if not _is_blank(message.get("content")):
+            messages.append((role, _text(message["content"], where)))
+    return messages
+
+
+def _dialogue(messages: Messages) -> str:
+    """A prompt: one message as it is, several as in HH-RLHF, up to the reply that is asked for."""
+    if len(messages) < 2:
+        return _text("".join(content for _, content in messages), "")
+    return "\n\n".join([*_turns(messages), "Assistant:"])
+
+
+def _continued(messages: Messages) -> str:
+    """A reply, and what followed it."""
+    return _text("\n\n".join([*(said for _, said in messages[:1]), *_turns(messages[1:])]), "")
+
+
+def _turns(messages: Messages) -> list[str]:
+    return [f"{_SPEAKERS.get(role, role.capitalize())}: {content}" for role, content in messages]

@@ -1,0 +1,276 @@
+"""Files to rows: text, JSON, CSV and parquet, gzipped or not; held are a row and a buffer.
+
+A row is a dict keyed by what its columns mean (COLUMNS); what becomes of rows is in examples.py.
+What a file is follows from its name, and where that says nothing, from how it begins.
+"""
+
+import codecs
+import csv
+import functools
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import chain, count, groupby, islice, zip_longest
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from minirlhf.disk import cannot_read, parse_object, shorten
+from minirlhf.errors import InputError
+
+COLUMNS = {  # what a column means -> what it may be called, capitals aside
+    "prompt": ("prompt", "instruction", "question", "input"),
+    "input": ("input",),  # beside an instruction: what it is about
+    "response": ("response", "completion", "output", "answer"),
+    "messages": ("messages",),
+    "text": ("text",),
+    "chosen": ("chosen", "chosen_response"),
+    "rejected": ("rejected", "rejected_response"),
+    "responses": ("responses",),
+    "ranking": ("ranking",),
+}
+FORMS = {  # the option that names a file -> the columns that it needs, one of these rows
+    "corpus": (("prompt", "response"), ("messages",), ("text",)),
+    "pairs": (("chosen", "rejected"), ("prompt", "responses", "ranking")),
+}
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+KINDS[".parquet"] = "parquet"
+LONGEST = 1 << 24  # characters of a line, which is parted, or of an entry of an array
+_LINES = 50_000  # of a document, which is parted
+_HEAD = 2000  # lines from which it is guessed whether blank lines part documents
+_CHUNK = 1 << 16
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # bytes that are not UTF-8 come as half surrogates
+_JSON = re.compile(r"\{\s*[\"'}]|\[\s*\{")  # how JSON begins, and hardly ever a text
+_BETWEEN = re.compile(r"[\s,\[\]]*")  # what stands between the entries of an array
+
+Line = tuple[int, str]
+Rows = Iterator[tuple[int, dict[str | None, Any]]]
+
+
+def name_and_kind(path: str | Path) -> tuple[str, str]:
+    """("plays", "json") of plays.JSONL.gz; the kind of an unknown ending is text."""
+    path = Path(path)
+    path = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return path.stem, KINDS.get(path.suffix.lower(), "text")
+
+
+def rows_of(
+    path: str | Path, source: str, *, unit: str, columns: tuple[str, ...], notes: list[str]
+) -> Rows:
+    """(line, row) of every row that is not blank; of parquet, the row's number.
+
+    Args:     source: the option that names the file: "corpus" or "pairs".
+              unit, columns: as of `corpus_world`.
+              notes: gets a sentence if it was guessed what a row is.
+    Raises:   InputError: the file cannot be read, is no text, or has other columns.
+    """
+    named, kind = _named(columns), name_and_kind(path)[1]
+    means = functools.partial(_meanings, source=source, named=named)
+    try:
+        with open(path, "rb") as raw:
+            file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            head = file.peek(_CHUNK)
+            wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            encoding = "utf-16" if wide else "utf-8-sig"
+            start = head.decode(encoding, errors="ignore").lstrip()
+            if kind == "text":
+                kind = _kind_by_content(head, start, named)
+            if kind == "parquet":
+                yield from _parquet_rows(file, path, means)
+                return
+            text = io.TextIOWrapper(file, encoding, errors="surrogateescape")
+            if kind == "json":
+                yield from _json_rows(text, path, means, is_array=start.startswith("["))
+            elif kind == "csv":
+                yield from _csv_rows(text, path, means)
+            elif source == "corpus":
+                yield from _text_rows(text, path, unit, notes)
+            elif start:
+                raise InputError(
+                    f"{path}: expected preferences as JSON, CSV or parquet; got the text "
+                    f"{shorten(start)!r}: give plain text as --corpus"
+                )
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (EOFError, zlib.error, UnicodeError) as error:
+        raise _damaged(path, "a whole file", error) from error
+
+
+def _damaged(where: str | Path, expected: str, error: Exception) -> InputError:
+    came = shorten(str(error), 120)
+    return InputError(f"{where}: expected {expected}; got {came}: correct or restore it")
+
+
+def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
+    if head.startswith(b"PAR1") or _JSON.match(start):
+        return "json" if _JSON.match(start) else "parquet"
+    line = start.partition("\n")[0]
+    names = tuple(name.strip('" \r') for name in line.split(_delimiter(line)))
+    return "csv" if len(names) > 1 and _sources(_known(names, named)) else "text"
+
+
+# --- what the columns mean
+def _named(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """(meaning, name) of each "meaning=name"."""
+    named = tuple((meaning, name) for meaning, _, name in (c.partition("=") for c in columns))
+    if not all(
+        meaning in COLUMNS and name and not _NO_TEXT.search(name) for meaning, name in named
+    ):
+        raise InputError(
+            f"--columns: expected MEANING=NAME, each meaning one of {', '.join(COLUMNS)}; got "
+            f"{shorten(' '.join(columns))!r}: write, for example, prompt=title"
+        )
+    return named
+
+
+@functools.lru_cache(maxsize=64)
+def _known(names: tuple[str, ...], named: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """meaning -> name of the columns that are known."""
+    there = {name.strip().lower(): name for name in names}
+    called = COLUMNS | {meaning: (name.strip().lower(),) for meaning, name in named}
+    found = {meaning: [o for o in options if o in there] for meaning, options in called.items()}
+    known = {meaning: there[options[0]] for meaning, options in found.items() if options}
+    if known.get("input") == known.get("prompt"):
+        known.pop("input", None)
+    return known
+
+
+def _sources(known: dict[str, str]) -> list[str]:
+    """The options that could name a file with these columns."""
+    return [s for s, forms in FORMS.items() if any(known.keys() >= {*form} for form in forms)]
+
+
+def _meanings(names, where: str, *, source: str, named: tuple) -> dict[str, str]:
+    """`_known`, refused where it is not what the source needs."""
+    known = _known(tuple(names), named)
+    sources = _sources(known)
+    if source in sources:
+        return known
+    forms = ", or ".join(" and ".join(form) for form in FORMS[source])
+    example = " ".join(f"{meaning}=NAME" for meaning in FORMS[source][0])
+    advice = f"give the file as --{sources[0]}" if sources else f"name yours: --columns {example}"
+    came = shorten(", ".join(names), 120) or "none"
+    raise InputError(f"{where}: expected the columns {forms}; got {came}: {advice}")
+
+
+# --- the kinds of files
+def _lines(text: TextIO, path: str | Path) -> Iterator[Line]:
+    """(number, line), its end included."""
+    for number in count(1):
+        line = text.readline(LONGEST)
+        if not line:
+            return
+        _refuse_bytes(line, path, number)
+        yield number, line
+
+
+def _refuse_bytes(text: str, path: str | Path, line: int) -> None:
+    if wrong := _NO_TEXT.search(text):
+        raise InputError(
+            f"{path}: expected UTF-8 text; got the byte {ord(wrong.group()) & 0xFF:#04x} in line "
+            f"{line + text.count(chr(10), 0, wrong.start())}: save the file as UTF-8"
+        )
+
+
+def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> Rows:
+    """The lines of a plain text, or its documents between blank lines."""
+    lines = _lines(text, path)
+    head = list(islice(lines, _HEAD))
+    shape = "".join("x" if line.strip() else " " for _, line in head)
+    gaps = len(shape.split()) - 1
+    if unit == "auto" and gaps > 0:
+        unit = "document" if gaps >= max(2, 0.01 * shape.count("x")) else "line"
+        other = "document" if unit == "line" else "line"
+        notes.append(f"{path}: each {unit} is an example; with --corpus-unit {other} each {other}")
+    lines = chain(head, lines)
+    for number, line in _documents(lines) if unit == "document" else lines:
+        if line.strip():
+            yield number, {"text": line.strip()}
+
+
+def _documents(lines: Iterator[Line]) -> Iterator[Line]:
+    """(number of its first line, document); one of too many lines is parted."""
+    for is_text, group in groupby(lines, key=lambda line: bool(line[1].strip())):
+        while is_text and (part := list(islice(group, _LINES))):
+            yield part[0][0], "\n".join(line.rstrip() for _, line in part)
+
+
+def _json_rows(text: TextIO, path: str | Path, means: Callable, *, is_array: bool) -> Rows:
+    """The objects of an array, or one a line."""
+    lines = ((number, line) for number, line in _lines(text, path) if line.strip())
+    for number, entry in _array(text, path) if is_array else lines:
+        where = f"{path}:{number}"
+        if not isinstance(entry, dict):
+            entry = parse_object(json.dumps(entry) if is_array else entry, where)
+        yield number, {meaning: entry[name] for meaning, name in means(entry, where).items()}
+
+
+def _array(text: TextIO, path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line, entry) of a JSON array; of its text only what is not parsed yet is held."""
+    decoder, buffer, line = json.JSONDecoder(), "", 1
+    while len(buffer) < LONGEST and (chunk := text.read(max(_CHUNK, len(buffer)))):
+        _refuse_bytes(chunk, path, line + buffer.count("\n"))
+        buffer, at = buffer + chunk, 0
+        while True:
+            start = _BETWEEN.match(buffer, at).end()
+            try:
+                entry, end = decoder.raw_decode(buffer, start)
+            except (ValueError, RecursionError):
+                break  # it goes on in the next chunk, or is wrong
+            line += buffer.count("\n", at, start)
+            yield line, entry
+            line, at = line + buffer.count("\n", start, end), end
+        buffer = buffer[at:]
+    start = _BETWEEN.match(buffer).end()
+    if rest := buffer[start:]:
+        parse_object(rest, f"{path}:{line + buffer.count(chr(10), 0, start)}")
+    if not buffer.rstrip().endswith("]"):
+        raise InputError(f"{path}: expected an array up to its ]; the file ends before: restore it")
+
+
+def _delimiter(header: str) -> str:
+    return max(",;\t", key=header.count)
+
+
+def _csv_rows(text: TextIO, path: str | Path, means: Callable) -> Rows:
+    """Rows below a line of names; a row with more fields than names has the others under None."""
+    csv.field_size_limit(LONGEST)
+    lines = _lines(text, path)
+    start, header = next(((n, line) for n, line in lines if line.strip()), (1, ""))
+    stream = chain([header], (line for _, line in lines))
+    reader = csv.reader(stream, delimiter=_delimiter(header), strict=True)
+    try:
+        names = next(reader, [])
+        known = means(names, f"{path}:{start}") if names else {}
+        number = start + reader.line_num
+        for fields in reader:
+            row = dict(zip_longest(names, fields))
+            if fields:
+                others = {None: row[None]} if None in row else {}
+                yield number, {meaning: row[name] for meaning, name in known.items()} | others
+            number = start + reader.line_num
+    except csv.Error as error:
+        raise _damaged(f"{path}:{start + reader.line_num - 1}", "CSV", error) from error
+
+
+def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            f"{path}: expected the package pyarrow, which reads parquet; it is not installed: pip "
+            "install pyarrow, or save the file as .jsonl"
+        ) from error
+    if isinstance(file, gzip.GzipFile):  # in which nobody can go to the end and back
+        file = io.BytesIO(file.read())
+    try:
+        table = parquet.ParquetFile(file)
+        known = means(table.schema_arrow.names, str(path))
+        batches = table.iter_batches(batch_size=256, columns=list(known.values()))
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield number, {meaning: row[name] for meaning, name in known.items()}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, "parquet", error) from error
