@@ -54,7 +54,7 @@ def resume(
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
 
     A stage that was begun goes on from its last checkpoint: of PPO every --checkpoint-every
-    iterations, of the others every few seconds. In config.toml may be changed: what made nothing
+    iterations, of the others every ten seconds. In config.toml may be changed: what made nothing
     yet, learning rates, and what changes no number.
 
     Args:

@@ -297,7 +297,7 @@ def test_damaged_headers_of_a_state_are_one_sentence(run):
             refused += 1
             assert str(run) in str(error) and len(str(error)) < 600
             assert files_under(run)["metrics.jsonl"] == log
-    assert refused > 390  # a blank or a digit of `lr`'s time may be another one
+    assert refused > 375  # a digit of a random stream's state may be another one
 
 
 # --- settings that were changed in between
