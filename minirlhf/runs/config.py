@@ -29,6 +29,7 @@ class TrainConfig:
     corpus_unit: Literal["auto", "line", "document"] = "auto"  # What one example of the corpus is
     pairs: str = ""  # Preference pairs as JSONL (prompt, chosen, rejected) for the reward model
     reward: str = ""  # module:function or FILE.py:function, in the place of a reward model
+    init: str = ""  # Folder of a Hugging Face GPT-2 to start from, with its tokenizer
     encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
     vocab_size: int = 768  # Ids of the encoding that is trained
     max_prompt_tokens: int = 0  # Longest prompt, at least 3; 0: what the world suggests

@@ -3,7 +3,7 @@
 config.toml                      what was asked for, resolved
 world.json                       limits, and the digest of the texts that it trains on
 tiktoken.json                    the encoding
-reference/ reward_model/ policy/ models in Hugging Face GPT-2 layout
+reference/ reward_model/ policy/ models of transformers with their tokenizer
 checkpoint/                      the state of PPO, to go on from bit for bit
 metrics.jsonl samples.jsonl      one object a step
 result.json                      the final table
@@ -12,12 +12,14 @@ result.json                      the final table
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
 from minirlhf.backend import to_host
 from minirlhf.disk import read_object, settled, to_json, write_whole_folder
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import summed_penalty
-from minirlhf.runs import checkpoint
+from minirlhf.runs import checkpoint, hugging_face
 from minirlhf.runs.evaluate import gold_of
 from minirlhf.runs.session import Session
 from minirlhf.train.optimizer import Optimizer
@@ -54,14 +56,22 @@ def begin_stage(session: Session, name: str) -> None:
 
 
 def save_params(
-    session: Session, name: str, params: Tree, config: GPTConfig, **entries: Any
+    session: Session, name: str, params: Tree, config: GPTConfig, **scale: float
 ) -> None:
-    """{"transformer": ..., head: ...} as a model of transformers, with entries in its config."""
-    encoding = session.tokenizer
-    ids = {f"{token}_token_id": getattr(encoding, token) for token in ("bos", "eos", "pad")}
+    """{"transformer": ..., head: ...} as a model of transformers, with its tokenizer.
+
+    Args:     scale: score_mean and score_sd of a reward model; they stand in config.json too.
+    """
+    ids = hugging_face.special_ids(session.tokenizer)
     heads = {head: tree for head, tree in params.items() if head != "transformer"}
-    folder, transformer = session.folder / name, params["transformer"]
-    checkpoint.save_model(folder, transformer, config, heads=heads, meta=ids | entries)
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    sampling["temperature"] = session.config.ppo.temperature if name == "policy" else 1.0
+    sampling["max_new_tokens"] = session.max_response_tokens
+    # scores are read at the right end, replies are written there
+    sides = {"padding_side": "right" if scale else "left", "model_max_length": config.n_ctx}
+    files = hugging_face.companions(session.tokenizer, sides, ids | sampling)
+    further = {"heads": heads, "meta": ids, "scale": scale, "files": files}
+    checkpoint.save_model(session.folder / name, params["transformer"], config, **further)
 
 
 def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -> Tree:
@@ -70,7 +80,7 @@ def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -
     Raises:   InputError: the model has other sizes or other heads, or its files are damaged.
     """
     folder = session.folder / name
-    transformer, config, found = checkpoint.load_model(folder)
+    transformer, config, found = checkpoint.load_model(folder, dtype=np.float32)
     if config != expected:
         raise InputError(f"{folder}: expected {expected}; got {config}: restore the folder")
     if found.keys() != set(heads):

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from minirlhf.disk import next_numbered_folder, read_object, to_json, write_whol
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
+from minirlhf.runs import hugging_face
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.log import RunLog
 from minirlhf.train.optimizer import NonFiniteError
@@ -86,9 +87,19 @@ class Session:
 
     @cached_property
     def gpt(self) -> GPTConfig:
-        """The policy's sizes: those asked for, with room for the longest prompt and response."""
-        n_ctx = self.max_prompt_tokens + self.max_response_tokens
-        return GPTConfig(self.tokenizer.vocab_size, n_ctx, **asdict(self.config.model))
+        """The policy's sizes: those asked for, with room for the longest prompt and response.
+
+        Raises:   InputError: there are fewer positions than that.
+        """
+        sizes, needed = asdict(self.config.model), self.max_prompt_tokens + self.max_response_tokens
+        sizes["n_ctx"] = sizes["n_ctx"] or needed
+        if sizes["n_ctx"] < needed:
+            raise InputError(
+                f"model.n_ctx: expected at least {needed} positions, {self.max_prompt_tokens} for "
+                f"a prompt and {self.max_response_tokens} for a response; got {sizes['n_ctx']}: "
+                "lower --max-prompt-tokens or --max-response-tokens"
+            )
+        return GPTConfig(self.tokenizer.vocab_size, **sizes)
 
     def prompt_ids(self, text: str) -> list[int]:
         return self.tokenizer.prompt_ids(text, self.max_prompt_tokens)
@@ -173,8 +184,16 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         pairs=config.pairs and os.path.abspath(config.pairs),
         reward=name_of(reward),
     )
-    session = Session(config, world, _new_tokenizer(config, world), rng, **shown)
-    for note in (*world.notes, *unused_options(config)):
+    notes = [*world.notes, *unused_options(config)]
+    if config.init:
+        start = hugging_face.read_gpt2(config.init)
+        notes.append(f"--init: {start.says}")
+        sizes = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
+        config = replace(config, init=os.path.abspath(config.init), model=sizes)
+    tokenizer = start.tokenizer if config.init else _new_tokenizer(config, world)
+    session = Session(config, world, tokenizer, rng, **shown)
+    _ = session.gpt  # refuses sizes that contradict each other
+    for note in notes:
         session.say(note)
     _ = session.log  # refuses a folder that cannot be written
     tokens.save_tokenizer(session.tokenizer, out)
@@ -297,7 +316,10 @@ def unused_options(config: TrainConfig) -> list[str]:
     of_run, of_model, notes = turned(config), turned(config.reward_model), []
     if "corpus_unit" in of_run and (not config.corpus or config.corpus.endswith(".jsonl")):
         notes.append("--corpus-unit changes nothing without a corpus of plain text")
-    if config.encoding and "vocab_size" in of_run:
+    if config.init and (unused := of_run & {"model", "encoding", "vocab_size"}):
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
+        notes.append(f"of {names} nothing is used beside --init, which has sizes and a tokenizer")
+    elif config.encoding and "vocab_size" in of_run:
         notes.append("--vocab-size changes nothing beside --encoding")
     if config.reward and of_model - {"n_normalize"}:
         notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
