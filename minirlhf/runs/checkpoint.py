@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from minirlhf import disk
 from minirlhf.backend import Array, to_host
@@ -127,10 +126,11 @@ def save_model(
         tensors |= _classifier(heads["ln_f"]["bias"], heads["reward_head"], **scale)
     if clash := sorted(entries.keys() & meta.keys()):
         raise ValueError(f"save_model: expected meta without {clash}, which config decides")
-    files = files | {_CONFIG: disk.to_json(entries | meta), _WEIGHTS: _signed(tensors)}
+    format = {"format": "pt"}  # transformers asks for it
+    files = files | {_CONFIG: disk.to_json(entries | meta), _WEIGHTS: save(tensors, format)}
     if heads:
         of_heads = {f"minirlhf.{path}": _host(path, array) for path, array in tree_items(heads)}
-        files[_HEADS] = _signed(of_heads)
+        files[_HEADS] = save(of_heads, format)
     disk.write_whole_folder(folder, files, drop=frozenset({_HEADS}))
 
 
@@ -346,13 +346,23 @@ def _host(name: str, array: Any) -> np.ndarray:
     return np.asarray(to_host(array), order="C")
 
 
-def _signed(tensors: dict[str, np.ndarray]) -> bytes:
-    """A safetensors file that knows the digest of all it says."""
-    metadata = {"format": "pt"}  # transformers asks for it
-    signed = [*metadata.items(), (_DIGEST, _digest(tensors, metadata))]
-    wanted, other = (json.dumps(dict(x), separators=(",", ":")) for x in (signed, signed[::-1]))
-    # safetensors writes metadata in a random order; two runs shall write the same bytes
-    return save(tensors, dict(signed)).replace(other.encode(), wanted.encode(), 1)
+def save(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A safetensors file that knows the digest of all it says; the same bytes for the same tensors.
+
+    That of the library orders metadata at random, and holds everything in memory twice.
+    """
+    metadata = metadata | {_DIGEST: _digest(tensors, metadata)}
+    header, end = {"__metadata__": metadata}, 0
+    in_order = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # each is aligned
+    for name, array in in_order:
+        kind = "BOOL" if array.dtype == bool else f"{array.dtype.kind}{8 * array.itemsize}".upper()
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    little = (array.astype(array.dtype.newbyteorder("<"), copy=False) for _, array in in_order)
+    data = (array.reshape(-1).view(np.uint8) for array in little)
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
 
 
 def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:

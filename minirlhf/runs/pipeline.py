@@ -101,8 +101,9 @@ def reference_stage(session: Session) -> Tree:
         for texts in (world.demonstrations, world.heldout_demonstrations)
     )
     same = {"config": session.gpt, **session.padding}
-    start = {"transformer": session.on_device(first_weights(session))}
-    optimizer = Optimizer(start, settings.optimizer, total_steps=settings.steps)
+    first = {"transformer": session.on_device(first_weights(session))}
+    optimizer = Optimizer(first, settings.optimizer, total_steps=settings.steps)
+    del first  # of a large model each copy counts
     loop = train_sft(optimizer, examples, settings=settings, rng=session.rng["sft"], **same)
     session.follow(loop, "sft", settings.steps, "supervised fine-tuning")
     if heldout:

@@ -162,7 +162,7 @@ def test_a_flipped_bit_is_noticed(tmp_path):
 
 
 def test_the_same_model_is_the_same_bytes(tmp_path):
-    for i in range(8):  # safetensors 0.8 orders metadata at random
+    for i in range(8):  # the library orders metadata at random
         save_model(tmp_path / str(i), model(), CONFIG, heads=heads())
     for name in ("model.safetensors", "heads.safetensors"):
         assert len({(tmp_path / str(i) / name).read_bytes() for i in range(8)}) == 1
