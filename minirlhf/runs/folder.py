@@ -62,14 +62,15 @@ def save_params(
 
     Args:     scale: score_mean and score_sd of a reward model; they stand in config.json too.
     """
-    ids = hugging_face.special_ids(session.tokenizer)
+    encoding = session.tokenizer
+    ids = {f"{token}_token_id": getattr(encoding, token) for token in ("bos", "eos", "pad")}
     heads = {head: tree for head, tree in params.items() if head != "transformer"}
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
     sampling["temperature"] = session.config.ppo.temperature if name == "policy" else 1.0
     sampling["max_new_tokens"] = session.max_response_tokens
     # scores are read at the right end, replies are written there
     sides = {"padding_side": "right" if scale else "left", "model_max_length": config.n_ctx}
-    files = hugging_face.companions(session.tokenizer, sides, ids | sampling)
+    files = hugging_face.companions(encoding, sides, ids | sampling)
     further = {"heads": heads, "meta": ids, "scale": scale, "files": files}
     checkpoint.save_model(session.folder / name, params["transformer"], config, **further)
 

@@ -40,11 +40,6 @@ _CHAT_TEMPLATE = (
 
 
 # -- out -----------------------------------------------------------------------------------------
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """What config.json and generation_config.json call our special tokens."""
-    return {f"{name}_token_id": getattr(tokenizer, name) for name in ("bos", "eos", "pad")}
-
-
 def companions(
     tokenizer: Tokenizer, sides: dict[str, Any], generation: dict[str, Any]
 ) -> dict[str, bytes]:

@@ -54,7 +54,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text.
 
-        Raises:   InputError: the pattern, which others made, fails on this text.
+        Raises:   InputError: the text is more than a pattern of others can split.
         """
         with _panic_refused():
             return self.encoding.encode_ordinary(text)
@@ -269,8 +269,9 @@ def _panic_refused() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise InputError(
-            f"encoding: expected one that tiktoken can run; it gave up ({shorten(str(error))}): "
-            "restore tiktoken.json, or train with another encoding"
+            "encoding: expected a pattern that splits every text; tiktoken gave up "
+            f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore the "
+            "file of the tokenizer"
         ) from error
 
 
