@@ -256,6 +256,7 @@ DAMAGES = [
     ("reward_model", delete, ("resume",)),
     ("checkpoint/state.safetensors", cut, ("resume",)),
     ("checkpoint/state.safetensors", scribble, ("resume",)),
+    ("checkpoint/state.safetensors", flip, ("resume",)),
     ("checkpoint/state.safetensors", replaced_by("policy/model.safetensors"), ("resume",)),
     ("checkpoint/state.safetensors", edit_state(lambda a, m: a.pop("mean")), ("resume",)),
     ("checkpoint/state.safetensors", edit_state(lambda a, m: m.pop("kl_coef")), ("resume",)),
