@@ -18,7 +18,7 @@ from minirlhf.runs import pipeline
 from minirlhf.runs.hugging_face import GPT2_PATTERN, companions, read_gpt2, read_tokenizer
 from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.reward_model import score_responses
-from minirlhf.worlds.tokens import BOS, EOS, PAD, SEP, make_tokenizer, train_tokenizer
+from minirlhf.worlds.tokens import BOS, EOS, SEP, SPECIALS, make_tokenizer, train_tokenizer
 
 pytestmark = [
     pytest.mark.peers,
@@ -54,8 +54,8 @@ hard = st.lists(
     ),
     max_size=30,
 ).map("".join)
-texts = st.text(max_size=40) | hard
-with_names = st.lists(st.sampled_from([EOS, BOS, SEP, PAD, " ", "a", "<|"])).map("".join)
+with_names = st.lists(st.sampled_from([*SPECIALS, " ", "a", "<|"])).map("".join)
+texts = st.text(max_size=40) | hard | with_names
 
 
 def auto(folder, **changes):
@@ -77,14 +77,10 @@ def pair(request, tmp_path_factory):
 def test_the_same_ids_on_a_thousand_strings(pair, text):
     ours, theirs = pair
     ids = ours.encode(text)
-    assert theirs.encode(text) == ids == theirs(text, add_special_tokens=False)["input_ids"]
+    assert theirs.encode(text, split_special_tokens=True) == ids
     assert theirs.decode(ids) == ours.decode(ids)
-
-
-@given(with_names)
-def test_names_of_special_tokens_are_plain_text_if_asked_for(pair, text):
-    ours, theirs = pair
-    assert theirs.encode(text, split_special_tokens=True) == ours.encode(text)
+    if not any(name in text for name in SPECIALS):  # which transformers reads as these tokens
+        assert theirs.encode(text) == ids == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 def test_special_tokens_and_the_chat_template_make_our_sequences(pair):
@@ -192,7 +188,7 @@ def gpt2(tmp_path_factory):
 def test_its_tokenizer_gives_the_same_ids_here(gpt2, text):
     ours, source = read_tokenizer(gpt2, n_rows=336)
     assert source == "tokenizer.json" and ours.eos == 0
-    assert ours.encode(text) == auto(gpt2).encode(text)
+    assert ours.encode(text) == auto(gpt2).encode(text, split_special_tokens=True)
 
 
 def test_from_a_gpt2_to_a_policy_and_back(gpt2, tmp_path):
