@@ -4,6 +4,7 @@ Names and shapes: huggingface/transformers, models/gpt2/modeling_gpt2.py. Its Co
 (in, out), as we do, so no tensor is transposed. The output matrix is tied to wte and not stored.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -11,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save
+from safetensors import SafetensorError, safe_open
 
 from minirlhf import disk
 from minirlhf.backend import Array, to_host
@@ -23,12 +23,8 @@ from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _HEADS, _STATE = "heads.safetensors", "state.safetensors"
 _STATE_KEY = "minirlhf_state"
-_INSTEAD = {  # a file in the place of model.safetensors -> what it is, and what to do
-    "pytorch_model.bin": "pytorch_model.bin, a pickle, which is never read: convert it with "
-    "save_pretrained",
-    f"{_WEIGHTS}.index.json": "several parts: join them with save_pretrained"
-    "(max_shard_size='100GB')",
-}
+_DIGEST = "minirlhf_sha256"  # in a file's metadata, which transformers writes anew
+_UNREADABLE = (OSError, ValueError, OverflowError, RecursionError, MemoryError)
 _PLAIN_GPT2 = {  # what config.json may say, GPT-2's default first
     "model_type": ("gpt2",),  # must be there
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -87,6 +83,8 @@ def save_model(
     *,
     heads: dict[str, dict[str, Array]] | None = None,
     meta: dict[str, Any] | None = None,
+    scale: dict[str, float] | None = None,
+    files: dict[str, bytes] | None = None,
 ) -> None:
     """Write model.safetensors and config.json, which transformers loads as GPT2LMHeadModel.
 
@@ -95,6 +93,9 @@ def save_model(
     Args:     params: the parameter tree, float32 or float64, on either device.
               heads: {"value_head": {"w", "b"}}, ...; they go to heads.safetensors.
               meta: further entries of config.json, like bos_token_id and eos_token_id.
+              scale: score_mean and score_sd of a reward model, for config.json. transformers
+                  loads it as GPT2ForSequenceClassification, whose logit is (raw - mean) / sd.
+              files: further files of the folder.
     Raises:   ValueError: the parameters do not fit config or are not finite, or meta names an entry
                   that config decides.
               InputError: the folder cannot be written.
@@ -117,14 +118,33 @@ def save_model(
     entries |= {"architectures": ["GPT2LMHeadModel"], "n_inner": None}
     entries |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     entries["torch_dtype"] = str(tensors["transformer.wte.weight"].dtype)
-    if clash := sorted(entries.keys() & (meta or {}).keys()):
+    heads, meta, files = heads or {}, meta or {}, files or {}
+    if scale:
+        entries |= {"architectures": ["GPT2ForSequenceClassification"], **scale}
+        entries |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+        heads = {**heads, "ln_f": {"bias": tensors["transformer.ln_f.bias"]}}
+        tensors |= _classifier(heads["ln_f"]["bias"], heads["reward_head"], **scale)
+    if clash := sorted(entries.keys() & meta.keys()):
         raise ValueError(f"save_model: expected meta without {clash}, which config decides")
-    config_json = disk.to_json(entries | (meta or {}))
-    files = {_WEIGHTS: save(tensors, {"format": "pt"}), _CONFIG: config_json}
+    format = {"format": "pt"}  # transformers asks for it
+    files = files | {_CONFIG: disk.to_json(entries | meta), _WEIGHTS: save(tensors, format)}
     if heads:
         of_heads = {f"minirlhf.{path}": _host(path, array) for path, array in tree_items(heads)}
-        files[_HEADS] = save(of_heads, {"format": "pt"})
+        files[_HEADS] = save(of_heads, format)
     disk.write_whole_folder(folder, files, drop=frozenset({_HEADS}))
+
+
+def _classifier(
+    bias: np.ndarray, head: dict[str, Array], score_mean: float, score_sd: float
+) -> dict[str, np.ndarray]:
+    """ln_f.bias and score.weight of transformers' head, which has no bias of its own.
+
+    (h + d) . v = (h . w + b - mean) / sd   with   v = w / sd,   d = w (b - mean) / (w . w).
+    """
+    w = to_host(head["w"])[:, 0].astype(np.float64)
+    shift = w * ((float(head["b"][0]) - score_mean) / (w @ w))
+    shifted, weight = (bias + shift).astype(bias.dtype), (w / score_sd)[None].astype(bias.dtype)
+    return {"transformer.ln_f.bias": shifted, "score.weight": weight}
 
 
 def load_model(
@@ -135,34 +155,70 @@ def load_model(
     Args:     dtype: of all arrays; None keeps the stored one (float16 and bfloat16 become float32).
     Returns:  The parameter tree, its GPTConfig, and the heads ({} if there are none); the arrays
                   are NumPy's, C-contiguous and share no memory.
-    Raises:   InputError: a file is missing, corrupt or foreign; a tensor is missing, superfluous,
-                  of another shape or not finite; the config describes a network that is not our
-                  GPT-2.
+    Raises:   InputError: a file is missing, corrupt or foreign, or no longer what was written; a
+                  tensor is missing, superfluous, stored twice, of another shape or not finite; the
+                  config describes a network that is not our GPT-2.
     """
     folder = disk.settled(folder)
     config = _gpt_config(disk.read_object(folder / _CONFIG), folder / _CONFIG)
-    path = folder / _WEIGHTS
-    for other, came in _INSTEAD.items():
-        if not path.exists() and (folder / other).exists():
-            raise InputError(f"{folder}: expected one file {_WEIGHTS}; got {came} of transformers")
-    stored, _ = _read_tensors(path)
-    stored = {name.removeprefix("transformer."): array for name, array in stored.items()}
+    path, stored = _stored_model(folder)
+    if config.n_layer > len(stored):  # before a layout of 10^9 layers is made
+        raise InputError(
+            f"{path}: expected {config.n_layer} layers, by config.json; got {len(stored)} tensors "
+            "in all: use the config.json that belongs to the weights"
+        )
     head = stored.pop("lm_head.weight", None)
     layout = _layout(config)
     params = tree_map(lambda slot: _float_tensor(stored, slot, path, dtype), layout)
+    heads = _load_heads(folder / _HEADS, config, dtype)
+    if "ln_f" in heads:  # of a reward model, whose model.safetensors has what transformers needs
+        params["ln_f"] |= heads.pop("ln_f")
+        stored.pop("score.weight", None)
     wanted = {slot.name for slot in tree_leaves(layout)}
     buffers = {name for name in stored if name.endswith((".attn.bias", ".attn.masked_bias"))}
     if extra := sorted(stored.keys() - wanted - buffers):
         raise InputError(
             f"{path}: expected the tensors of a GPT-2 of {config.n_layer} layers; got also "
-            f"{', '.join(extra[:3])} ({len(extra)} in all): name the folder of a plain GPT-2"
+            f"{disk.shorten(', '.join(extra[:3]), 120)} ({len(extra)} in all): name the folder of "
+            "a plain GPT-2"
         )
     if head is not None and not np.array_equal(head, stored["wte.weight"]):
         raise InputError(
             f"{path}: expected an output matrix tied to the embedding; lm_head.weight differs "
             "from wte.weight: use a model with tie_word_embeddings"
         )
-    return params, config, _load_heads(folder / _HEADS, dtype)
+    return params, config, heads
+
+
+def _stored_model(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """The tensors of model.safetensors or of its parts, and the file that a message may name."""
+    path, index = folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json"
+    parts = [path]
+    if not path.exists() and index.exists():
+        path, listed = index, disk.read_object(index).get("weight_map")
+        names = set(map(str, listed.values())) if isinstance(listed, dict) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise InputError(
+                f"{index}: expected a weight_map that names files beside it; got "
+                f"{disk.shorten(str(listed))}: restore the file"
+            )
+        parts = [folder / name for name in sorted(names)]
+    elif not path.exists() and (folder / "pytorch_model.bin").exists():
+        raise InputError(
+            f"{folder}: expected {_WEIGHTS}; got pytorch_model.bin, a pickle, which is never read: "
+            "convert it with save_pretrained of transformers"
+        )
+    stored: dict[str, np.ndarray] = {}
+    for part in parts:
+        for name, array in _read_tensors(part)[0].items():
+            bare = name.removeprefix("transformer.")
+            if bare in stored:
+                raise InputError(
+                    f"{part}: expected each tensor once; got {bare} a second time, as {name}: "
+                    "save the model again with save_pretrained"
+                )
+            stored[bare] = array
+    return path, stored
 
 
 def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
@@ -170,8 +226,8 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
 
     def refuse(name, expected):
         raise InputError(
-            f"{path}: expected {name} to be {expected}; got {entries.get(name)!r}: only plain "
-            "GPT-2 models can be loaded"
+            f"{path}: expected {name} to be {expected}; got "
+            f"{disk.shorten(repr(entries.get(name)))}: only plain GPT-2 models can be loaded"
         )
 
     for name, allowed in _PLAIN_GPT2.items():
@@ -190,20 +246,22 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
     return GPTConfig(**sizes)
 
 
-def _load_heads(path: Path, dtype: Any) -> dict[str, dict[str, np.ndarray]]:
+def _load_heads(path: Path, config: GPTConfig, dtype: Any) -> dict[str, dict[str, np.ndarray]]:
     """{"value_head": {"w": ..}} from tensors named minirlhf.value_head.w; {} without a file."""
-    heads: dict[str, dict[str, np.ndarray]] = {}
     stored = _read_tensors(path)[0] if path.exists() else {}
-    for name, array in stored.items():
-        ours, *rest = name.split(".")
-        if ours != "minirlhf" or len(rest) != 2:
-            raise InputError(
-                f"{path}: expected tensors named minirlhf.HEAD.KEY; got {name}: the file is not "
-                "ours, remove it"
-            )
-        head, key = rest
-        slot = _Slot(name, array.shape)
-        heads.setdefault(head, {})[key] = _float_tensor(stored, slot, path, dtype)
+    names = {tuple(name.split(".")) for name in stored}
+    heads: dict[str, dict[str, np.ndarray]] = {}
+    for head in sorted({name[1] for name in names if len(name) == 3}):
+        C = config.d_model
+        shapes = {"bias": (C,)} if head == "ln_f" else {"w": (C, 1), "b": (1,)}
+        slots = {key: _Slot(f"minirlhf.{head}.{key}", shape) for key, shape in shapes.items()}
+        names -= {("minirlhf", head, key) for key in shapes}
+        heads[head] = {key: _float_tensor(stored, slot, path, dtype) for key, slot in slots.items()}
+    if names:
+        raise InputError(
+            f"{path}: expected tensors named minirlhf.HEAD.KEY; got {'.'.join(min(names))}: "
+            "the file is not ours, remove it"
+        )
     return heads
 
 
@@ -225,13 +283,15 @@ def _float_tensor(stored: dict, slot: _Slot, path: Path, dtype: Any) -> np.ndarr
             f"{path}: expected {slot.name} in floating point; got {array.dtype}: quantised models "
             "cannot be loaded"
         )
+    stored_dtype = np.float32 if array.dtype == np.float16 else array.dtype
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes inf, and is refused
+        array = array.astype(dtype or stored_dtype, copy=False)  # fresh and C-contiguous already
     if not np.isfinite(array).all():
         raise InputError(
             f"{path}: expected finite numbers; {slot.name} has NaN or inf: go back to an earlier "
             "checkpoint"
         )
-    stored_dtype = np.float32 if array.dtype == np.float16 else array.dtype
-    return array.astype(dtype or stored_dtype, copy=False)  # fresh and C-contiguous already
+    return array
 
 
 def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
@@ -292,29 +352,75 @@ def _host(name: str, array: Any) -> np.ndarray:
     return np.asarray(to_host(array), order="C")
 
 
+def save(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A safetensors file that knows the digest of all it says; the same bytes for the same tensors.
+
+    That of the library orders metadata at random, and holds everything in memory twice.
+    """
+    metadata = metadata | {_DIGEST: _digest(tensors, metadata)}
+    header, end = {"__metadata__": metadata}, 0
+    in_order = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # each is aligned
+    for name, array in in_order:
+        kind = "BOOL" if array.dtype == bool else f"{array.dtype.kind}{8 * array.itemsize}".upper()
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    little = (array.astype(array.dtype.newbyteorder("<"), copy=False) for _, array in in_order)
+    data = (array.reshape(-1).view(np.uint8) for array in little)
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
+
+
+def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """SHA-256 of metadata, names, types, shapes and numbers."""
+    sha = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, array in sorted(tensors.items()):
+        sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        sha.update(array.reshape(-1).view(np.uint8))
+    return sha.hexdigest()
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors, in fresh memory, and the metadata of a safetensors file."""
-    data = disk.read_bytes(path)
+    """All tensors, in fresh memory, and the metadata of a safetensors file.
+
+    Raises:   InputError: it is missing, damaged, or says something else than when it was written.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file; found none: check the path")
     try:
-        stored = deserialize(data)
-    except SafetensorError as error:
+        with safe_open(path, framework="numpy") as file:  # compares header and size of the file
+            metadata = file.metadata() or {}
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        tensors = {name: _to_array(name, spec, path, 8 + size) for name, spec in header.items()}
+    except (SafetensorError, *_UNREADABLE) as error:
         raise InputError(
             f"{path}: expected a safetensors file; it is corrupt, cut short or of another kind "
-            f"({error}): restore it from a copy"
+            f"({disk.shorten(str(error), 120)}): restore it from a copy"
         ) from error
-    header_size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__") or {}
-    return {name: _to_array(name, spec, path) for name, spec in stored}, metadata
-
-
-def _to_array(name: str, spec: dict, path: Path) -> np.ndarray:
-    shape, kind, buffer = tuple(spec["shape"]), spec["dtype"], spec["data"]
-    if kind == "BF16":  # the upper half of a float32
-        return (np.ndarray(shape, "<u2", buffer).astype(np.uint32) << 16).view(np.float32)
-    if kind != "BOOL" and not re.fullmatch(r"F(16|32|64)|[IU](8|16|32|64)|C64", kind):
+    digest = metadata.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(tensors, metadata):
         raise InputError(
-            f"{path}: expected {name} in a type that NumPy has; got {kind}: convert the file to "
-            "float32"
+            f"{path}: expected what was written there; it has changed since, as its SHA-256 "
+            "shows: restore it from a copy"
         )
-    dtype = np.dtype("?" if kind == "BOOL" else f"<{kind[0].lower()}{int(kind[1:]) // 8}")
-    return np.ndarray(shape, dtype, buffer).astype(dtype.newbyteorder("="))  # a copy
+    return tensors, metadata
+
+
+def _to_array(name: str, spec: dict, path: Path, start: int) -> np.ndarray:
+    """A tensor read from the data that begin at the byte `start` of the file.
+
+    Raises:   ValueError, MemoryError: NumPy cannot hold it.
+    """
+    shape, kind, (begin, end) = tuple(spec["shape"]), spec["dtype"], spec["data_offsets"]
+    if kind != "BOOL" and not re.fullmatch(r"F(16|32|64)|BF16|[IU](8|16|32|64)|C64", kind):
+        raise ValueError(f"{name} is of the type {kind}, which NumPy lacks")
+    stored = {"BOOL": "?", "BF16": "<u2"}.get(kind) or f"<{kind[0].lower()}{int(kind[1:]) // 8}"
+    dtype = np.dtype(stored)
+    n = (end - begin) // dtype.itemsize
+    array = np.fromfile(path, dtype, count=n, offset=start + begin).reshape(shape)
+    if kind == "BF16":  # the upper half of a float32
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(dtype.newbyteorder("="), copy=False)

@@ -35,6 +35,7 @@ class TrainConfig:
     # FILE.py:function, module:function, length, regex:PATTERN, .. in the place of a reward model
     reward: str = ""
     reward_timeout: float = 0.0  # Seconds that a call of the reward may take; 0: any
+    init: str = ""  # Folder of a Hugging Face GPT-2 to start from, with its tokenizer
     encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
     vocab_size: int = 768  # Ids of the encoding that is trained
     # Longest prompt, at least 3; 0: so that 95 % of the prompts are whole

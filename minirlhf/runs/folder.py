@@ -3,7 +3,7 @@
 config.toml                      what was asked for, resolved
 world.json                       limits, and the digest of the texts that it trains on
 tiktoken.json                    the encoding
-reference/ reward_model/ policy/ models in Hugging Face GPT-2 layout
+reference/ reward_model/ policy/ models of transformers with their tokenizer
 checkpoint/                      the state of a stage, to go on from bit for bit, and the settings
                                  with which what is here was made
 metrics.jsonl samples.jsonl      one object a step
@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.random import Generator
 
 from minirlhf.backend import to_host
@@ -24,7 +25,7 @@ from minirlhf.disk import read_object, settled, shorten, to_json, write_whole_fo
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import summed_penalty
-from minirlhf.runs import checkpoint
+from minirlhf.runs import checkpoint, hugging_face
 from minirlhf.runs.config import flat, load_config, save_config
 from minirlhf.runs.evaluate import gold_of
 from minirlhf.runs.session import BEGAN, Session
@@ -79,14 +80,23 @@ def begin_stage(session: Session, stage: str) -> None:
 
 
 def save_params(
-    session: Session, name: str, params: Tree, config: GPTConfig, **entries: Any
+    session: Session, name: str, params: Tree, config: GPTConfig, **scale: float
 ) -> None:
-    """{"transformer": ..., head: ...} as a model of transformers, with entries in its config."""
+    """{"transformer": ..., head: ...} as a model of transformers, with its tokenizer.
+
+    Args:     scale: score_mean and score_sd of a reward model; they stand in config.json too.
+    """
     encoding = session.tokenizer
     ids = {f"{token}_token_id": getattr(encoding, token) for token in ("bos", "eos", "pad")}
     heads = {head: tree for head, tree in params.items() if head != "transformer"}
-    folder, transformer = session.folder / name, params["transformer"]
-    checkpoint.save_model(folder, transformer, config, heads=heads, meta=ids | entries)
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
+    sampling["temperature"] = session.config.ppo.temperature if name == "policy" else 1.0
+    sampling["max_new_tokens"] = session.max_response_tokens
+    # scores are read at the right end, replies are written there
+    sides = {"padding_side": "right" if scale else "left", "model_max_length": config.n_ctx}
+    files = hugging_face.companions(encoding, sides, ids | sampling)
+    further = {"heads": heads, "meta": ids, "scale": scale, "files": files}
+    checkpoint.save_model(session.folder / name, params["transformer"], config, **further)
 
 
 def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -> Tree:
@@ -95,7 +105,7 @@ def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -
     Raises:   InputError: the model has other sizes or other heads, or its files are damaged.
     """
     folder = session.folder / name
-    transformer, config, found = checkpoint.load_model(folder)
+    transformer, config, found = checkpoint.load_model(folder, dtype=np.float32)
     if config != expected:
         raise InputError(f"{folder}: expected {expected}; got {config}: restore the folder")
     if found.keys() != set(heads):

@@ -66,10 +66,11 @@ def _enough(lengths: Iterable[int]) -> int:
 
 
 def most_tokens(model: ModelConfig, vocab_size: int) -> int:
-    """The longest sequence, n tokens, that takes at most FLOATS = a n^2 + b n.
+    """The longest sequence, n tokens, that takes at most FLOATS = a n^2 + b n and fits the model.
 
     a n^2: attention weights of each block, and two more of the backward; b n: activations, logits.
     """
     a = model.n_head * (model.n_layer + 2)
     b = 17 * model.n_layer * model.d_model + 4 * vocab_size
-    return max(4, int((math.sqrt(b * b + 4 * a * FLOATS) - b) / (2 * a)))
+    n = max(4, int((math.sqrt(b * b + 4 * a * FLOATS) - b) / (2 * a)))
+    return min(n, model.n_ctx or n)

@@ -18,7 +18,7 @@ from minirlhf.disk import to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.runs import folder
+from minirlhf.runs import folder, hugging_face
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.session import Score, Session, cut_notes, open_session, reopen_session
@@ -168,8 +168,9 @@ def reference_stage(session: Session) -> Tree:
         for texts in (world.demonstrations, world.heldout_demonstrations)
     )
     same = {"config": session.gpt, **session.padding}
-    start = session.on_device(init_transformer(session.gpt, rng=session.rng["init"]))
-    optimizer = Optimizer({"transformer": start}, settings.optimizer, total_steps=settings.steps)
+    first = {"transformer": session.on_device(first_weights(session))}
+    optimizer = Optimizer(first, settings.optimizer, total_steps=settings.steps)
+    del first  # of a large model each copy counts
     loop = train_sft(optimizer, examples, settings=settings, rng=session.rng["sft"], **same)
     _learn(session, "sft", optimizer, loop, settings.steps)
     if heldout:
@@ -177,6 +178,22 @@ def reference_stage(session: Session) -> Tree:
         session.log.metrics(settings.steps, "sft", {"heldout/loss_sft": loss})
     folder.save_params(session, "reference", optimizer.params, session.gpt)
     return optimizer.params
+
+
+def first_weights(session: Session) -> Tree:
+    """Random weights, or those of --init.
+
+    Raises:   InputError: --init is no longer what the run began with.
+    """
+    if not session.config.init:
+        return init_transformer(session.gpt, rng=session.rng["init"])
+    start = hugging_face.read_gpt2(session.config.init)
+    if start.config != session.gpt:
+        raise InputError(
+            f"{session.config.init}: expected {session.gpt}, as when the run began; got "
+            f"{start.config}: restore the folder, or train in a new one"
+        )
+    return start.transformer
 
 
 def reward_stage(session: Session, reference: Tree) -> RewardModel:

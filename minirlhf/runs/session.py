@@ -14,7 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
+from minirlhf.runs import hugging_face
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.limits import fit_world
 from minirlhf.runs.lock import locked
@@ -100,9 +101,19 @@ class Session:
 
     @cached_property
     def gpt(self) -> GPTConfig:
-        """The policy's sizes: those asked for, with room for the longest prompt and response."""
-        n_ctx = self.max_prompt_tokens + self.max_response_tokens
-        return GPTConfig(self.tokenizer.vocab_size, n_ctx, **asdict(self.config.model))
+        """The policy's sizes: those asked for, with room for the longest prompt and response.
+
+        Raises:   InputError: there are fewer positions than that.
+        """
+        sizes, needed = asdict(self.config.model), self.max_prompt_tokens + self.max_response_tokens
+        sizes["n_ctx"] = sizes["n_ctx"] or needed
+        if sizes["n_ctx"] < needed:
+            raise InputError(
+                f"model.n_ctx: expected at least {needed} positions, {self.max_prompt_tokens} for "
+                f"a prompt and {self.max_response_tokens} for a response; got {sizes['n_ctx']}: "
+                "lower --max-prompt-tokens or --max-response-tokens"
+            )
+        return GPTConfig(self.tokenizer.vocab_size, **sizes)
 
     def prompt_ids(self, text: str) -> list[int]:
         return self.tokenizer.prompt_ids(text, self.max_prompt_tokens)
@@ -191,21 +202,26 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     rng, reward = _streams(config), reward or config.reward
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     try_reward(world)
-    tokenizer = _new_tokenizer(config, world)
+    notes, named = unused_options(config), config.corpus or config.pairs or "support"
+    if config.init:
+        start = hugging_face.read_gpt2(config.init)
+        notes.append(f"--init: {start.says}")
+        sizes = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
+        config = replace(config, init=os.path.abspath(config.init), model=sizes)
+    tokenizer = start.tokenizer if config.init else _new_tokenizer(config, world)
     world = fit_world(world, tokenizer, config, rng["world"])
-    world_name, _ = name_and_kind(config.corpus or config.pairs or "support")
-    out = config.out or new_numbered_folder(world_name)
-    world = going_on(world, out)
     config = replace(
         config,
-        out=out,
         workers=resolved(config.workers),  # another number would round otherwise
         corpus=config.corpus and os.path.abspath(config.corpus),  # resumed from any directory
         pairs=config.pairs and os.path.abspath(config.pairs),
         reward=name_of(reward),
     )
     session = Session(config, world, tokenizer, rng, **shown)
-    for note in (*world.notes, *unused_options(config)):
+    _ = session.gpt  # refuses sizes that contradict each other
+    out = config.out or new_numbered_folder(name_and_kind(named)[0])
+    session.config, session.world = replace(config, out=out), going_on(world, out)
+    for note in (*world.notes, *notes):
         session.note(note)
     with locked(out):
         _refuse_a_run(out)  # of another process, which has been faster
@@ -214,8 +230,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         digest = {"reward_sha256": fingerprint(reward)} if reward else {}
         write_whole(out / "world.json", to_json(_outline(world) | digest))
         remember(config.reward, digest.get("reward_sha256", ""))
-        save_config(out / BEGAN, config)
-        save_config(out / "config.toml", config)
+        save_config(out / BEGAN, session.config)
+        save_config(out / "config.toml", session.config)
     return session
 
 
@@ -380,7 +396,10 @@ def unused_options(config: TrainConfig) -> list[str]:
         notes.append("--corpus-unit changes nothing without a corpus of plain text")
     if config.columns and not kinds - {"text"}:
         notes.append("--columns changes nothing without a file that has columns")
-    if config.encoding and "vocab_size" in of_run:
+    if config.init and (unused := of_run & {"model", "encoding", "vocab_size"}):
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
+        notes.append(f"of {names} nothing is used beside --init, which has sizes and a tokenizer")
+    elif config.encoding and "vocab_size" in of_run:
         notes.append("--vocab-size changes nothing beside --encoding")
     if not config.reward and "reward_timeout" in of_run:
         notes.append("--reward-timeout changes nothing without --reward")

@@ -55,13 +55,13 @@ class Optimizer:
         leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order
         dflat = get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
         with np.errstate(invalid="ignore", over="ignore"):  # looked for in the next lines
-            clipped, norm = adam.clip_global_norm(dflat, c.max_grad_norm or float("inf"))
+            dflat, norm = adam.clip_global_norm(dflat, c.max_grad_norm or float("inf"))
         norm = float(norm)
         if not (np.isfinite(norm) and np.isfinite(loss)):
             raise NonFiniteError(_where_not_finite(gradients, loss))
         self.state = adam.adamw_step(
             self.flat,
-            clipped if c.max_grad_norm else dflat,
+            dflat,
             self.state,
             learning_rate=learning_rate,
             beta1=c.beta1,
@@ -79,11 +79,11 @@ class Optimizer:
         self.skipped += n_updates
 
     def state_tree(self) -> Tree:
-        """What a checkpoint must hold, as host arrays."""
+        """What a checkpoint must hold, as host arrays, which the next update may overwrite."""
         return {
-            "flat": to_host(self.flat).copy(),
-            "mean": to_host(self.state.mean).copy(),
-            "var": to_host(self.state.var).copy(),
+            "flat": to_host(self.flat),
+            "mean": to_host(self.state.mean),
+            "var": to_host(self.state.var),
             "step": np.array(self.state.step),
             "skipped": np.array(self.skipped),
         }

@@ -123,14 +123,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy's transformer; its vocabulary and positions follow from the world."""
+    """The policy's transformer; its vocabulary follows from the encoding."""
 
     n_layer: int = 2  # Blocks
     n_head: int = 4  # Attention heads; divides d_model
     d_model: int = 64  # Channels
+    n_ctx: int = 0  # Positions; 0: as many as the longest prompt and response take
+    ln_eps: float = 1e-5  # Added to the variance in layer norms
 
     def __post_init__(self):
-        check_fields(self, "model.", at_least_1=("n_layer", "n_head", "d_model"))
+        check_fields(
+            self,
+            "model.",
+            at_least_1=("n_layer", "n_head", "d_model"),
+            at_least_0=("n_ctx",),
+            above_0=("ln_eps",),
+        )
         if self.d_model % self.n_head:
             raise InputError(
                 f"model.n_head: expected a divisor of d_model = {self.d_model}; got {self.n_head}"

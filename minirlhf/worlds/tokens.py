@@ -8,7 +8,8 @@ import base64
 import heapq
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,12 @@ class Tokenizer:
         return self.encoding.max_token_value + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
-        return self.encoding.encode_ordinary(text)
+        """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text.
+
+        Raises:   InputError: the text is more than a pattern of others can split.
+        """
+        with _panic_refused():
+            return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         r"""The text of the ids without the special ones; bytes that are not UTF-8 become "\ufffd".
@@ -140,7 +145,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         raise InputError("tokenizer: expected some text to train on; got none: give a corpus")
     ranks = _train_ranks(pieces, n_ranks=vocab_size - len(SPECIALS))
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
-    return _tokenizer("minirlhf", PATTERN, ranks, specials)
+    return make_tokenizer("minirlhf", PATTERN, ranks, specials)
 
 
 def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
@@ -237,19 +242,54 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
             "set TIKTOKEN_CACHE_DIR to a folder that has it, or choose no encoding to train one on "
             "the corpus"
         ) from error
-    specials = encoding._special_tokens  # documented in tiktoken's README, "Extending"
+    specials = with_ours(encoding._special_tokens, encoding.max_token_value + 1)
+    return make_tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, specials)
+
+
+def with_ours(specials: dict[str, int], first: int) -> dict[str, int]:
+    """The special tokens and, from the id `first` on, those of SPECIALS that are not among them."""
     missing = [special for special in SPECIALS if special not in specials]
-    new = {special: i for i, special in enumerate(missing, encoding.max_token_value + 1)}
-    return _tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, specials | new)
+    return specials | {special: first + i for i, special in enumerate(missing)}
 
 
-def _tokenizer(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]):
-    bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+def make_tokenizer(
+    name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]
+) -> Tokenizer:
+    """A tokenizer from the parts of a tiktoken.Encoding; `specials` has all of SPECIALS.
+
+    Raises:   ValueError: an id is out of range or stands twice, a byte is missing, or the pattern
+                  is no regular expression.
+    """
+    ids = [*ranks.values(), *specials.values()]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError("an id is no whole number in its range")
+    if len(set(ids)) != len(ids):  # tiktoken itself would abort with a Rust panic
+        raise ValueError("two tokens share an id")
+    if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
+        raise ValueError("the tokens are not the 256 bytes and longer ones")
+    parts = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": specials}
+    with _panic_refused():
+        bpe = tiktoken.Encoding(name, **parts)  # its README, "Extending", documents the parts
     return Tokenizer(bpe, specials[BOS], specials[SEP], specials[EOS], specials[PAD])
 
 
+@contextmanager
+def _panic_refused() -> Iterator[None]:
+    """A panic of tiktoken's Rust, which is no Exception, becomes one."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            "encoding: expected a pattern that splits every text; tiktoken gave up "
+            f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore the "
+            "file of the tokenizer"
+        ) from error
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write tiktoken.json (not tokenizer.json: transformers would read that as its own).
+    """Write tiktoken.json (`runs/hugging_face.py` writes the tokenizer.json of transformers).
 
     Raises:   InputError: the folder cannot be written.
     """
@@ -281,14 +321,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         name, pattern = str(content["name"]), str(content["pattern"])
         specials, stored = content["special_tokens"], content["ranks"].items()
         ranks = {base64.b64decode(token, validate=True): rank for token, rank in stored}
-        ids = [*ranks.values(), *specials.values()]
-        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise ValueError("an id is no whole number in its range")
-        if len(set(ids)) != len(ids):  # tiktoken itself would abort with a Rust panic
-            raise ValueError("two tokens share an id")
-        if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
-            raise ValueError("the tokens are not the 256 bytes and longer ones")
-        return _tokenizer(name, pattern, ranks, specials)
+        return make_tokenizer(name, pattern, ranks, specials)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: expected a tokenizer; it is corrupt ({type(error).__name__}: {error}): "

@@ -98,7 +98,74 @@ def test_names_and_metadata_are_hugging_face_s(tmp_path):
     assert np.array_equal(qkv, model()["blocks"][1]["attn"]["qkv"]["w"])
     assert "lm_head.weight" not in tensors and not any("minirlhf" in name for name in tensors)
     header = (tmp_path / "model.safetensors").read_bytes()[8:2000]
-    assert b'"__metadata__":{"format":"pt"}' in header
+    assert b'"__metadata__":{"format":"pt","minirlhf_sha256":"' in header
+
+
+def test_a_reward_model_is_a_classifier_of_transformers(tmp_path):
+    """Its logit is (raw score - mean) / sd without a bias, and ours comes back to the last bit."""
+    head = {"w": np.float32([[0.5], [-1], [2], [0.25]]), "b": np.float32([0.75])}
+    params = tree_map(lambda x: x + np.float32(0.125), model())
+    save_model(
+        tmp_path,
+        params,
+        CONFIG,
+        heads={"reward_head": head},
+        scale={"score_mean": -3.0, "score_sd": 0.5},
+    )
+    got, _, got_heads = load_model(tmp_path)
+    assert_same(got, params)
+    assert_same(got_heads, {"reward_head": head})
+    stored = load_file(tmp_path / "model.safetensors")
+    v, bias = stored["score.weight"], stored["transformer.ln_f.bias"]
+    normal = np.random.default_rng(0).standard_normal(4)
+    ours, theirs = (normal + b for b in (params["ln_f"]["bias"], bias))
+    assert v.shape == (1, 4) and v.dtype == bias.dtype == np.float32
+    assert theirs @ v[0] == pytest.approx((ours @ head["w"][:, 0] + 0.75 + 3.0) / 0.5, rel=1e-5)
+    entries = read_object(tmp_path / "config.json")
+    assert entries["architectures"] == ["GPT2ForSequenceClassification"]
+    assert entries["id2label"] == {"0": "score"}
+
+
+def test_further_files_are_written_with_the_model(tmp_path):
+    save_model(tmp_path / "m", model(), CONFIG, files={"tokenizer.json": b"{}"})
+    assert (tmp_path / "m/tokenizer.json").read_bytes() == b"{}"
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """In any byte of a file of tensors: it is refused, or says what it said."""
+    save_model(tmp_path, model(), CONFIG, heads=heads())
+    rng = np.random.default_rng(0)
+    for name in ("model.safetensors", "heads.safetensors"):
+        data = (tmp_path / name).read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        harmless = 0
+        for place in {*range(start - 40), *range(start, len(data), 7), len(data) - 1}:
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << rng.integers(8)
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                params, _, got_heads = load_model(tmp_path)
+            except InputError as error:
+                assert "\n" not in str(error)
+                continue
+            harmless += 1
+            assert place < start  # the name of the digest itself, or a space
+            assert_same(params, model())
+            assert_same(got_heads, heads())
+        assert harmless < 20
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match="model.safetensors: .* its SHA-256 shows"):
+        damaged = bytearray((tmp_path / "model.safetensors").read_bytes())
+        damaged[-3] ^= 0x10
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        load_model(tmp_path)
+
+
+def test_the_same_model_is_the_same_bytes(tmp_path):
+    for i in range(8):  # the library orders metadata at random
+        save_model(tmp_path / str(i), model(), CONFIG, heads=heads())
+    for name in ("model.safetensors", "heads.safetensors"):
+        assert len({(tmp_path / str(i) / name).read_bytes() for i in range(8)}) == 1
 
 
 def test_saving_again_forgets_old_heads_and_keeps_other_files(tmp_path):
@@ -187,6 +254,41 @@ def test_bfloat16_becomes_float32(tmp_path):
     assert_same(load_model(tmp_path)[0], expected)
 
 
+def sharded(folder, **weight_map):
+    """The tensors of `foreign` in two files, and their index."""
+    foreign(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    of_file = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)} | weight_map
+    for file in {"model-0.safetensors", "model-1.safetensors"}:
+        part = {name: array for name, array in tensors.items() if of_file[name] == file}
+        save_file(part, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": of_file}))
+    return folder
+
+
+def test_a_model_in_parts_is_read(tmp_path):
+    assert_same(load_model(sharded(tmp_path))[0], model())
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(InputError, match="model-1.safetensors: expected a file; found none"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": "../a"}}])
+def test_a_damaged_index_of_parts_is_refused(tmp_path, index):
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="index.json: expected a weight_map that names files"):
+        load_model(tmp_path)
+
+
+def test_a_tensor_in_two_parts_is_refused(tmp_path):
+    sharded(tmp_path)
+    shutil.copy(tmp_path / "model-0.safetensors", tmp_path / "model-1.safetensors")
+    with pytest.raises(InputError, match="expected each tensor once; got .* a second time"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -206,6 +308,8 @@ def test_bfloat16_becomes_float32(tmp_path):
         ({"n_positions": 6}, r"wpe.weight of shape \(6, 4\), by config.json; got \(5, 4\)"),
         ({"vocab_size": 8}, r"wte.weight of shape \(8, 4\)"),
         ({"n_layer": 3}, "expected a tensor h.2.ln_1.weight; found none"),
+        ({"n_layer": 10**9}, "expected 1000000000 layers, by config.json; got 28 tensors"),
+        ({"n_embd": 10**9, "n_head": 1}, r"wte.weight of shape \(7, 1000000000\)"),
         ({"n_layer": 1}, r"got also h.1.attn.c_attn.bias, .* \(12 in all"),
     ],
 )
@@ -220,6 +324,10 @@ def test_a_foreign_config_is_refused(tmp_path, config, message):
     [
         (lambda t: {k: v for k, v in t.items() if "wpe" not in k}, "wpe.weight; found none"),
         (lambda t: t | {"score.weight": np.zeros(3)}, "got also score.weight"),
+        (
+            lambda t: t | {"wpe.weight": t["transformer.wpe.weight"]},
+            "each tensor once; got wpe.weight a second time, as (transformer.)?wpe.weight",
+        ),
         (
             lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] * 2},
             "lm_head.weight differs",
@@ -239,6 +347,51 @@ def test_foreign_heads_are_refused(tmp_path):
     save_file({"score.weight": np.zeros(3)}, tmp_path / "heads.safetensors")
     with pytest.raises(InputError, match="expected tensors named minirlhf.HEAD.KEY; got score"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w, b: {"w": w.reshape(-1), "b": b},
+        lambda w, b: {"w": w, "b": b.reshape(1, 1)},
+        lambda w, b: {"w": w[1:], "b": b},
+        lambda w, b: {"w": w},
+        lambda w, b: {"w": w, "b": b, "x": b},
+        lambda w, b: {"w": w.astype(np.int64), "b": b},
+        lambda w, b: {"w": w * np.inf, "b": b},
+        lambda w, b: {},
+    ],
+)
+@pytest.mark.parametrize("head", ["value_head", "ln_f"])
+def test_a_head_of_another_shape_is_refused(tmp_path, head, change):
+    save_model(tmp_path, model(), CONFIG)
+    w, b = np.ones((4, 1), np.float32), np.zeros(1, np.float32)
+    tensors = {f"minirlhf.{head}.{key}": array for key, array in change(w, b).items()}
+    save_file(tensors or {"minirlhf.x": b}, tmp_path / "heads.safetensors")
+    with pytest.raises(InputError, match="heads.safetensors: expected"):
+        load_model(tmp_path)
+
+
+def test_numbers_beyond_the_type_asked_for_are_refused(tmp_path):
+    foreign(tmp_path, change=lambda t: {name: x.astype("f8") * 1e300 for name, x in t.items()})
+    assert load_model(tmp_path)[0]["wte"].dtype == np.float64
+    with pytest.raises(InputError, match="wte.weight has NaN or inf"):
+        load_model(tmp_path, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [([1] * 70, "F32"), ([10**19, 0], "F32"), ([4], "F8_E4M3"), ([2], "I16")]
+)
+def test_tensors_that_numpy_cannot_hold_are_refused(tmp_path, shape, kind):
+    save_model(tmp_path, model(), CONFIG)
+    n = 0 if 0 in shape else 4
+    header = {"wte.weight": {"dtype": kind, "shape": shape, "data_offsets": [0, n]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * n)
+    with pytest.raises(InputError, match="model.safetensors: expected") as caught:
+        load_model(tmp_path)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "heads.safetensors", "config.json"])
@@ -264,9 +417,10 @@ def test_missing_files_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="model.safetensors: expected a file; found none"):
         load_model(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(InputError, match="several parts"):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="model.safetensors: expected a file; found none"):
         load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(InputError, match="a pickle, which is never read"):
         load_model(tmp_path)

@@ -97,7 +97,8 @@ def test_the_file_is_plain_toml():
     tables = tomllib.loads(to_toml(TrainConfig()))
     assert tables["ppo"]["optimizer"]["beta2"] == 0.95
     assert tables["ppo"]["whiten_advantages"] is True
-    assert tables["model"] == {"n_layer": 2, "n_head": 4, "d_model": 64}
+    sizes = {"n_layer": 2, "n_head": 4, "d_model": 64, "n_ctx": 0, "ln_eps": 1e-5}
+    assert tables["model"] == sizes
     assert "out" not in tables  # None: chosen when the run begins
 
 
@@ -182,6 +183,8 @@ IMPOSSIBLE = {
     "model.n_layer": 0,
     "model.n_head": 3,  # does not divide 64
     "model.d_model": 0,
+    "model.n_ctx": -1,
+    "model.ln_eps": 0.0,
     "sft.steps": -1,
     "sft.batch_size": 0,
     "reward_model.n_layer": 0,

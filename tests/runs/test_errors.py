@@ -166,6 +166,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-5])
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 0x40  # in the exponent of the last weight
+    path.write_bytes(data)
+
+
 def scribble(path):
     path.write_text("this is no checkpoint")
 
@@ -225,18 +231,24 @@ DAMAGES = [
     ("policy/model.safetensors", delete, LOOK),
     ("policy/model.safetensors", edit_tensors(with_nan), LOOK),
     ("policy/model.safetensors", replaced_by("checkpoint/state.safetensors"), LOOK),
+    ("policy/model.safetensors", flip, LOOK),
+    ("policy/config.json", edit_json(n_layer=10**9), LOOK),
     ("policy/config.json", scribble, LOOK),
     ("policy/config.json", edit_json(model_type="llama"), LOOK),
     ("policy/heads.safetensors", cut, LOOK),
     ("policy/heads.safetensors", delete, LOOK),
+    ("policy/heads.safetensors", flip, LOOK),
+    ("policy/heads.safetensors", edit_tensors(lambda _, array: array.reshape(-1, 1, 1)), LOOK),
     ("policy", replaced_by("reward_model"), LOOK),
     ("policy", delete, LOOK),
     ("reference/model.safetensors", cut, ("resume",)),
+    ("reference/model.safetensors", flip, ("resume",)),
     ("reference/config.json", edit_json(n_positions=7), ("resume",)),
     ("reference", delete, ("resume",)),
     ("reference", replaced_by("policy"), ("resume",)),  # which has a head
     ("reward_model/model.safetensors", cut, ("resume",)),
     ("reward_model/heads.safetensors", delete, ("resume",)),
+    ("reward_model/heads.safetensors", flip, ("resume",)),
     ("reward_model/config.json", edit_json(score_mean=None), ("resume",)),
     ("reward_model/config.json", edit_json(score_sd="large"), ("resume",)),
     ("reward_model/config.json", edit_json(score_sd=0), ("resume",)),
@@ -247,6 +259,7 @@ DAMAGES = [
     ("reward_model", delete, ("resume",)),
     ("checkpoint/state.safetensors", cut, ("resume",)),
     ("checkpoint/state.safetensors", scribble, ("resume",)),
+    ("checkpoint/state.safetensors", flip, ("resume",)),
     ("checkpoint/state.safetensors", replaced_by("policy/model.safetensors"), ("resume",)),
     ("checkpoint/state.safetensors", edit_state(lambda a, m: a.pop("mean")), ("resume",)),
     ("checkpoint/state.safetensors", edit_state(lambda a, m: m.pop("kl_coef")), ("resume",)),

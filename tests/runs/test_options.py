@@ -106,6 +106,8 @@ MUTATIONS = {
     "model.n_layer": Turn(2, shows="reference/config.json"),
     "model.n_head": Turn(4, shows="reference/config.json"),
     "model.d_model": Turn(12, shows="reference/config.json"),
+    "model.n_ctx": Turn(99, shows="reference/config.json"),
+    "model.ln_eps": Turn(0.1, shows="metrics of sft"),
     "sft.steps": sft_turn(7),
     "sft.batch_size": sft_turn(5),
     **optimizer_turns("sft", sft_turn),
@@ -153,6 +155,7 @@ ELSEWHERE = {  # fields with a test of their own, below
     "stages": "test_a_part_of_the_stages_is_run_and_resume_does_the_rest",
     "workers": "test_workers_change_who_computes_and_no_result",
     "threads": "test_threads_are_limited_while_the_stages_run",
+    "init": "test_a_run_starts_from_the_weights_and_the_tokenizer_of_init",
     "corpus": "test_the_corpus_and_the_pairs_are_read",
     "pairs": "test_the_corpus_and_the_pairs_are_read",
     "reward_timeout": "test_a_reward_may_be_given_a_time",
@@ -431,6 +434,22 @@ def test_of_a_large_corpus_a_part_is_kept(tmp_path):
         world = session_module.open_session(config).world
         sizes.append(len(world.demonstrations) + len(world.heldout_demonstrations))
     assert sizes[0] < sizes[1] == 5000  # a row counts for 300 characters more than it has
+
+
+def test_a_run_starts_from_the_weights_and_the_tokenizer_of_init(run, tmp_path, files):
+    base = run("names", {})
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for key, content in base.items():
+        if key.startswith("reference/"):
+            (tmp_path / key).write_bytes(content)
+    config = changed(tiny_config(tmp_path / "run"), files["names"] | {"init": str(reference)})
+    pipeline.train(changed(config, {"model.d_model": 12}))
+    got = outcome(tmp_path / "run")
+    same = {"config", "generation_config", "tokenizer", "tokenizer_config"}
+    assert not {f"reference/{name}.json" for name in same} & set(differences(base, got))
+    first = got["metrics of sft"][0]["loss/sft"]
+    assert first < base["metrics of sft"][0]["loss/sft"]  # it has learnt these names before
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path, files):

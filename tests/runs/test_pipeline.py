@@ -70,7 +70,8 @@ def names(tmp_path_factory):
 
 def test_a_run_leaves_all_its_files(finished):
     out, _, _ = finished
-    model = {"config.json", "model.safetensors"}
+    model = {"config.json", "model.safetensors", "generation_config.json"}
+    model |= {"tokenizer.json", "tokenizer_config.json"}
     expected = {
         *("config.toml", "world.json", "tiktoken.json", "result.json"),
         *("metrics.jsonl", "samples.jsonl", ".lock", "checkpoint/config.toml"),

@@ -258,6 +258,18 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         load_tokenizer(tmp_path)
 
 
+def test_what_makes_tiktoken_panic_is_one_sentence(tmp_path):
+    """A panic of Rust is no Exception: it would end the program."""
+    save_tokenizer(TOKENIZER, tmp_path)
+    path = tmp_path / "tiktoken.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"pattern": "((a|b)*)*c(?!d)"}))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="expected a pattern that splits every text") as caught:
+        tokenizer.encode("a" * 3000 + "b")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_or_truncated_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="found none"):
         load_tokenizer(tmp_path)

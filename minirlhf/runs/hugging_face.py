@@ -1,0 +1,237 @@
+"""What transformers reads and writes beside the weights: tokenizer out, a whole GPT-2 in.
+
+tiktoken joins the neighbours of lowest rank, transformers those that stand first in a list of
+merges. Where each token's bytes, joined by the lower ranks alone, end in two parts, these two are
+its merge, and both ways give the same ids.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minirlhf import disk
+from minirlhf.errors import InputError
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.runs.checkpoint import load_model
+from minirlhf.tree import Tree, tree_size
+from minirlhf.worlds import tokens
+from minirlhf.worlds.tokens import Tokenizer
+
+# what GPT-2 does not let tokens cross; the possessive form of tiktoken, which is faster
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# each byte as a printable character, as in GPT-2's encoder.py: printable bytes are themselves
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_REST = [byte for byte in range(256) if byte not in _PRINTABLE]
+_CHARACTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_REST)}
+_BYTES = {character: byte for byte, character in _CHARACTERS.items()}
+_LONGEST_TOKEN = 256  # bytes; the time to check a token grows with its square
+# a message of the user's, its answer, and so on, in the sequences of tokens.Tokenizer
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '<|endoftext|>' }}"
+    "{% else %}{{ '<|bos|>' + m['content'] + '<|sep|>' }}{% endif %}{% endfor %}"
+)
+
+
+# -- out -----------------------------------------------------------------------------------------
+def companions(
+    tokenizer: Tokenizer, sides: dict[str, Any], generation: dict[str, Any]
+) -> dict[str, bytes]:
+    """The files beside a model with which AutoTokenizer and generate do as we do.
+
+    In a text the names of special tokens are these tokens, as everywhere in transformers; with
+    `split_special_tokens=True` they are plain text, as for us.
+
+    Args:     sides: padding_side and model_max_length, for tokenizer_config.json.
+              generation: the entries of generation_config.json.
+    """
+    names = {"eos": tokens.EOS, "bos": tokens.BOS, "sep": tokens.SEP, "pad": tokens.PAD}
+    named = {f"{role}_token": name for role, name in names.items()}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": _CHAT_TEMPLATE}
+    kind["clean_up_tokenization_spaces"] = False
+    return {
+        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer_config.json": disk.to_json(kind | named | sides),
+        "generation_config.json": disk.to_json(generation),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
+    encoding = tokenizer.encoding
+    ranks = encoding._mergeable_ranks
+    specials = dict(sorted(encoding._special_tokens.items(), key=lambda item: item[1]))
+    # {1,3}+ is possessive for tiktoken but (?:{1,3})+ in Oniguruma's dialect; at the end of an
+    # alternative, where the encodings of tiktoken have it, it need not be possessive
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
+    exactly = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": name, "special": True} | exactly for name, i in specials.items()]
+    model = {
+        "type": "BPE",
+        "vocab": {"".join(map(_CHARACTERS.get, t)): i for t, i in ranks.items()} | specials,
+        "merges": [
+            " ".join("".join(map(_CHARACTERS.get, t)) for t in pair) for pair in merges_of(ranks)
+        ],
+        "ignore_merges": True,  # a piece that is a token is this token, merges or not
+    }
+    content = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": _split_by(pattern),
+        "decoder": _byte_level(use_regex=True),
+        "model": model,
+    }
+    return json.dumps(content).encode()
+
+
+def _split_by(pattern: str) -> dict[str, Any]:
+    """The pre-tokenizer of transformers that does what tiktoken does with a pattern."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, _byte_level(use_regex=False)]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    """`use_regex`: splits by GPT-2's pattern too."""
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return plain | {"use_regex": use_regex}
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two parts that make each token, by rank; none where the lower ranks leave more parts."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            of_pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+            i = of_pairs.index(min(of_pairs))
+            if of_pairs[i] >= rank:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+# -- in ------------------------------------------------------------------------------------------
+class Start(NamedTuple):
+    """A GPT-2 to start from."""
+
+    transformer: Tree  # float32, on the host
+    config: GPTConfig
+    tokenizer: Tokenizer
+    says: str  # what was read
+
+
+def read_gpt2(folder: str | Path) -> Start:
+    """A GPT-2 of transformers with its tokenizer; its stop token is ours.
+
+    Our other special tokens get rows of their own, the mean of all embeddings: at first they are
+    as likely as an average token (Hewitt 2021, "Initializing New Word Embeddings").
+
+    Raises:   InputError: as `load_model` and `read_tokenizer`.
+    """
+    folder = disk.settled(folder)
+    transformer, config, _ = load_model(folder, dtype=np.float32)
+    tokenizer, source = read_tokenizer(folder, n_rows=config.vocab_size)
+    wte, n = transformer["wte"], tokenizer.vocab_size
+    n_new = max(0, n - len(wte))
+    mean = np.broadcast_to(wte.mean(axis=0), (n_new, config.d_model))
+    transformer["wte"] = np.concatenate([wte, mean])[:n]
+    new = f", {n_new} of them new, with the mean of all embeddings" if n_new else ""
+    says = (
+        f"{folder}: a GPT-2 of {config.n_layer} blocks, {config.n_head} heads, {config.d_model} "
+        f"channels and {config.n_ctx} positions, {tree_size(transformer):,} parameters; {n:,} "
+        f"tokens of its {source}{new}"
+    )
+    return Start(transformer, replace(config, vocab_size=n), tokenizer, says)
+
+
+def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
+    """The tokenizer of a GPT-2 as a tiktoken.Encoding, and the name of its file.
+
+    Args:     n_rows: rows of the embedding, after which our special tokens get their ids.
+    Raises:   InputError: there is none, it is damaged, or no byte-level BPE with GPT-2's pattern or
+                  ours.
+    """
+    path, eos_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.exists():
+        path = folder / "vocab.json"
+    if not path.exists():
+        raise InputError(
+            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt; found neither: save "
+            "the tokenizer beside the model with save_pretrained"
+        )
+    content = disk.read_object(path)
+    if path.name == "vocab.json":
+        lines = disk.read_text(folder / "merges.txt").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        model = {"vocab": content, "merges": merges}
+        content = {"model": model, "pre_tokenizer": _byte_level(use_regex=True)}
+    eos = disk.read_object(eos_path).get("eos_token") if eos_path.exists() else tokens.EOS
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    try:
+        pattern, ranks, specials = _byte_level_bpe(content)
+        if max([*ranks.values(), *specials.values()], default=0) >= n_rows:
+            raise ValueError(f"it has ids that are not among the {n_rows} rows of the embedding")
+        if eos in specials:
+            specials[tokens.EOS] = specials.pop(eos)  # the name by which we know it
+        specials = tokens.with_ours(specials, n_rows)
+        return tokens.make_tokenizer("gpt2", pattern, ranks, specials), path.name
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        what = disk.shorten(str(error) if isinstance(error, ValueError) else repr(error), 160)
+        raise InputError(
+            f"{path}: expected a byte-level BPE as GPT-2's; {what}: name a folder whose tokenizer "
+            "is one"
+        ) from error
+
+
+def _byte_level_bpe(content: dict[str, Any]) -> tuple[str, dict[bytes, int], dict[str, int]]:
+    """(pattern, ranks, special tokens) of a tokenizer.json.
+
+    Raises:   ValueError: what is not supported, in words.
+              KeyError, AttributeError, TypeError: it has another structure.
+    """
+    model, pre = content["model"], content.get("pre_tokenizer")
+    added = {token["content"]: token for token in content.get("added_tokens") or []}
+    if (kind := model.get("type", "BPE")) != "BPE":  # old files leave it out
+        raise ValueError(f"its model is {kind!r}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(name):
+            raise ValueError(f"its BPE has {name} = {model[name]!r}")
+    if normalizer := content.get("normalizer"):
+        raise ValueError(f"it has a normalizer, {normalizer['type']!r}")
+    if plain := [name for name, token in added.items() if not token["special"]]:
+        raise ValueError(f"it has an added token that is no special one, {plain[0]!r}")
+    known = {pattern: _split_by(pattern) for pattern in (tokens.PATTERN, GPT2_PATTERN)}
+    patterns = [pattern for pattern, splits in known.items() if pre == splits]
+    if not patterns and {"use_regex": True, **(pre or {}), "trim_offsets": True} != _byte_level(
+        use_regex=True
+    ):
+        raise ValueError(f"its pre_tokenizer is {json.dumps(pre)}")
+
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    merges, made = [(_in_bytes(a), _in_bytes(b)) for a, b in pairs], {a + b for a, b in pairs}
+    specials, ranks = {name: token["id"] for name, token in added.items()}, {}
+    for token, i in model["vocab"].items():
+        if token not in added and (len(token) == 1 or token in made):
+            ranks[_in_bytes(token)] = i
+        elif token not in added and model.get("ignore_merges"):
+            raise ValueError(f"no merge makes its token {token!r}")
+        else:
+            specials.setdefault(token, i)
+    if max(map(len, ranks), default=0) > _LONGEST_TOKEN:
+        raise ValueError(f"it has a token of more than {_LONGEST_TOKEN} bytes")
+    if merges != list(merges_of(ranks)):
+        raise ValueError("its merges are not those that follow from the order of its ids")
+    return (patterns or [GPT2_PATTERN])[0], ranks, specials
+
+
+def _in_bytes(token: str) -> bytes:
+    if unknown := [character for character in token if character not in _BYTES]:
+        raise ValueError(f"its token {token!r} has {unknown[0]!r}, which stands for no byte")
+    return bytes(map(_BYTES.__getitem__, token))
