@@ -113,7 +113,7 @@ def test_what_transformers_saves_again_is_read(pair, tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     pairs = write_pairs(folder / "pairs.jsonl")
-    pipeline.train(tiny_config(folder / "run", pairs=pairs, sft__steps=40))
+    pipeline.train(tiny_config(folder / "run", pairs=pairs, sft__steps=150))
     return folder / "run"
 
 
