@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minirlhf.disk import parse_object, plain, read_bytes
+from minirlhf.disk import parse_object, plain, read_bytes, refuse_link
 from minirlhf.errors import InputError
 
 
@@ -22,6 +22,7 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in self.paths:
+                refuse_link(path)
                 path.touch()
                 _mend(path)
         except OSError as error:

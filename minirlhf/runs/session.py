@@ -24,6 +24,7 @@ from minirlhf.disk import next_numbered_folder, read_object, to_json, write_whol
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
+from minirlhf.runs import sizes
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.log import RunLog
 from minirlhf.train.optimizer import NonFiniteError
@@ -159,7 +160,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     array_module(config.device)  # refuse a device that is not there before anything is written
     world_name = Path(config.corpus or config.pairs or "support").stem
     out = config.out or next_numbered_folder(world_name)
-    if (out / "config.toml").exists():
+    if os.path.exists(out / "config.toml"):
         raise InputError(
             f"--out {out}: expected a new folder; it holds a run: go on with `minirlhf "
             "resume`, or choose another folder"
@@ -174,6 +175,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         reward=name_of(reward),
     )
     session = Session(config, world, _new_tokenizer(config, world), rng, **shown)
+    sizes.check_run(config, session.gpt, session.max_response_tokens)
     for note in (*world.notes, *unused_options(config)):
         session.say(note)
     _ = session.log  # refuses a folder that cannot be written
@@ -195,7 +197,7 @@ def reopen_session(
                   since it began.
     """
     folder = Path(folder)
-    if not (folder / "config.toml").exists():
+    if not os.path.exists(folder / "config.toml"):
         raise InputError(
             f"{folder}: expected a run folder with config.toml; found none: name the folder that "
             "`minirlhf train --out` wrote"
@@ -215,6 +217,8 @@ def reopen_session(
                 "the pairs or the seed have changed: restore them, or train in a new folder"
             )
     session = Session(config, world, tokens.load_tokenizer(folder), rng, **shown)
+    if not look:
+        sizes.check_run(config, session.gpt, session.max_response_tokens)
     for note in world.notes:
         session.say(note)
     return session
