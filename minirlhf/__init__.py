@@ -8,7 +8,6 @@ dir(minirlhf) lists the public names; help(minirlhf.TrainConfig) says what can b
 """
 
 import importlib
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -35,7 +34,7 @@ _HOME = {  # name -> where it is defined; imported at first use, so `import mini
 __all__ = ["train", *sorted(_HOME)]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "train":  # the room of the loops, which can be called
         return importlib.import_module("minirlhf.train")
     if name not in _HOME:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -18,14 +19,18 @@ from typing import Any
 import numpy as np
 
 from minirlhf.errors import InputError
+from minirlhf.memory import require_memory
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file.
 
-    Raises:   InputError: there is no such file, it is a folder, or it may not be read.
+    Raises:   InputError: there is no such file, it is a folder, a pipe or a device, it may not be
+                  read, or it is larger than the memory at hand.
     """
     try:
+        check_regular(path)
+        require_memory({str(path): os.path.getsize(path)})
         return Path(path).read_bytes()
     except OSError as error:
         raise cannot_read(path, error) from error
@@ -34,10 +39,26 @@ def read_bytes(path: str | Path) -> bytes:
 def cannot_read(path: str | Path, error: OSError) -> InputError:
     """What a file that could not be read means for the person who named it."""
     if isinstance(error, FileNotFoundError):
-        return InputError(f"{path}: expected a file; found none: check the path")
+        return InputError(f"{path or repr(path)}: expected a file; found none: check it")
     if isinstance(error, IsADirectoryError):
         return InputError(f"{path}: expected a file; got a folder: name a file in it")
     return InputError(f"{path}: expected a readable file; got: {error.strerror or error}")
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what is no plain file: to open a pipe waits for its other end, a device has no end.
+
+    Raises:   InputError: it is a folder, a pipe, a socket or a device, or its name is no path.
+              OSError: there is none, or it cannot be looked at.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a NUL in it, or half a surrogate pair
+        raise InputError(f"{path}: expected a path; got text that is none: check it") from error
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: expected a file; got a folder: name a file in it")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: expected a file; got a pipe or a device: save it as a file")
 
 
 def read_text(path: str | Path) -> str:
@@ -89,9 +110,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
     Raises:   InputError: as `read_text`; or the file is not TOML.
     """
+    text = read_text(path)
     try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, tables in tables
         raise InputError(f"{path}: expected TOML; got {error}: correct it") from error
 
 
@@ -162,12 +184,12 @@ def write_whole(path: str | Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a writer that crashed
         _write_synced(temporary, data)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
+        _remove(temporary)
         raise cannot_write(path, error) from error
 
 
@@ -179,12 +201,13 @@ def write_whole_folder(
     Other content of the folder stays, except the names in `drop`. During the swap there is a moment
     in which only `.NAME.old` exists: read through `settled`. One writer at a time.
 
-    Raises:   InputError: the disk or the permissions refuse.
+    Raises:   InputError: the folder is a link, or the disk or the permissions refuse.
     """
-    folder = Path(folder).resolve()
+    refuse_link(folder)
+    folder = Path(folder).absolute()
     new, old = folder.with_name(f".{folder.name}.new"), _old_name(folder)
     try:
-        shutil.rmtree(new, ignore_errors=True)  # of a writer that crashed
+        _remove(new)  # of a writer that crashed
         current = folder if folder.exists() else old
         if current.exists():
             replaced = files.keys() | drop
@@ -195,14 +218,26 @@ def write_whole_folder(
             _write_synced(new / name, data)
         _sync_folder(new)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
             os.replace(folder, old)
         os.replace(new, folder)
         _sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
+        _remove(new)
         raise cannot_write(folder, error) from error
+
+
+def refuse_link(path: str | Path) -> None:
+    """A link in a run folder may lead anywhere: nothing is written through it.
+
+    Raises:   InputError: the path is a symbolic link.
+    """
+    if os.path.islink(path):
+        raise InputError(
+            f"{path}: expected it in the run folder; got a link to {os.readlink(path)}, which is "
+            "not written through: put what it leads to in its place"
+        )
 
 
 def settled(folder: str | Path) -> Path:
@@ -211,12 +246,12 @@ def settled(folder: str | Path) -> Path:
     Raises:   InputError: there is no such folder, or it is a file.
     """
     folder = Path(folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise InputError(f"{folder}: expected a folder; got a file: name the folder it is in")
-    old = _old_name(folder.resolve())
-    if not old.is_dir():
+    old = _old_name(folder.absolute())
+    if not os.path.isdir(old):
         raise InputError(f"{folder}: expected a folder; found none: check the path")
     return old
 
@@ -225,8 +260,15 @@ def _old_name(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, not what it leads to; what stays is found out later."""
+    with suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:  # a new one: an old name may be a link to anywhere
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

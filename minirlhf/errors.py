@@ -1,10 +1,17 @@
 """The one exception that means: the person at the command line gave something wrong."""
 
+LONGEST = 400  # characters of a message, whatever it quotes
+
 
 class InputError(ValueError):
     """A file, a name or an option that the user gave cannot be used.
 
-    The message is one sentence: what was expected, what came, what to do. The command line prints
-    `minirlhf: <message>` on stderr and exits with status 2, without a traceback. The mathematics in
-    `nn/` and `rlhf/` raises plain ValueError and TypeError instead.
+    The message is one sentence on one line: what was expected, what came, what to do. The command
+    line prints `minirlhf: <message>` on stderr and exits with status 2, without a traceback. The
+    mathematics in `nn/` and `rlhf/` raises plain ValueError and TypeError instead.
     """
+
+    def __init__(self, message: str):
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST - 123]}...{message[-120:]}"
+        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in message))

@@ -161,6 +161,19 @@ if CAN_FORK:
     os.register_at_fork(after_in_child=_work_alone)
 
 
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes started here never see Ctrl-C, which is for the one who starts them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Processes:
     """n forked processes, each at the end of a pipe; `map` and `shutdown` as an Executor has them.
 
@@ -173,7 +186,7 @@ class _Processes:
         for _ in range(n):
             ours, theirs = multiprocessing.Pipe()
             process = new(target=_serve, args=(theirs, ours), daemon=True)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), without_interrupts():
                 # Python 3.12 warns of threads beside a fork; the BLAS's are idle and not used there
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
@@ -196,7 +209,6 @@ class _Processes:
 
 def _serve(pipe: Connection, other_end: Connection) -> None:
     """A worker's life: one message after the other, until the one who forked it has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asked
     other_end.close()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:

@@ -162,7 +162,7 @@ class Run:
                 "sample: expected a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
                 f"seed >= 0; got {temperature}, {top_k}, {top_p} and {seed}: choose such numbers"
             )
-        for prompt in prompts:
+        for prompt in set(prompts):
             self._refuse_to_cut(prompt=prompt)
         params = self.reference if reference else self.policy
         rng, sampling = np.random.default_rng(seed), Sampling(temperature, top_k, top_p)

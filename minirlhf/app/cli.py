@@ -1,6 +1,7 @@
 """The command line: minirlhf train | resume | score | sample | exact | check.
 
-Nothing but this file is imported until a command is known: `minirlhf --version` answers at once.
+Nothing but this file is imported until a command is known: `minirlhf --version` answers at once,
+and so does Ctrl-C.
 """
 
 import importlib
@@ -34,29 +35,42 @@ COMMANDS = {  # name -> module and function; its arguments are the options, its 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status 0: done; 1: a check failed; 2: the input was wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if hasattr(sys.stdout, "reconfigure"):  # what the terminal cannot show becomes a "?"
-        sys.stdout.reconfigure(errors="replace")
+    """Entry point. Exit status 0: done; 1: a check failed; 2: the input was wrong; 130: Ctrl-C.
+
+    Args:     arguments: None: those of this process, whose signals are then ours as well.
+    """
+    is_program, said = arguments is None, ""
+    arguments = sys.argv[1:] if is_program else arguments
     try:
-        status = run_command(arguments)
-    except InputError as error:
+        if is_program:
+            _on_interrupt("leave")
+        _mend_streams()
+        try:
+            status = run_command(arguments)
+        except SystemExit as end:  # a help has been shown
+            status = end.code or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone: `minirlhf check | head`
+        status = 1
+    except KeyboardInterrupt as stop:  # a run says how it goes on
+        status, said = 130, f"interrupted{f'; {stop}' if stop.args else ''}"
+    except (InputError, MemoryError, OSError) as error:
         if os.environ.get("MINIRLHF_TRACEBACK"):
             raise
-        print(f"minirlhf: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt as stop:  # a run says how it goes on
-        print(f"minirlhf: interrupted{f'; {stop}' if stop.args else ''}", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of our output has gone: `minirlhf check | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
+        status, said = 2, _sentence(error)
+    if is_program:
+        _on_interrupt("ignore")
+    _leave_message(said)
+    exec("")  # one that was interrupted would let Python end by the signal, whatever the status
     sys.exit(status)
 
 
 def run_command(arguments: list[str]) -> int:
     """Dispatch on the first word."""
     name, *rest = arguments or ["help"]
+    for word in arguments:
+        if any("\ud800" <= c <= "\udfff" for c in word):  # how Python keeps a byte that is no text
+            raise InputError(f"expected text in UTF-8; got {word!r}: rename the file, or retype it")
     if name in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -69,11 +83,71 @@ def run_command(arguments: list[str]) -> int:
         )
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(f"minirlhf.app.{module}"), function)
+    from minirlhf.app.options import parse
     from minirlhf.backend import keep_freed_memory
 
     keep_freed_memory()
+    _on_interrupt("raise")
     if name == "train":  # a file may hold the options that its flags leave open
         return command(rest)
-    import tyro
+    return parse(command, rest, name)()
 
-    return tyro.cli(command, args=rest, prog=f"minirlhf {name}")
+
+# -- Ctrl-C, and streams that are closed or full --------------------------------------------------
+def _on_interrupt(answer: str) -> None:
+    """What Ctrl-C does to this program: "leave" on the spot, "raise" KeyboardInterrupt, "ignore".
+
+    It leaves while libraries are imported, which may swallow the exception or show half of it, and
+    ignores it once all is done. Where it is ignored from the beginning it stays so.
+    """
+    import signal
+
+    now, raises = signal.getsignal(signal.SIGINT), signal.default_int_handler
+    if now is _interrupted or (now is raises and answer != "raise"):
+        handlers = {"leave": _interrupted, "raise": raises, "ignore": signal.SIG_IGN}
+        signal.signal(signal.SIGINT, handlers[answer])
+        sys.unraisablehook = _unraisable
+
+
+def _interrupted(*_) -> None:
+    os.write(2, b"minirlhf: interrupted\n")
+    os._exit(130)
+
+
+def _unraisable(raised) -> None:
+    """An exception in a destructor is lost, but not Ctrl-C."""
+    _interrupted() if raised.exc_type is KeyboardInterrupt else sys.__unraisablehook__(raised)
+
+
+def _mend_streams() -> None:
+    """Output that was closed goes nowhere; what the terminal cannot show becomes a "?"."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell of an error that is no bug."""
+    if isinstance(error, MemoryError):
+        error = InputError(
+            f"expected enough memory; got {str(error) or 'none'}: choose fewer --workers, or a "
+            "smaller --model.d-model, --ppo.batch-size or --ppo.micro-batch-size"
+        )
+    elif isinstance(error, OSError):
+        error = InputError(
+            f"{error.filename or 'output'}: expected it to be usable; got "
+            f"{error.strerror or error}: free some space or name another"
+        )
+    return str(error)
+
+
+def _leave_message(said: str) -> None:
+    """Say it, and let what cannot be written any more go nowhere, not into a traceback."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"minirlhf: {said}\n" if said else "")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,24 +1,23 @@
 """What `minirlhf train`, `resume`, `score` and `sample` do; their arguments are the options."""
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from minirlhf.app import api, pictures, tables
+from minirlhf.app import api, options, pictures, tables
 from minirlhf.app.progress import say, track
+from minirlhf.disk import shorten
 from minirlhf.errors import InputError
+from minirlhf.memory import require_memory
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import refuse_foreign_code
 from minirlhf.runs.session import Session, open_session, reopen_session
-
-TRAIN_HELP = """Supervised fine-tuning, reward model, PPO, into one run folder.
-
---config FILE reads a TOML file like a run's config.toml; flags overrule it.
---beta X is short for --ppo.kl-coef X, the weight of the KL penalty."""
+from minirlhf.runs.sizes import samples_bytes
 
 
 def train(arguments: list[str]) -> int:
@@ -27,21 +26,40 @@ def train(arguments: list[str]) -> int:
 
 
 def parse_config(arguments: list[str]) -> TrainConfig:
-    """The configuration from flags, which overrule the file that `--config` names."""
-    ours = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    ours.add_argument("--config")
-    ours.add_argument("--beta")
+    """The configuration from flags, which overrule the file that `--config` names.
+
+    Raises:   InputError: a flag or the file is wrong.
+              SystemExit: the help was asked for, and has been shown.
+    """
+    ours = argparse.ArgumentParser(
+        prog="minirlhf train",
+        usage="%(prog)s [OPTIONS]",
+        description="Supervised fine-tuning, reward model, PPO, into one run folder. Each option "
+        "stands with its default.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30),
+        allow_abbrev=False,
+        add_help=False,
+        exit_on_error=False,
+    )
+    ours.add_argument("-h", "--help", action="store_true", help="Show what one needs")
+    ours.add_argument("--help-all", action="store_true", help="Show every option")
+    ours.add_argument("--config", metavar="FILE", help="TOML like a run's; flags overrule it")
+    ours.add_argument("--beta", metavar="X", help="Short for --ppo.kl-coef, the KL penalty's")
     try:
         named, rest = ours.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(f"{error.argument_name}: {error.message}; got none: name one") from error
-    rest += ["--ppo.kl-coef", named.beta] if named.beta else []
-    start = load_config(named.config) if named.config else TrainConfig()
+    start = TrainConfig() if named.config is None else load_config(named.config)
+    if named.help or named.help_all:
+        options.add_help(ours, start, everything=named.help_all)
+        print(ours.format_help(), end="")
+        raise SystemExit(0)
     of_run = named.config and Path(named.config).with_name("world.json").exists()
     if of_run and not any(word.partition("=")[0] == "--reward" for word in rest):
         refuse_foreign_code(Path(named.config).parent, start.reward)
-    about = {"prog": "minirlhf train", "description": TRAIN_HELP}
-    return tyro.cli(TrainConfig, args=rest, default=start, **about)
+    rest += [] if named.beta is None else ["--ppo.kl-coef", named.beta]
+    known = [name for names, *_ in options.options_of(start) for name in names]
+    return options.read(TrainConfig, rest, "train", [*known, "config", "beta"], default=start)
 
 
 def resume(
@@ -51,11 +69,11 @@ def resume(
     reward: str = "",
     accept_changed_reward: bool = False,
 ) -> int:
-    """Go on with an interrupted run; its result is that of a run that was never interrupted.
+    """Go on with an interrupted run; it ends as if it had never been interrupted.
 
-    A stage that was begun goes on from its last checkpoint: of PPO every --checkpoint-every
-    iterations, of the others every ten seconds. In config.toml may be changed: what made nothing
-    yet, learning rates, and what changes no number.
+    A begun stage goes on from its last checkpoint: of PPO every --checkpoint-every
+    iterations, of the others every ten seconds. In config.toml may be changed: what
+    made nothing yet, learning rates, and what changes no number.
 
     Args:
         run: Run folder.
@@ -127,10 +145,14 @@ def sample(
     if n < 1:
         raise InputError(f"sample: expected n >= 1; got {n}: choose such a number")
     opened = api.open_run(run)
+    session = opened.session
+    require_memory({"--n": samples_bytes(session.gpt, n, 1, session.max_response_tokens)})
     same = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     prompts = [prompt] * n
     replies = (opened.sample(prompts, reference=which, **same) for which in (True, False))
-    _print(tables.replies_table(f"replies to {prompt!r}", opened.session.world, prompts, *replies))
+    _print(
+        tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies)
+    )
     return 0
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from minirlhf.errors import InputError
 from minirlhf.exact import experiments, ground_truth
 from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.tree import Tree
+from minirlhf.workers import without_interrupts
 
 Row = dict[str, Any]
 Part = Literal[
@@ -46,13 +48,13 @@ def exact_command(
     out: Path | None = None,
     processes: int = 2,
 ) -> int:
-    """The exact answer on small worlds, and how far every estimate and every policy is from it.
+    """The exact answer on small worlds; how far from it are every estimate and policy.
 
     - kl: where the penalty stands and what its gradient is then
     - gae, surrogate: bias of advantages; how long PPO's surrogate can be followed
     - flatness: why the noise of the sampled penalty vanishes at the optimum
     - optimum: PPO and one-step REINFORCE against J* = beta log Z
-    - placement, clip: the same training with other placements of the penalty, other clips
+    - placement, clip: the same training, the penalty elsewhere; with other clips
     - overoptimisation: proxy and gold along the exact frontier, best-of-n, PPO
 
     Args:
@@ -101,7 +103,13 @@ def run_experiments(parts: tuple, seeds: tuple, *, iterations: int, processes: i
     runs += experiments.clip_runs() + experiments.overoptimisation_runs()
     runs = [run for run in runs if run.part in parts]
     seeds = seeds if runs else ()
-    with multiprocessing.get_context("spawn").Pool(processes, initializer=_start_worker) as pool:
+    n_jobs = max(len(runs) * len(seeds), len(parts), len(seeds))
+    new_pool = multiprocessing.get_context("spawn").Pool
+    if hasattr(signal, "pthread_sigmask"):  # POSIX
+        resource_tracker.ensure_running()  # now, because to start it lets interrupts in again
+    with without_interrupts():
+        crew = new_pool(min(processes, n_jobs), initializer=_start_worker)
+    with crew as pool:
 
         def each(f: Callable[..., Any], jobs: Iterable[tuple], title: str) -> list:
             pending = [pool.apply_async(f, job) for job in jobs]

@@ -4,12 +4,14 @@ At most five lines an axis, in colours that every eye can tell apart (Okabe and 
 marker each. A number that differs from 0 by rounding alone is drawn as 0.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minirlhf.disk import write_whole
 from minirlhf.exact.optimum import GaoFit
 
 Row = dict[str, Any]
@@ -49,11 +51,16 @@ def say(axis, title: str, x: str, y: str = "", *, legend: dict | None = None) ->
 
 
 def save(figure, path: Path) -> Path:
-    """The figure as a file, with a grid on every axis."""
+    """The figure as a file, with a grid on every axis.
+
+    Raises:   InputError: the disk or the permissions refuse.
+    """
     for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format=path.suffix[1:])
+    write_whole(path, drawn.getvalue())
     return path
 
 

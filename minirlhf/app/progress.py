@@ -12,8 +12,9 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(line: str) -> None:
-    """A note beside the bars, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A note beside the bars, on stderr; where it cannot be written, work goes on without it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def track(steps: Iterable, title: str) -> Iterator:

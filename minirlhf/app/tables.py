@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from minirlhf.disk import shorten
 from minirlhf.runs.pipeline import Result
 from minirlhf.worlds.world import World
 
@@ -77,7 +78,8 @@ def rows_table(title: str, columns: dict[str, str], rows: list[dict], **look) ->
 
 def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
-    title = f"{len(result.prompts)} replies to held-out prompts of the world {world.name!r}"
+    of_world = f"held-out prompts of the world {shorten(world.name)!r}"
+    title = f"{len(result.prompts)} replies to {of_world}"
     table = number_table(title, "", "reference", "policy", box=box.HEAVY_HEAD, padding=(0, 1))
     rows = [name for name in ROWS if np.isfinite(result.policy[name])]
     for name in rows:

@@ -314,6 +314,7 @@ def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
         raise ValueError(
             f"save_state: expected keys and meta that JSON holds exactly; got {header}"
         )
+    disk.refuse_link(folder)
     disk.write_whole(Path(folder) / _STATE, save(tensors, {_STATE_KEY: text}))
 
 

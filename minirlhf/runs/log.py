@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minirlhf.disk import cannot_write, parse_object, plain, read_bytes, shorten
+from minirlhf.disk import cannot_write, parse_object, plain, read_bytes, refuse_link, shorten
 from minirlhf.errors import InputError
 
 _METRICS, _SAMPLES = {"step": int, "stage": str}, {"step": int}  # what every line has
@@ -26,6 +26,7 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in self.paths:
+                refuse_link(path)
                 path.touch()
                 _mend(path)
         except OSError as error:

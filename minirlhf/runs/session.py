@@ -27,7 +27,7 @@ from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.runs import hugging_face
+from minirlhf.runs import hugging_face, sizes
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.limits import fit_world
 from minirlhf.runs.lock import locked
@@ -206,8 +206,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     if config.init:
         start = hugging_face.read_gpt2(config.init)
         notes.append(f"--init: {start.says}")
-        sizes = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
-        config = replace(config, init=os.path.abspath(config.init), model=sizes)
+        model = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
+        config = replace(config, init=os.path.abspath(config.init), model=model)
     tokenizer = start.tokenizer if config.init else _new_tokenizer(config, world)
     world = fit_world(world, tokenizer, config, rng["world"])
     config = replace(
@@ -219,6 +219,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     )
     session = Session(config, world, tokenizer, rng, **shown)
     _ = session.gpt  # refuses sizes that contradict each other
+    sizes.check_run(config, session.gpt, session.max_response_tokens)
     out = config.out or new_numbered_folder(name_and_kind(named)[0])
     session.config, session.world = replace(config, out=out), going_on(world, out)
     for note in (*world.notes, *notes):
@@ -236,7 +237,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
 
 
 def _refuse_a_run(out: Path | None) -> None:
-    if out and (out / "config.toml").exists():
+    if out and os.path.exists(out / "config.toml"):
         raise InputError(
             f"--out {out}: expected a new folder; it holds a run: go on with `minirlhf resume "
             f"{shlex.quote(str(out))}`, or choose another folder"
@@ -264,7 +265,7 @@ def reopen_session(
                   have changed since it began.
     """
     folder = Path(folder)
-    if not (folder / "config.toml").exists():
+    if not os.path.exists(folder / "config.toml"):
         raise InputError(
             f"{folder}: expected a run folder with config.toml; found none: name the folder that "
             "`minirlhf train --out` wrote"
@@ -295,6 +296,8 @@ def reopen_session(
             keep_reward(folder, stored, reward or config.reward)
     config = replace(config, reward=name_of(reward or config.reward))
     session = Session(config, world, tokenizer, rng, **shown)
+    if not look:
+        sizes.check_run(config, session.gpt, session.max_response_tokens)
     for note in world.notes:
         session.note(note)
     return session

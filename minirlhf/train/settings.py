@@ -5,6 +5,7 @@ and the command line makes a flag of each.
 """
 
 import math
+import re
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,8 +20,8 @@ _RULES = {
     "at_least_1": (lambda x: x >= 1, "at least 1"),
     "at_least_2": (lambda x: x >= 2, "at least 2"),
     "at_least_0": (lambda x: x >= 0, "at least 0"),
-    # float32 holds no positive number much below: 1e-46 would become 0
-    "above_0": (lambda x: x >= 1e-37, "at least 1e-37"),
+    # float32 holds no positive number much below or above: 1e-46 would become 0, 1e39 inf
+    "above_0": (lambda x: 1e-37 <= x <= 1e37, "at least 1e-37 and at most 1e37"),
     "shares": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
     "decays": (lambda x: 0 <= x < 1, "at least 0 and less than 1"),
 }
@@ -89,7 +90,11 @@ def _typed(value: Any, hint: Any, f: Field, where: str) -> Any:
     kind = kinds[0]
     accepted = {float: (int, float, np.number), int: (int, np.integer), Path: (str, Path)}
     is_flag = isinstance(value, bool | np.bool_)
-    if is_flag != (kind is bool) or not isinstance(value, accepted.get(kind, (kind, np.bool_))):
+    no_text = kind in (str, Path) and re.search("[\ud800-\udfff]", str(value))  # bytes of no UTF-8
+    no_path = kind is Path and (value == "" or "\0" in str(value))
+    too_large = isinstance(value, int) and not -(2**63) <= value < 2**63
+    is_kind = isinstance(value, accepted.get(kind, (kind, np.bool_)))
+    if is_flag != (kind is bool) or not is_kind or no_text or no_path or too_large:
         expected = "a path" if kind is Path else kind.__name__
         raise InputError(f"{where}: expected {expected}; got {value!r}: correct it")
     return kind(value)

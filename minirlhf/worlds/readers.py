@@ -17,7 +17,7 @@ from itertools import chain, count, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from minirlhf.disk import cannot_read, parse_object, shorten
+from minirlhf.disk import cannot_read, check_regular, parse_object, shorten
 from minirlhf.errors import InputError
 
 COLUMNS = {  # what a column means -> what it may be called, capitals aside
@@ -69,6 +69,7 @@ def rows_of(
     named, kind = _named(columns), name_and_kind(path)[1]
     means = functools.partial(_meanings, source=source, named=named)
     try:
+        check_regular(path)
         with open(path, "rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             head = file.peek(_CHUNK)

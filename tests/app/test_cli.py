@@ -1,5 +1,6 @@
 """The command line: what a person types, what they get, and its exit status."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -11,9 +12,11 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
+import tyro
 from tiny_run import (
     as_flags,
     call,
@@ -31,7 +34,8 @@ from tiny_run import (
 )
 
 import minirlhf
-from minirlhf.app import check, cli, commands, progress
+from minirlhf.app import check, cli, commands, exact, options, progress
+from minirlhf.errors import LONGEST, InputError
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import transformer_forward
 from minirlhf.runs import pipeline
@@ -125,9 +129,11 @@ def test_an_unknown_command_is_refused_and_the_known_ones_named(capsys, name):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_each_command(capsys, command):
-    status, out, err = call(capsys, command, "--help")
+def test_help_of_each_command(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = call(capsys, command, "--help-all" if command == "train" else "--help")
     assert status == 0 and err == ""
+    assert max(map(len, out.splitlines())) <= 80
     assert f"minirlhf {command}" in words(out)
     expected = {
         "train": [
@@ -145,6 +151,31 @@ def test_help_of_each_command(capsys, command):
         assert option in words(out) or option.rpartition(".")[2] in out, option
 
 
+def test_the_help_of_train_is_short_and_a_file_changes_its_defaults(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    fields = {path.replace("_", "-") for path, _ in leaves(TrainConfig())}
+    chosen = [name for names in options.SHOWN.values() for name in names]
+    assert set(chosen) < fields and len(chosen) == len(set(chosen)) < 30
+    status, out, err = call(capsys, "train", "--help")
+    shown = re.findall(r"^  --([\w.-]+)", out, re.MULTILINE)
+    assert status == 0 and err == "" and shown == ["help-all", "config", "beta", *chosen]
+    assert "--ppo.kl-coef 0.2 " in out and len(out.splitlines()) < 60
+    everything = call(capsys, "train", "--help-all")[1]
+    shown = re.findall(r"^  --([\w.-]+)", everything, re.MULTILINE)
+    assert len(shown) == len(set(shown)) and set(shown) == {*fields, "help-all", "config", "beta"}
+    assert "--ppo.no-whiten-advantages" in everything and "[cpu, cuda]" in everything
+    (tmp_path / "c.toml").write_text("[ppo]\nkl_coef = 0.75\n")
+    assert "--ppo.kl-coef 0.75 " in call(capsys, "train", "--config", tmp_path / "c.toml", "-h")[1]
+    assert list(tmp_path.iterdir()) == [tmp_path / "c.toml"]
+
+
+def test_a_list_in_a_help_stays_a_list(capsys):
+    shown = call(capsys, "exact", "--help")[1].splitlines()
+    said = [line.partition(":")[0] for line in shown if line.startswith("- ")]
+    parts = {part for line in said for part in line.removeprefix("- ").split(", ")}
+    assert parts == set(exact.PARTS) and len(said) == 6
+
+
 def test_the_installed_program_is_this_one():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, name = scripts["minirlhf"].partition(":")
@@ -152,28 +183,68 @@ def test_the_installed_program_is_this_one():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "arguments, said",
     [
-        ["train", "--sead", "1"],
-        ["train", "--seed", "one"],
-        ["train", "--device", "gpu"],
-        ["train", "--ppo.batch-size", "0"],
-        ["train", "--ppo.kl-mode", "k4"],
-        ["train", "--model.n-head", "3"],
-        ["resume"],
-        ["score", "run", "--prompt", "a"],
-        ["sample", "run"],
-        ["check", "everything"],
-        ["train", "--config"],
-        ["train", "--beta"],
-        ["train", "--beta", "much"],
+        ("train --sead 1", "expected an option of train; got '--sead': perhaps --seed is meant"),
+        ("train --zzz=1", "expected an option of train; got '--zzz=1': see minirlhf train --help"),
+        ("train --ppo.kl_coeff 1", "perhaps --ppo.kl-coef is meant"),
+        ("train --seed one", "--seed: expected a whole number; got 'one'"),
+        ("train --seed", "--seed: expected a value; got none"),
+        ("train --seed 1 2", "expected an option of train; got '2'"),
+        ("train --seed 1 --seed two", "--seed: expected a whole number; got 'two'"),  # the last
+        ("train --device gpu", "--device: expected one of 'cpu', 'cuda'; got 'gpu'"),
+        ("train --ppo.batch-size 0", "ppo.batch_size: expected at least 1; got 0"),
+        ("train --ppo.kl-mode k4", "--ppo.kl-mode: expected one of 'reward_k1', "),
+        ("train --ppo.whiten-rewards maybe", "expected an option of train; got 'maybe'"),
+        ("train --model.n-head 3", "model.n_head: expected a divisor of d_model = 64; got 3"),
+        (
+            "train --sft.optimizer.eps 1e-46",
+            "sft.optimizer.eps: expected at least 1e-37 and at most 1e37; got 1e-46",
+        ),
+        ("train --ppo.optimizer.eps 0", "ppo.optimizer.eps: expected at least 1e-37 and"),
+        ("train --ppo.optimizer.eps 1e39", "ppo.optimizer.eps: expected at least 1e-37 and"),
+        ("train --ppo.temperature 1e39", "ppo.temperature: expected at least 1e-37 and at most"),
+        ("train --seed 1" + 5000 * "0", "Exceeds the limit"),
+        ("train --seed 1" + 30 * "0", "seed: expected int; got 1000"),
+        ("train --config=", "'': expected a file; found none"),
+        ("train --beta=", "--ppo.kl-coef: expected a number; got ''"),
+        ("train --beta much", "--ppo.kl-coef: expected a number; got 'much'"),
+        ("train --out=", "--out: expected a folder; got an empty name"),
+        ("resume", "expected also PATH Run folder. (required); got none"),
+        ("score run --prompt a", "expected also --response STR The response y. (required)"),
+        ("sample run", "expected also --prompt STR"),
+        ("sample run --prompt", "--prompt: expected a value; got none"),
+        ("sample run --prompt a --n 1.5", "--n: expected a whole number; got '1.5'"),
+        ("check everything", "expected an option of check; got 'everything'"),
+        ("exact --parts kl gaee", "--parts: expected one of 'kl', 'gae', "),
+        ("train " + 10_000 * "x", "got 'xxx"),
+        (10_000 * "x", "got 'xxx"),
     ],
+    ids=lambda text: text[:30],
 )
-def test_wrong_flags_are_refused_before_anything_happens(capsys, tmp_path, monkeypatch, arguments):
+def test_a_wrong_option_is_one_sentence_that_says_what_to_do(
+    capsys, tmp_path, monkeypatch, arguments, said
+):
     monkeypatch.chdir(tmp_path)
-    status, _, err = call(capsys, *arguments)
-    assert status == 2 and "Traceback" not in err
-    assert arguments[-1] in err or arguments[-2] in err or "required" in err.lower(), err
+    message = refusal(capsys, *arguments.split(" "))
+    assert said in message and len(message) <= LONGEST
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_with_a_name_of_its_own_is_the_nearest_by_that_name():
+    def command(*, iterations: Annotated[int, tyro.conf.arg(name="ppo.iterations")] = 0) -> int:
+        return iterations
+
+    assert options.parse(command, ["--ppo.iterations", "5"], "resume")() == 5
+    with pytest.raises(InputError, match="perhaps --ppo.iterations is meant"):
+        options.parse(command, ["--ppo.iteration", "5"], "resume")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_argument_that_is_no_text_is_refused(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(capsys, command, "--out", os.fsdecode(b"run\xff"))
+    assert "expected text in UTF-8; got 'run\\udcff'" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -525,23 +596,122 @@ def test_a_terminal_that_knows_only_ascii_gets_question_marks(desk):
     assert b"replies to '?'" in done.stdout
 
 
+CAN_BE_INTERRUPTED = {  # also where the tests themselves run in the background; a group of its own
+    "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    "start_new_session": True,
+}
+INTERRUPTS = """
+import os, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), 2)
+            sum(range(99))
+sys.meta_path.insert(0, Interrupt())
+from minirlhf.app.cli import main
+sys.argv = ["minirlhf", *{arguments!r}]
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")
+@pytest.mark.parametrize(
+    "module, arguments",
+    [
+        ("signal", ["train"]),
+        ("minirlhf.app.commands", ["train"]),
+        ("numpy", ["check"]),
+        ("numpy._core._multiarray_umath", ["train"]),
+        ("tiktoken._tiktoken", ["sample", "run"]),
+        ("rich.console", ["exact"]),
+        ("tyro", ["train", "--help"]),
+    ],
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_sentence(tmp_path, module, arguments):
+    script = INTERRUPTS.format(module=module, arguments=arguments)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        **CAN_BE_INTERRUPTED,
+    )
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert done.stderr.startswith("minirlhf: interrupted") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+STRANGE_PLACES = {
+    "a destructor, where Python reports an exception and goes on": "Interrupted()",
+    "an exec, after which Python would end itself by the signal": "exec('Interrupted.__del__(0)')",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")
+@pytest.mark.parametrize("place", STRANGE_PLACES)
+def test_ctrl_c_in_strange_places_ends_the_program_like_any_other(tmp_path, place):
+    script = f"""
+import os, signal, sys
+from minirlhf.app import check, cli
+class Interrupted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(99))
+def command() -> int:
+    {STRANGE_PLACES[place]}
+    return 0
+check.check_command = command
+sys.argv = ["minirlhf", "check"]
+cli.main()
+"""
+    (tmp_path / "program.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-m", "program"],
+        env=environment(PYTHONPATH=str(ROOT)),
+        cwd=tmp_path,
+        capture_output=True,
+        **CAN_BE_INTERRUPTED,
+    )
+    assert (done.returncode, done.stderr) == (130, b"minirlhf: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")
+@pytest.mark.parametrize("delay", [0.3, 0.8, 1.6])
+def test_ctrl_c_in_exact_leaves_its_processes_quiet(tmp_path, delay):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minirlhf", "exact", "--out", str(tmp_path / "exact")],
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        **CAN_BE_INTERRUPTED,
+    )
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1] == "minirlhf: interrupted"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends the signal of Ctrl-C")
 def test_ctrl_c_and_resume(tmp_path, names, capsys):
-    config = tiny_config(
-        tmp_path / "run", corpus=names, reward=VOWELS, ppo__iterations=400, eval_every=0
-    )
+    changes = {"corpus": names, "reward": VOWELS, "eval_every": 0, "workers": 2}
+    config = tiny_config(tmp_path / "run", ppo__iterations=400, **changes)
     process = subprocess.Popen(
         [sys.executable, "-m", "minirlhf", "train", *as_flags(config)],
         env=environment(PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **CAN_BE_INTERRUPTED,
     )
     deadline = time.monotonic() + 60
     while not (config.out / "checkpoint/state.safetensors").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, the workers too
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.splitlines()[-1].startswith("minirlhf: interrupted") and "Traceback" not in err
@@ -551,6 +721,80 @@ def test_ctrl_c_and_resume(tmp_path, names, capsys):
     save_config(config.out / "config.toml", short)  # no need to run them all
     assert call(capsys, "resume", config.out)[0] == 0
     assert [row["step"] for row in metrics(config.out, "ppo")] == list(range(done + 2))
+
+
+# --- a system that has no more to give
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"], ["check", "--help"]])
+def test_a_full_output_is_one_sentence(arguments):
+    command = f"{sys.executable} -m minirlhf {' '.join(arguments)}"
+    full = {"> /dev/full": b"No space left", "> /dev/full 2>&1": b"", ">&- 2>&-": b""}
+    for stream, said in full.items():
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {stream}"],
+            env=environment(PYTHONPATH=str(ROOT)),
+            capture_output=True,
+        )
+        assert done.returncode == (0 if "-" in stream else 2)
+        assert said in done.stderr and done.stderr.count(b"\n") == bool(said)
+
+
+def test_notes_that_cannot_be_written_stop_nothing(monkeypatch):
+    with open("/dev/full" if Path("/dev/full").exists() else os.devnull, "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert list(progress.track(range(2), "PPO")) == [0, 1]
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError("Unable to allocate 3 GiB"), "expected enough memory; got Unable to allocate"),
+        (MemoryError(), "expected enough memory; got none: choose fewer --workers"),
+        (OSError(11, "Resource temporarily unavailable"), "Resource temporarily unavailable"),
+        (OSError(5, "Input/output error", "a/b"), "a/b: expected it to be usable; got Input"),
+    ],
+)
+def test_an_exhausted_system_is_no_traceback(capsys, monkeypatch, error, said):
+    def exhausted() -> int:
+        raise error
+
+    monkeypatch.setattr(check, "check_command", exhausted)
+    assert said in refusal(capsys, "check")
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--workers", 10**6),
+        ("--model.d-model", 10**6),
+        ("--model.n-layer", 10**9),
+        ("--max-response-tokens", 10**8),
+        ("--max-prompt-tokens", 10**10),
+        ("--eval-prompts", 10**9),
+        ("--sft.batch-size", 10**9),
+        ("--reward-model.n-layer", 10**12),
+        ("--reward-model.n-pairs", 10**9),
+        ("--reward-model.n-heldout-pairs", 10**9),
+        ("--reward-model.n-normalize", 10**9),
+        ("--ppo.batch-size", 10**9),
+    ],
+)
+def test_a_size_beyond_the_memory_is_refused_before_anything(capsys, tmp_path, flag, value):
+    started = time.perf_counter()
+    message = refusal(capsys, "train", "--out", tmp_path / "run", flag, value)
+    assert flag in message.partition(": ")[0] and "memory at hand" in message
+    assert time.perf_counter() - started < 10 and not (tmp_path / "run").exists()
+
+
+def test_a_number_of_replies_beyond_the_memory_is_refused(capsys, desk):
+    assert "--n: expected sizes" in refusal(
+        *(capsys, "sample", desk, "--prompt", PROMPT, "--n", 10**9)
+    )
 
 
 # --- progress

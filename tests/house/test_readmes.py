@@ -136,10 +136,11 @@ def command_lines(text):
 
 @functools.cache
 def flags_of(command):
-    """The options that `minirlhf COMMAND --help` speaks of."""
+    """The options that `minirlhf COMMAND --help` speaks of, and of `train` --help-all."""
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
-        run_command([command, "--help"])
+    for flag in ("--help", "--help-all")[: 1 + (command == "train")]:
+        with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+            run_command([command, flag])
     return set(re.findall(r"--[\w.-]+", said.getvalue()))
 
 

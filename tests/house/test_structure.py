@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "errors": set(),
     "backend": {"errors"},
     "tree": {"errors", "backend"},
-    "disk": {"errors"},
+    "memory": {"errors"},
+    "disk": {"errors", "memory"},
     "workers": {"errors", "backend", "tree"},
     "gradcheck": {"backend", "tree"},
     "nn": BASE,
@@ -28,8 +29,9 @@ MAY_IMPORT = {
     "train": BASE | {"nn", "rlhf"},
     "exact": BASE | {"nn", "rlhf", "train"},
     "worlds": BASE | {"disk"},
-    "runs": BASE | {"disk", "nn", "rlhf", "train", "worlds", ""},
-    "app": BASE | {"disk", "gradcheck", "nn", "rlhf", "train", "exact", "worlds", "runs", ""},
+    "runs": BASE | {"disk", "memory", "nn", "rlhf", "train", "worlds", ""},
+    "app": BASE
+    | {"disk", "memory", "gradcheck", "nn", "rlhf", "train", "exact", "worlds", "runs", ""},
     "__main__": {"app"},
     "": BASE | {"disk", "gradcheck", "nn", "rlhf", "train", "exact", "worlds", "runs", "app"},
 }
