@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.app import pictures
-from minirlhf.backend import keep_freed_memory
+from minirlhf.memory import keep_freed_memory
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_jsonl
 from minirlhf.runs.pipeline import resume, train

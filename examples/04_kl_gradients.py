@@ -24,11 +24,11 @@ from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import kl_table
 from minirlhf.app.pictures import draw_kl
-from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.enumeration import all_responses, enumerate_responses, response_logprobs
 from minirlhf.exact.expected import cosine, gather_nodes, penalty_dlogits, relative_error
 from minirlhf.exact.experiments import kl_gradient_table
 from minirlhf.exact.optimum import evaluate_exactly, objective_gradient
+from minirlhf.memory import keep_freed_memory
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.rlhf.logprobs import log_softmax
 

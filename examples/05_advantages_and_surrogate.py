@@ -27,10 +27,10 @@ from threadpoolctl import threadpool_limits
 from minirlhf.app.exact import gae_table as show_gae
 from minirlhf.app.exact import surrogate_table as show_surrogate
 from minirlhf.app.pictures import draw_advantages
-from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.expected import gather_nodes, policy_gradient_dlogits, relative_error
 from minirlhf.exact.experiments import gae_table, make_random_world, surrogate_table
 from minirlhf.exact.optimum import objective_gradient, policy_values
+from minirlhf.memory import keep_freed_memory
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.logprobs import log_softmax
 

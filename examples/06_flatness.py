@@ -23,11 +23,11 @@ from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import flatness_table as show_flatness
 from minirlhf.app.pictures import draw_flatness
-from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.enumeration import all_responses, response_logprobs
 from minirlhf.exact.experiments import flatness_table
 from minirlhf.exact.optimum import evaluate_exactly, soft_optimum, tilt
 from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.memory import keep_freed_memory
 
 REPLIES = ("ANS", "ANS DET", "ANS DET ANS DET ANS DET", "POL ANS DET", "HED HED REF", "UNS")
 

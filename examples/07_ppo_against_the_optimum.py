@@ -23,11 +23,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app.pictures import draw_optimum
-from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.experiments import TrainingRun, optimum_runs, train_run
 from minirlhf.exact.ground_truth import fit_reference, make_ground_truth, small_transformer
 from minirlhf.exact.optimum import evaluate_exactly
 from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.memory import keep_freed_memory
 from minirlhf.tree import Tree
 
 

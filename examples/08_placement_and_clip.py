@@ -25,10 +25,10 @@ from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import runs_table
 from minirlhf.app.pictures import draw_runs
-from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.experiments import TrainingRun, clip_runs, placement_runs, train_run
 from minirlhf.exact.ground_truth import fit_reference, small_transformer
 from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.memory import keep_freed_memory
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.tree import Tree
 

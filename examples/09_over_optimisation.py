@@ -26,7 +26,6 @@ from threadpoolctl import threadpool_limits
 
 from minirlhf.app.exact import gao_table, overoptimisation_table
 from minirlhf.app.pictures import draw_overoptimisation
-from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.experiments import (
     TrainingRun,
     overoptimisation,
@@ -36,6 +35,7 @@ from minirlhf.exact.experiments import (
 from minirlhf.exact.ground_truth import fit_reference, log_probs_on_tree, small_transformer
 from minirlhf.exact.optimum import frontier_reward
 from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.memory import keep_freed_memory
 from minirlhf.tree import Tree
 
 

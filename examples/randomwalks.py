@@ -26,7 +26,6 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app import pictures
-from minirlhf.backend import keep_freed_memory
 from minirlhf.exact.experiments import changed
 from minirlhf.exact.ground_truth import (
     PPO,
@@ -40,6 +39,7 @@ from minirlhf.exact.ground_truth import (
 from minirlhf.exact.optimum import evaluate_exactly
 from minirlhf.exact.randomwalks import make_graph, make_randomwalks, measure_leaves
 from minirlhf.exact.token_world import TokenWorld
+from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree
 

@@ -4,7 +4,6 @@ Every function of `nn/` and `rlhf/` begins with `xp = get_xp(...)`, so the array
 where the work is done. This is the only file of the package that imports cupy.
 """
 
-import ctypes
 import sys
 from types import ModuleType
 from typing import Any
@@ -167,19 +166,3 @@ def to_device(array: Array, device: str) -> Array:
 def to_host(array: Array) -> np.ndarray:
     """The values as a NumPy array; a NumPy array is passed through."""
     return array if isinstance(array, np.ndarray) else array.get()
-
-
-def keep_freed_memory() -> bool:
-    """Let the C allocator keep freed blocks instead of giving them back to the system.
-
-    Arrays over 128 KiB are otherwise mapped and zeroed anew each time, which costs plain NumPy code
-    a third of its time. Called once at program start; where there is no glibc it does nothing.
-
-    Returns:  whether the setting was made.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -1,6 +1,6 @@
 """The one exception that means: the person at the command line gave something wrong."""
 
-LONGEST = 400  # characters of a message, whatever it quotes
+LONGEST = 600  # characters of a message, whatever it quotes
 
 
 class InputError(ValueError):
@@ -13,5 +13,5 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         if len(message) > LONGEST:
-            message = f"{message[: LONGEST - 123]}...{message[-120:]}"
+            message = f"{message[: LONGEST - 243]}...{message[-240:]}"
         super().__init__("".join(c if c.isprintable() else "\ufffd" for c in message))

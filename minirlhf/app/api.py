@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minirlhf.app.progress import say, track
-from minirlhf.backend import keep_freed_memory, to_host
+from minirlhf.backend import to_host
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
+from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import pipeline

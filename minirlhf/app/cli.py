@@ -84,7 +84,7 @@ def run_command(arguments: list[str]) -> int:
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(f"minirlhf.app.{module}"), function)
     from minirlhf.app.options import parse
-    from minirlhf.backend import keep_freed_memory
+    from minirlhf.memory import keep_freed_memory
 
     keep_freed_memory()
     _on_interrupt("raise")

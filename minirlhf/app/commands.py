@@ -71,9 +71,7 @@ def resume(
 ) -> int:
     """Go on with an interrupted run; it ends as if it had never been interrupted.
 
-    A begun stage goes on from its last checkpoint: of PPO every --checkpoint-every
-    iterations, of the others every ten seconds. In config.toml may be changed: what
-    made nothing yet, learning rates, and what changes no number.
+    A begun stage goes on from its last checkpoint.
 
     Args:
         run: Run folder.

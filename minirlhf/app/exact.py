@@ -19,11 +19,11 @@ from threadpoolctl import threadpool_limits
 from minirlhf.app import pictures
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table, rows_table
-from minirlhf.backend import keep_freed_memory
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.exact import experiments, ground_truth
 from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.memory import keep_freed_memory
 from minirlhf.tree import Tree
 from minirlhf.workers import without_interrupts
 

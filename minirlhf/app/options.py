@@ -29,8 +29,10 @@ REFUSALS = (  # of tyro -> ours
     (r"Error parsing (\S+): (.*)", r"\1: expected another value; got: \2"),
 )
 SHOWN = {  # what `train --help` shows; all others are in --help-all
-    "your own data": ("corpus", "pairs", "columns", "reward", "init"),
-    "limits": ("max-prompt-tokens", "max-response-tokens"),
+    "your own data": (
+        *("corpus", "pairs", "columns", "reward", "init"),
+        *("max-prompt-tokens", "max-response-tokens"),
+    ),
     "the run": ("out", "stages", "seed", "device", "workers", "eval-every", "checkpoint-every"),
     "the model": ("model.n-layer", "model.n-head", "model.d-model", "vocab-size"),
     "fine-tuning": ("sft.steps", "sft.batch-size", "sft.optimizer.learning-rate"),

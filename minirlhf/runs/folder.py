@@ -32,7 +32,7 @@ from minirlhf.runs.session import BEGAN, Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
-from minirlhf.tree import Tree
+from minirlhf.tree import Tree, tree_items
 
 STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy"}  # what each leaves
 # of each stage the streams that go on from a checkpoint; the others are drawn from their beginning
@@ -166,6 +166,7 @@ def load_state(
     arrays, meta = _read_state(session, stage)
     done = meta["done"]
     try:
+        _check_arrays(arrays, optimizer.state_tree())
         optimizer.load_state_tree(arrays)
         if not (done <= n_steps and optimizer.updates * n_steps == done * optimizer.total_steps):
             raise ValueError(
@@ -203,6 +204,19 @@ def _read_state(session: Session, stage: str) -> tuple[Tree, dict[str, Any]]:
         came = shorten(f"{done!r} and {kl_coef!r}")
         raise _damaged(session, stage, f"expected steps done > 0 and kl_coef >= 0; got {came}")
     return arrays, meta
+
+
+def _check_arrays(arrays: Tree, like: Tree) -> None:
+    """Refuse, by ValueError, arrays unlike the optimiser's, or with numbers that cannot be."""
+    came, expected = (
+        {path: (a.shape, str(a.dtype)) for path, a in tree_items(tree)} for tree in (arrays, like)
+    )
+    if came != expected:
+        raise ValueError(f"expected the arrays {expected}; got {came}")
+    for name, array in arrays.items():
+        low = -math.inf if name in ("flat", "mean") else 0
+        if not (np.isfinite(array) & (array >= low)).all():
+            raise ValueError(f"expected possible numbers; {name} is not finite or below 0")
 
 
 def _set_streams(rng: dict[str, Generator], states: dict[str, Any]) -> None:

@@ -30,7 +30,6 @@ def measure_size(max_tokens: int) -> dict[str, float]:
     """All steps once, on a tree of up to `max_tokens` tokens."""
     from threadpoolctl import threadpool_limits
 
-    from minirlhf.backend import keep_freed_memory
     from minirlhf.exact.enumeration import enumerate_responses
     from minirlhf.exact.optimum import (
         evaluate_exactly,
@@ -39,6 +38,7 @@ def measure_size(max_tokens: int) -> dict[str, float]:
         soft_optimum,
     )
     from minirlhf.exact.tree_policy import tree_gradient, tree_logits
+    from minirlhf.memory import keep_freed_memory
     from minirlhf.nn.transformer import GPTConfig, init_transformer
     from minirlhf.rlhf.logprobs import log_softmax
 

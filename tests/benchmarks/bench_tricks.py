@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from workloads import WORKLOADS, write_workload
 
 from minirlhf.app.progress import track
-from minirlhf.backend import keep_freed_memory
+from minirlhf.memory import keep_freed_memory
 from minirlhf.nn import attention, layers, transformer
 from minirlhf.train import batches, policy, rollout
 

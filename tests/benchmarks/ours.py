@@ -11,7 +11,8 @@ from threadpoolctl import threadpool_limits
 from workloads import SGEMM_SIZE, gpt_of, tree_of
 
 from minirlhf import __version__
-from minirlhf.backend import Array, keep_freed_memory
+from minirlhf.backend import Array
+from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.adam import adamw_step
 from minirlhf.nn.sampling import Generation, generate
 from minirlhf.nn.transformer import GPTConfig

@@ -44,7 +44,7 @@ READERS = {
     "text": disk.read_text,
     "toml": load_config,
     "run": reopen_session,
-    "corpus": lambda path: open_session(TrainConfig(corpus=str(path), reward="m:f")),
+    "corpus": lambda path: open_session(TrainConfig(corpus=str(path), reward="vowel_share")),
     "pairs": lambda path: open_session(TrainConfig(pairs=str(path))),
     "out": lambda path: open_session(TrainConfig(out=path, reward="no.such:function")),
 }

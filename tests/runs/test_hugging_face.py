@@ -292,7 +292,9 @@ def test_a_run_from_a_gpt2_keeps_its_sizes_and_repeats_itself(tmp_path, names, g
     config = of_gpt2(tmp_path / "a", names, gpt2)
     pipeline.train(config, say=said.append)
     assert f"note: --init: {read_gpt2(gpt2).says}" in said
-    assert any(line.startswith("of --model and --vocab-size nothing is used") for line in said)
+    assert any(
+        line.startswith("note: of --model and --vocab-size nothing is used") for line in said
+    )
     _, gpt, _ = load_model(tmp_path / "a/policy")
     assert gpt == read_gpt2(gpt2).config and gpt.n_ctx == 64  # the positions are kept
     monkeypatch.chdir(gpt2.parent)  # a path that is not absolute is found from anywhere
