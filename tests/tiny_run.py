@@ -210,5 +210,5 @@ def refusal(capsys, *arguments) -> str:
     assert len(said) == 1 and err.splitlines()[-1] == said[0], err
     assert "Traceback" not in err and "Warning" not in err
     message = said[0].removeprefix("minirlhf: ")
-    assert "expected" in message and len(message) < 600, message
+    assert "expected" in message and len(message) <= 600, message
     return message

@@ -79,7 +79,7 @@ def run_command(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise InputError(
-            f"expected one of {', '.join(COMMANDS)}; got {name!r}: see minirlhf --help"
+            f"expected one of {', '.join(COMMANDS)}; got {name[:60]!r}: see minirlhf --help"
         )
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(f"minirlhf.app.{module}"), function)
