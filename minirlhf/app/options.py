@@ -114,7 +114,7 @@ def options_of(config: Any, prefix: str = "") -> Iterator[tuple[list[str], str |
             yield names, None, f"{text} [{'yes' if value else 'no'}]"
         else:
             choices = get_args(hints[field]) if get_origin(hints[field]) is Literal else ()
-            default = "(none)" if value in (None, "") else str(value)
+            default = "(none)" if value in (None, "", ()) else str(value)
             yield [prefix + name], default, text + f" [{', '.join(choices)}]" * bool(choices)
 
 
