@@ -234,7 +234,7 @@ def _received(pipe: Connection) -> Any:
     except (EOFError, ConnectionError) as error:
         raise InputError(
             "workers: expected an answer; a worker process has ended, perhaps for want of "
-            "memory: use fewer --workers, or a smaller --ppo.micro-batch-size"
+            "memory: set fewer workers in config.toml"
         ) from error
     answer, error = pickle.loads(message)
     if error is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,9 @@ def resume(
 def _show(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
     if result is None:
-        _print(f"done: {session.config.stages}; `minirlhf resume {folder}` goes on")
+        _print(
+            f"done: {session.config.stages}; `minirlhf resume {shlex.quote(str(folder))}` goes on"
+        )
     else:
         tables.print_result(result, session.world, console)
     figure = pictures.curves_figure(read_metrics(folder))
@@ -144,7 +147,7 @@ def sample(
         raise InputError(f"sample: expected n >= 1; got {n}: choose such a number")
     opened = api.open_run(run)
     session = opened.session
-    require_memory({"--n": samples_bytes(session.gpt, n, 1, session.max_response_tokens)})
+    require_memory({"--n": samples_bytes(session.gpt, n, (2, session.max_response_tokens))})
     same = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     prompts = [prompt] * n
     replies = (opened.sample(prompts, reference=which, **same) for which in (True, False))
@@ -162,4 +165,4 @@ def _print(*things: Any) -> None:
 
 
 def _console() -> Console:
-    return Console(markup=False, emoji=False)
+    return Console(markup=False, emoji=False, highlight=False)

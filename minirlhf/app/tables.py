@@ -94,7 +94,7 @@ def print_result(result: Result, world: World, console: Console, *, n_samples: i
     console.print(replies_table("before and after", world, *first, with_prompts=True))
     spent = {**result.seconds, "in all": sum(result.seconds.values())}
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
-    console.print(f"training time in this session: {stages}")
+    console.print(f"training time in this session: {stages}", soft_wrap=True)
 
 
 def replies_table(title: str, world: World, prompts, *replies, with_prompts=False) -> Table:

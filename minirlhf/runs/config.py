@@ -31,7 +31,7 @@ class TrainConfig:
     # Preferences in JSON, CSV or parquet: prompt, chosen, rejected; or prompt, responses, ranking
     pairs: str = ""
     columns: tuple[str, ...] = ()  # Columns of other names, like prompt=title response=body
-    max_text_mb: int = 64  # Most text kept of a file [MB]; of more, a part drawn at random
+    max_text_mb: int = 64  # Memory for the text of a file [MB]; of more, a part drawn at random
     # FILE.py:function, module:function, length, regex:PATTERN, .. in the place of a reward model
     reward: str = ""
     reward_timeout: float = 0.0  # Seconds that a call of the reward may take; 0: any

@@ -243,6 +243,11 @@ def settle_settings(session: Session) -> None:
     Raises:   InputError: names the setting, what it was and what it is; nothing has changed then.
     """
     path = session.folder / "config.toml"
+    if load_config(path) != session.stored:
+        raise InputError(
+            f"{path}: expected the settings with which this began; another process has changed "
+            "them: try it again"
+        )
     was, now = dict(flat(load_config(session.folder / BEGAN))), dict(flat(session.config))
     changed = [name for name in now if now[name] != was[name] and name != "out"]
     finished = {stage for stage, made in STAGES.items() if is_saved(session, made)}
@@ -256,7 +261,7 @@ def settle_settings(session: Session) -> None:
         free = name in FREE or (stage in STAGES and stage not in begun) or (is_rate and goes_on)
         if not free:
             raise InputError(
-                f"{path}: expected {name} = {was[name]!r}, with which the run began; got "
+                f"{path}: expected {name} = {was[name]!r}, as until now; got "
                 f"{now[name]!r}: set it back, or train with `--config {path} --out NEW`"
             )
     if longer:
@@ -268,7 +273,7 @@ def settle_settings(session: Session) -> None:
             )
         session.note(f"the learning rate now follows its schedule to iteration {wanted}")
         (session.folder / "result.json").unlink(missing_ok=True)  # of a policy that goes on
-    for name in {"device", "workers", "threads"} & set(changed):
+    for name in {"device", "workers", "threads", "ppo.micro_batch_size"} & set(changed):
         session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
     for name in ("config.toml", BEGAN) if changed else ():
         save_config(session.folder / name, session.config)

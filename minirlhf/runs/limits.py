@@ -43,8 +43,9 @@ def _with_limits(world: World, tokenizer: Tokenizer, config: TrainConfig) -> Wor
     prompt = config.max_prompt_tokens or _enough(prompts)
     response = config.max_response_tokens or _enough(replies)
     whole, room = (prompt, response), most_tokens(config.model, tokenizer.vocab_size)
-    response = config.max_response_tokens or min(response, max(room // 2, room - prompt))
-    prompt = config.max_prompt_tokens or min(prompt, max(room // 2, room - response))
+    least = 3 if config.max_response_tokens else room // 2  # a prompt leaves half, if it may
+    response = config.max_response_tokens or min(response, max(2, room // 2, room - prompt))
+    prompt = config.max_prompt_tokens or min(prompt, max(3, least, room - response))
     chosen = [
         f"--max-{name}-tokens {n}"
         for name, n in (("prompt", prompt), ("response", response))
@@ -52,7 +53,8 @@ def _with_limits(world: World, tokenizer: Tokenizer, config: TrainConfig) -> Wor
     ]
     why = f"{WHOLE} % of the texts are whole"
     if (prompt, response) != whole:
-        why = f"{FLOATS >> 18} MB hold a sequence ({why} with {whole[0]} and {whole[1]})"
+        holds = "the model's positions" if room == config.model.n_ctx else f"{FLOATS >> 18} MB"
+        why = f"{holds} hold a sequence ({why} with {whole[0]} and {whole[1]})"
     notes = [f"chosen so that {why}: {', '.join(chosen)}"] if chosen else []
     limits = {"max_prompt_tokens": prompt, "max_response_tokens": response}
     return replace(world, **limits, notes=(*world.notes, *notes))

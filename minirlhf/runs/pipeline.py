@@ -5,6 +5,7 @@ stream and an optimiser to a loop of `train/`, follows it with a log, and leaves
 folder is there already, the stage is read back from it (`folder.py` says what a run leaves where).
 """
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirlhf.disk import to_json, write_whole
+from minirlhf.disk import refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
@@ -72,7 +73,7 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
     if not folder.is_saved(session, "policy"):
         raise InputError(
             f"{session.folder / 'policy'}: expected a trained policy; found none: finish the run "
-            f"with `minirlhf resume {session.folder}`"
+            f"with `minirlhf resume {shlex.quote(str(session.folder))}`"
         )
     policy = folder.load_params(session, "policy", session.gpt, "value_head")
     return policy, reference_stage(session)
@@ -87,6 +88,7 @@ def run_stages(session: Session) -> Result | None:
     n_workers = config.workers if config.device == "cpu" else 1
     threads = config.threads or None
     with session.at_work(), threadpool_limits(limits=threads), side_by_side(n_workers):
+        refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))
         for note in cut_notes(session):

@@ -75,6 +75,7 @@ class Session:
     track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
     say: Callable[[str], None] = lambda line: None  # prints a line
     seconds: dict[str, float] = field(default_factory=dict)  # time of each stage
+    stored: TrainConfig | None = None  # config.toml as it was when this session was opened
 
     @property
     def folder(self) -> Path:
@@ -97,6 +98,11 @@ class Session:
     @property
     def max_response_tokens(self) -> int:
         return self.config.max_response_tokens or self.world.max_response_tokens
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The limits [tokens] of a prompt and of a response."""
+        return self.max_prompt_tokens, self.max_response_tokens
 
     @cached_property
     def gpt(self) -> GPTConfig:
@@ -161,8 +167,11 @@ class Session:
                 yield
             except (InputError, KeyboardInterrupt) as stop:
                 how = f"`minirlhf resume {shlex.quote(str(self.folder))}`"
-                own = self.world.reward  # whose errors say it themselves
-                if not (own and str(stop).startswith(own.name)):
+                # an error of one's own reward says it itself; another setting is no way on
+                says = self.world.reward and str(stop).startswith(self.world.reward.name)
+                if self.world.reward and str(stop).startswith("reward:"):  # equal for all replies
+                    how = f"{how[:-1]} --accept-changed-reward`"
+                if not (says or "--" in str(stop)):
                     said = f"{stop}; then go on with {how}" if stop.args else f"{how} goes on"
                     stop.args = (said,)
                 raise
@@ -219,7 +228,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     )
     session = Session(config, world, tokenizer, rng, **shown)
     _ = session.gpt  # refuses sizes that contradict each other
-    sizes.check_run(config, session.gpt, session.max_response_tokens)
+    sizes.check_run(config, session.gpt, session.longest)
     out = config.out or new_numbered_folder(name_and_kind(named)[0])
     session.config, session.world = replace(config, out=out), going_on(world, out)
     for note in (*world.notes, *notes):
@@ -233,6 +242,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         remember(config.reward, digest.get("reward_sha256", ""))
         save_config(out / BEGAN, session.config)
         save_config(out / "config.toml", session.config)
+    session.stored = session.config
     return session
 
 
@@ -297,7 +307,8 @@ def reopen_session(
     config = replace(config, reward=name_of(reward or config.reward))
     session = Session(config, world, tokenizer, rng, **shown)
     if not look:
-        sizes.check_run(config, session.gpt, session.max_response_tokens)
+        session.stored = load_config(folder / "config.toml")
+        sizes.check_run(config, session.gpt, session.longest)
     for note in world.notes:
         session.note(note)
     return session
@@ -394,11 +405,10 @@ def unused_options(config: TrainConfig) -> list[str]:
         return {name for name in values if values[name] != default[name]}
 
     of_run, of_model, notes = turned(config), turned(config.reward_model), []
-    kinds = {name_and_kind(path)[1] for path in (config.corpus, config.pairs) if path}
-    if "corpus_unit" in of_run and (not config.corpus or name_and_kind(config.corpus)[1] != "text"):
-        notes.append("--corpus-unit changes nothing without a corpus of plain text")
-    if config.columns and not kinds - {"text"}:
-        notes.append("--columns changes nothing without a file that has columns")
+    if "corpus_unit" in of_run and not config.corpus:
+        notes.append("--corpus-unit changes nothing without --corpus")
+    if config.columns and not (config.corpus or config.pairs):
+        notes.append("--columns changes nothing without --corpus or --pairs")
     if config.init and (unused := of_run & {"model", "encoding", "vocab_size"}):
         names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
         notes.append(f"of {names} nothing is used beside --init, which has sizes and a tokenizer")

@@ -1,23 +1,25 @@
 """What a run takes of memory, told from its sizes alone: at least so many bytes, by option."""
 
 from minirlhf.memory import require_memory
+from minirlhf.nn.sampling import PIECE_FLOATS
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs.config import TrainConfig
-from minirlhf.workers import usable_cores
 
 COPIES = 5  # of the policy: itself, its gradient, two moments, the reference
 PROCESS = 20 << 20  # bytes of a worker's own, measured: 27 to 41 MB
 
 
-def check_run(config: TrainConfig, gpt: GPTConfig, max_response_tokens: int) -> None:
+def check_run(config: TrainConfig, gpt: GPTConfig, longest: tuple[int, int]) -> None:
     """Refuse a run that the memory at hand cannot hold. (On a GPU memory is another one.)
 
+    Args:     config: with the number of workers resolved.
+              longest: tokens of a prompt and of a response.
     Raises:   InputError: names the option that takes most.
     """
     if config.device != "cpu":
         return
-    V, T, C, L = gpt.vocab_size, gpt.n_ctx, gpt.d_model, gpt.n_layer
-    blocks, positions, vocabulary = 48 * L * C * C, 4 * T * C, 4 * V * C
+    V, C, L, T = gpt.vocab_size, gpt.d_model, gpt.n_layer, sum(longest)
+    blocks, positions, vocabulary = 48 * L * C * C, 4 * gpt.n_ctx * C, 4 * V * C
     activations = 4 * L * T * (17 * C + gpt.n_head * T)  # of the longest sequence
     in_worker = PROCESS + blocks + positions + vocabulary + activations
     model, ppo = config.reward_model, config.ppo
@@ -31,22 +33,23 @@ def check_run(config: TrainConfig, gpt: GPTConfig, max_response_tokens: int) -> 
         drawn["--reward-model.n-pairs"] = model.n_pairs
         drawn["--reward-model.n-heldout-pairs"] = model.n_heldout_pairs
     most = max(drawn, key=drawn.__getitem__)
-    tokens = (T - max_response_tokens) // 2, max_response_tokens  # prompts that are half as long
     require_memory(
         {
             "--model.d-model, --model.n-layer": COPIES * blocks,
-            "--max-prompt-tokens, --max-response-tokens": COPIES * positions + activations,
+            "--model.n-ctx": COPIES * positions,
+            "--max-prompt-tokens, --max-response-tokens": activations,
             "--vocab-size": COPIES * vocabulary,
             "--reward-model.n-layer": COPIES * 48 * layers * C * C,
-            "--workers": ((config.workers or usable_cores()) - 1) * in_worker,
+            "--workers": (config.workers - 1) * in_worker,
             "--sft.batch-size": 100 * config.sft.batch_size,
-            most: samples_bytes(gpt, drawn[most], *tokens),
+            most: samples_bytes(gpt, drawn[most], longest),
         }
     )
 
 
-def samples_bytes(gpt: GPTConfig, n: int, prompt_tokens: int, response_tokens: int) -> int:
-    """Of n responses while they are drawn: the forward of the prompts, keys and values, logits."""
-    C, L = gpt.d_model, gpt.n_layer
-    of_prompt, of_response = 76 * C * L * prompt_tokens, (20 + 4 * C + 8 * C * L) * response_tokens
-    return n * (of_prompt + of_response + 16 * gpt.vocab_size)
+def samples_bytes(gpt: GPTConfig, n: int, longest: tuple[int, int]) -> int:
+    """Of n responses: their tokens and hidden states, and a piece of them while it is drawn."""
+    (P, R), C = longest, gpt.d_model
+    P //= 2  # prompts that are half as long as they may be
+    of_row = gpt.n_layer * (17 * C * P + 2 * C * (P + R)) + 4 * gpt.vocab_size
+    return 4 * min(n * of_row, max(of_row, PIECE_FLOATS)) + n * (20 + 4 * C) * R

@@ -78,6 +78,10 @@ def rows_of(
             start = head.decode(encoding, errors="ignore").lstrip()
             if kind == "text":
                 kind = _kind_by_content(head, start, named)
+            if kind == "text" and columns:
+                notes.append(f"--columns changes nothing for {path}, which has none")
+            if kind != "text" and unit != "auto" and source == "corpus":
+                notes.append(f"--corpus-unit changes nothing for {path}, which has rows")
             if kind == "parquet":
                 yield from _parquet_rows(file, path, means)
                 return
@@ -114,8 +118,10 @@ def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
 
 # --- what the columns mean
 def _named(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """(meaning, name) of each "meaning=name"."""
-    named = tuple((meaning, name) for meaning, _, name in (c.partition("=") for c in columns))
+    """(meaning, name) of each "meaning=name"; a meaning may be any name that it is known by."""
+    known = {name: meaning for meaning, names in reversed(COLUMNS.items()) for name in names}
+    split = (column.partition("=") for column in columns)
+    named = tuple((known.get(meaning, meaning), name) for meaning, _, name in split)
     if not all(
         meaning in COLUMNS and name and not _NO_TEXT.search(name) for meaning, name in named
     ):
@@ -149,10 +155,16 @@ def _meanings(names, where: str, *, source: str, named: tuple) -> dict[str, str]
     sources = _sources(known)
     if source in sources:
         return known
+    came = shorten(", ".join(names), 120) or "none"
+    there = {name.strip().lower() for name in names}
+    if missing := [name for _, name in named if name.strip().lower() not in there]:
+        raise InputError(
+            f"{where}: expected the columns that --columns names, {shorten(missing[0])!r} too; got "
+            f"{came}: correct the name"
+        )
     forms = ", or ".join(" and ".join(form) for form in FORMS[source])
     example = " ".join(f"{meaning}=NAME" for meaning in FORMS[source][0])
     advice = f"give the file as --{sources[0]}" if sources else f"name yours: --columns {example}"
-    came = shorten(", ".join(names), 120) or "none"
     raise InputError(f"{where}: expected the columns {forms}; got {came}: {advice}")
 
 

@@ -31,6 +31,7 @@ from minirlhf.errors import InputError
 Reward = str | Callable[..., Any]  # its name, or the function itself
 LARGEST = 1e300  # size of a reward: sums of them do not overflow
 _PLURALS = {"texts", "prompts", "responses", "completions", "replies"}
+_RESPONSES = {"response", "completion", "reply", "answer"} | (_PLURALS - {"texts", "prompts"})
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class UserReward:
     def __call__(self, prompts: list[str], responses: list[str], texts: list[str]) -> list[float]:
         """The reward of each reply; texts[i] is prompts[i] and responses[i] as one text."""
         columns = (texts,) if len(self._wants) == 1 else (prompts, responses)
+        if self._wants[0] in _RESPONSES:  # (response, prompt), or a function of the response alone
+            columns = (responses, prompts)[: len(self._wants)]
         if _PLURALS & set(self._wants):
             values = self._ask(texts[0], *map(list, columns))
             values = values.tolist() if hasattr(values, "tolist") else values

@@ -178,6 +178,10 @@ def mutate_tensors(data: bytes, draw: random.Random) -> bytes:
             header["__metadata__"][key] = json.dumps(inner)
     else:
         header = mutate_value(header, draw)
+    if draw.random() < 0.7 and isinstance(header, dict):
+        said = header.get("__metadata__")
+        if isinstance(said, dict):  # without a digest it is believed, and looked at more closely
+            said.pop("minirlhf_sha256", None)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + bytes(numbers)

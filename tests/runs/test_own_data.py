@@ -123,6 +123,7 @@ def write_corpus(path, rows):
 def opened(tmp_path, rows, **changes):
     """(session, what it said) of a new run on a corpus; limits follow from the data."""
     said = []
+    tmp_path.mkdir(exist_ok=True)
     path = write_corpus(tmp_path / "c.jsonl", rows)
     config = tiny_config(tmp_path / "run", corpus=path, reward=VOWELS, max_response_tokens=0)
     return open_session(
@@ -287,3 +288,36 @@ def test_the_command_line_refuses_a_file_in_one_sentence(tmp_path, capsys):
     message = refusal(capsys, "train", "--out", tmp_path / "run", "--pairs", path)
     assert "1 with half a surrogate pair (line 1)" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_file_makes_useless_is_said_once_it_is_known_what_it_is(tmp_path):
+    """The name says nothing: a table and JSON are known by their beginning."""
+    table = tmp_path / "table.txt"
+    table.write_text("title,body\n" + "".join(f"p{i},r{i} r\n" for i in range(20)))
+    plain = tmp_path / "plain.txt"
+    plain.write_text("".join(f"p{i} text of line {i}\n" for i in range(20)))
+    columns, said = ("prompt=title", "response=body"), {}
+    for path in (table, plain):
+        for unit in ("auto", "line"):
+            lines = said[path, unit] = []
+            config = tiny_config(tmp_path / f"{path.stem}-{unit}", corpus=str(path), reward=VOWELS)
+            chosen = {"columns": columns, "corpus_unit": unit}
+            open_session(changed(config, chosen), say=lines.append)
+    useless = {key: [x for x in lines if "changes nothing" in x] for key, lines in said.items()}
+    assert useless[table, "auto"] == []
+    assert useless[table, "line"] == [
+        f"note: --corpus-unit changes nothing for {table}, which has rows"
+    ]
+    for unit in ("auto", "line"):
+        assert useless[plain, unit] == [
+            f"note: --columns changes nothing for {plain}, which has none"
+        ]
+
+
+def test_the_default_limits_fit_beside_one_that_is_given_and_the_positions(tmp_path):
+    rows = [(f"question {i} " * 20, "good " * 90) for i in range(30)]
+    session, said = opened(tmp_path, rows, **{"max_response_tokens": 90, "model.n_ctx": 100})
+    assert session.longest == (10, 90)
+    assert any("the model's positions hold a sequence" in line for line in said)
+    with pytest.raises(InputError, match="expected at least 5 positions, 3 for a prompt and 2"):
+        opened(tmp_path / "b", rows, **{"model.n_ctx": 4})

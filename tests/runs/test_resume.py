@@ -24,19 +24,22 @@ from tiny_run import (
 )
 
 import minirlhf
-from minirlhf import disk, workers
+from minirlhf import disk, memory, workers
 from minirlhf.errors import InputError
-from minirlhf.runs import checkpoint, pipeline
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.runs import checkpoint, pipeline, sizes
 from minirlhf.runs import folder as run_folder
 from minirlhf.runs import lock as lock_module
 from minirlhf.runs import session as session_module
-from minirlhf.runs.config import load_config, save_config
+from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.lock import locked
 from minirlhf.runs.session import no_progress
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.tree import tree_leaves
 
 VOWELS = "minirlhf.worlds.rewards:vowel_share"
+SMALL = {"vocab_size": 768, "n_ctx": 64, "n_layer": 2, "n_head": 4, "d_model": 64}
+GPT2 = {"vocab_size": 50260, "n_ctx": 1024, "n_layer": 12, "n_head": 12, "d_model": 768}
 
 
 @pytest.fixture(scope="module")
@@ -443,3 +446,53 @@ def test_a_metrics_line_without_a_stage_stops_a_resume(run, capsys):
     lines[1] = b'{"x": "' + b"y" * (len(lines[1]) - 10) + b'"}\n'
     path.write_bytes(b"".join(lines))
     assert f"{path}:2: expected a line with its step" in refusal(capsys, "resume", run)
+
+
+def test_a_link_in_the_place_of_the_checkpoint_is_refused(run, finished, capsys):
+    """What lies behind it is somebody else's: it was deleted once."""
+    other = shutil.copytree(run, run.parent / "other")
+    (other / "checkpoint/reward_model").mkdir()
+    before = files_under(other)
+    shutil.rmtree(run / "checkpoint")
+    (run / "checkpoint").symlink_to(other / "checkpoint")
+    assert "checkpoint" in refusal(capsys, "resume", run)
+    assert files_under(other) == before and (other / "checkpoint/reward_model").exists()
+
+
+def test_settings_that_were_changed_while_one_waited_are_not_undone(run):
+    waiting = session_module.reopen_session(run)
+    edit(run, eval_every=7)
+    pipeline.resume(run)
+    with pytest.raises(InputError, match="another process has changed them: try it again"):
+        pipeline.run_stages(waiting)
+    assert load_config(run / "config.toml").eval_every == 7
+
+
+# --- memory
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpt", "longest", "gib", "fits"),
+    [
+        ({}, {}, (32, 32), 1, True),  # the default run, many cores
+        ({"workers": 64}, {}, (32, 32), 2, True),
+        ({"workers": 2000}, {}, (32, 32), 8, False),
+        ({}, {"n_ctx": 65536, "d_model": 16}, (8, 8), 1, True),  # positions are not tokens
+        ({}, {"n_ctx": 840}, (800, 40), 2, True),  # drawn in pieces
+        ({"workers": 2}, GPT2, (64, 64), 8, True),  # 124M within 8 GB
+        ({"workers": 2}, GPT2, (64, 64), 2, False),
+        ({"eval_prompts": 10**9}, {}, (32, 32), 8, False),
+        ({}, {"d_model": 10**6}, (32, 32), 64, False),
+    ],
+)
+def test_a_run_is_refused_where_it_does_not_fit_and_only_there(
+    monkeypatch, changes, gpt, longest, gib, fits
+):
+    monkeypatch.setattr(memory, "available_memory", lambda: gib * GIB)
+    config = TrainConfig(**{"workers": 16, "pairs": "p", **changes})
+    model = GPTConfig(**{**SMALL, "n_ctx": max(64, sum(longest)), **gpt})
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match="fit into the mem"):
+        sizes.check_run(config, model, longest)

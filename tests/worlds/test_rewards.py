@@ -212,3 +212,17 @@ def test_a_module_is_found_without_running_it(here):
     assert module_file("minirlhf.worlds.rewards") == rewards.__file__
     for name in ("nowhere_at_all", "boom_package.nowhere", "sys", "", ".", "a..b"):
         assert module_file(name) in ("", os.path.join(here, "__init__.py")), name
+
+
+def test_the_names_of_the_parameters_say_what_comes_in_which_place():
+    replies = ["p", "pp"], ["reply", "replies"], ["p reply", "pp replies"]
+
+    def swapped(response, prompt):
+        return 10 * len(prompt) + len(response)
+
+    def lists(responses, prompts):
+        return [10 * len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+
+    assert UserReward(swapped)(*replies) == UserReward(lists)(*replies) == [15.0, 27.0]
+    assert UserReward(lambda response: len(response))(*replies) == [5.0, 7.0]
+    assert UserReward(lambda text: len(text))(*replies) == [7.0, 10.0]
