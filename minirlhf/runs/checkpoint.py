@@ -358,7 +358,7 @@ def save(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
 
     That of the library orders metadata at random, and holds everything in memory twice.
     """
-    metadata = metadata | {_DIGEST: _digest(tensors, metadata)}
+    metadata = metadata | {_DIGEST: digest_of(tensors, metadata)}
     header, end = {"__metadata__": metadata}, 0
     in_order = sorted(tensors.items(), key=lambda item: -item[1].itemsize)  # each is aligned
     for name, array in in_order:
@@ -372,7 +372,7 @@ def save(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *data])
 
 
-def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+def digest_of(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     """SHA-256 of metadata, names, types, shapes and numbers."""
     sha = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, array in sorted(tensors.items()):
@@ -402,7 +402,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             f"({disk.shorten(str(error), 120)}): restore it from a copy"
         ) from error
     digest = metadata.pop(_DIGEST, None)
-    if digest is not None and digest != _digest(tensors, metadata):
+    if digest is not None and digest != digest_of(tensors, metadata):
         raise InputError(
             f"{path}: expected what was written there; it has changed since, as its SHA-256 "
             "shows: restore it from a copy"

@@ -38,7 +38,8 @@ STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy"}  
 # of each stage the streams that go on from a checkpoint; the others are drawn from their beginning
 GO_ON = {"sft": (), "reward_model": (), "ppo": ("prompts", "rollout", "shuffle")}
 FREE = {  # what may change between two sessions; other texts and rewards are refused elsewhere
-    *("device", "workers", "threads", "stages", "corpus", "pairs", "reward", "reward_timeout"),
+    *("device", "workers", "threads", "stages", "init", "corpus", "pairs"),
+    *("reward", "reward_timeout"),
     *("eval_prompts", "eval_every", "checkpoint_every", "ppo.iterations", "ppo.micro_batch_size"),
 }
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl

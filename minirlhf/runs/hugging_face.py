@@ -19,8 +19,8 @@ import numpy as np
 from minirlhf import disk
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.runs.checkpoint import load_model
-from minirlhf.tree import Tree, tree_size
+from minirlhf.runs.checkpoint import digest_of, load_model
+from minirlhf.tree import Tree, tree_items, tree_size
 from minirlhf.worlds import tokens
 from minirlhf.worlds.tokens import Tokenizer
 
@@ -125,6 +125,11 @@ class Start(NamedTuple):
     config: GPTConfig
     tokenizer: Tokenizer
     says: str  # what was read
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights."""
+        return digest_of(dict(tree_items(self.transformer)), {})
 
 
 def read_gpt2(folder: str | Path) -> Start:

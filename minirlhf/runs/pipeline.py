@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirlhf.disk import refuse_link, to_json, write_whole
+from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
@@ -190,10 +190,10 @@ def first_weights(session: Session) -> Tree:
     if not session.config.init:
         return init_transformer(session.gpt, rng=session.rng["init"])
     start = hugging_face.read_gpt2(session.config.init)
-    if start.config != session.gpt:
+    if start.sha256 != read_object(session.folder / "world.json").get("init_sha256"):
         raise InputError(
-            f"{session.config.init}: expected {session.gpt}, as when the run began; got "
-            f"{start.config}: restore the folder, or train in a new one"
+            f"{session.config.init}: expected the weights that were there when the run began; they "
+            "have changed: restore the folder, or train in a new one"
         )
     return start.transformer
 

@@ -212,9 +212,11 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     try_reward(world)
     notes, named = unused_options(config), config.corpus or config.pairs or "support"
+    digests = {"reward_sha256": fingerprint(reward)} if reward else {}
     if config.init:
         start = hugging_face.read_gpt2(config.init)
         notes.append(f"--init: {start.says}")
+        digests["init_sha256"] = start.sha256
         model = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
         config = replace(config, init=os.path.abspath(config.init), model=model)
     tokenizer = start.tokenizer if config.init else _new_tokenizer(config, world)
@@ -237,9 +239,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         _refuse_a_run(out)  # of another process, which has been faster
         _ = session.log  # refuses a folder that cannot be written
         tokens.save_tokenizer(tokenizer, out)
-        digest = {"reward_sha256": fingerprint(reward)} if reward else {}
-        write_whole(out / "world.json", to_json(_outline(world) | digest))
-        remember(config.reward, digest.get("reward_sha256", ""))
+        write_whole(out / "world.json", to_json(_outline(world) | digests))
+        remember(config.reward, digests.get("reward_sha256", ""))
         save_config(out / BEGAN, session.config)
         save_config(out / "config.toml", session.config)
     session.stored = session.config
