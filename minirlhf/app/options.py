@@ -25,7 +25,7 @@ REFUSALS = (  # of tyro -> ours
     (r"Error parsing (\S+): could not convert .*: ('.*')", r"\1: expected a number; got \2"),
     (r"invalid choice (.*) for argument '(.*?)'.*\((.*?),?\)\.", r"\2: expected one of \3; got \1"),
     (r"Missing value for argument '(.*)'\..*", r"\1: expected a value; got none"),
-    (r"Missing from [^:]*: (.*)", r"expected also \1; got none"),
+    (r"Missing from [^:]*: (\S+).*", r"expected also \1; got none"),
     (r"Error parsing (\S+): (.*)", r"\1: expected another value; got: \2"),
 )
 SHOWN = {  # what `train --help` shows; all others are in --help-all
