@@ -110,6 +110,7 @@ def curves_figure(metrics: list[Row]) -> Any:
             every = -(-len(rows) // 20)  # 850 markers would hide the line
             draw_lines(axis, {label: points}, [{**look, "markevery": every}])
             x = "PPO iteration" if rows[0]["stage"] == "ppo" else "update"
+            axis.xaxis.get_major_locator().set_params(integer=True)
         say(axis, title, x, unit)
     for axis in axes.flat[len(panels) :]:
         axis.remove()

@@ -178,6 +178,8 @@ def reference_stage(session: Session) -> Tree:
     if heldout:
         loss = sft_loss(optimizer.params, heldout, batch_size=settings.batch_size, **same)
         session.log.metrics(settings.steps, "sft", {"heldout/loss_sft": loss})
+        n = len(heldout)
+        session.say(f"fine-tuning: {loss:.3f} nats per token on {n:,} held-out demonstrations")
     folder.save_params(session, "reference", optimizer.params, session.gpt)
     return optimizer.params
 

@@ -60,7 +60,7 @@ class Kept:
         """[the converted row], or [] and one more that is skipped."""
         try:
             if None in row:
-                raise Skip("with more fields than columns")
+                raise Skip("with other columns")
             return [convert(row, *where)]
         except Skip as why:
             self.skipped[str(why)].append(number)

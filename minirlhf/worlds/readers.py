@@ -212,12 +212,18 @@ def _documents(lines: Iterator[Line]) -> Iterator[Line]:
 
 def _json_rows(text: TextIO, path: str | Path, means: Callable, *, is_array: bool) -> Rows:
     """The objects of an array, or one a line."""
-    lines = ((number, line) for number, line in _lines(text, path) if line.strip())
+    lines, known = ((n, line) for n, line in _lines(text, path) if line.strip()), {}
     for number, entry in _array(text, path) if is_array else lines:
         where = f"{path}:{number}"
         if not isinstance(entry, dict):
             entry = parse_object(json.dumps(entry) if is_array else entry, where)
-        yield number, {meaning: entry[name] for meaning, name in means(entry, where).items()}
+        try:
+            known = means(entry, where)
+        except InputError:
+            if not known:  # it is not this row, it is the file
+                raise
+            entry = {None: entry}
+        yield number, entry if None in entry else {m: entry[name] for m, name in known.items()}
 
 
 def _array(text: TextIO, path: str | Path) -> Iterator[tuple[int, Any]]:

@@ -296,7 +296,6 @@ def test_columns_of_other_names_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "c"}, "expected the columns chosen and rejected, or prompt and"),
         ({"prompt": "p", "chosen": 3, "rejected": "r"}, "expected text; got 3: correct it"),
         ({"prompt": {}, "chosen": "c", "rejected": "r"}, "expected text; got {}"),
         ({"chosen": ["c"], "rejected": ["r"]}, "expected messages with role and content; got 'c'"),
@@ -385,7 +384,7 @@ def test_rows_of_a_table_with_too_many_or_too_few_fields(tmp_path):
     path = write(tmp_path / "c.csv", 'prompt,response\na,b\n\nc,d,e\n"f\ng",h\ni\n')
     world = read(path)
     assert world.demonstrations == [("a", "b"), ("f\ng", "h")]
-    skipped = "skipped 1 with more fields than columns (line 4), 1 empty (line 7)"
+    skipped = "skipped 1 with other columns (line 4), 1 empty (line 7)"
     assert world.notes == (f"{path}: read 2 examples, {skipped}",)
 
 
@@ -492,3 +491,13 @@ def test_mutated_files(tmp_path, name):
             end = at + draw.choice((0, 0, 1, 3, len(data)))
             data = data[:at] + draw.choice(JUNK) + data[end:]
         reads_or_refuses(tmp_path, name, data)
+
+
+def test_one_row_with_other_columns_does_not_refuse_the_file(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(3)]
+    path = write(tmp_path / "p.jsonl", jsonl(rows[0], {"prompt": "p", "chosen": "c"}, *rows[1:]))
+    world = read_pairs(path)
+    assert [prompt for prompt, *_ in world.pairs] == ["p0", "p1", "p2"]
+    assert "skipped 1 with other columns (line 2)" in world.notes[0]
+    with pytest.raises(InputError, match="p.jsonl:1: expected the columns chosen and rejected"):
+        read_pairs(write(path, jsonl({"prompt": "p", "chosen": "c"}, *rows)))
