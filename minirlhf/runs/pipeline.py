@@ -22,7 +22,7 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs import folder, hugging_face
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
-from minirlhf.runs.session import Score, Session, cut_notes, open_session, reopen_session
+from minirlhf.runs.session import Score, Session, open_session, reopen_session
 from minirlhf.train import reward_model
 from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
@@ -91,8 +91,6 @@ def run_stages(session: Session) -> Result | None:
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))
-        for note in cut_notes(session):
-            session.note(note)
         with session.timed("sft"):
             reference = reference_stage(session)
         folder.drop_state(session, "sft")

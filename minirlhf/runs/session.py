@@ -233,7 +233,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     sizes.check_run(config, session.gpt, session.longest)
     out = config.out or new_numbered_folder(name_and_kind(named)[0])
     session.config, session.world = replace(config, out=out), going_on(world, out)
-    for note in (*world.notes, *notes):
+    for note in (*world.notes, *cut_notes(session), *notes):
         session.note(note)
     with locked(out):
         _refuse_a_run(out)  # of another process, which has been faster
@@ -310,8 +310,6 @@ def reopen_session(
     if not look:
         session.stored = load_config(folder / "config.toml")
         sizes.check_run(config, session.gpt, session.longest)
-    for note in world.notes:
-        session.note(note)
     return session
 
 

@@ -8,6 +8,7 @@ The names of its parameters say what a function wants: text (prompt and response
 """
 
 import contextlib
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -168,9 +169,11 @@ def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
             "its name alone: pass reward= to minirlhf.open_run or minirlhf.resume"
         )
     if not (source and name):
+        near = difflib.get_close_matches(reward, READY_MADE, 1)
+        advice = f"perhaps {near[0]} is meant" if near else "name one of these"
         raise InputError(
             f"reward: expected file.py:function, module:function, {', '.join(READY_MADE)}; got "
-            f"{shorten(reward)!r}: name one of these"
+            f"{shorten(reward)!r}: {advice}"
         )
     if source.endswith(".py") and not Path(source).is_file():
         raise InputError(
