@@ -127,8 +127,8 @@ def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> 
 
     A token that the policy has made more likely pays a penalty; one it has made rarer earns it.
     """
-    title = "Penalty = sum over tokens of  log pi_theta - log pi_ref  [nats]"
-    table = Table(title=title, pad_edge=False, collapse_padding=True)
+    title = "log pi_theta - log pi_ref by token [nats]"
+    table = Table(title=title, padding=(0, 1, 0, 0))
     table.add_column("token", overflow="fold", min_width=1)
     for column in ("log\npi_theta", "log\npi_ref", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
