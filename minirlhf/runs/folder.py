@@ -140,8 +140,8 @@ def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
     # `normalized` gives no smaller sd, nor a mean that far from 0
     if not (numbers and 1e-37 <= sd < float("inf") and abs(mean) <= 1e20 * sd):
         raise InputError(
-            f"{path}: expected the finite numbers score_mean and score_sd > 0; got {mean!r} and "
-            f"{sd!r}: restore the folder"
+            f"{path}: expected the finite numbers score_mean and score_sd > 0; got "
+            f"{shorten(repr(mean))} and {shorten(repr(sd))}: restore the folder"
         )
     return RewardModel(params, expected, mean, sd)
 

@@ -173,7 +173,7 @@ class Session:
                     how = f"{how[:-1]} --accept-changed-reward`"
                 if not (says or "--" in str(stop)):
                     said = f"{stop}; then go on with {how}" if stop.args else f"{how} goes on"
-                    stop.args = (said,)
+                    stop.args = type(stop)(said).args
                 raise
 
     @contextmanager
