@@ -384,7 +384,6 @@ def test_a_run_that_is_not_finished(texts, tmp_path, capsys):
     [
         ("{oops", "JSON"),
         ("[1, 2]", "braces"),
-        ('{"prompt": "a", "chosen": "b"}', "got prompt, chosen: name yours: --columns chosen="),
         ('{"prompt": "a", "chosen": "b", "rejected": 3}', "expected text; got 3"),
     ],
 )
@@ -567,6 +566,7 @@ def test_in_a_process_of_its_own_nothing_else_is_said(texts, tmp_path):
         "run ",
         "note: ",
         "supervised fine-tuning: ",
+        "fine-tuning: ",
         "reward model: ",
         "PPO: ",
         "minirlhf: ",
