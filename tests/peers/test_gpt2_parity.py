@@ -262,6 +262,7 @@ def test_a_reward_model_is_gpt2_for_sequence_classification(tmp_path):
     peer_config = transformers.GPT2Config.from_pretrained(tmp_path, num_labels=1, pad_token_id=0)
     peer = transformers.GPT2ForSequenceClassification(peer_config).double().eval()
     peer.transformer.load_state_dict(model.transformer.state_dict())
+    peer.score.weight.data.normal_(generator=torch.Generator().manual_seed(0))
     head = {"w": peer.score.weight.detach().numpy().T.copy(), "b": np.zeros(1)}
 
     rng = np.random.default_rng(0)
