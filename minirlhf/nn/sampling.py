@@ -12,7 +12,7 @@ import numpy as np
 
 from minirlhf.backend import Array, as_float, get_xp
 from minirlhf.nn.heads import tied_logits_forward
-from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
+from minirlhf.nn.transformer import GPTConfig, decode_step, kept_floats, prefill
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
 
@@ -132,8 +132,7 @@ def generate(
         _extend, params, config=config, stop_id=stop_id, pad_id=pad_id, logprobs=logprobs
     )
     # of a row: what `prefill` keeps of the prompt, keys and values of all its columns
-    C, H = config.d_model, config.n_head
-    floats = config.n_layer * (P * (17 * C + H * P) + 2 * C * (P + max_new))
+    floats = P * kept_floats(config, P) + 2 * config.n_layer * config.d_model * (P + max_new)
     each = min(-(-B // n_workers()), max(1, PIECE_FLOATS // floats))  # the first rounded up
     pieces = [slice(start, start + each) for start in range(0, B, each)]
     parts = map_over(f, [(tokens[rows], mask[rows], u[rows]) for rows in pieces])

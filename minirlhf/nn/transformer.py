@@ -53,6 +53,11 @@ class GPTConfig:
             )
 
 
+def kept_floats(sizes: GPTConfig, T: int) -> int:
+    """Floats kept of each of T tokens by a forward: 17 C, and H rows of attention, a block."""
+    return sizes.n_layer * (17 * sizes.d_model + sizes.n_head * T)
+
+
 def init_transformer(config: GPTConfig, *, rng: np.random.Generator, dtype=np.float32) -> Tree:
     """Weights N(0, 0.02), those that write into the residual stream 0.02 / sqrt(2L); biases 0.
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.random import Generator
 
+from minirlhf.nn.transformer import kept_floats
 from minirlhf.runs.config import TrainConfig
 from minirlhf.train.settings import ModelConfig
 from minirlhf.worlds.files import split_world
@@ -73,6 +74,6 @@ def most_tokens(model: ModelConfig, vocab_size: int) -> int:
     a n^2: attention weights of each block, and two more of the backward; b n: activations, logits.
     """
     a = model.n_head * (model.n_layer + 2)
-    b = 17 * model.n_layer * model.d_model + 4 * vocab_size
+    b = kept_floats(model, 0) + 4 * vocab_size
     n = max(4, int((math.sqrt(b * b + 4 * a * FLOATS) - b) / (2 * a)))
     return min(n, model.n_ctx or n)

@@ -2,7 +2,7 @@
 
 from minirlhf.memory import require_memory
 from minirlhf.nn.sampling import PIECE_FLOATS
-from minirlhf.nn.transformer import GPTConfig
+from minirlhf.nn.transformer import GPTConfig, kept_floats
 from minirlhf.runs.config import TrainConfig
 
 COPIES = 5  # of the policy: itself, its gradient, two moments, the reference
@@ -20,7 +20,7 @@ def check_run(config: TrainConfig, gpt: GPTConfig, longest: tuple[int, int]) -> 
         return
     V, C, L, T = gpt.vocab_size, gpt.d_model, gpt.n_layer, sum(longest)
     blocks, positions, vocabulary = 48 * L * C * C, 4 * gpt.n_ctx * C, 4 * V * C
-    activations = 4 * L * T * (17 * C + gpt.n_head * T)  # of the longest sequence
+    activations = 4 * T * kept_floats(gpt, T)  # of the longest sequence
     in_worker = PROCESS + blocks + positions + vocabulary + activations
     model, ppo = config.reward_model, config.ppo
     drawn = {  # at once, but one after the other
@@ -51,5 +51,5 @@ def samples_bytes(gpt: GPTConfig, n: int, longest: tuple[int, int]) -> int:
     """Of n responses: their tokens and hidden states, and a piece of them while it is drawn."""
     (P, R), C = longest, gpt.d_model
     P //= 2  # prompts that are half as long as they may be
-    of_row = gpt.n_layer * (17 * C * P + 2 * C * (P + R)) + 4 * gpt.vocab_size
+    of_row = P * kept_floats(gpt, P) + 2 * gpt.n_layer * C * (P + R) + 4 * gpt.vocab_size
     return 4 * min(n * of_row, max(of_row, PIECE_FLOATS)) + n * (20 + 4 * C) * R

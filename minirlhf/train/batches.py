@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.backend import Array, get_xp, to_device
-from minirlhf.nn.transformer import GPTConfig, check_tokens
+from minirlhf.nn.transformer import GPTConfig, check_tokens, kept_floats
 
 Ids = list[int]
 
@@ -109,8 +109,7 @@ def micro_batches(
     n = len(lengths)
     if not size and device == "cpu":
         longest = int(max(lengths))
-        # of a token: 17 C in the caches of a block, and its H rows of attention weights
-        floats = config.n_layer * (17 * config.d_model + config.n_head * longest)
+        floats = kept_floats(config, longest)  # of a token
         half = n * longest // 2  # so that two workers have something to do
         tokens = max(MICRO_BATCH_TOKENS, min(MICRO_BATCH_FLOATS // floats, half))
         size = max(1, tokens // longest)

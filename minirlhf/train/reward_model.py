@@ -4,7 +4,6 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -242,7 +241,7 @@ def pair_metrics(
     calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(raw margin)
     gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
     """
-    rows = [(p.prompt, *two) for p in pairs for two in pairwise(p.replies)]
+    rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
     score = [
         score_responses(model, prompts, responses, pad_id=pad_id, device=device)

@@ -137,13 +137,8 @@ class ModelConfig:
     ln_eps: float = 1e-5  # Added to the variance in layer norms
 
     def __post_init__(self):
-        check_fields(
-            self,
-            "model.",
-            at_least_1=("n_layer", "n_head", "d_model"),
-            at_least_0=("n_ctx",),
-            above_0=("ln_eps",),
-        )
+        sizes, floats = ("n_layer", "n_head", "d_model"), ("ln_eps",)
+        check_fields(self, "model.", at_least_1=sizes, at_least_0=("n_ctx",), above_0=floats)
         if self.d_model % self.n_head:
             raise InputError(
                 f"model.n_head: expected a divisor of d_model = {self.d_model}; got {self.n_head}"
