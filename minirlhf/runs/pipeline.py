@@ -115,6 +115,7 @@ def run_stages(session: Session) -> Result | None:
 def banner(session: Session) -> str:
     """What is about to be done, on one line."""
     world, gpt, stages, C = session.world, session.gpt, session.config.stages, session.gpt.d_model
+    # embeddings and last layer norm; of a block 12 C^2 in matrices, 13 C in biases and layer norms
     n = C * (gpt.vocab_size + gpt.n_ctx + 2) + gpt.n_layer * C * (12 * C + 13)
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
     sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
