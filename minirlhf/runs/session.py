@@ -110,15 +110,15 @@ class Session:
 
         Raises:   InputError: there are fewer positions than that.
         """
-        sizes, needed = asdict(self.config.model), self.max_prompt_tokens + self.max_response_tokens
-        sizes["n_ctx"] = sizes["n_ctx"] or needed
-        if sizes["n_ctx"] < needed:
+        model, needed = asdict(self.config.model), sum(self.longest)
+        model["n_ctx"] = model["n_ctx"] or needed
+        if model["n_ctx"] < needed:
             raise InputError(
                 f"model.n_ctx: expected at least {needed} positions, {self.max_prompt_tokens} for "
-                f"a prompt and {self.max_response_tokens} for a response; got {sizes['n_ctx']}: "
+                f"a prompt and {self.max_response_tokens} for a response; got {model['n_ctx']}: "
                 "lower --max-prompt-tokens or --max-response-tokens"
             )
-        return GPTConfig(self.tokenizer.vocab_size, **sizes)
+        return GPTConfig(self.tokenizer.vocab_size, **model)
 
     def prompt_ids(self, text: str) -> list[int]:
         return self.tokenizer.prompt_ids(text, self.max_prompt_tokens)
