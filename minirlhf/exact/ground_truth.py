@@ -7,6 +7,7 @@ J, J*, the KL and the gradient noise are exact, and no evaluation has an error b
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.rollout import Rollout, Samples, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig, SFTConfig
 from minirlhf.train.sft import train_sft
-from minirlhf.tree import Tree, tree_copy
+from minirlhf.tree import Tree, tree_copy, tree_pack
 
 # The settings of the tiny world; the reference comes close to the chain that it imitates.
 _ADAM = OptimizerConfig(learning_rate=3e-3, eps=1e-8, max_grad_norm=0.0)
@@ -139,8 +140,37 @@ def train_on_world(
     """
     _check_settings(truth, settings, baseline)
     config, reference, world = truth.config, truth.reference, truth.world
+    history = [{"iteration": 0, **measure(truth, reference)}]
+    turns = ppo_on_world(
+        world, reference, config=config, settings=settings, seed=seed, baseline=baseline
+    )
+    for iteration, (params, turn) in enumerate(turns, 1):
+        if iteration % measure_every == 0 or iteration == settings.iterations:
+            exact = measure(truth, params)
+            metrics = mean_of_updates(turn.updates, settings)
+            history.append({"iteration": iteration, **exact, **metrics})
+    return Trained(params, history)
+
+
+def ppo_on_world(
+    world: TokenWorld,
+    reference: Tree,
+    *,
+    config: GPTConfig,
+    settings: PPOConfig,
+    seed: int,
+    baseline="critic",
+    start: Tree | None = None,
+) -> Iterator[tuple[Tree, ppo.Iteration]]:
+    """PPO on a world of tokens, from samples: the policy, which is written to, at every iteration.
+
+    Args:     baseline: as of `train_on_world`.
+              start: parameters to go on from, as they were yielded; None: the reference.
+    """
     rng_rollout, rng_shuffle = np.random.default_rng([seed, 1]).spawn(2)
     optimizer = ppo.new_policy(reference, settings, rng=rng_rollout)
+    if start is not None:
+        optimizer.flat[...] = tree_pack(start)[0]
     draw = {"world": world, "n": settings.batch_size, "config": config, "rng": rng_rollout}
     task = ppo.Task(
         functools.partial(sample_world, **draw),
@@ -150,13 +180,8 @@ def train_on_world(
     leave_one_out = functools.partial(_leave_one_out, n_prompts=len(world.prompts))
     same = {"config": config, "settings": settings, "rng": rng_shuffle}
     same["advantages_of"] = None if baseline == "critic" else leave_one_out
-    history = [{"iteration": 0, **measure(truth, optimizer.params)}]
-    for iteration, turn in enumerate(ppo.train_ppo(optimizer, reference, task, **same), 1):
-        if iteration % measure_every == 0 or iteration == settings.iterations:
-            exact = measure(truth, optimizer.params)
-            metrics = mean_of_updates(turn.updates, settings)
-            history.append({"iteration": iteration, **exact, **metrics})
-    return Trained(optimizer.params, history)
+    for turn in ppo.train_ppo(optimizer, reference, task, **same):
+        yield optimizer.params, turn
 
 
 def _check_settings(truth: GroundTruth, settings: PPOConfig, baseline: str) -> None:

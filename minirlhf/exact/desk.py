@@ -1,0 +1,185 @@
+"""The tiny support desk, its policies and rewards as vectors over all of its replies.
+
+    desk = Desk()
+    p = desk.optimum(desk.proxy, beta=0.5)      (M,) ref exp(r / beta) / Z, a probability a reply
+    desk.describe(p)["gold"]                    what it is worth, exactly
+
+A policy is p (M,), a reward is r (M,), features are (M, F): M replies, EOS included where there is
+one. The reference is the chain that writes the demonstrations, or any other policy.
+"""
+
+import dataclasses
+from functools import cached_property
+
+import numpy as np
+from numpy.random import Generator
+
+from minirlhf.exact import optimum
+from minirlhf.exact.enumeration import all_responses, response_logprobs
+from minirlhf.exact.tiny import ANS, EOS, MAX_TOKENS, TOKENS, make_tiny_world, token_counts
+from minirlhf.exact.token_world import TokenWorld
+
+
+class Desk:
+    """Everything about the desk that does not depend on a policy.
+
+    Args:     max_tokens: of a reply; 6 has 137,257 of them, 3 has 400.
+              ref_log_probs: (N, V) of the reference; None: the chain.
+    """
+
+    def __init__(self, *, max_tokens: int = MAX_TOKENS, ref_log_probs: np.ndarray | None = None):
+        self.world = make_tiny_world(
+            max_tokens=max_tokens, n_demonstrations=1, rng=np.random.default_rng(0)
+        )
+        self.tree = self.world.tree
+        self.ref_log_probs = self.world.demonstrator if ref_log_probs is None else ref_log_probs
+        self.ref_logp = response_logprobs(self.tree, self.ref_log_probs)  # (M,) [nats]
+        self.ref = np.exp(self.ref_logp)
+        self.gold, self.proxy = self.world.gold, self.world.rewards
+        self.responses = all_responses(self.tree)
+
+    # -- replies and their features --------------------------------------------------------------
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How often each token but EOS stands in each reply: (M, 7), in the order of TOKENS[1:]."""
+        return token_counts(self.responses.tokens, self.responses.mask)[:, 1:].astype(np.float64)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(M,) tokens of each reply, EOS not counted."""
+        return self.counts.sum(axis=1)
+
+    @cached_property
+    def rich_features(self) -> np.ndarray:
+        """Counts, [count >= 1] and (length - 4)+: enough to see that the gold reward saturates."""
+        too_long = np.maximum(self.lengths - 4, 0)[:, None]
+        return np.concatenate([self.counts, self.counts > 0, too_long], axis=1)
+
+    @cached_property
+    def repeats(self) -> np.ndarray:
+        """(M,) tokens that are equal to the one before them."""
+        tokens, mask = self.responses.tokens, self.responses.mask
+        return ((tokens[:, 1:] == tokens[:, :-1]) & (mask[:, 1:] > 0)).sum(axis=1)
+
+    def reply(self, leaf: int) -> str:
+        """The tokens of a reply by name, EOS left out, like "ANS DET"."""
+        tokens, mask = self.responses.tokens[leaf], self.responses.mask[leaf]
+        return " ".join(TOKENS[token] for token in tokens[mask > 0] if token != EOS)
+
+    def leaf(self, reply: str) -> int:
+        """The number of the reply with these tokens: the inverse of `reply`."""
+        ids = [TOKENS.index(name) for name in reply.split()]
+        row = np.full(self.responses.tokens.shape[1], EOS)
+        row[: len(ids)] = ids
+        padded = np.where(self.responses.mask > 0, self.responses.tokens, EOS)
+        (leaf,) = np.flatnonzero((padded == row).all(axis=1))
+        return int(leaf)
+
+    # -- policies --------------------------------------------------------------------------------
+    def probs(self, log_probs: np.ndarray) -> np.ndarray:
+        """(M,) of a policy that is given as (N, V) log-probs of the next token."""
+        return np.exp(response_logprobs(self.tree, log_probs))
+
+    def optimum(self, reward: np.ndarray, *, beta: float) -> np.ndarray:
+        """ref exp(r / beta) / Z: (M,), the best policy there is at this beta."""
+        logp, _ = optimum.tilt(self.tree, self.ref_log_probs, reward, kl_coef=beta)
+        return np.exp(logp)
+
+    def best_of(self, reward: np.ndarray, *, n: int) -> np.ndarray:
+        """(M,) the best of n draws from the reference by this reward."""
+        return np.exp(optimum.best_of_n(self.ref_logp, reward, n=n))
+
+    def kl(self, p: np.ndarray) -> float:
+        """KL(p || ref) [nats]."""
+        return float(p @ (np.log(np.where(p > 0, p, 1.0)) - np.where(p > 0, self.ref_logp, 0.0)))
+
+    def describe(self, p: np.ndarray) -> dict[str, float | str]:
+        """What a policy is like, exactly.
+
+        gold, proxy     the two rewards in expectation
+        kl_seq          KL(p || ref) [nats];  entropy_seq the entropy of whole replies [nats]
+        length          tokens;  repeats the share of them that are equal to the one before
+        hedged, upsold, refused, unsafe
+                        probability that a reply holds HED, SAL, REF, UNS;  answered: ANS
+        top, top_reply  the most likely reply, and its probability
+        """
+        best, length = int(p.argmax()), float(p @ self.lengths)
+        holds = p @ (self.counts > 0)
+        names = {"answered": "ANS", "hedged": "HED", "upsold": "SAL", "refused": "REF"}
+        names["unsafe"] = "UNS"
+        return {
+            "gold": float(p @ self.gold),
+            "proxy": float(p @ self.proxy),
+            "kl_seq": self.kl(p),
+            "entropy_seq": float(-p @ np.log(np.where(p > 0, p, 1.0))),
+            "length": length,
+            "repeats": float(p @ self.repeats) / length,
+            **{name: float(holds[TOKENS.index(token) - ANS]) for name, token in names.items()},
+            "top": float(p[best]),
+            "top_reply": self.reply(best),
+        }
+
+    # -- reward models ---------------------------------------------------------------------------
+    def draw_pairs(
+        self, p: np.ndarray, n: int, *, rng: Generator, gold: np.ndarray | None = None
+    ) -> np.ndarray:
+        """n pairs of replies of p, as who judges by the gold reward prefers them: (n, 2) numbers.
+
+        The first of a pair is the chosen one, with probability sigmoid(gold_a - gold_b).
+
+        Args:     gold: (M,) another judge's reward; None: the desk's.
+        """
+        gold = self.gold if gold is None else gold
+        cdf = p.cumsum()
+        pairs = np.minimum(np.searchsorted(cdf / cdf[-1], rng.random((n, 2))), p.size - 1)
+        lead = gold[pairs[:, 0]] - gold[pairs[:, 1]]
+        second = rng.random(n) >= 1 / (1 + np.exp(-lead))
+        return np.where(second[:, None], pairs[:, ::-1], pairs)
+
+    def standardised(self, reward: np.ndarray, p: np.ndarray | None = None) -> np.ndarray:
+        """The reward with mean 0 and sd 1 under p; None: under the reference."""
+        p = self.ref if p is None else p
+        centred = reward - p @ reward
+        return centred / np.sqrt(p @ centred**2)
+
+    def with_reward(self, reward: np.ndarray) -> TokenWorld:
+        """The world in which this (M,) is what PPO is paid for each reply."""
+        mask = self.responses.mask > 0
+        replies = (
+            tuple(row[kept].tolist()) for row, kept in zip(self.responses.tokens, mask, strict=True)
+        )
+        number = {reply: leaf for leaf, reply in enumerate(replies)}
+
+        def score(prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+            return reward[[number[tuple(reply)] for reply in responses]]
+
+        return dataclasses.replace(self.world, rewards=reward, score=score)
+
+
+def fit_bradley_terry(features: np.ndarray, pairs: np.ndarray, *, l2: float = 1e-3) -> np.ndarray:
+    """Weights w (F,) of a linear reward w . features: the least of
+
+        mean over pairs of -log sigmoid(w . (f_chosen - f_rejected)) + l2 |w|^2 / 2
+
+    by Newton's method, which needs a dozen steps.
+
+    Args:     features: (M, F);  pairs: (n, 2) numbers of the chosen and the rejected reply.
+    Raises:   ValueError: it did not converge, as with l2 = 0 and pairs without a contradiction.
+    """
+    lead = features[pairs[:, 0]] - features[pairs[:, 1]]  # (n, F)
+    w = np.zeros(features.shape[1])
+    for _ in range(50):
+        wrong = 1 / (1 + np.exp(lead @ w))  # (n,) probability of the other order
+        slope = l2 * w - wrong @ lead / len(pairs)
+        curvature = (lead.T * (wrong * (1 - wrong))) @ lead / len(pairs)
+        step = np.linalg.solve(curvature + l2 * np.eye(w.size), slope)
+        w = w - step
+        if np.abs(step).max() < 1e-10:
+            return w
+    raise ValueError("fit_bradley_terry: expected Newton's method to converge; raise l2")
+
+
+def pair_accuracy(reward: np.ndarray, pairs: np.ndarray) -> float:
+    """Share of the pairs whose chosen reply has the higher reward; ties are half right."""
+    lead = reward[pairs[:, 0]] - reward[pairs[:, 1]]
+    return float(np.mean((lead > 0) + 0.5 * (lead == 0)))
