@@ -57,6 +57,16 @@ def support(folder: Path) -> str:
     return "\n".join([text, "", *lines]) if lines else text
 
 
+def cases(folder: Path) -> str:
+    """What each case study asks, varies and saw, in its own words, with its picture."""
+    rows = []
+    for numbers in sorted(folder.glob("*/*.json")):
+        found, name = read(numbers), numbers.stem
+        links = (f"[{name[:2]}](cases/{name}.py)", f"[picture](cases/{name}.png)")
+        rows.append([links[0], found["question"], found["varied"], found["seen"], links[1]])
+    return table(["case", "question", "varied", "seen (mean ± sd over 5 seeds)", ""], rows)
+
+
 def _betas(rows: dict[str, Any]) -> list[str]:
     return sorted(rows.keys() - {"reference"}, key=float)
 

@@ -49,11 +49,17 @@ class Source(NamedTuple):
 
 SEEDS = "--seeds 0 1 2 3 4"
 BENCH = "python tests/benchmarks/bench.py"
+CASES = [path.stem for path in sorted((ROOT / "examples" / "cases").glob("[0-9][0-9]_*.py"))]
 SOURCES = {
     "support": Source(
         8,
         ("python examples/01_the_penalty_matters.py --out runs",),
         {"runs/01_the_penalty_matters.png": "01_the_penalty_matters.png"},
+    ),
+    "cases": Source(
+        20,
+        tuple(f"python examples/cases/{case}.py --out {case}" for case in CASES),
+        {f"{case}/{case}.png": f"{case}.png" for case in CASES},
     ),
     "gradients": Source(
         0.1, ("minirlhf exact --parts kl flatness --out exact",), {"exact/kl.png": "exact_kl.png"}
@@ -104,6 +110,7 @@ SOURCES = {
 FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, its Markdown)
     "support": ("support", tables.support),
     "replies": ("support", tables.replies),
+    "cases": ("cases", tables.cases),
     "kl": ("gradients", tables.kl),
     "kl4": ("gradients", tables.kl4),
     "flatness": ("gradients", tables.flatness),
@@ -183,7 +190,7 @@ def publish(name: str, figure: str, root: Path) -> list[Path]:
 def publish_pictures(source: Source, folder: Path, root: Path) -> None:
     """Copy what was drawn over the published copies of that name."""
     for drawn, name in source.pictures.items():
-        for place in ("examples", "minirlhf/**", "tests/**"):
+        for place in ("examples/**", "minirlhf/**", "tests/**"):
             for path in root.glob(f"{place}/{name}"):
                 shutil.copyfile(folder / drawn, path)
                 print(f"  {path.relative_to(root)}")

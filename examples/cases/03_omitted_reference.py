@@ -64,6 +64,7 @@ say(right, "entropy: 0 is one reply for everybody", "PPO iteration", "nats per r
 # %% The answer
 case.finish(
     figure,
+    varied="beta 0 or 0.5; who pays: proxy or gold",
     seen=f"Without a reference gold ends at {spread(gold['beta 0'], 2)}, with beta 0.5 at "
     f"{spread(gold['beta 0.5'], 2)}; the reference has {spread(start, 2)}.",
 )

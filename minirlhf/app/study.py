@@ -4,7 +4,7 @@
     runs = case.train({"beta 0.5": Arm(), "beta 0": Arm({"kl_coef": 0.0})})
     case.table("at the end", ends(runs), ("gold", "proxy", "kl_seq"))
     case.claim("without the penalty gold is lower", [...])     one truth a seed
-    case.finish(figure, seen="one sentence with the numbers")  NAME.png, NAME.json
+    case.finish(figure, varied="beta", seen="one sentence with the numbers")
 
 The world is the tiny support desk and the policy a small transformer, trained from samples by the
 package's own loops; what it has become is measured by enumeration. Each seed has a reference of its
@@ -78,10 +78,12 @@ class Case:
         is_script = Path(sys.argv[0]).stem == name  # in a notebook the arguments are the kernel's
         options = parser.parse_args(sys.argv[1:] if is_script else [])
         self.name, self.seeds, self.fast, self.out = name, options.seeds, options.fast, options.out
-        self.found: dict[str, Any] = {"seeds": self.seeds, "tables": {}, "claims": {}}
+        question = doc.splitlines()[0]
+        self.found: dict[str, Any] = {"question": question, "seeds": self.seeds}
+        self.found |= {"tables": {}, "claims": {}}
         self.max_tokens = 3 if self.fast else MAX_TOKENS
         self.console = Console(width=110, highlight=False)
-        self.console.print(doc.splitlines()[0], style="bold")
+        self.console.print(question, style="bold")
 
     def rng(self, seed: int) -> np.random.Generator:
         """For what a case draws itself, apart from the streams of training."""
@@ -142,13 +144,13 @@ class Case:
         self.found["claims"][text] = holds
         self.console.print(f"{sum(holds)} of {len(holds)}: {text}")
 
-    def finish(self, figure: Any, *, seen: str) -> None:
+    def finish(self, figure: Any, *, varied: str, seen: str) -> None:
         """Print what was seen, and write NAME.png and NAME.json."""
         self.console.print(f"\n{seen}\n")
         picture, numbers = (self.out / f"{self.name}.{kind}" for kind in ("png", "json"))
         self.out.mkdir(parents=True, exist_ok=True)
         save(figure, picture)
-        found = json.dumps({**self.found, "seen": seen}, indent=1) + "\n"
+        found = json.dumps({**self.found, "varied": varied, "seen": seen}, indent=1) + "\n"
         write_whole(numbers, found.encode())
         self.console.print(f"picture: {picture}\nnumbers: {numbers}", soft_wrap=True)
 
