@@ -45,9 +45,9 @@ _CHUNK = 1 << 16
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # bytes that are not UTF-8 come as half surrogates
 _JSON = re.compile(r"\{\s*[\"'}]|\[\s*\{")  # how JSON begins, and hardly ever a text
 _BETWEEN = re.compile(r"[\s,]*")  # what stands between the entries of an array
-_BEFORE = re.compile(  # what stands before the rows: a bracket; or, in an object, a key and others
+_BEFORE = re.compile(  # of rows that are not one a line: a bracket, an object up to there, nothing
     r'\s*(?:\[|\{(?:\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,)*'
-    r'\s*"(?:data|rows|examples|train|instances)"\s*:\s*\[(?=\s*\{))'
+    r'\s*"(?:data|rows|examples|train|instances)"\s*:\s*\[(?=\s*\{)|(?=\{\s*\n))'
 )
 _BROKEN = 10  # lines that are no JSON may be skipped, or one in a hundred
 
@@ -195,10 +195,11 @@ def _lines(text: TextIO, path: str | Path) -> Iterator[Line]:
 
 def _refuse_bytes(text: str, path: str | Path, line: int) -> None:
     if wrong := _NO_TEXT.search(text):
-        raise InputError(
-            f"{path}: expected UTF-8 text; got the byte {ord(wrong.group()) & 0xFF:#04x} in line "
-            f"{line + text.count(chr(10), 0, wrong.start())}: save the file as UTF-8"
-        )
+        number = line + text.count("\n", 0, wrong.start())
+        came = f"the byte {ord(wrong.group()) & 0xFF:#04x} in line {number}: save the file as UTF-8"
+        if text.startswith("PK\3\4"):
+            came = "a ZIP archive, as .xlsx and .docx are: unpack it, or export the table as .csv"
+        raise InputError(f"{path}: expected UTF-8 text; got {came}")
 
 
 def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> Rows:
@@ -249,9 +250,7 @@ def _json_rows(entries: Iterator[tuple[int, Any]], path: str | Path, means: Call
         raise first
 
 
-def _array(
-    text: TextIO, path: str | Path, before: str, notes: list[str]
-) -> Iterator[tuple[int, Any]]:
+def _array(text: TextIO, path: str | Path, before: str, notes: list[str]) -> Iterator[tuple]:
     """(line, row, or the text of what is none) of an array; held is what is not parsed yet."""
     decoder, buffer = json.JSONDecoder(), ""
     line = 1 + text.read(len(before)).count("\n")
@@ -269,15 +268,13 @@ def _array(
             line, at = line + buffer.count("\n", start, end), end
         buffer = buffer[at:]
     start = _BETWEEN.match(buffer).end()
-    where, rest = f"{path}:{line + buffer.count(chr(10), 0, start)}", buffer[start:]
     try:
-        whole = json.loads(before + rest)  # but for the rows
+        whole = json.loads(before + (rest := buffer[start:]) or "[]")  # but for the rows
     except (ValueError, RecursionError) as error:
-        if rest and rest[0] != "]":
-            parse_object(rest, where)
-        came = repr(shorten(rest[1:])) if rest else "the end of the file"
+        came = repr(shorten(rest.removeprefix("]"))) if rest else "the end of the file"
         raise InputError(
-            f"{where}: expected one array up to its ]; got {came}: restore it, or save it alone"
+            f"{path}:{line + buffer.count(chr(10), 0, start)}: expected JSON objects up to the end "
+            f"of one list; got {came}: correct or restore it"
         ) from error
     if others := [key for key in whole if whole[key] and isinstance(whole[key], list)]:
         notes.append(f"{path}: of its lists only one is read, not {shorten(', '.join(others))}")

@@ -61,6 +61,7 @@ EXAMPLES = [tuple(row.values()) for row in ROWS]
         ("c.json", json.dumps(ROWS)),
         ("c.json", json.dumps(ROWS, indent=2)),
         ("c.jsonl", "\n " + json.dumps(ROWS) + "\n\n"),
+        ("c.json", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)),  # as jq writes
         # an object that holds the list of rows
         *(
             ("c.json", json.dumps({name: ROWS}))
@@ -128,13 +129,17 @@ def test_an_array_is_read_in_parts(tmp_path, monkeypatch):
     text = json.dumps(ROWS, indent=1)
     line = text[: text.index("question 20")].count("\n") + 1
     write(path, text.replace('"question 20"', "question 20"))
-    with pytest.raises(InputError, match=rf"c.json:{line - 1}: expected a JSON object; got"):
+    with pytest.raises(InputError, match=rf"c.json:{line - 1}: expected JSON objects up to the e"):
         read(path)
     for content in (json.dumps(ROWS)[:-1], json.dumps({"data": ROWS})[:-2]):
-        with pytest.raises(InputError, match="expected one array up to its ]; got the end of the"):
+        with pytest.raises(
+            InputError, match="expected JSON objects up to the end of one list; got the"
+        ):
             read(write(path, content))
     for content in (json.dumps(ROWS) * 2, jsonl({"data": ROWS}) * 2):
-        with pytest.raises(InputError, match="expected one array up to its ]; got '.*restore it, "):
+        with pytest.raises(
+            InputError, match="to the end of one list; got '.*: correct or restore it"
+        ):
             read(write(path, content))
     for wrong in ([1], ["a"], [[1]], [None]):
         with pytest.raises(InputError, match="c.json:1: expected a JSON object"):
@@ -186,6 +191,12 @@ def test_a_row_that_has_a_list_of_its_own_is_a_row(tmp_path):
             "prompt,chosen,rejected\na,b,c\n",
             "got prompt, chosen, .*: give the file as --p",
         ),
+        ("c.json", json.dumps({"faq": ROWS}, indent=1), "or text; got faq: name yours: --columns"),
+        (
+            "c.csv",
+            b"PK\3\4\x14\0 book.xlsx",
+            "got a ZIP archive, as .xlsx and .docx are: unpack it",
+        ),
         ("c.parquet", "no parquet at all", "expected parquet; got|pip install pyarrow"),
         ("c.jsonl", "\n\n", "the file is empty"),
         ("c.csv", "", "the file is empty"),
@@ -216,7 +227,7 @@ def test_lines_and_documents_have_an_end(tmp_path, monkeypatch):
     assert [r.count("\n") for _, r in world.demonstrations] == [28, 28]
     monkeypatch.setattr(readers, "_CHUNK", 50)
     write(tmp_path / "c.json", json.dumps([{"prompt": "a", "response": "b" * 300}]))
-    with pytest.raises(InputError, match="c.json:1: expected a JSON object"):
+    with pytest.raises(InputError, match="c.json:1: expected JSON objects up to"):
         read(tmp_path / "c.json")
 
 
