@@ -235,7 +235,7 @@ def _json_rows(entries: Iterator[tuple[int, Any]], path: str | Path, means: Call
         except InputError as error:
             first, n_broken = first or error, n_broken + 1
             if n_broken > max(_BROKEN, number // 100):
-                raise first from error
+                raise first from None
             yield number, {None: "broken"}
             continue
         try:
@@ -281,7 +281,7 @@ def _array(text: TextIO, path: str | Path, before: str, notes: list[str]) -> Ite
 
 
 def _delimiter(header: str) -> str:
-    return max(",;\t", key=header.count)
+    return max(",;\t|", key=header.count)
 
 
 def _csv_rows(text: TextIO, path: str | Path, means: Callable) -> Rows:
@@ -290,7 +290,7 @@ def _csv_rows(text: TextIO, path: str | Path, means: Callable) -> Rows:
     lines = _lines(text, path)
     start, header = next(((n, line) for n, line in lines if line.strip()), (1, ""))
     stream = chain([header], (line for _, line in lines))
-    reader = csv.reader(stream, delimiter=_delimiter(header), strict=True)
+    reader = csv.reader(stream, delimiter=_delimiter(header), skipinitialspace=True, strict=True)
     try:
         names = next(reader, [])
         known = means(names, f"{path}:{start}") if names else {}

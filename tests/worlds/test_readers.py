@@ -72,6 +72,8 @@ EXAMPLES = [tuple(row.values()) for row in ROWS]
         ("c.csv", table(ROWS)),
         ("c.CSV", "\ufeff" + table(ROWS, ";")),
         ("c.tsv", table(ROWS, "\t")),
+        ("c.csv", table(ROWS, "|")),
+        ("c.csv", table(ROWS).replace(',"', ', "').replace("prompt,", "prompt, ")),
         ("c.csv", table(ROWS).replace("\n", "\r\n")),
         # under a name that says nothing, and not learnt as prose
         ("c.txt", jsonl(*ROWS)),
@@ -577,6 +579,8 @@ VALID = {
     "c.tsv": table(ROWS[:4], "\t").encode("utf-16"),
     "c.csv.gz": gzip.compress(table(ROWS[:4]).encode(), mtime=0),
     "m.jsonl": jsonl({"messages": CHAT[:3]}).encode(),
+    "s.jsonl": (jsonl({"conversations": share_gpt(CHAT[:3])}) * 2).encode(),
+    "w.json": json.dumps({"n": 4, "data": ROWS[:4], "test": ROWS[:1]}, indent=1).encode(),
     "p.jsonl": jsonl(hh(1, " a", " b"), *CHATS, *RANKED).encode(),
 }
 
