@@ -30,7 +30,8 @@ class TrainConfig:
     corpus_unit: Literal["auto", "line", "document"] = "auto"  # What one example of the corpus is
     # Preferences in JSON, CSV or parquet: prompt, chosen, rejected; or prompt, responses, ranking
     pairs: str = ""
-    columns: tuple[str, ...] = ()  # Columns of other names, like prompt=title response=body
+    # Columns of other names, like prompt=title response=body, in whichever file has them
+    columns: tuple[str, ...] = ()
     max_text_mb: int = 64  # Memory for the text of a file [MB]; of more, a part drawn at random
     # FILE.py:function, module:function, length, regex:PATTERN, .. in the place of a reward model
     reward: str = ""

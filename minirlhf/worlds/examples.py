@@ -25,6 +25,7 @@ Messages = list[tuple[str, str]]  # role, content
 
 _TURN = "\n\nAssistant:"  # of Anthropic's HH-RLHF dialogues (Bai et al. 2022, arXiv 2204.05862)
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
 _HALF = re.compile("[\ud800-\udfff]")
 _OVERHEAD = 300  # bytes of a row beside its characters, about: Python's strings and lists
 
@@ -60,7 +61,7 @@ class Kept:
         """[the converted row], or [] and one more that is skipped."""
         try:
             if None in row:
-                raise Skip("with other columns")
+                raise Skip(row[None])
             return [convert(row, *where)]
         except Skip as why:
             self.skipped[str(why)].append(number)
@@ -157,7 +158,7 @@ def as_preference(row: dict, where: str) -> Texts:
     """(prompt, best reply, .., worst reply)."""
     if not {"chosen", "rejected"} <= row.keys():
         texts = (_prompt(row, where), *_ranked(row["responses"], row["ranking"], where))
-    elif isinstance(row["chosen"], list):
+    elif isinstance(row["chosen"], list | dict):
         texts = _split_messages(row, where)
     elif row.get("prompt") is None:
         texts = _split_dialogues(_text(row["chosen"], where), _text(row["rejected"], where))
@@ -200,7 +201,7 @@ def _split_messages(row: dict, where: str) -> Texts:
     shared, replies = chosen[:n], (chosen[n:], rejected[n:])
     if not all(replies):
         raise Skip("empty")
-    given = row.get("prompt")
+    given = row.get("prompt", row.get("messages"))
     if given is not None and (not shared or shared[0][0] == "assistant"):
         asked = given if isinstance(given, list) else [{"role": "user", "content": given}]
         shared = _messages(asked, where) + shared
@@ -238,17 +239,17 @@ def _reply(value: Any, where: str) -> str:
 
 
 def _messages(value: Any, where: str) -> Messages:
-    """(role, content) of each message that says something."""
+    """(role, content) of each message that says something; ShareGPT calls them from and value."""
     messages = []
     for message in value if isinstance(value, list) else [value]:
-        role = message.get("role") if isinstance(message, dict) else None
+        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
         if not isinstance(role, str):
             raise InputError(
                 f"{where}: expected messages with role and content; got "
                 f"{shorten(repr(message))}: correct it"
             )
-        if not _is_blank(message.get("content")):
-            messages.append((role, _text(message["content"], where)))
+        if not _is_blank(content := message.get("content", message.get("value"))):
+            messages.append((_ROLES.get(role, role), _text(content, where)))
     return messages
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from numpy.random import Generator
 
+from minirlhf.disk import shorten
 from minirlhf.errors import InputError
 from minirlhf.worlds.examples import Kept, as_example, as_preference, examples_of, preferences_of
-from minirlhf.worlds.readers import name_and_kind, rows_of
+from minirlhf.worlds.readers import name_and_kind, named_columns, rows_of
 from minirlhf.worlds.rewards import load_reward
 from minirlhf.worlds.world import World
 
@@ -39,7 +40,7 @@ def corpus_world(
               pairs_path: preferences; their prompts join those of the corpus.
               reward: what `load_reward` takes.
               unit: what is an example of a plain text: "line", "document", or "auto".
-              columns: what columns of other names mean, like "prompt=title".
+              columns: what columns of other names mean, like "prompt=title", in files with them.
               max_chars: of more characters in a file a part is kept.
               rng: chooses that part.
     Raises:   InputError: a file cannot be used, nothing usable is left, or the choices do not fit.
@@ -49,16 +50,21 @@ def corpus_world(
         raise InputError(f"unit: expected auto, line or document; got {unit!r}: choose one of them")
     notes: list[str] = []
     keep = {"max_chars": max_chars, "rng": rng.spawn(1)[0]}  # the split draws what it always drew
-    read = {"unit": unit, "columns": columns, "notes": notes}
-    pairs, joiner = None, " "
+    read = {"unit": unit, "named": named_columns(columns), "notes": notes}
+    pairs, joiner, of_pairs, of_corpus = None, " ", set(), set()
     if pairs_path is not None:
-        rows = rows_of(pairs_path, "pairs", **read)
+        rows = rows_of(pairs_path, "pairs", found=of_pairs, **read)
         pairs = preferences_of(Kept(pairs_path, rows, as_preference, **keep), notes)
     if path is None:
         examples = [texts[:2] for texts in pairs]
     else:
-        rows = rows_of(path, "corpus", **read)
+        rows = rows_of(path, "corpus", found=of_corpus, **read)
         examples, joiner = examples_of(Kept(path, rows, as_example, **keep), notes)
+    if nowhere := {name for _, name in read["named"]} - of_pairs - of_corpus:
+        raise InputError(
+            f"--columns: expected names of columns; got {shorten(min(nowhere))!r}, which is in no "
+            "file: correct it or leave it out"
+        )
     distinct = list(dict.fromkeys(examples))
     if dropped := len(examples) - len(distinct):
         notes.append(f"dropped {dropped} of {len(examples)} examples that occur twice")

@@ -1,7 +1,8 @@
 """Files to rows: text, JSON, CSV and parquet, gzipped or not; held are a row and a buffer.
 
 A row is a dict keyed by what its columns mean (COLUMNS); what becomes of rows is in examples.py.
-What a file is follows from its name, and where that says nothing, from how it begins.
+Under None stands why a row is none. What a file is follows from its name, and where that says
+nothing, from how it begins.
 """
 
 import codecs
@@ -24,7 +25,7 @@ COLUMNS = {  # what a column means -> what it may be called, capitals aside
     "prompt": ("prompt", "instruction", "question", "input"),
     "input": ("input",),  # beside an instruction: what it is about
     "response": ("response", "completion", "output", "answer"),
-    "messages": ("messages",),
+    "messages": ("messages", "conversations", "conversation"),
     "text": ("text",),
     "chosen": ("chosen", "chosen_response"),
     "rejected": ("rejected", "rejected_response"),
@@ -43,9 +44,15 @@ _HEAD = 2000  # lines from which it is guessed whether blank lines part document
 _CHUNK = 1 << 16
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # bytes that are not UTF-8 come as half surrogates
 _JSON = re.compile(r"\{\s*[\"'}]|\[\s*\{")  # how JSON begins, and hardly ever a text
-_BETWEEN = re.compile(r"[\s,\[\]]*")  # what stands between the entries of an array
+_BETWEEN = re.compile(r"[\s,]*")  # what stands between the entries of an array
+_BEFORE = re.compile(  # of rows that are not one a line: a bracket, an object up to there, nothing
+    r'\s*(?:\[|\{(?:\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,)*'
+    r'\s*"(?:data|rows|examples|train|instances)"\s*:\s*\[(?=\s*\{)|(?=\{\s*\n))'
+)
+_BROKEN = 10  # lines that are no JSON may be skipped, or one in a hundred
 
 Line = tuple[int, str]
+Named = tuple[tuple[str, str], ...]  # what a column means, its name in small letters
 Rows = Iterator[tuple[int, dict[str | None, Any]]]
 
 
@@ -57,17 +64,19 @@ def name_and_kind(path: str | Path) -> tuple[str, str]:
 
 
 def rows_of(
-    path: str | Path, source: str, *, unit: str, columns: tuple[str, ...], notes: list[str]
+    path: str | Path, source: str, *, unit: str, named: Named, found: set[str], notes: list[str]
 ) -> Rows:
     """(line, row) of every row that is not blank; of parquet, the row's number.
 
     Args:     source: the option that names the file: "corpus" or "pairs".
-              unit, columns: as of `corpus_world`.
+              unit: as of `corpus_world`.
+              named: of `named_columns`; each counts if the file has it, else the usual names do.
+              found: gets the names of those that it has.
               notes: gets a sentence if it was guessed what a row is.
     Raises:   InputError: the file cannot be read, is no text, or has other columns.
     """
-    named, kind = _named(columns), name_and_kind(path)[1]
-    means = functools.partial(_meanings, source=source, named=named)
+    kind = name_and_kind(path)[1]
+    means = functools.partial(_meanings, source=source, named=named, found=found)
     try:
         check_regular(path)
         with open(path, "rb") as raw:
@@ -75,11 +84,9 @@ def rows_of(
             head = file.peek(_CHUNK)
             wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             encoding = "utf-16" if wide else "utf-8-sig"
-            start = head.decode(encoding, errors="ignore").lstrip()
+            start = head.decode(encoding, errors="ignore").replace("\r\n", "\n")
             if kind == "text":
-                kind = _kind_by_content(head, start, named)
-            if kind == "text" and columns:
-                notes.append(f"--columns changes nothing for {path}, which has none")
+                kind = _kind_by_content(head, start.lstrip(), named)
             if kind != "text" and unit != "auto" and source == "corpus":
                 notes.append(f"--corpus-unit changes nothing for {path}, which has rows")
             if kind == "parquet":
@@ -87,12 +94,17 @@ def rows_of(
                 return
             text = io.TextIOWrapper(file, encoding, errors="surrogateescape")
             if kind == "json":
-                yield from _json_rows(text, path, means, is_array=start.startswith("["))
+                before = _BEFORE.match(start)
+                if before and not _known(tuple(re.findall(r'"(\w+)"\s*:', before[0])), named):
+                    entries = _array(text, path, before[0], notes)
+                else:
+                    entries = (line for line in _lines(text, path) if line[1].strip())
+                yield from _json_rows(entries, path, means)
             elif kind == "csv":
                 yield from _csv_rows(text, path, means)
             elif source == "corpus":
                 yield from _text_rows(text, path, unit, notes)
-            elif start:
+            elif start.strip():
                 raise InputError(
                     f"{path}: expected preferences as JSON, CSV or parquet; got the text "
                     f"{shorten(start)!r}: give plain text as --corpus"
@@ -112,16 +124,17 @@ def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
     if head.startswith(b"PAR1") or _JSON.match(start):
         return "json" if _JSON.match(start) else "parquet"
     line = start.partition("\n")[0]
-    names = tuple(name.strip('" \r') for name in line.split(_delimiter(line)))
-    return "csv" if len(names) > 1 and _sources(_known(names, named)) else "text"
+    names = tuple(name.strip('" \r').lower() for name in line.split(_delimiter(line)))
+    here = tuple(pair for pair in named if pair[1] in names)
+    return "csv" if len(names) > 1 and _sources(_known(names, here)) else "text"
 
 
 # --- what the columns mean
-def _named(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def named_columns(columns: tuple[str, ...]) -> Named:
     """(meaning, name) of each "meaning=name"; a meaning may be any name that it is known by."""
-    known = {name: meaning for meaning, names in reversed(COLUMNS.items()) for name in names}
+    known = {name: meaning for meaning, names in COLUMNS.items() for name in (*names, meaning)}
     split = (column.partition("=") for column in columns)
-    named = tuple((known.get(meaning, meaning), name) for meaning, _, name in split)
+    named = tuple((known.get(m, m), name.strip().lower()) for m, _, name in split)
     if not all(
         meaning in COLUMNS and name and not _NO_TEXT.search(name) for meaning, name in named
     ):
@@ -133,14 +146,14 @@ def _named(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _known(names: tuple[str, ...], named: tuple[tuple[str, str], ...]) -> dict[str, str]:
+def _known(names: tuple[str, ...], named: Named) -> dict[str, str]:
     """meaning -> name of the columns that are known."""
     there = {name.strip().lower(): name for name in names}
-    called = COLUMNS | {meaning: (name.strip().lower(),) for meaning, name in named}
+    called = COLUMNS | {meaning: (name,) for meaning, name in named}
     found = {meaning: [o for o in options if o in there] for meaning, options in called.items()}
     known = {meaning: there[options[0]] for meaning, options in found.items() if options}
-    if known.get("input") == known.get("prompt"):
-        known.pop("input", None)
+    if "input" in known and known["input"] == known.setdefault("prompt", known["input"]):
+        del known["input"]
     return known
 
 
@@ -149,15 +162,16 @@ def _sources(known: dict[str, str]) -> list[str]:
     return [s for s, forms in FORMS.items() if any(known.keys() >= {*form} for form in forms)]
 
 
-def _meanings(names, where: str, *, source: str, named: tuple) -> dict[str, str]:
+def _meanings(names, where: str, *, source: str, named: Named, found: set[str]) -> dict[str, str]:
     """`_known`, refused where it is not what the source needs."""
-    known = _known(tuple(names), named)
+    there = {name.strip().lower() for name in names}
+    found.update(name for _, name in named if name in there)
+    known = _known(tuple(names), tuple(pair for pair in named if pair[1] in found))
     sources = _sources(known)
     if source in sources:
         return known
     came = shorten(", ".join(names), 120) or "none"
-    there = {name.strip().lower() for name in names}
-    if missing := [name for _, name in named if name.strip().lower() not in there]:
+    if missing := [name for _, name in named if name not in there]:
         raise InputError(
             f"{where}: expected the columns that --columns names, {shorten(missing[0])!r} too; got "
             f"{came}: correct the name"
@@ -181,10 +195,11 @@ def _lines(text: TextIO, path: str | Path) -> Iterator[Line]:
 
 def _refuse_bytes(text: str, path: str | Path, line: int) -> None:
     if wrong := _NO_TEXT.search(text):
-        raise InputError(
-            f"{path}: expected UTF-8 text; got the byte {ord(wrong.group()) & 0xFF:#04x} in line "
-            f"{line + text.count(chr(10), 0, wrong.start())}: save the file as UTF-8"
-        )
+        number = line + text.count("\n", 0, wrong.start())
+        came = f"the byte {ord(wrong.group()) & 0xFF:#04x} in line {number}: save the file as UTF-8"
+        if text.startswith("PK\3\4"):
+            came = "a ZIP archive, as .xlsx and .docx are: unpack it, or export the table as .csv"
+        raise InputError(f"{path}: expected UTF-8 text; got {came}")
 
 
 def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> Rows:
@@ -210,25 +225,35 @@ def _documents(lines: Iterator[Line]) -> Iterator[Line]:
             yield part[0][0], "\n".join(line.rstrip() for _, line in part)
 
 
-def _json_rows(text: TextIO, path: str | Path, means: Callable, *, is_array: bool) -> Rows:
-    """The objects of an array, or one a line."""
-    lines, known = ((n, line) for n, line in _lines(text, path) if line.strip()), {}
-    for number, entry in _array(text, path) if is_array else lines:
+def _json_rows(entries: Iterator[tuple[int, Any]], path: str | Path, means: Callable) -> Rows:
+    """The objects of an array, or one a line; a few that are broken are left out."""
+    known, first, n_broken = {}, None, 0
+    for number, entry in entries:
         where = f"{path}:{number}"
-        if not isinstance(entry, dict):
-            entry = parse_object(json.dumps(entry) if is_array else entry, where)
+        try:
+            entry = parse_object(entry, where) if isinstance(entry, str) else entry
+        except InputError as error:
+            first, n_broken = first or error, n_broken + 1
+            if n_broken > max(_BROKEN, number // 100):
+                raise first from None
+            yield number, {None: "broken"}
+            continue
         try:
             known = means(entry, where)
+            row = {meaning: entry[name] for meaning, name in known.items()}
         except InputError:
             if not known:  # it is not this row, it is the file
                 raise
-            entry = {None: entry}
-        yield number, entry if None in entry else {m: entry[name] for m, name in known.items()}
+            row = {None: "with other columns"}
+        yield number, row
+    if first and not known:
+        raise first
 
 
-def _array(text: TextIO, path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line, entry) of a JSON array; of its text only what is not parsed yet is held."""
-    decoder, buffer, line = json.JSONDecoder(), "", 1
+def _array(text: TextIO, path: str | Path, before: str, notes: list[str]) -> Iterator[tuple]:
+    """(line, row, or the text of what is none) of an array; held is what is not parsed yet."""
+    decoder, buffer = json.JSONDecoder(), ""
+    line = 1 + text.read(len(before)).count("\n")
     while len(buffer) < LONGEST and (chunk := text.read(max(_CHUNK, len(buffer)))):
         _refuse_bytes(chunk, path, line + buffer.count("\n"))
         buffer, at = buffer + chunk, 0
@@ -239,36 +264,43 @@ def _array(text: TextIO, path: str | Path) -> Iterator[tuple[int, Any]]:
             except (ValueError, RecursionError):
                 break  # it goes on in the next chunk, or is wrong
             line += buffer.count("\n", at, start)
-            yield line, entry
+            yield line, entry if isinstance(entry, dict) else buffer[start:end]
             line, at = line + buffer.count("\n", start, end), end
         buffer = buffer[at:]
     start = _BETWEEN.match(buffer).end()
-    if rest := buffer[start:]:
-        parse_object(rest, f"{path}:{line + buffer.count(chr(10), 0, start)}")
-    if not buffer.rstrip().endswith("]"):
-        raise InputError(f"{path}: expected an array up to its ]; the file ends before: restore it")
+    try:
+        whole = json.loads(before + (rest := buffer[start:]) or "[]")  # but for the rows
+    except (ValueError, RecursionError) as error:
+        came = repr(shorten(rest.removeprefix("]"))) if rest else "the end of the file"
+        raise InputError(
+            f"{path}:{line + buffer.count(chr(10), 0, start)}: expected JSON objects up to the end "
+            f"of one list; got {came}: correct or restore it"
+        ) from error
+    if others := [key for key in whole if whole[key] and isinstance(whole[key], list)]:
+        notes.append(f"{path}: of its lists only one is read, not {shorten(', '.join(others))}")
 
 
 def _delimiter(header: str) -> str:
-    return max(",;\t", key=header.count)
+    return max(",;\t|", key=header.count)
 
 
 def _csv_rows(text: TextIO, path: str | Path, means: Callable) -> Rows:
-    """Rows below a line of names; a row with more fields than names has the others under None."""
+    """Rows below a line of names; a row with more fields than names is one of others."""
     csv.field_size_limit(LONGEST)
     lines = _lines(text, path)
     start, header = next(((n, line) for n, line in lines if line.strip()), (1, ""))
     stream = chain([header], (line for _, line in lines))
-    reader = csv.reader(stream, delimiter=_delimiter(header), strict=True)
+    reader = csv.reader(stream, delimiter=_delimiter(header), skipinitialspace=True, strict=True)
     try:
         names = next(reader, [])
         known = means(names, f"{path}:{start}") if names else {}
         number = start + reader.line_num
         for fields in reader:
             row = dict(zip_longest(names, fields))
-            if fields:
-                others = {None: row[None]} if None in row else {}
-                yield number, {meaning: row[name] for meaning, name in known.items()} | others
+            if None in row:
+                yield number, {None: "with other columns"}
+            elif fields:
+                yield number, {meaning: row[name] for meaning, name in known.items()}
             number = start + reader.line_num
     except csv.Error as error:
         raise _damaged(f"{path}:{start + reader.line_num - 1}", "CSV", error) from error

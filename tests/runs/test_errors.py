@@ -382,8 +382,8 @@ def test_a_run_that_is_not_finished(texts, tmp_path, capsys):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("{oops", "JSON"),
-        ("[1, 2]", "braces"),
+        ("{oops\n" * 11, "JSON"),  # ten are skipped
+        ("[1, 2]\n" * 11, "braces"),
         ('{"prompt": "a", "chosen": "b", "rejected": 3}', "expected text; got 3"),
     ],
 )

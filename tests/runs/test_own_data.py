@@ -301,17 +301,18 @@ def test_what_a_file_makes_useless_is_said_once_it_is_known_what_it_is(tmp_path)
         for unit in ("auto", "line"):
             lines = said[path, unit] = []
             config = tiny_config(tmp_path / f"{path.stem}-{unit}", corpus=str(path), reward=VOWELS)
-            chosen = {"columns": columns, "corpus_unit": unit}
+            chosen = {"columns": columns * (path == table), "corpus_unit": unit}
             open_session(changed(config, chosen), say=lines.append)
     useless = {key: [x for x in lines if "changes nothing" in x] for key, lines in said.items()}
     assert useless[table, "auto"] == []
     assert useless[table, "line"] == [
         f"note: --corpus-unit changes nothing for {table}, which has rows"
     ]
-    for unit in ("auto", "line"):
-        assert useless[plain, unit] == [
-            f"note: --columns changes nothing for {plain}, which has none"
-        ]
+    assert useless[plain, "auto"] == useless[plain, "line"] == []
+    config = tiny_config(tmp_path / "other", corpus=str(plain), reward=VOWELS)
+    with pytest.raises(InputError, match="--columns: expected names of columns; got 'body'"):
+        open_session(changed(config, {"columns": columns}))
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_default_limits_fit_beside_one_that_is_given_and_the_positions(tmp_path):

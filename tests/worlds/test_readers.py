@@ -61,9 +61,19 @@ EXAMPLES = [tuple(row.values()) for row in ROWS]
         ("c.json", json.dumps(ROWS)),
         ("c.json", json.dumps(ROWS, indent=2)),
         ("c.jsonl", "\n " + json.dumps(ROWS) + "\n\n"),
+        ("c.json", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS)),  # as jq writes
+        # an object that holds the list of rows
+        *(
+            ("c.json", json.dumps({name: ROWS}))
+            for name in ("data", "rows", "examples", "train", "instances")
+        ),
+        ("c.json", json.dumps({"version": "v2, 1", "n": -4.5, "data": ROWS, "test": []}, indent=2)),
+        ("c.json", json.dumps({"data": ROWS, "about": {"n": 40}}, indent=2).replace("\n", "\r\n")),
         ("c.csv", table(ROWS)),
         ("c.CSV", "\ufeff" + table(ROWS, ";")),
         ("c.tsv", table(ROWS, "\t")),
+        ("c.csv", table(ROWS, "|")),
+        ("c.csv", table(ROWS).replace(',"', ', "').replace("prompt,", "prompt, ")),
         ("c.csv", table(ROWS).replace("\n", "\r\n")),
         # under a name that says nothing, and not learnt as prose
         ("c.txt", jsonl(*ROWS)),
@@ -116,16 +126,41 @@ def test_an_array_is_read_in_parts(tmp_path, monkeypatch):
     for indent in (None, 1):
         path = write(tmp_path / "c.json", json.dumps(ROWS, indent=indent))
         assert read(path).demonstrations == EXAMPLES
+        write(path, json.dumps({"n": 40, "data": ROWS, "n again": 40}, indent=indent))
+        assert read(path).demonstrations == EXAMPLES
     text = json.dumps(ROWS, indent=1)
     line = text[: text.index("question 20")].count("\n") + 1
     write(path, text.replace('"question 20"', "question 20"))
-    with pytest.raises(InputError, match=rf"c.json:{line - 1}: expected a JSON object; got"):
+    with pytest.raises(InputError, match=rf"c.json:{line - 1}: expected JSON objects up to the e"):
         read(path)
-    with pytest.raises(InputError, match="expected an array up to its ]; the file ends before"):
-        read(write(path, json.dumps(ROWS)[:-1]))
+    for content in (json.dumps(ROWS)[:-1], json.dumps({"data": ROWS})[:-2]):
+        with pytest.raises(
+            InputError, match="expected JSON objects up to the end of one list; got the"
+        ):
+            read(write(path, content))
+    for content in (json.dumps(ROWS) * 2, jsonl({"data": ROWS}) * 2):
+        with pytest.raises(
+            InputError, match="to the end of one list; got '.*: correct or restore it"
+        ):
+            read(write(path, content))
     for wrong in ([1], ["a"], [[1]], [None]):
         with pytest.raises(InputError, match="c.json:1: expected a JSON object"):
             read(write(path, json.dumps(wrong)))
+
+
+def test_of_an_object_with_two_lists_one_is_read_and_the_other_named(tmp_path):
+    path = write(tmp_path / "c.json", json.dumps({"train": ROWS, "test": ROWS[:3]}))
+    world = read(path)
+    assert world.demonstrations == EXAMPLES
+    assert world.notes[0] == f"{path}: of its lists only one is read, not test"
+
+
+def test_a_row_that_has_a_list_of_its_own_is_a_row(tmp_path):
+    rows = [{**row, "data": [{"text": "not this"}]} for row in ROWS]
+    assert read(write(tmp_path / "c.jsonl", jsonl(*rows))).demonstrations == EXAMPLES
+    chats = jsonl({"data": [CHAT[1], assistant("a")]}, {"data": [CHAT[3], assistant("b")]})
+    world = read(write(tmp_path / "c.jsonl", chats), columns=("messages=data",))
+    assert world.demonstrations == [("hi", "a"), ("bye", "b")]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +176,11 @@ def test_an_array_is_read_in_parts(tmp_path, monkeypatch):
             gzip.compress(b"a b\n" * 99, mtime=0)[:-9],
             "expected a whole file; got Compressed",
         ),
+        (
+            "c.jsonl.gz",
+            gzip.compress(jsonl(*ROWS).encode(), mtime=0)[:-12],
+            "expected a whole file; got Compressed",
+        ),
         ("c.txt", b"\x1f\x8b and no more", "expected a (readable|whole) file"),
         ("c.txt", "a b\n".encode("utf-16") + b"\x00", "expected a whole file; got 'utf-16"),
         ("c.csv", 'prompt,response\n"a,b\n', "c.csv:2: expected CSV; got unexpected end"),
@@ -152,6 +192,12 @@ def test_an_array_is_read_in_parts(tmp_path, monkeypatch):
             "c.txt",
             "prompt,chosen,rejected\na,b,c\n",
             "got prompt, chosen, .*: give the file as --p",
+        ),
+        ("c.json", json.dumps({"faq": ROWS}, indent=1), "or text; got faq: name yours: --columns"),
+        (
+            "c.csv",
+            b"PK\3\4\x14\0 book.xlsx",
+            "got a ZIP archive, as .xlsx and .docx are: unpack it",
         ),
         ("c.parquet", "no parquet at all", "expected parquet; got|pip install pyarrow"),
         ("c.jsonl", "\n\n", "the file is empty"),
@@ -183,7 +229,7 @@ def test_lines_and_documents_have_an_end(tmp_path, monkeypatch):
     assert [r.count("\n") for _, r in world.demonstrations] == [28, 28]
     monkeypatch.setattr(readers, "_CHUNK", 50)
     write(tmp_path / "c.json", json.dumps([{"prompt": "a", "response": "b" * 300}]))
-    with pytest.raises(InputError, match="c.json:1: expected a JSON object"):
+    with pytest.raises(InputError, match="c.json:1: expected JSON objects up to"):
         read(tmp_path / "c.json")
 
 
@@ -202,6 +248,11 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
+def share_gpt(messages):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[m["role"]], "value": m["content"]} for m in messages]
+
+
 @pytest.mark.parametrize(
     ("row", "example"),
     [
@@ -216,6 +267,10 @@ def assistant(content):
         ({"messages": [*CHAT, assistant("so long")]}, (SAID, "so long")),
         ({"messages": [*CHAT, assistant("so long"), CHAT[1]]}, (SAID, "so long")),
         ({"prompt": CHAT[1:2], "completion": [assistant("r")]}, ("hi", "r")),
+        # ShareGPT
+        ({"id": "x", "conversations": share_gpt(CHAT[1:3])}, ("hi", "hello")),
+        ({"conversations": share_gpt([*CHAT, assistant("so long"), CHAT[1]])}, (SAID, "so long")),
+        ({"conversation": CHAT[1:3]}, ("hi", "hello")),
         ({"text": "once upon a time"}, ("once", "upon a time")),
     ],
 )
@@ -261,6 +316,15 @@ def test_the_columns_of_a_corpus(tmp_path, row, example):
             },
             ("hi", "c", "r"),
         ),
+        # ShareGPT
+        (
+            {
+                "conversations": share_gpt(CHAT),
+                "chosen": share_gpt([assistant("c")])[0],
+                "rejected": share_gpt([assistant("r")])[0],
+            },
+            (SAID, "c", "r"),
+        ),
         # a reply that goes on for another turn
         (
             {
@@ -285,12 +349,53 @@ def test_columns_of_other_names_are_named(tmp_path):
     assert read(path, columns=("prompt=titel", "response=body")).demonstrations == [("p", "r")]
     path = write(tmp_path / "c.txt", "Titel;body\np;r\n")  # known as a table by these names
     assert read(path, columns=("prompt=Titel", "response=body")).demonstrations == [("p", "r")]
+    path = write(tmp_path / "c.jsonl", jsonl({"a": "p", "b": "about", "c": "r"}))
+    for prompt in ("instruction=a", "prompt=a"):  # the input beside it, and as the prompt
+        named = (prompt, "input=b", "output=c")
+        assert read(path, columns=named).demonstrations == [("p\n\nabout", "r")]
+    assert read(path, columns=("input=a", "output=c")).demonstrations == [("p", "r")]
     path = write(tmp_path / "p.jsonl", jsonl({"a": "p", "b": ["s", "r"], "c": [2, 1]}))
     named = ("prompt=a", "responses=b", "ranking=c")
     assert read_pairs(path, columns=named).pairs == [("p", "r", "s")]
     for wrong in ("prompt", "prompt=", "title=prompt", "=", "prompt=\udcff"):
         with pytest.raises(InputError, match="--columns: expected MEANING=NAME"):
             read(path, columns=(wrong,))
+
+
+def test_a_named_column_counts_in_the_files_that_have_it(tmp_path):
+    corpus = write(tmp_path / "c.csv", "title,body,prompt\np,r,x\n")
+    pairs = write(tmp_path / "p.jsonl", jsonl({"prompt": "q", "chosen": "c", "rejected": "s"}))
+    both = {"pairs_path": pairs, "reward": None}
+    for columns in (("prompt=title", "response=body"), ("response=body", "prompt=Title")):
+        world = read(corpus, columns=columns, **both)
+        assert world.demonstrations == [("p", "r")] and world.pairs == [("q", "c", "s")]
+    write(pairs, jsonl({"better": "c", "rejected": "s", "ask": "q"}))
+    named = ("prompt=title", "prompt=ask", "response=body", "chosen=better")
+    world = read(corpus, columns=named, **both)
+    assert world.demonstrations == [("p", "r")] and world.pairs == [("q", "c", "s")]
+    plain = write(tmp_path / "c.txt", "once upon a time")  # has no columns, and needs none
+    assert read(plain, columns=named[1:2] + named[3:], **both).pairs == world.pairs
+
+
+def test_a_named_column_that_no_file_has_is_refused(tmp_path):
+    path = write(tmp_path / "c.jsonl", jsonl({"prompt": "x", "title": "p", "response": "r"}))
+    expected = "--columns: expected names of columns; got 'titel', which is in no file: correct"
+    with pytest.raises(InputError, match=expected):
+        read(path, columns=("prompt=titel",))
+    write(path, jsonl({"title": "p", "response": "r"}))
+    with pytest.raises(InputError, match="c.jsonl:1: expected the columns that --columns names, "):
+        read(path, columns=("prompt=titel",))
+    with pytest.raises(InputError, match="expected names of columns; got 'title', which is in no"):
+        read(write(tmp_path / "c.txt", "once upon a time"), columns=("prompt=title",))
+
+
+def test_a_named_column_that_a_file_has_is_not_taken_from_another_in_some_rows(tmp_path):
+    rows = [{"title": "p", "prompt": "x", "response": "r"}, {"prompt": "x", "response": "r"}]
+    rows.append({"title": "q", "response": "s", "about": "t"})  # the first to have about
+    path = write(tmp_path / "c.jsonl", jsonl(*rows))
+    world = read(path, columns=("prompt=title", "input=about"))
+    assert world.demonstrations == [("p", "r"), ("q\n\nt", "s")]
+    assert "skipped 1 with other columns (line 2)" in world.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -315,11 +420,35 @@ def test_a_row_of_another_kind_is_refused_by_its_line(tmp_path, row, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"prompt": NaN}', "[" * 100_000, "null", "\ufeff{}"])
-def test_a_line_that_is_no_object_is_refused(tmp_path, line):
+BROKEN = ["{", "[1]", '{"prompt": NaN}', "[" * 100_000, "null", "\ufeff{}", '{"prompt": "p", "cho']
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_broken_line_is_skipped_counted_and_named(tmp_path, line):
     good = jsonl({"prompt": "p", "chosen": "c", "rejected": "r"})
-    with pytest.raises(InputError, match="p.jsonl:3: expected a JSON object; got"):
-        read_pairs(write(tmp_path / "p.jsonl", f"{good}\n{line}\n{good}"))
+    path = write(tmp_path / "p.jsonl", f"{good}\n{line}\n{good}{line}")
+    world = read_pairs(path)
+    assert world.notes[0] == f"{path}: read 2 preferences, skipped 2 broken (line 3, 5)"
+
+
+def test_a_file_of_broken_lines_alone_is_refused_by_the_first(tmp_path):
+    for content in ("{", "null\n{\n", 'what is this\n{"prompt"\n'):
+        with pytest.raises(InputError, match="p.jsonl:1: expected a JSON object; got"):
+            read_pairs(write(tmp_path / "p.jsonl", content))
+
+
+def test_broken_lines_are_ten_or_one_in_a_hundred(tmp_path):
+    lines = jsonl(*({"prompt": f"p{i}", "response": "r"} for i in range(2000))).split("\n")
+    path = tmp_path / "c.jsonl"
+    for n, few in ((100, 10), (2000, 20)):
+        broken = [line[:-9] if i >= n - few else line for i, line in enumerate(lines[:n])]
+        world = read(write(path, "\n".join(broken)))
+        first = ", ".join(str(n - few + i) for i in (1, 2, 3))
+        said = f"read {n - few:,} examples, skipped {few} broken (line {first}, ..)"
+        assert world.notes == (f"{path}: {said}",)
+        broken[0] = "what is this"
+        with pytest.raises(InputError, match="c.jsonl:1: expected a JSON object; got 'what is th"):
+            read(write(path, "\n".join(broken)))
 
 
 # --- what is skipped, kept and said
@@ -450,6 +579,8 @@ VALID = {
     "c.tsv": table(ROWS[:4], "\t").encode("utf-16"),
     "c.csv.gz": gzip.compress(table(ROWS[:4]).encode(), mtime=0),
     "m.jsonl": jsonl({"messages": CHAT[:3]}).encode(),
+    "s.jsonl": (jsonl({"conversations": share_gpt(CHAT[:3])}) * 2).encode(),
+    "w.json": json.dumps({"n": 4, "data": ROWS[:4], "test": ROWS[:1]}, indent=1).encode(),
     "p.jsonl": jsonl(hh(1, " a", " b"), *CHATS, *RANKED).encode(),
 }
 
