@@ -1,10 +1,9 @@
 """Limits on tokens that follow from the data, and prompts held out that differ within them."""
 
-import functools
 import math
 from array import array
-from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 from numpy.random import Generator
@@ -22,28 +21,53 @@ FLOATS = 1 << 27  # of one sequence in a forward and its backward: 512 MB
 
 
 def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Generator) -> World:
-    """A world of files with its limits, then split: prompts that are equal as cut stay together.
+    """A world with notes on what its limits cut. One of files gets its limits, and is split.
 
-    Any other world as it is. `rng` is that of `split_world`.
+    Prompts that are equal as cut stay together. `rng` is that of `split_world`.
     """
-    if not (config.corpus or config.pairs):
-        return world
-    world = _with_limits(world, tokenizer, config)
-    as_cut = functools.partial(tokenizer.prompt_ids, max_tokens=world.max_prompt_tokens)
-    return split_world(world, rng=rng, key=lambda prompt: bytes(array("i", as_cut(prompt))))
+    prompts = [len(tokenizer.prompt_ids(p)) for p in world.train_prompts + world.heldout_prompts]
+    rows = [texts for _, *texts in world.demonstrations + (world.pairs or [])]
+    replies = [[len(tokenizer.response_ids(text)) for text in texts] for texts in rows]
+    if of_files := bool(config.corpus or config.pairs):
+        world = _with_limits(world, prompts, list(chain(*replies)), tokenizer.vocab_size, config)
+    most_prompt = config.max_prompt_tokens or world.max_prompt_tokens
+    most = config.max_response_tokens or world.max_response_tokens
+    unended, n = "without a stop token; see --max-response-tokens", len(world.demonstrations)
+    table = (
+        ("prompts", prompts, most_prompt, "see --max-prompt-tokens"),
+        ("demonstrations", list(chain(*replies[:n])), most, unended),
+        ("replies in pairs", list(chain(*replies[n:])), most, unended),
+    )
+    notes = [
+        f"cut {cut} of {len(lengths)} {what} to {limit} tokens, {further}"
+        for what, lengths, limit, further in table
+        if (cut := sum(length > limit for length in lengths))
+    ]
+
+    def as_cut(prompt: str) -> bytes:
+        return bytes(array("i", tokenizer.prompt_ids(prompt, most_prompt)))
+
+    if of_files:
+        world = split_world(world, rng=rng, key=as_cut)
+    else:
+        trained = set(map(as_cut, world.train_prompts))
+        if again := sum(as_cut(prompt) in trained for prompt in world.heldout_prompts):
+            notes.append(f"{again} held-out prompts are, as they are cut, also among training's")
+    return replace(world, notes=(*world.notes, *notes))
 
 
-def _with_limits(world: World, tokenizer: Tokenizer, config: TrainConfig) -> World:
+def _with_limits(
+    world: World, prompts: list[int], replies: list[int], vocab_size: int, config: TrainConfig
+) -> World:
     """The limits that are set; for the others those that leave 95 % of the texts whole, or less.
 
     Less where a sequence would take too much memory: then half of it is for the response.
+
+    Args:     prompts, replies: lengths in tokens.
     """
-    rows = world.demonstrations + (world.pairs or [])
-    prompts = (len(tokenizer.prompt_ids(prompt)) for prompt in world.train_prompts)
-    replies = (len(tokenizer.response_ids(reply)) for _, *texts in rows for reply in texts)
     prompt = config.max_prompt_tokens or _enough(prompts)
     response = config.max_response_tokens or _enough(replies)
-    whole, room = (prompt, response), most_tokens(config.model, tokenizer.vocab_size)
+    whole, room = (prompt, response), most_tokens(config.model, vocab_size)
     least = 3 if config.max_response_tokens else room // 2  # a prompt leaves half, if it may
     response = config.max_response_tokens or min(response, max(2, room // 2, room - prompt))
     prompt = config.max_prompt_tokens or min(prompt, max(3, least, room - response))
@@ -61,9 +85,8 @@ def _with_limits(world: World, tokenizer: Tokenizer, config: TrainConfig) -> Wor
     return replace(world, **limits, notes=(*world.notes, *notes))
 
 
-def _enough(lengths: Iterable[int]) -> int:
+def _enough(lengths: list[int]) -> int:
     """The 95th percentile, or SHORT where that is more and there are such texts."""
-    lengths = list(lengths)
     percentile = int(np.percentile(lengths, WHOLE, method="inverted_cdf"))
     return max(percentile, min(max(lengths), SHORT))
 

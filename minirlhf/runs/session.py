@@ -233,7 +233,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     sizes.check_run(config, session.gpt, session.longest)
     out = config.out or new_numbered_folder(name_and_kind(named)[0])
     session.config, session.world = replace(config, out=out), going_on(world, out)
-    for note in (*world.notes, *cut_notes(session), *notes):
+    for note in (*world.notes, *notes):
         session.note(note)
     with locked(out):
         _refuse_a_run(out)  # of another process, which has been faster
@@ -419,26 +419,4 @@ def unused_options(config: TrainConfig) -> list[str]:
         notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
     if config.pairs and of_model & {"n_pairs", "n_heldout_pairs"}:
         notes.append("--reward-model.n-pairs and n-heldout-pairs change nothing beside --pairs")
-    return notes
-
-
-def cut_notes(session: Session) -> list[str]:
-    """What the limits on tokens cut off, one sentence each."""
-    world, tokenizer = session.world, session.tokenizer
-    of_prompts = (tokenizer.prompt_ids, session.max_prompt_tokens, "see --max-prompt-tokens")
-    unended = "without a stop token; see --max-response-tokens"
-    of_replies = (tokenizer.response_ids, session.max_response_tokens, unended)
-    table = (
-        ("prompts", set(world.train_prompts + world.heldout_prompts), *of_prompts),
-        ("demonstrations", [response for _, response in world.demonstrations], *of_replies),
-        ("replies in pairs", [text for _, *two in world.pairs or [] for text in two], *of_replies),
-    )
-    notes = []
-    for what, texts, ids_of, limit, further in table:
-        if cut := sum(len(ids_of(text)) > limit for text in texts):
-            notes.append(f"cut {cut} of {len(texts)} {what} to {limit} tokens, {further}")
-    if not (session.config.corpus or session.config.pairs):  # those are split by what is left
-        trained = {tuple(session.prompt_ids(p)) for p in world.train_prompts}
-        if again := sum(tuple(session.prompt_ids(p)) in trained for p in world.heldout_prompts):
-            notes.append(f"{again} held-out prompts are, as they are cut, also among training's")
     return notes

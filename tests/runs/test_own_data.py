@@ -6,6 +6,7 @@ What the readers make of a file is tested in tests/worlds/test_readers.py.
 import csv
 import gzip
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from minirlhf.errors import InputError
 from minirlhf.runs import limits, pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.limits import most_tokens
-from minirlhf.runs.session import cut_notes, open_session, reopen_session
+from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.settings import ModelConfig
+from minirlhf.worlds.tokens import Tokenizer
 
 VOWELS = "minirlhf.worlds.rewards:vowel_share"
 
@@ -201,7 +203,7 @@ def test_a_cut_demonstration_has_no_stop_token(tmp_path, monkeypatch):
     long = " ".join(f"word{i}" for i in range(60))
     rows = [(f"question {i}", f"{i} {long}") for i in range(20)]
     rows += [(f"other {i}", "short") for i in range(20)]
-    session, _ = opened(tmp_path, rows, max_response_tokens=40)
+    session, said = opened(tmp_path, rows, max_response_tokens=40)
     seen = []
 
     def catch(optimizer, examples, **rest):
@@ -215,9 +217,7 @@ def test_a_cut_demonstration_has_no_stop_token(tmp_path, monkeypatch):
     whole = [decode(ids) in ("short", *(r for _, r in rows)) for _, ids in seen]
     assert [ids[-1] == eos for _, ids in seen] == whole and {*whole} == {True, False}
     assert all(len(ids) == 40 for (_, ids), w in zip(seen, whole, strict=True) if not w)
-    assert f"cut {whole.count(False)} of {len(seen)} demonstrations to 40 tokens" in "".join(
-        cut_notes(session)
-    )
+    assert "cut 20 of 40 demonstrations to 40 tokens" in "".join(said)
 
 
 def test_a_sample_that_is_cut_shows_no_half_character(tmp_path, monkeypatch):
@@ -251,7 +251,7 @@ def test_held_out_prompts_differ_after_the_cut(tmp_path):
 
 def test_prompts_of_the_support_world_that_are_equal_as_cut_are_said(tmp_path):
     session = open_session(tiny_config(tmp_path / "run", max_prompt_tokens=4))
-    (note,) = [note for note in cut_notes(session) if "held-out prompts are" in note]
+    (note,) = [note for note in session.world.notes if "held-out prompts are" in note]
     train = {tuple(session.prompt_ids(prompt)) for prompt in session.world.train_prompts}
     again = sum(tuple(session.prompt_ids(p)) in train for p in session.world.heldout_prompts)
     assert again > 0 and note.startswith(f"{again} held-out prompts are")
@@ -322,3 +322,19 @@ def test_the_default_limits_fit_beside_one_that_is_given_and_the_positions(tmp_p
     assert any("the model's positions hold a sequence" in line for line in said)
     with pytest.raises(InputError, match="expected at least 5 positions, 3 for a prompt and 2"):
         opened(tmp_path / "b", rows, **{"model.n_ctx": 4})
+
+
+def test_each_text_is_encoded_once_to_choose_the_limits_and_count_the_cuts(tmp_path, monkeypatch):
+    counted = Counter()
+
+    def response_ids(tokenizer, text, max_tokens=None):
+        counted[text] += 1
+        return real(tokenizer, text, max_tokens)
+
+    real = Tokenizer.response_ids
+    monkeypatch.setattr(Tokenizer, "response_ids", response_ids)
+    rows = [(f"question {i}", "good " * (40 + i)) for i in range(60)]
+    session, said = opened(tmp_path, rows)
+    assert counted == Counter(response.strip() for _, response in rows)
+    cut = f"cut 3 of 60 demonstrations to {session.max_response_tokens} tokens"
+    assert [line for line in said if line.startswith(cut)]

@@ -445,9 +445,10 @@ def test_what_the_limits_on_tokens_cut_is_said_once(tmp_path):
     tokenizer = load_tokenizer(config.out)
     prompts = world.train_prompts + world.heldout_prompts
     replies = [reply for _, *both in world.pairs for reply in both]
+    demonstrations = [reply for _, reply in world.demonstrations + world.heldout_demonstrations]
     for what, texts, ids, limit in (
         ("prompts", prompts, tokenizer.prompt_ids, 4),
-        ("demonstrations", [r for _, r in world.demonstrations], tokenizer.response_ids, 2),
+        ("demonstrations", demonstrations, tokenizer.response_ids, 2),
         ("replies in pairs", replies, tokenizer.response_ids, 2),
     ):
         cut = sum(len(ids(text)) > limit for text in texts)
