@@ -40,8 +40,9 @@ from minirlhf.worlds.files import split_pairs
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model", "ppo": "PPO"}
 # Checkpoints of the first two stages: not more often, and of the time not more than this share
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 10.0, 0.02
-# Their held-out loss: measured so often besides the end, on at most so many rows; what is noise
-LOOKS, LOOK_ROWS, NOISE = 10, 400, 0.02
+# Their held-out loss: measured so often before the end, on about so many rows, or this share of
+# those trained on (a sixth of the time in all), if that is less; what is noise
+LOOKS, LOOK_ROWS, LOOK_SHARE, NOISE = 10, 400, 0.05, 0.02
 _NUMBERS = {float, int, type(None)}  # in result.json
 HELDOUT = {"sft": "heldout/loss_sft", "reward_model": "heldout/loss_reward_model"}
 Measure = Callable[[slice], dict[str, float]]
@@ -153,9 +154,7 @@ def banner(session: Session) -> str:
     return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
 
 
-def _follow(
-    session: Session, stage: str, loop: Iterable, steps: range, title: str
-) -> Iterator[tuple]:
+def _follow(session: Session, stage: str, loop: Iterable, steps: range, title: str) -> Iterator:
     """(step, what the loop yields) for the steps that are left, with progress."""
     unit = "iteration" if stage == "ppo" else "step"
     session.made, session.kept, session.steps = steps.start, steps.start, f"{steps.stop} {unit}s"
@@ -181,7 +180,8 @@ def _learn(
     Returns:  those of all of them at the end; {} if there are none.
     """
     title, name, n_steps = Title(TITLES[stage]), HELDOUT[stage], optimizer.total_steps
-    some = slice(None, None, -(-n // LOOK_ROWS) or 1)
+    trained = n_steps * getattr(session.config, stage).batch_size
+    some = slice(None, None, round(n / min(LOOK_ROWS, LOOK_SHARE * trained + 1)) or 1)
     due = {n_steps * i // LOOKS for i in range(LOOKS + 1)} if n else ()
 
     def look(done: int) -> dict[str, float]:

@@ -82,8 +82,7 @@ class Session:
     track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
     say: Callable[[str], None] = lambda line: None  # prints a line
     seconds: dict[str, float] = field(default_factory=dict)  # time of each stage
-    # config.toml as it was when this session was opened; None: it was opened to look
-    stored: TrainConfig | None = None
+    stored: TrainConfig | None = None  # config.toml as it was then; None: opened to look
     stage: str = "sft"  # at work now
     steps: str = ""  # of it in all; "": it is at none of them
     made: int = 0  # of these steps
