@@ -93,10 +93,7 @@ CURVES = {  # title -> unit, what is measured while a stage learns, and of what 
 
 
 def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
-    """What a run's metrics say of its stages: the panels of CURVES for which there are numbers.
-
-    Args:     last: the policy's row of the final table, which is no line of the metrics.
-    """
+    """The panels of CURVES for which a run's metrics, or its policy's last table, have numbers."""
     panels = []
     if last and metrics and "eval/kl_seq" not in metrics[-1]:
         of_last = {f"eval/{name}": x for name, x in last.items() if x == x}

@@ -450,6 +450,10 @@ def test_a_finished_run_shows_its_table_though_its_files_have_gone(capsys, tmp_p
     run = minirlhf.resume(config.out, progress=False)
     assert run.result["policy"] == before["result"]["policy"]
     assert "expected" in refusal(capsys, "resume", config.out, "--ppo.iterations", 9)
+    stored = load_config(config.out / "config.toml")
+    save_config(config.out / "config.toml", changed(stored, {"eval_prompts": 5}))
+    assert "found none" in refusal(capsys, "resume", config.out)  # that is to be evaluated anew
+    save_config(config.out / "config.toml", stored)
     for damaged in ("{}", '{"reference": {"kl_seq": "x"}, "policy": {}, "seconds": {}}'):
         (config.out / "result.json").write_text(damaged)
         assert "result.json: expected numbers" in refusal(capsys, "resume", config.out)
