@@ -8,10 +8,12 @@ class InputError(ValueError):
 
     The message is one sentence on one line: what was expected, what came, what to do. The command
     line prints `minirlhf: <message>` on stderr and exits with status 2, without a traceback. The
-    mathematics in `nn/` and `rlhf/` raises plain ValueError and TypeError instead.
+    mathematics in `nn/` and `rlhf/` raises plain ValueError and TypeError instead. `resume`: how a
+    run that it stops goes on, "" or with another "reward"; None: it says so itself, or not at all.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, *, resume: str | None = ""):
+        self.resume = resume
         if len(message) > LONGEST:
             message = f"{message[: LONGEST - 243]}...{message[-240:]}"
         super().__init__("".join(c if c.isprintable() else "\ufffd" for c in message))

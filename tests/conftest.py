@@ -1,4 +1,4 @@
-"""Hypothesis profiles (HYPOTHESIS_PROFILE=dev or ci), markers that skip, and the fixture `xp`."""
+"""Hypothesis profiles (HYPOTHESIS_PROFILE=dev or ci), markers that skip, and fixtures for all."""
 
 import importlib.util
 import os
@@ -37,6 +37,14 @@ def state_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(scope="session")
+def names(tmp_path_factory):
+    """A file of names to train on, which no test changes."""
+    from tiny_run import write_names
+
+    return write_names(tmp_path_factory.mktemp("names") / "names.txt")
 
 
 @pytest.fixture(

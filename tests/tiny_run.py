@@ -22,6 +22,7 @@ from minirlhf.train.settings import (
 from minirlhf.tree import tree_items
 
 STAGES = ("sft", "reward_model", "ppo")
+VOWELS = "minirlhf.worlds.rewards:vowel_share"
 
 
 def tiny_config(out, **changes) -> TrainConfig:
@@ -135,6 +136,11 @@ def metrics(folder, stage=None) -> list[dict]:
     """metrics.jsonl without the times, of all stages or of one."""
     rows = map(without_times, read_jsonl(Path(folder) / "metrics.jsonl"))
     return [row for row in rows if stage is None or row["stage"] == stage]
+
+
+def updates(folder, stage) -> list[dict]:
+    """The lines of a stage's updates: without those of what was held out."""
+    return [row for row in metrics(folder, stage) if "lr" in row]
 
 
 def files_under(folder) -> dict[str, bytes]:

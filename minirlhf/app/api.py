@@ -22,7 +22,7 @@ from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig
-from minirlhf.runs.folder import last_kl_coef
+from minirlhf.runs.folder import is_saved, last_kl_coef
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
 from minirlhf.train.batches import pad_batch
@@ -77,12 +77,12 @@ def resume(
 
 
 def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
-    """A finished run, to sample from and to score with.
+    """A run, to sample from and to score with; before PPO has ended its policy is the reference.
 
     Args:     reward: as of `resume`; `Run.score` alone asks it.
-    Raises:   InputError: the folder holds no finished run.
+    Raises:   InputError: the folder holds no run that has a reference.
     """
-    return Run(reopen_session(folder, device="cpu", reward=reward, look=True))
+    return Run(reopen_session(folder, device="cpu", reward=reward, look=True, say=say))
 
 
 def _finish(session: Session, reward: Reward) -> "Run | None":
@@ -123,11 +123,14 @@ class TokenScores(NamedTuple):
 
 
 class Run:
-    """A finished run: its settings, metrics and models. Made by `train` and `open_run`."""
+    """A run: its settings, metrics and models. Made by `train` and `open_run`."""
 
     def __init__(self, session: Session):
         self.session, self.folder, self.config = session, session.folder, session.config
         self.policy, self.reference = pipeline.load_models(session)
+        self.is_trained = self.policy is not self.reference
+        if not self.is_trained:
+            session.note(f"{self.folder} has no policy yet: its reference stands for it")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -186,15 +189,18 @@ class Run:
         )
         kl_seq = summed_penalty(logp, ref_logp, mask=np.ones_like(logp))[0]
         samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
-        model, score, no_score = pipeline.reward_stage(session, self.reference), np.nan, ""
-        try:
-            score = float(session.score_with(model)(samples)[0])
-        except InputError as error:
-            if session.world.reward is None:
-                raise
-            no_score = str(error)
+        score, reward = np.nan, None if session.world.reward is None else np.nan
+        no_score = "the run has no reward model yet"
+        if is_saved(session, "reward_model"):
+            model, no_score = pipeline.reward_stage(session, self.reference), ""
+            try:
+                score = float(session.score_with(model)(samples)[0])
+                reward = None if reward is None else model.raw(score)
+            except InputError as error:
+                if reward is None:
+                    raise
+                no_score = str(error)
         gold = session.world.gold_or_none(prompt, response)
-        reward = None if session.world.reward is None else model.raw(score)
         by_token = session.tokenizer.pieces(ids[1][0]), logp[0], ref_logp[0]
         whole = float(kl_seq), score, last_kl_coef(session), gold, reward, no_score
         return TokenScores(*by_token, *whole)
@@ -203,7 +209,8 @@ class Run:
         """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""
         from minirlhf.app.pictures import curves_figure
 
-        return curves_figure(self.metrics)
+        last = self.result["policy"] if (self.folder / "result.json").exists() else None
+        return curves_figure(self.metrics, last)
 
     def _refuse_to_cut(self, *, prompt: str, response: str = "") -> None:
         """Training cuts texts that are too long; numbers asked for here are of the whole."""

@@ -92,7 +92,7 @@ def _show(session: Session) -> int:
         )
     else:
         tables.print_result(result, session.world, console)
-    figure = pictures.curves_figure(read_metrics(folder))
+    figure = pictures.curves_figure(read_metrics(folder), result and result.policy)
     _print(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
     return 0
 
@@ -101,7 +101,7 @@ def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str, reward
     """The penalty of one response: log pi_theta - log pi_ref, token by token.
 
     Args:
-        run: Run folder of a finished run.
+        run: Run folder.
         prompt: The prompt x.
         response: The response y.
         reward: The run's own reward by name: where it is now; or that you trust its code.
@@ -135,7 +135,7 @@ def sample(
     """Replies of the policy and of the reference to one prompt, side by side.
 
     Args:
-        run: Run folder of a finished run.
+        run: Run folder.
         prompt: The prompt x.
         n: Replies of each.
         temperature: Of the sampling; 0 takes the most likely token.
@@ -150,7 +150,8 @@ def sample(
     require_memory({"--n": samples_bytes(session.gpt, n, (2, session.max_response_tokens))})
     same = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     prompts = [prompt] * n
-    replies = (opened.sample(prompts, reference=which, **same) for which in (True, False))
+    shown = (True, False) if opened.is_trained else (True,)
+    replies = (opened.sample(prompts, reference=which, **same) for which in shown)
     _print(
         tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies)
     )

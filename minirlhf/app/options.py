@@ -92,6 +92,8 @@ def _sentence(end: SystemExit, box: str, see: str) -> str:
     error = end.__context__
     while error is not None and not isinstance(error, InputError):
         error = error.__context__
+    if said.startswith("invalid choice"):  # the box breaks a line inside 'sft,reward'
+        said = re.sub(r"(?<=\w), (?=\w)", ",", said)
     if error is not None:  # one of three optimisers says no more than "optimizer."
         stage = re.match(r"Error parsing (\w+\.)optimizer: optimizer\.", said)
         return (stage[1] if stage else "") + str(error)

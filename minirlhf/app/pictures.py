@@ -81,7 +81,7 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
 
 CURVES = {  # title -> unit, what is measured while a stage learns, and of what was held out
     "fine-tuning: its loss": ("nats per token", "loss/sft", "heldout/loss_sft"),
-    "reward model: its loss": ("nats per pair", "loss/reward_model"),
+    "reward model: its loss": ("nats per pair", "loss/reward_model", "heldout/loss_reward_model"),
     "reward model: right order": ("share of pairs", "accuracy", "heldout/accuracy"),
     "score: what PPO raises": ("sd of the reference's", "objective/scores", "eval/proxy"),
     "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
@@ -92,9 +92,12 @@ CURVES = {  # title -> unit, what is measured while a stage learns, and of what 
 }
 
 
-def curves_figure(metrics: list[Row]) -> Any:
-    """What a run's metrics say of its stages: the panels of CURVES for which there are numbers."""
+def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
+    """The panels of CURVES for which a run's metrics, or its policy's last table, have numbers."""
     panels = []
+    if last and metrics and "eval/kl_seq" not in metrics[-1]:
+        of_last = {f"eval/{name}": x for name, x in last.items() if x == x}
+        metrics = [*metrics, {"stage": "ppo", "step": metrics[-1]["step"], **of_last}]
     for title, (unit, *names) in CURVES.items():
         rows = [[row for row in metrics if isinstance(row.get(n), int | float)] for n in names]
         if any(rows):
@@ -104,9 +107,9 @@ def curves_figure(metrics: list[Row]) -> Any:
     figure, axes = new_figure(3.7 * columns, 2.8 * n_rows, n_rows, columns)
     for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
         for look, name, rows in (line for line in lines if line[2]):
-            ended = name.startswith("heldout/")  # measured after the last update
-            points = [row["step"] + (not ended) for row in rows], [row[name] for row in rows]
-            label = "held out" if ended or name.startswith("eval/") else "training"
+            counts = name.startswith("heldout/")  # the updates before it, not the one of its row
+            points = [row["step"] + (not counts) for row in rows], [row[name] for row in rows]
+            label = "held out" if counts or name.startswith("eval/") else "training"
             every = -(-len(rows) // 20)  # 850 markers would hide the line
             draw_lines(axis, {label: points}, [{**look, "markevery": every}])
             x = "PPO iteration" if rows[0]["stage"] == "ppo" else "update"

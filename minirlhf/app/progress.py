@@ -20,7 +20,8 @@ def say(line: str) -> None:
 def track(steps: Iterable, title: str) -> Iterator:
     """Iterate over `steps` (which has a length) and show how far it is, on stderr.
 
-    A range that begins at 20 of 30 is one of which 20 steps have been done before.
+    A range that begins at 20 of 30 is one of which 20 steps have been done before. What a title
+    has `beside` it is shown too.
     """
     started, first = time.perf_counter(), steps.start if isinstance(steps, range) else 0
     with (_bar if sys.stderr.isatty() else _lines)(title, first, first + len(steps)) as show:
@@ -30,6 +31,10 @@ def track(steps: Iterable, title: str) -> Iterator:
             show(first + made, spent, made / spent)
 
 
+def _shown(title: str, rate: float) -> str:
+    return f"{rate:.1f}/s{getattr(title, 'beside', '')}"
+
+
 @contextlib.contextmanager
 def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, float], None]]:
     done = (progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[rate]}")
@@ -37,7 +42,7 @@ def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, f
     columns = ("{task.description:24}", *done, *times)
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, completed=first, total=total, rate="")
-        yield lambda done, _, rate: bar.update(task, completed=done, rate=f"{rate:.1f}/s")
+        yield lambda done, _, rate: bar.update(task, completed=done, rate=_shown(title, rate))
 
 
 @contextlib.contextmanager
@@ -48,6 +53,7 @@ def _lines(title: str, _: int, total: int) -> Iterator[Callable[[int, float, flo
         nonlocal last
         if done == total or spent - last >= SECONDS_BETWEEN_LINES:
             last, left = spent, (total - done) / rate
-            say(f"{title}: {done}/{total}, {rate:.1f}/s, {spent:.0f} s spent, {left:.0f} s left")
+            times = f"{spent:.0f} s spent, {left:.0f} s left"
+            say(f"{title}: {done}/{total}, {_shown(title, rate)}, {times}")
 
     yield show

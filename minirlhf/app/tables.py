@@ -79,9 +79,9 @@ def rows_table(title: str, columns: dict[str, str], rows: list[dict], **look) ->
 def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
     of_world = f"held-out prompts of the world {shorten(world.name)!r}"
-    title = f"{len(result.prompts)} replies to {of_world}"
+    title = f"{len(result.prompts) or 'its'} replies to {of_world}"
     table = number_table(title, "", "reference", "policy", box=box.HEAVY_HEAD, padding=(0, 1))
-    rows = [name for name in ROWS if np.isfinite(result.policy[name])]
+    rows = [name for name in ROWS if np.isfinite(result.policy.get(name, np.nan))]
     for name in rows:
         label, form = ROWS[name]
         numbers = (form.format(of[name]) for of in (result.reference, result.policy))
@@ -89,18 +89,20 @@ def print_result(result: Result, world: World, console: Console, *, n_samples: i
     console.print(table)
     words = [meaning for name, meaning in WORDS.items() if name in rows]
     console.print(f"{'. '.join(words)}.", style="dim")
-    replies = (result.reference_samples.responses, result.policy_samples.responses)
-    first = (texts[:n_samples] for texts in (result.prompts, *replies))
-    console.print(replies_table("before and after", world, *first, with_prompts=True))
+    if result.prompts:
+        replies = (result.reference_samples.responses, result.policy_samples.responses)
+        first = (texts[:n_samples] for texts in (result.prompts, *replies))
+        console.print(replies_table("before and after", world, *first, with_prompts=True))
     spent = {**result.seconds, "in all": sum(result.seconds.values())}
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
-    console.print(f"training time in this session: {stages}", soft_wrap=True)
+    session = "this" if result.prompts else "its last"
+    console.print(f"training time in {session} session: {stages}", soft_wrap=True)
 
 
 def replies_table(title: str, world: World, prompts, *replies, with_prompts=False) -> Table:
-    """Replies of the reference and of the policy side by side, each above its gold reward."""
+    """Replies of the reference and of a policy side by side, each above its gold reward."""
     table = Table(title=title, show_lines=True)
-    for head in (*["prompt"] * with_prompts, "reference", "policy"):
+    for head in (*["prompt"] * with_prompts, *("reference", "policy")[: len(replies)]):
         table.add_column(head, ratio=1, overflow="fold")
     for prompt, *texts in zip(prompts, *replies, strict=True):
         cells = [reply_cell(world, prompt, text) for text in texts]

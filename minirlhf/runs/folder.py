@@ -153,6 +153,7 @@ def save_state(
     rng = {name: session.rng[name].bit_generator.state for name in GO_ON[stage]}
     meta = {"done": done, "rng": rng, "log": session.log.position(), **more}
     checkpoint.save_state(state_of(session, stage), optimizer.state_tree(), meta)
+    session.kept = done
 
 
 def load_state(
@@ -263,14 +264,16 @@ def settle_settings(session: Session) -> None:
         if not free:
             raise InputError(
                 f"{path}: expected {name} = {was[name]!r}, as until now; got "
-                f"{now[name]!r}: set it back, or train with `--config {path} --out NEW`"
+                f"{now[name]!r}: set it back, or train with `--config {path} --out NEW`",
+                resume=None,
             )
     if longer:
         least, wanted = _read_state(session, "ppo")[1]["done"], now["ppo.iterations"]
         if wanted < least:
             raise InputError(
                 f"--ppo.iterations: expected at least the {least} that are done; got {wanted}: "
-                "choose more"
+                "choose more",
+                resume=None,
             )
         session.note(f"the learning rate now follows its schedule to iteration {wanted}")
         (session.folder / "result.json").unlink(missing_ok=True)  # of a policy that goes on

@@ -48,6 +48,13 @@ def fingerprint(reward: Reward) -> str:
     return hashlib.sha256(repr(function).encode() + source).hexdigest()
 
 
+def sources_gone(config: TrainConfig) -> bool:
+    """Can the texts of a run no longer be read, or the file of its reward not be found?"""
+    texts = (path for path in (config.corpus, config.pairs) if path)
+    named = config.reward.rpartition(":")[0]  # else one of minirlhf's own, or no name
+    return not all(map(os.path.exists, texts)) or bool(named and not fingerprint(config.reward))
+
+
 def _names_file() -> Path:
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
     return Path(home, "minirlhf/rewards.jsonl")

@@ -5,9 +5,10 @@ stream and an optimiser to a loop of `train/`, follows it with a log, and leaves
 folder is there already, the stage is read back from it (`folder.py` says what a run leaves where).
 """
 
+import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs import folder, hugging_face
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
-from minirlhf.runs.session import Score, Session, open_session, reopen_session
+from minirlhf.runs.log import read_metrics
+from minirlhf.runs.session import Score, Session, Title, open_session, reopen_session
 from minirlhf.train import reward_model
 from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
@@ -38,6 +40,12 @@ from minirlhf.worlds.files import split_pairs
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model", "ppo": "PPO"}
 # Checkpoints of the first two stages: not more often, and of the time not more than this share
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 10.0, 0.02
+# Their held-out loss: measured so often before the end, on about so many rows, or this share of
+# those trained on (a sixth of the time in all), if that is less; what is noise
+LOOKS, LOOK_ROWS, LOOK_SHARE, NOISE = 10, 400, 0.05, 0.02
+_NUMBERS = {float, int, type(None)}  # in result.json
+HELDOUT = {"sft": "heldout/loss_sft", "reward_model": "heldout/loss_reward_model"}
+Measure = Callable[[slice], dict[str, float]]
 
 
 class Result(NamedTuple):
@@ -66,17 +74,20 @@ def resume(run: str | Path, **options: Any) -> Result:
 
 
 def load_models(session: Session) -> tuple[Tree, Tree]:
-    """(policy, reference) of a finished run.
+    """(policy, reference) of a run; where PPO has not begun the reference twice.
 
-    Raises:   InputError: the run has no policy yet.
+    Raises:   InputError: the run has no policy yet, but its beginning, or nothing.
     """
-    if not folder.is_saved(session, "policy"):
+    saved = {name for name in ("policy", "reference") if folder.is_saved(session, name)}
+    if not saved or (saved == {"reference"} and folder.has_state(session, "ppo")):
         raise InputError(
             f"{session.folder / 'policy'}: expected a trained policy; found none: finish the run "
             f"with `minirlhf resume {shlex.quote(str(session.folder))}`"
         )
-    policy = folder.load_params(session, "policy", session.gpt, "value_head")
-    return policy, reference_stage(session)
+    reference = reference_stage(session)
+    if "policy" not in saved:
+        return reference, reference
+    return folder.load_params(session, "policy", session.gpt, "value_head"), reference
 
 
 def run_stages(session: Session) -> Result | None:
@@ -84,6 +95,8 @@ def run_stages(session: Session) -> Result | None:
 
     Returns:  the comparison; None where config.stages leave out PPO.
     """
+    if session.stored is None:
+        return read_result(session)
     config = session.config
     n_workers = config.workers if config.device == "cpu" else 1
     threads = config.threads or None
@@ -112,6 +125,18 @@ def run_stages(session: Session) -> Result | None:
     return Result(before, after, last.prompts, first, last, session.seconds)
 
 
+def read_result(session: Session) -> Result:
+    """The comparison of a finished run without its replies, refused if it is none."""
+    path = session.folder / "result.json"
+    parts = [read_object(path).get(name) for name in ("reference", "policy", "seconds")]
+    for part in parts:
+        if not (isinstance(part, dict) and {type(x) for x in part.values()} <= _NUMBERS):
+            raise InputError(f"{path}: expected numbers; got others: restore the file")
+        part.update({key: math.nan for key, x in part.items() if x is None})
+    session.say(f"run {session.folder}: finished; its texts or its reward have gone since")
+    return Result(*parts[:2], [], None, None, parts[2])
+
+
 def banner(session: Session) -> str:
     """What is about to be done, on one line."""
     world, gpt, stages, C = session.world, session.gpt, session.config.stages, session.gpt.d_model
@@ -129,33 +154,77 @@ def banner(session: Session) -> str:
     return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
 
 
-def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Iterator[tuple]:
+def _follow(session: Session, stage: str, loop: Iterable, steps: range, title: str) -> Iterator:
     """(step, what the loop yields) for the steps that are left, with progress."""
-    title, at = TITLES[stage], steps.start
+    unit = "iteration" if stage == "ppo" else "step"
+    session.made, session.kept, session.steps = steps.start, steps.start, f"{steps.stop} {unit}s"
+    if 0 < steps.start < steps.stop:
+        session.say(f"stage {stage} goes on after {steps.start} of {session.steps}")
     try:
         for step, result in zip(session.track(steps, title), loop, strict=False):
             yield step, result
-            at = step + 1
+            session.made = step + 1
     except NonFiniteError as error:
         last = "no checkpoint yet"
         if folder.has_state(session, stage):
             last = f"the last good checkpoint is {folder.state_of(session, stage)}"
-        unit = "iteration" if stage == "ppo" else "step"
-        raise NonFiniteError(f"{title} {unit} {at}: {error} ({last})") from error
+        raise NonFiniteError(f"{title} {unit} {session.made}: {error} ({last})") from error
 
 
 def _learn(
-    session: Session, stage: str, optimizer: Optimizer, loop: Iterable[dict], n_steps: int
-) -> None:
-    """Let the loop of the first or second stage run to its end, with log and checkpoints."""
+    session: Session, stage: str, optimizer: Optimizer, loop: Iterable, n: int, measure: Measure
+) -> dict[str, float]:
+    """Let the loop of the first or second stage run to its end, with log and checkpoints.
+
+    Args:     measure: metrics of some of the n held-out rows, as training leaves off.
+    Returns:  those of all of them at the end; {} if there are none.
+    """
+    title, name, n_steps = Title(TITLES[stage]), HELDOUT[stage], optimizer.total_steps
+    trained = n_steps * getattr(session.config, stage).batch_size
+    some = slice(None, None, round(n / min(LOOK_ROWS, LOOK_SHARE * trained + 1)) or 1)
+    due = {n_steps * i // LOOKS for i in range(LOOKS + 1)} if n else ()
+
+    def look(done: int) -> dict[str, float]:
+        metrics = measure(some if done < n_steps else slice(None)) if done in due else {}
+        if metrics:
+            title.beside = f", held out {metrics[name]:.3f}"
+            session.log.metrics(done, stage, metrics)
+        return metrics
+
     done, _ = folder.load_state(session, stage, optimizer, n_steps)
     saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
-    for step, metrics in _follow(session, stage, loop, range(done, n_steps)):
+    last = look(done)
+    for step, metrics in _follow(session, stage, loop, range(done, n_steps), title):
         session.log.metrics(step, stage, metrics)
         if (began := time.perf_counter()) - saved >= pause:
             folder.save_state(session, stage, optimizer, step + 1)
             saved = time.perf_counter()
             pause = max(CHECKPOINT_SECONDS, (saved - began) / CHECKPOINT_SHARE)
+        last = look(step + 1)  # not in the checkpoint: after a resume it is made again
+    if last:
+        _note_memorised(session, stage, n_steps, last if some.step == 1 else measure(some))
+    return last
+
+
+def _note_memorised(session: Session, stage: str, n_steps: int, last: dict[str, float]) -> None:
+    """Say so if what was held out went clearly better on the way: its loss, and order, if any."""
+    name, right = HELDOUT[stage], "heldout/accuracy"
+    rows = [row for row in read_metrics(session.folder) if row["stage"] == stage]
+    looks = [r for r in rows if r["step"] < n_steps and isinstance(r.get(name), float)]
+    low = min(looks, key=lambda row: row[name], default=last)
+    if last[name] > (1 + NOISE) * low[name] and low.get(right, 1) > last.get(right, 0):
+        fewer = session.config.reward_model.epochs * low["step"] // n_steps
+        option = (
+            f"--reward-model.epochs {fewer}"
+            if fewer
+            else "a lower --reward-model.optimizer.learning-rate"
+        )
+        option = f"--sft.steps {low['step']}" if stage == "sft" else option
+        session.note(
+            f"{TITLES[stage]}: the held-out loss was lowest, {low[name]:.3f}, after {low['step']} "
+            f"of {n_steps} steps and rose to {last[name]:.3f}, as texts are learnt by heart: set "
+            f"{option} in a new run"
+        )
 
 
 def reference_stage(session: Session) -> Tree:
@@ -173,11 +242,14 @@ def reference_stage(session: Session) -> Tree:
     optimizer = Optimizer(first, settings.optimizer, total_steps=settings.steps)
     del first  # of a large model each copy counts
     loop = train_sft(optimizer, examples, settings=settings, rng=session.rng["sft"], **same)
-    _learn(session, "sft", optimizer, loop, settings.steps)
-    if heldout:
-        loss = sft_loss(optimizer.params, heldout, batch_size=settings.batch_size, **same)
-        session.log.metrics(settings.steps, "sft", {"heldout/loss_sft": loss})
-        n = len(heldout)
+
+    def measure(rows: slice) -> dict[str, float]:
+        size = settings.batch_size
+        return {HELDOUT["sft"]: sft_loss(optimizer.params, heldout[rows], batch_size=size, **same)}
+
+    n = len(heldout)
+    if found := _learn(session, "sft", optimizer, loop, n, measure):
+        loss = found[HELDOUT["sft"]]
         session.say(f"fine-tuning: {loss:.3f} nats per token on {n:,} held-out demonstrations")
     folder.save_params(session, "reference", optimizer.params, session.gpt)
     return optimizer.params
@@ -235,16 +307,19 @@ def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> Rewa
     loop = reward_model.train_reward_model(
         optimizer, pairs, config=gpt, settings=settings, rng=rng, **session.padding
     )
-    _learn(session, "reward_model", optimizer, loop, updates)
     model = RewardModel(optimizer.params, gpt)
-    if heldout:
-        metrics = reward_model.pair_metrics(
-            model, heldout, gold_difference=gold_difference, **session.padding
+
+    def measure(rows: slice) -> dict[str, float]:
+        gold = None if gold_difference is None else gold_difference[rows]
+        return reward_model.pair_metrics(
+            model, heldout[rows], gold_difference=gold, **session.padding
         )
-        session.log.metrics(updates, "reward_model", metrics)
+
+    n = len(heldout)
+    if metrics := _learn(session, "reward_model", optimizer, loop, n, measure):
         gold = metrics.get("heldout/gold_accuracy")
         session.say(
-            f"reward model: accuracy {metrics['heldout/accuracy']:.3f} on {len(heldout)} held-out "
+            f"reward model: accuracy {metrics['heldout/accuracy']:.3f} on {n} held-out "
             f"pairs, calibration error {metrics['heldout/calibration_error']:.3f}"
             + ("" if gold is None else f", {gold:.3f} against the gold order")
         )
@@ -273,7 +348,8 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
     if not train:
         raise InputError(
             f"pairs: expected pairs to train on that differ {within}; got none: raise "
-            "--max-response-tokens"
+            "--max-response-tokens",
+            resume=None,
         )
     return train, heldout, None
 
@@ -329,8 +405,8 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         rng=session.rng["shuffle"],
         kl_coef=kl_coef,
     )
-    started = time.perf_counter()
-    for step, iteration in _follow(session, "ppo", loop, range(done, settings.iterations)):
+    started, steps = time.perf_counter(), range(done, settings.iterations)
+    for step, iteration in _follow(session, "ppo", loop, steps, TITLES["ppo"]):
         metrics = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
         metrics["time/iteration"] = time.perf_counter() - started
         done = step + 1

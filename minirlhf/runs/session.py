@@ -37,6 +37,7 @@ from minirlhf.runs.own_reward import (
     keep_reward,
     own_reward,
     remember,
+    sources_gone,
     try_reward,
 )
 from minirlhf.train.reward_model import RewardModel, score_responses
@@ -64,6 +65,12 @@ def no_progress(steps: Iterable, title: str) -> Iterable:
     return steps
 
 
+class Title(str):
+    """What a progress line begins with; `beside` is what it shows besides, as it is by then."""
+
+    beside = ""
+
+
 @dataclass
 class Session:
     """What the stages share. Arrays live on `config.device`."""
@@ -75,7 +82,11 @@ class Session:
     track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
     say: Callable[[str], None] = lambda line: None  # prints a line
     seconds: dict[str, float] = field(default_factory=dict)  # time of each stage
-    stored: TrainConfig | None = None  # config.toml as it was when this session was opened
+    stored: TrainConfig | None = None  # config.toml as it was then; None: opened to look
+    stage: str = "sft"  # at work now
+    steps: str = ""  # of it in all; "": it is at none of them
+    made: int = 0  # of these steps
+    kept: int = 0  # of these steps, in the checkpoint
 
     @property
     def folder(self) -> Path:
@@ -163,23 +174,25 @@ class Session:
     def at_work(self) -> Iterator[None]:
         """In the block the folder is this process's; a refusal in it says how to go on."""
         with locked(self.folder):
+            how = f"minirlhf resume {shlex.quote(str(self.folder))}"
             try:
                 yield
-            except (InputError, KeyboardInterrupt) as stop:
-                how = f"`minirlhf resume {shlex.quote(str(self.folder))}`"
-                # an error of one's own reward says it itself; another setting is no way on
-                says = self.world.reward and str(stop).startswith(self.world.reward.name)
-                if self.world.reward and str(stop).startswith("reward:"):  # equal for all replies
-                    how = f"{how[:-1]} --accept-changed-reward`"
-                if not (says or "--" in str(stop)):
-                    said = f"{stop}; then go on with {how}" if stop.args else f"{how} goes on"
-                    stop.args = type(stop)(said).args
+            except InputError as stop:
+                if stop.resume == "reward" and self.world.reward:
+                    how += " --accept-changed-reward"
+                if stop.resume is not None:
+                    stop.args = InputError(f"{stop}; then go on with `{how}`").args
+                raise
+            except KeyboardInterrupt as stop:
+                made = f": {self.made} of {self.steps} made, {self.kept} in the checkpoint"
+                where = f"in stage {self.stage}{made if self.steps else ''}"
+                stop.args = (f"{where}; `{how}` goes on",)
                 raise
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Note how long the block takes."""
-        started = time.perf_counter()
+        self.stage, self.steps, started = stage, "", time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - started
 
@@ -195,8 +208,12 @@ class Score(NamedTuple):
         if self.world.reward is None:
             ids = samples.prompt_ids, samples.response_ids
             return score_responses(self.model, *ids, **self.padding)
-        raw = np.array(self.world.rewards(samples.prompts, samples.responses), dtype=np.float64)
-        return (raw - self.model.mean) / self.model.sd
+        try:
+            rewards = self.world.rewards(samples.prompts, samples.responses)
+        except InputError as error:
+            error.resume = None  # the reward says itself how its run goes on
+            raise
+        return (np.array(rewards, dtype=np.float64) - self.model.mean) / self.model.sd
 
 
 def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> Session:
@@ -215,7 +232,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     digests = {"reward_sha256": fingerprint(reward)} if reward else {}
     if config.init:
         start = hugging_face.read_gpt2(config.init)
-        notes.append(f"--init: {start.says}")
+        notes += [f"--init: {start.says}", *rate_notes(config)]
         digests["init_sha256"] = start.sha256
         model = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
         config = replace(config, init=os.path.abspath(config.init), model=model)
@@ -271,7 +288,8 @@ def reopen_session(
               iterations: of PPO, in all; 0: as config.toml says.
               reward, accept_changed_reward: `named` and `changed` of `own_reward`.
               look: it is only sampled from and scored with, for which its texts are not read, and
-                  its reward not before it is asked.
+                  its reward not before it is asked. So is a finished run whose texts or reward
+                  have gone.
     Raises:   InputError: the folder holds no run, its files are damaged, or its texts or its reward
                   have changed since it began.
     """
@@ -285,6 +303,9 @@ def reopen_session(
     ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
     config = replace(stored, out=folder, device=device or stored.device, stages="all", ppo=ppo)
     array_module(config.device)
+    if not (look or reward or accept_changed_reward or ppo != stored.ppo):
+        ended = (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
+        look = ended and sources_gone(stored)
     rng, own, tokenizer = _streams(config), None, tokens.load_tokenizer(folder)
     if config.reward or reward:
         own = cache(partial(own_reward, folder, config, reward, changed=accept_changed_reward))
@@ -420,3 +441,16 @@ def unused_options(config: TrainConfig) -> list[str]:
     if config.pairs and of_model & {"n_pairs", "n_heldout_pairs"}:
         notes.append("--reward-model.n-pairs and n-heldout-pairs change nothing beside --pairs")
     return notes
+
+
+def rate_notes(config: TrainConfig) -> list[str]:
+    """Learning rates left as they are for tiny models, beside --init, in one sentence."""
+    rates, flags = {"sft": "5e-5", "reward_model": "5e-5", "ppo": "1e-5"}, []
+    if config.reward or config.reward_model.init == "scratch":  # of a model that is tiny
+        del rates["reward_model"]
+    for stage, rate in rates.items():
+        given, default = (getattr(of, stage).optimizer for of in (config, TrainConfig()))
+        if given.learning_rate == default.learning_rate:
+            flags.append(f"--{stage.replace('_', '-')}.optimizer.learning-rate {rate}")
+    said = "--init: the learning rates are those of tiny models; one that was trained wants less"
+    return [f"{said}, like {' '.join(flags)}"] if flags else []

@@ -81,7 +81,8 @@ def train_reward_model(
     if not pairs:
         raise InputError(
             "reward model: expected preference pairs; got none: give --pairs a file, or train a "
-            "reference whose replies differ"
+            "reference whose replies differ",
+            resume=None,
         )
     orders = (rng.permutation(len(pairs)) for _ in range(settings.epochs))
     rows = row_slices(len(pairs), settings.batch_size)
@@ -219,7 +220,8 @@ def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
         came = f"{low:.6g} for all of them" if low == high else f"scores from {low!r} to {high!r}"
         raise InputError(
             "reward: expected finite scores that differ by more than rounding between reference "
-            f"samples; got {came}: use a reward that tells responses apart"
+            f"samples; got {came}: use a reward that tells responses apart",
+            resume="reward",
         )
     exponent = math.frexp(largest)[1]  # within [-1, 1] no square overflows
     scaled = np.ldexp(raw_scores, -exponent)
@@ -238,6 +240,7 @@ def pair_metrics(
     """How well the model orders pairs it has not seen.
 
     accuracy           share of pairs with score_chosen > score_rejected; of neighbours in a list
+    loss_reward_model  mean of -log sigma(raw margin); of neighbours in a list
     calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(raw margin)
     gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
     """
@@ -250,6 +253,7 @@ def pair_metrics(
     margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
     metrics = {
         "heldout/accuracy": float((margin > 0).mean()),
+        "heldout/loss_reward_model": float(np.logaddexp(0.0, -margin).mean()),
         "heldout/calibration_error": calibration_error(margin),
         "heldout/margin": float(margin.mean()),
     }

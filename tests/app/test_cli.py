@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tyro
 from tiny_run import (
+    VOWELS,
     as_flags,
     call,
     changed,
@@ -41,17 +42,12 @@ from minirlhf.nn.transformer import transformer_forward
 from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.runs.session import Title
 from minirlhf.worlds.tokens import load_tokenizer
 
 ROOT = Path(minirlhf.__file__).parents[1]
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 PROMPT = "Where is my kettle?"
 COMMANDS = ("train", "resume", "score", "sample", "exact", "check")
-
-
-@pytest.fixture(scope="module")
-def names(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +189,7 @@ def test_the_installed_program_is_this_one():
         ("train --seed 1 2", "expected an option of train; got '2'"),
         ("train --seed 1 --seed two", "--seed: expected a whole number; got 'two'"),  # the last
         ("train --device gpu", "--device: expected one of 'cpu', 'cuda'; got 'gpu'"),
+        ("train --stages ppo", "--stages: expected one of 'sft', 'sft,reward', 'all'; got 'ppo'"),
         ("train --ppo.batch-size 0", "ppo.batch_size: expected at least 1; got 0"),
         ("train --ppo.kl-mode k4", "--ppo.kl-mode: expected one of 'reward_k1', "),
         ("train --ppo.whiten-rewards maybe", "expected an option of train; got 'maybe'"),
@@ -321,9 +318,11 @@ def test_resume_goes_on_and_shows_the_same(capsys, tmp_path, names, monkeypatch)
         parts = changed(config, {"out": tmp_path / "parts"})
         status, out, err = call(capsys, "train", *as_flags(parts))
     assert status == 130 and out == ""
-    assert err.splitlines()[-1] == f"minirlhf: interrupted; `minirlhf resume {parts.out}` goes on"
-    status, resumed, _ = call(capsys, "resume", tmp_path / "parts")
-    assert status == 0
+    where = "in stage ppo: 2 of 3 iterations made, 2 in the checkpoint"
+    goes_on = f"`minirlhf resume {parts.out}` goes on"
+    assert err.splitlines()[-1] == f"minirlhf: interrupted; {where}; {goes_on}"
+    status, resumed, err = call(capsys, "resume", tmp_path / "parts")
+    assert status == 0 and "stage ppo goes on after 2 of 3 iterations\n" in err
     assert differences(outcome(config.out), outcome(tmp_path / "parts")) == []
 
     def tables(text):
@@ -431,7 +430,51 @@ def test_a_run_outlives_its_files(capsys, tmp_path, monkeypatch, source):
     for name in ("names.txt", "pairs.jsonl"):
         (tmp_path / name).unlink()
     assert [call(capsys, *command)[:2] for command in commands] == before
-    assert "expected a file; found none" in refusal(capsys, "resume", config.out)
+
+
+@pytest.mark.parametrize("gone", ["names.txt", "mine.py"])
+def test_a_finished_run_shows_its_table_though_its_files_have_gone(capsys, tmp_path, gone):
+    (tmp_path / "mine.py").write_text("def count(text):\n    return text.count('a')\n")
+    corpus, reward = write_names(tmp_path / "names.txt"), f"{tmp_path / 'mine.py'}:count"
+    config = tiny_config(tmp_path / "run", corpus=corpus, reward=reward)
+    pipeline.train(config)
+    _, whole, _ = call(capsys, "resume", config.out)
+    (tmp_path / gone).unlink()
+    before = outcome(config.out)
+    status, out, err = call(capsys, "resume", config.out)
+    assert status == 0 and f"run {config.out}: finished" in err
+    rows = [line for line in whole.splitlines() if "kl_seq" in line or "proxy" in line]
+    assert len(rows) >= 2 and all(row in out for row in rows)
+    assert "its replies to held-out prompts" in words(out) and "before and after" not in out
+    assert differences(before, outcome(config.out)) == []
+    run = minirlhf.resume(config.out, progress=False)
+    assert run.result["policy"] == before["result"]["policy"]
+    assert "expected" in refusal(capsys, "resume", config.out, "--ppo.iterations", 9)
+    stored = load_config(config.out / "config.toml")
+    save_config(config.out / "config.toml", changed(stored, {"eval_prompts": 5}))
+    assert "found none" in refusal(capsys, "resume", config.out)  # that is to be evaluated anew
+    save_config(config.out / "config.toml", stored)
+    for damaged in ("{}", '{"reference": {"kl_seq": "x"}, "policy": {}, "seconds": {}}'):
+        (config.out / "result.json").write_text(damaged)
+        assert "result.json: expected numbers" in refusal(capsys, "resume", config.out)
+    (config.out / "result.json").unlink()
+    assert "found none" in refusal(capsys, "resume", config.out)
+
+
+@pytest.mark.parametrize("stages", ["sft", "sft,reward"])
+def test_a_part_is_sampled_from_and_scored_with(capsys, tmp_path, names, stages):
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    config = tiny_config(tmp_path / "run", corpus=names, pairs=pairs, stages=stages)
+    pipeline.train(config)
+    before = files_under(config.out)
+    said = f"note: {config.out} has no policy yet: its reference stands for it\n"
+    status, out, err = call(capsys, "sample", config.out, "--prompt", "k")
+    assert (status, err) == (0, said) and "reference" in out and "policy" not in out
+    status, out, err = call(capsys, "score", config.out, "--prompt", "k", "--response", "alo")
+    assert (status, err) == (0, said) and "= +0.0000 nats" in out
+    assert ("no score: the run has no reward model yet" in out) == (stages == "sft")
+    assert ("score - beta * Penalty" in out) == (stages == "sft,reward")
+    assert files_under(config.out) == before
 
 
 def test_a_prompt_outside_the_worlds_grammar_has_no_gold_and_no_traceback(capsys, desk):
@@ -852,3 +895,17 @@ def test_after_a_resume_the_bar_begins_where_the_run_stopped(capsys, monkeypatch
     steps = progress.track(range(20, 22), "PPO")
     next(steps), steps.close()
     assert "20/22" in terminal.text
+
+
+def test_the_held_out_loss_is_beside_the_progress(capsys, monkeypatch):
+    title = Title("fine-tuning")
+    for step in progress.track(range(2), title):
+        title.beside = f", held out {step}.250"
+    line = capsys.readouterr().err
+    assert line.startswith("fine-tuning: 2/2, ") and "/s, held out 1.250, " in line
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    assert list(progress.track(range(2), title)) == [0, 1]
+    assert "/s, held out 1.250" in terminal.text

@@ -90,7 +90,7 @@ def test_pictures_of_gradients(monkeypatch, tmp_path):
 
 def test_curves_of_a_run():
     rows = [{"stage": "sft", "step": i, "loss/sft": 2.0 - 0.001 * i} for i in range(850)]
-    rows += [{"stage": "sft", "step": 850, "heldout/loss_sft": 1.2}]
+    rows += [{"stage": "sft", "step": i, "heldout/loss_sft": 1.2} for i in (0, 425, 850)]
     rows += [
         {"stage": "ppo", "step": step, "objective/scores": 1.0, "objective/reward": 40.0 + step}
         for step in range(3)
@@ -102,11 +102,27 @@ def test_curves_of_a_run():
     lines = {axis.get_title().split(":")[0]: axis.get_lines() for axis in figure.axes}
     assert list(lines) == ["fine-tuning", "score", "your reward"]  # what was measured
     training, held_out = lines["fine-tuning"]
-    assert list(training.get_xdata()[[0, -1]]) == [1, 850] == [1, *held_out.get_xdata()]
+    assert list(training.get_xdata()[[0, -1]]) == [1, 850]
+    assert list(held_out.get_xdata()) == [0, 425, 850]
     assert [line.get_label() for line in lines["your reward"]] == ["training", "held out"]
     assert list(lines["your reward"][0].get_ydata()) == [40, 41, 42]  # in its own units
     assert list(lines["your reward"][1].get_xdata()) == [3]
     curves_figure([])  # of a run that was stopped at once
+
+
+def test_the_last_evaluation_is_drawn():
+    """Of the final table, where it is not the one of the last iteration."""
+    rows = [{"stage": "ppo", "step": i, "objective/kl": 0.1 * i} for i in range(5)]
+    rows[1]["eval/kl_seq"] = 0.2
+    last = {"kl_seq": 0.5, "gold": float("nan"), "reward": None}
+
+    def points(rows):
+        (axis,) = curves_figure(rows, last).axes  # nothing of gold, which is not known
+        return [tuple(xy) for xy in axis.get_lines()[1].get_xydata()]
+
+    assert points(rows) == [(2, 0.2), (5, 0.5)]
+    rows[-1]["eval/kl_seq"] = 0.5
+    assert points(rows) == [(2, 0.2), (5, 0.5)]
 
 
 def test_a_line_of_several_seeds_is_their_geometric_mean():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import tiny_config, write_names, write_pairs
+from tiny_run import VOWELS, tiny_config, write_names, write_pairs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # the peers' own
 ]
 
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 CORPUS = ["kalo mitru brisen", "Où est ma bouilloire ? 日本語", "it's 1234 o'clock\n\n  'S"] * 3
 OURS = train_tokenizer(CORPUS, vocab_size=340)
 RANKS = OURS.encoding._mergeable_ranks

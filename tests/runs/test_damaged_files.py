@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import changed, files_under, tiny_config, write_names, write_pairs
+from tiny_run import VOWELS, changed, files_under, tiny_config, write_names, write_pairs
 
 from minirlhf.app.api import open_run
 from minirlhf.errors import LONGEST, InputError
@@ -29,7 +29,6 @@ from minirlhf.runs.config import load_config
 from minirlhf.runs.session import open_session, reopen_session
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by setrlimit")
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 MUTATIONS = int(os.environ.get("MINIRLHF_MUTATIONS", "30"))
 SECONDS, MEMORY = 10, 2 << 30
 RUN_FILES = [  # of a run whose reward model is learnt from pairs

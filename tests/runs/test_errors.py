@@ -11,6 +11,7 @@ import tiktoken
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG, Letters, make_params
 from tiny_run import (
+    VOWELS,
     as_flags,
     call,
     changed,
@@ -35,8 +36,6 @@ from minirlhf.train import optimizer as optimizer_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.settings import PPOConfig, RewardModelConfig
-
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 
 
 @pytest.fixture(scope="module")

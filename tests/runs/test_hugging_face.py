@@ -1,20 +1,23 @@
 """A GPT-2 of others gets in; the tokenizer beside a model is the one that made its ids."""
 
 import json
+import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import differences, interrupted_after, outcome, tiny_config, write_names
+from tiny_run import VOWELS, differences, interrupted_after, outcome, tiny_config
 
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import load_model, save_model
+from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.hugging_face import (
     GPT2_PATTERN,
     companions,
@@ -22,11 +25,10 @@ from minirlhf.runs.hugging_face import (
     read_gpt2,
     read_tokenizer,
 )
-from minirlhf.runs.session import open_session
+from minirlhf.runs.session import open_session, rate_notes
 from minirlhf.tree import tree_items
 from minirlhf.worlds.tokens import BOS, EOS, PAD, PATTERN, SEP, make_tokenizer, train_tokenizer
 
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 CORPUS = ["kalo mitru brisen", "senbri novaka ' tru", "Où est ma bouilloire ? 日本語"] * 3
 OURS = train_tokenizer(CORPUS, vocab_size=320)
 RANKS = OURS.encoding._mergeable_ranks
@@ -274,11 +276,6 @@ def test_rows_that_no_token_uses_are_left_out(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
-
-
-@pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     return write_gpt2(tmp_path_factory.mktemp("gpt2"))
 
@@ -287,11 +284,31 @@ def of_gpt2(out, names, gpt2, **changes):
     return tiny_config(out, corpus=names, reward=VOWELS, init=str(gpt2), **changes)
 
 
+def test_learning_rates_of_tiny_models_are_noted_beside_init():
+    def flags(**changes):
+        notes = rate_notes(TrainConfig(init="gpt2", **changes))
+        assert len(notes) <= 1
+        return re.findall(r"(--[a-z.-]+-rate) (\S+)", notes[0]) if notes else []
+
+    sft, ppo = ("--sft.optimizer.learning-rate", "5e-5"), ("--ppo.optimizer.learning-rate", "1e-5")
+    readme = (Path(__file__).parents[2] / "minirlhf/runs/README.md").read_text()
+    from_reference = {"reward_model": {"init": "reference"}}
+    everything = flags(**from_reference)
+    assert everything == [sft, ("--reward-model.optimizer.learning-rate", "5e-5"), ppo]
+    assert all(" ".join(words) in readme for words in everything)  # as in its example
+    assert flags() == [sft, ppo] == flags(reward="length", **from_reference)
+    assert flags(sft={"optimizer": {"learning_rate": 1e-4}}) == [ppo]
+    assert flags(sft={"optimizer": {"warmup": 3}}) == [sft, ppo]
+    rates = {stage: {"optimizer": {"learning_rate": 1e-5}} for stage in ("sft", "ppo")}
+    assert flags(**rates) == []
+
+
 def test_a_run_from_a_gpt2_keeps_its_sizes_and_repeats_itself(tmp_path, names, gpt2, monkeypatch):
     said = []
     config = of_gpt2(tmp_path / "a", names, gpt2)
     pipeline.train(config, say=said.append)
     assert f"note: --init: {read_gpt2(gpt2).says}" in said
+    assert not any("learning rates" in line for line in said)  # they are the test's own
     assert any(
         line.startswith("note: of --model and --vocab-size nothing is used") for line in said
     )

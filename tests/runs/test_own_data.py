@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tiny_run import changed, metrics, refusal, tiny_config
+from tiny_run import VOWELS, changed, metrics, refusal, tiny_config, updates
 
 from minirlhf.errors import InputError
 from minirlhf.runs import limits, pipeline
@@ -19,8 +19,6 @@ from minirlhf.runs.limits import most_tokens
 from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.settings import ModelConfig
 from minirlhf.worlds.tokens import Tokenizer
-
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 
 
 def preferences(n):
@@ -102,8 +100,8 @@ def test_preferences_of_every_format_train_a_reward_model(tmp_path, name):
     session = open_session(config, say=lambda line: said.append(line.removeprefix("note: ")))
     assert said[0] == f"{path}: read 60 preferences"
     pipeline.reward_stage(session, pipeline.reference_stage(session))
-    *updates, heldout = metrics(tmp_path / "run", "reward_model")
-    assert updates[-1]["loss/reward_model"] < updates[0]["loss/reward_model"]
+    steps, heldout = updates(tmp_path / "run", "reward_model"), metrics(tmp_path / "run")[-1]
+    assert steps[-1]["loss/reward_model"] < steps[0]["loss/reward_model"]
     assert 0 <= heldout["heldout/accuracy"] <= 1
     again = reopen_session(tmp_path / "run").world
     assert again.pairs == session.world.pairs

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from tiny_run import (
+    VOWELS,
     as_flags,
     call,
     changed,
@@ -18,7 +19,6 @@ from tiny_run import (
     outcome,
     refusal,
     tiny_config,
-    write_names,
     write_pairs,
 )
 
@@ -31,14 +31,8 @@ from minirlhf.runs.own_reward import fingerprint
 from minirlhf.train.settings import PPOConfig
 from minirlhf.worlds.rewards import vowel_share
 
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 COUNT = "def count(text):\n    return text.count('a')\n"
 SCORE = ("--prompt", "k", "--response", "alo")
-
-
-@pytest.fixture(scope="module")
-def names(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_run import (
     STAGES,
+    VOWELS,
     changed,
     differences,
     files_under,
@@ -19,6 +20,7 @@ from tiny_run import (
     metrics,
     outcome,
     tiny_config,
+    updates,
     write_names,
     write_pairs,
 )
@@ -49,7 +51,6 @@ CANONICAL = {  # the names that other systems use for a PPO iteration
     *("ppo/returns/mean", "ppo/returns/var", "val/num_eos_tokens", "response_length/mean"),
     *("lr", "grad_norm", "episode"),
 }
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,6 @@ def finished(tmp_path_factory):
     out, said = tmp_path_factory.mktemp("finished") / "run", []
     config = tiny_config(out, ppo__kl_target=0.05, ppo__kl_horizon=100.0)
     return out, pipeline.train(config, say=said.append), said
-
-
-@pytest.fixture(scope="module")
-def names(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
 
 
 # --- the run folder
@@ -122,7 +118,7 @@ def test_the_stages_log_their_loss_at_every_step(finished):
     out, _, _ = finished
     assert [row["step"] for row in metrics(out, "sft")] == list(range(6))
     assert {"loss/sft", "lr", "grad_norm"} <= metrics(out, "sft")[0].keys()
-    *steps, heldout = metrics(out, "reward_model")
+    steps, heldout = updates(out, "reward_model"), metrics(out, "reward_model")[-1]
     assert [row["step"] for row in steps] == list(range(len(steps))) and len(steps) >= 4
     assert {"loss/reward_model", "accuracy", "margin"} <= steps[0].keys()
     assert {"heldout/accuracy", "heldout/calibration_error", "heldout/gold_accuracy"} <= (
@@ -525,8 +521,8 @@ def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, sft__batch_size=3)
     run = session_module.open_session(config)
     reference = pipeline.reference_stage(run)
-    *steps, heldout = metrics(config.out, "sft")
-    assert len(steps) == heldout["step"] == 6
+    heldout = metrics(config.out, "sft")[-1]
+    assert len(updates(config.out, "sft")) == heldout["step"] == 6
     prompts = {prompt for prompt, _ in run.world.heldout_demonstrations}
     assert prompts and prompts <= set(run.world.heldout_prompts)
     total = count = 0
@@ -537,6 +533,88 @@ def test_the_heldout_demonstrations_have_their_loss(tmp_path, names):
         logp = policy_forward(reference, batch=batch, config=run.gpt)[0].logp
         total, count = total - logp.sum(), count + logp.size
     assert heldout["heldout/loss_sft"] == pytest.approx(total / count, abs=1e-5)
+
+
+HELDOUT = (("sft", "heldout/loss_sft"), ("reward_model", "heldout/loss_reward_model"))
+
+
+def test_what_is_held_out_is_measured_ten_times_and_changes_nothing(tmp_path, names, monkeypatch):
+    files = {"corpus": names, "pairs": write_pairs(tmp_path / "pairs.jsonl")}
+    config = tiny_config(tmp_path / "run", sft__steps=40, reward_model__epochs=20, **files)
+    sizes, loss = [], pipeline.sft_loss
+    monkeypatch.setattr(pipeline, "LOOK_ROWS", 2)
+    monkeypatch.setattr(
+        pipeline, "sft_loss", lambda p, rows, **o: sizes.append(len(rows)) or loss(p, rows, **o)
+    )
+    pipeline.train(config)
+    for (stage, name), n_steps in zip(HELDOUT, (40, 40), strict=True):
+        rows = metrics(config.out, stage)
+        found = [row for row in rows if name in row]
+        assert [row["step"] for row in found] == list(range(0, n_steps + 1, n_steps // 10))
+        assert found[-1] is rows[-1] and all(row.keys() == rows[-1].keys() for row in found)
+        assert all(np.isfinite(row[name]) for row in found)
+        assert [row["step"] for row in updates(config.out, stage)] == list(range(n_steps))
+    assert len(sizes) == 12 and set(sizes[:10]) == set(sizes[11:]) and max(sizes[:10]) <= 3
+    assert sizes[10] > 3  # at the end of all rows, and of the same for the comparison
+    monkeypatch.setattr(pipeline, "LOOKS", 1)
+    seldom = changed(config, {"out": tmp_path / "seldom"})
+    pipeline.train(seldom)
+    differ = {"metrics", "metrics of sft", "metrics of reward_model"}
+    assert set(differences(outcome(config.out), outcome(seldom.out))) == differ
+    for stage, _ in HELDOUT:
+        assert updates(config.out, stage) == updates(seldom.out, stage)
+
+
+def test_what_is_learnt_by_heart_is_said(tmp_path, names):
+    said, heart = [], "as texts are learnt by heart: set "
+    files = {"corpus": write_names(tmp_path / "few.txt", n=12), "reward": VOWELS}
+    config = tiny_config(tmp_path / "run", stages="sft", sft__steps=150, **files)
+    pipeline.train(config, say=said.append)
+    looks = {
+        row["heldout/loss_sft"]: row["step"]
+        for row in metrics(config.out, "sft")
+        if "heldout/loss_sft" in row
+    }
+    low, last = min(looks), metrics(config.out, "sft")[-1]["heldout/loss_sft"]
+    notes = [line for line in said if heart in line]
+    assert 0 < looks[low] < 150 and last > 1.02 * low
+    assert notes == [
+        f"note: supervised fine-tuning: the held-out loss was lowest, {low:.3f}, after "
+        f"{looks[low]} of 150 steps and rose to {last:.3f}, {heart}--sft.steps {looks[low]} in a "
+        "new run"
+    ]
+    said.clear()
+    pipeline.train(
+        changed(config, {"out": tmp_path / "in time", "sft.steps": looks[low]}), say=said.append
+    )
+    assert not [line for line in said if heart in line]
+
+
+@pytest.mark.parametrize(
+    "low, epochs, option",
+    [
+        (30, 4, "--reward-model.epochs 3"),
+        (0, 4, "a lower --reward-model.optimizer.learning-rate"),
+        (30, 1, "a lower --reward-model.optimizer.learning-rate"),
+    ],
+)
+def test_a_reward_model_that_knows_its_pairs_by_heart(tmp_path, low, epochs, option):
+    said = []
+    config = tiny_config(tmp_path / "run", reward_model__epochs=epochs)
+    run = session_module.open_session(config, say=said.append)
+
+    def look(loss, accuracy):
+        return {"heldout/loss_reward_model": loss, "heldout/accuracy": accuracy}
+
+    for step in (0, 10, 20, 30, 40):
+        run.log.metrics(step, "reward_model", look(0.5 if step == low else 0.6, 0.7))
+    run.log.metrics(0, "sft", look(0.1, 0.9))  # of another stage
+    for last in (look(0.505, 0.6), look(0.6, 0.75)):  # noise; sure of more, and right more often
+        pipeline._note_memorised(run, "reward_model", 40, last)
+    assert not [line for line in said if "held-out loss" in line]
+    pipeline._note_memorised(run, "reward_model", 40, look(0.6, 0.65))
+    assert f"lowest, 0.500, after {low} of 40 steps and rose to 0.600" in said[-1]
+    assert f": set {option} in a new run" in said[-1]
 
 
 # --- forks: the same reference and reward model, other settings of PPO
@@ -705,7 +783,8 @@ def test_given_pairs_train_the_reward_model(tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     config = tiny_config(tmp_path / "run", pairs=pairs, reward_model__epochs=20)
     pipeline.train(config, say=said.append)
-    *steps, heldout = metrics(tmp_path / "run", "reward_model")
+    steps, heldout = (of(tmp_path / "run", "reward_model") for of in (updates, metrics))
+    heldout = heldout[-1]
     assert heldout["heldout/accuracy"] == 1.0 and "heldout/gold_accuracy" not in heldout
     assert steps[-1]["loss/reward_model"] < 0.5 * steps[0]["loss/reward_model"]
     assert [line for line in said if "accuracy 1.000 on 4 held-out pairs" in line]  # 15 % of 30

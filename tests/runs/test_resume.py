@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from tiny_run import (
+    VOWELS,
     changed,
     differences,
     files_under,
@@ -19,7 +20,6 @@ from tiny_run import (
     outcome,
     refusal,
     tiny_config,
-    write_names,
     write_pairs,
 )
 
@@ -37,14 +37,8 @@ from minirlhf.runs.session import no_progress
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.tree import tree_leaves
 
-VOWELS = "minirlhf.worlds.rewards:vowel_share"
 SMALL = {"vocab_size": 768, "n_ctx": 64, "n_layer": 2, "n_head": 4, "d_model": 64}
 GPT2 = {"vocab_size": 50260, "n_ctx": 1024, "n_layer": 12, "n_head": 12, "d_model": 768}
-
-
-@pytest.fixture(scope="module")
-def names(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("names") / "names.txt")
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +233,9 @@ def test_a_stage_goes_on_where_it_was(tmp_path, annotated, at_every_step, title,
 
         return track
 
-    with pytest.raises(KeyboardInterrupt, match=r"`minirlhf resume .*/run` goes on"):
+    stage = {"reward model": "reward_model"}.get(title, "sft")
+    where = f"in stage {stage}: {stops[0]} of . steps made, {stops[0]} in the checkpoint; "
+    with pytest.raises(KeyboardInterrupt, match=where + "`minirlhf resume .*/run` goes on"):
         pipeline.train(config, track=stopping_at(stops[0]))
     for step in stops[1:]:
         with contextlib.suppress(KeyboardInterrupt):
@@ -252,6 +248,33 @@ def test_a_stage_goes_on_where_it_was(tmp_path, annotated, at_every_step, title,
         "config.toml",
         "state.safetensors",  # of PPO: the others have left their results
     ]
+
+
+def test_what_was_held_out_is_measured_as_if_nothing_had_been(
+    tmp_path, names, at_every_step, monkeypatch
+):
+    """Stopped right after a look, or before it: its line comes once."""
+    config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, stages="sft")
+    pipeline.train(changed(config, {"out": tmp_path / "whole"}))
+    loss, looks = pipeline.sft_loss, []
+
+    def stopping(*arguments, **more):
+        looks.append(0)
+        if len(looks) in (3, 5):
+            raise KeyboardInterrupt
+        return loss(*arguments, **more)
+
+    monkeypatch.setattr(pipeline, "sft_loss", stopping)
+    with pytest.raises(KeyboardInterrupt, match="in stage sft: 1 of 6 steps made, 2 in the chec"):
+        pipeline.train(config, track=interrupted_after("supervised fine-tuning", 4))
+    for steps in (1, 3, 9):
+        with contextlib.suppress(KeyboardInterrupt):
+            session = session_module.reopen_session(
+                config.out, track=interrupted_after("supervised fine-tuning", steps)
+            )
+            session.config = changed(session.config, {"stages": "sft"})
+            pipeline.run_stages(session)
+    assert metrics(config.out) == metrics(tmp_path / "whole")
 
 
 def test_checkpoints_of_the_first_stages_take_a_small_share_of_the_time(
@@ -410,7 +433,8 @@ def test_the_start_says_what_will_be_done(tmp_path, names):
     assert f"the reward {VOWELS}; stages to run: sft, reward, ppo" in banner
     said.clear()
     pipeline.resume(config.out, say=said.append)
-    assert said[-1].endswith("stages to run: ppo")
+    assert said[-2].endswith("stages to run: ppo")
+    assert said[-1] == "stage ppo goes on after 1 of 3 iterations"
     said.clear()
     pipeline.resume(config.out, say=said.append)
     assert said[-1].endswith("stages to run: none, all are done")
@@ -419,17 +443,25 @@ def test_the_start_says_what_will_be_done(tmp_path, names):
 
 
 def test_a_refusal_in_a_run_says_how_to_go_on(tmp_path, names, monkeypatch):
-    folder = tmp_path / "my run"
-    config = tiny_config(folder, corpus=names, reward=VOWELS)
+    how = "; then go on with `minirlhf resume '{folder}'`"
 
-    def fail(*_):
-        raise InputError("expected this; got that: mend it")
+    def said(name, stop):
+        def fail(*_):
+            raise stop
 
-    monkeypatch.setattr(pipeline, "reference_stage", fail)
-    with pytest.raises(InputError) as refused:
-        pipeline.train(config)
-    how = f"`minirlhf resume '{folder}'`"
-    assert str(refused.value) == f"expected this; got that: mend it; then go on with {how}"
+        monkeypatch.setattr(pipeline, "reference_stage", fail)
+        folder = tmp_path / name
+        with pytest.raises(type(stop)) as refused:
+            pipeline.train(tiny_config(folder, corpus=names, reward=VOWELS))
+        return str(refused.value).replace(str(folder), "{folder}")
+
+    mend = "reward: expected --this; got that: mend it"
+    assert said("my run", InputError(mend)) == mend + how
+    assert said("my -- run", InputError(mend, resume=None)) == mend
+    flag = how[:-1] + " --accept-changed-reward`"
+    assert said("another run", InputError(mend, resume="reward")) == mend + flag
+    stopped = said("last run", KeyboardInterrupt())
+    assert stopped == "in stage sft; `minirlhf resume '{folder}'` goes on"
 
 
 def test_a_part_says_how_it_goes_on(tmp_path, names, capsys):
