@@ -93,6 +93,13 @@ class Desk:
         """KL(p || ref) [nats]."""
         return float(p @ (np.log(np.where(p > 0, p, 1.0)) - np.where(p > 0, self.ref_logp, 0.0)))
 
+    def log_ratios(self, log_probs: np.ndarray, reply: str) -> np.ndarray:
+        """(T,) log pi - log ref of each token of a reply and of its EOS: what each pays [nats]."""
+        leaf = self.leaf(reply)
+        real = self.responses.mask[leaf] > 0
+        at = self.responses.nodes[leaf][real], self.responses.tokens[leaf][real]
+        return log_probs[at] - self.ref_log_probs[at]
+
     def describe(self, p: np.ndarray) -> dict[str, float | str]:
         """What a policy is like, exactly.
 
@@ -154,6 +161,29 @@ class Desk:
             return reward[[number[tuple(reply)] for reply in responses]]
 
         return dataclasses.replace(self.world, rewards=reward, score=score)
+
+
+def tilted(p: np.ndarray, reward: np.ndarray, *, beta: float) -> np.ndarray:
+    """p exp(r / beta) / Z (M,): the optimum whose reference is p, any policy.
+
+    K times after one another, each time from the last result, it is one time at beta / K.
+    """
+    logp = np.where(p > 0, np.log(np.where(p > 0, p, 1.0)) + reward / beta, -np.inf)
+    weights = np.exp(logp - logp.max())
+    return weights / weights.sum()
+
+
+def calibration_error(reward: np.ndarray, pairs: np.ndarray, *, bins: int = 10) -> float:
+    """ECE: sum over bins of confidence of n_bin / n |mean confidence - share of right orders|.
+
+    The confidence in an order is sigmoid(|r_a - r_b|), in [.5, 1]; ties are half right.  Guo et al.
+    2017, arXiv 1706.04599.
+    """
+    lead = reward[pairs[:, 0]] - reward[pairs[:, 1]]
+    excess = 1 / (1 + np.exp(-np.abs(lead))) - ((lead > 0) + 0.5 * (lead == 0))
+    confidence = np.tanh(np.abs(lead) / 2)  # 2 sigmoid - 1, in [0, 1]
+    of_bin = np.minimum((bins * confidence).astype(int), bins - 1)
+    return float(np.abs(np.bincount(of_bin, excess, minlength=bins)).sum() / len(pairs))
 
 
 def fit_bradley_terry(features: np.ndarray, pairs: np.ndarray, *, l2: float = 1e-3) -> np.ndarray:

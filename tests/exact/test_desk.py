@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minirlhf.exact import optimum
-from minirlhf.exact.desk import Desk, fit_bradley_terry, pair_accuracy
+from minirlhf.exact.desk import Desk, calibration_error, fit_bradley_terry, pair_accuracy, tilted
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,37 @@ def test_a_standardised_reward_and_the_world_that_pays_it(desk):
         kept = desk.responses.mask[leaf] > 0
         reply = desk.responses.tokens[leaf][kept].tolist()
         assert world.score([[0]], [reply])[0] == reward[leaf]
+
+
+def test_resets_of_the_reference_are_a_smaller_beta(desk):
+    p = desk.ref
+    for _ in range(3):
+        p = tilted(p, desk.proxy, beta=0.6)
+    np.testing.assert_allclose(p, desk.optimum(desk.proxy, beta=0.2), atol=1e-14)
+    never = np.where(np.arange(p.size) == 5, 0.0, p)  # what the reference never says stays so
+    assert tilted(never, desk.proxy, beta=1e-4)[5] == 0
+    assert tilted(never, desk.proxy, beta=1e-4).sum() == pytest.approx(1)
+
+
+def test_the_log_ratios_of_a_reply_add_up_to_its_penalty(desk):
+    best = optimum.soft_optimum(desk.tree, desk.ref_log_probs, desk.proxy, kl_coef=0.5)
+    p = desk.optimum(desk.proxy, beta=0.5)
+    for reply, n_tokens in (("ANS DET", 3), ("ANS DET POL", 3), ("", 1)):  # an EOS, where it fits
+        ratios, leaf = desk.log_ratios(best.log_probs, reply), desk.leaf(reply)
+        assert ratios.shape == (n_tokens,)
+        assert ratios.sum() == pytest.approx(np.log(p[leaf] / desk.ref[leaf]), abs=1e-12)
+
+
+def test_calibration_error(desk):
+    reward = np.array([np.log(3), 0.0])  # .75 for the first before the second
+    pairs = np.array([[0, 1]] * 3 + [[1, 0]])
+    assert calibration_error(reward, pairs) == pytest.approx(0, abs=1e-12)
+    assert calibration_error(reward, pairs[:3]) == pytest.approx(0.25)  # always right, said .75
+    assert calibration_error(0 * reward, pairs) == 0  # a tie is half right, and .5 was said
+    pairs = desk.draw_pairs(desk.ref, 40_000, rng=np.random.default_rng(0))
+    assert calibration_error(desk.gold, pairs) < 0.01
+    assert calibration_error(3 * desk.gold, pairs) > 0.1  # too sure of itself
+    mixed = np.array([[0, 1], [0, 1], [2, 3], [3, 2]])  # too modest, too sure: they do not cancel
+    said = 1 / (1 + np.exp(-np.array([0.2, 3.0])))
+    found = calibration_error(np.array([0.2, 0.0, 3.0, 0.0]), mixed)
+    assert found == pytest.approx(0.5 * (1 - said[0]) + 0.5 * (said[1] - 0.5))

@@ -1,0 +1,118 @@
+"""Why do replies drift after RLHF, although the score prefers the new style only slightly?
+
+    python examples/cases/07_post_deployment_drift.py        # 70 s on two cores
+
+After release the replies grow longer and longer. The reward model scores long replies only a little
+higher, the penalty has been on from the first update, and long replies, which by now pay much of
+it, still get positive advantages. Here the judges add a fifth of a unit a token to gold, and a
+reward model is fitted to 8,000 of their pairs. Varied: beta, and the judges (honest ones; and as
+the control ones who take that fifth off). Last, three rounds, each of which takes the policy of the
+round before as its reference.
+
+Expect an equilibrium and no accident. The penalty lr = log pi - log ref is 0 at the start, whatever
+beta, and grows only as log pi does. A reply gains probability while beta lr < r - V, so it rests at
+lr = r / beta - log Z: a small gap in r is a factor exp(gap / beta) in probability. Cures: a larger
+beta, or judges who like it short. A style that the first token decides is paid by this token
+alone; that length is, too, was expected and is wrong: each token but the end pays its share. A
+reset makes the spring slack: K rounds at beta end where one at beta / K does. To see it differently
+change PER_TOKEN or BETA.
+"""
+
+# %% A small preference, as arms of one experiment
+import numpy as np
+
+from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
+from minirlhf.app.study import Arm, Case, ends, mean_lines, spread, values
+from minirlhf.exact.desk import fit_bradley_terry, tilted
+from minirlhf.exact.optimum import soft_optimum
+from minirlhf.exact.tiny import POL
+
+PER_TOKEN, BETA, ROUNDS = 0.2, 0.2, 3
+case = Case("07_post_deployment_drift", __doc__)
+
+
+def learned(desk, seed, per_token):
+    """The reward model of judges who add this to gold for every token of a reply."""
+    judge = desk.gold + per_token * desk.lengths
+    pairs = desk.draw_pairs(desk.ref, 8000, rng=case.rng(seed), gold=judge)
+    return desk.standardised(desk.rich_features @ fit_bradley_terry(desk.rich_features, pairs))
+
+
+def arms(desk, seed):
+    def arm(per_token, beta, **phases):
+        return Arm({"kl_coef": beta}, learned(desk, seed, per_token), 40, **phases)
+
+    reset = arm(PER_TOKEN, ROUNDS * BETA, new_reference=True)
+    return {
+        "beta .2": arm(PER_TOKEN, BETA),
+        "beta 1": arm(PER_TOKEN, 5 * BETA),
+        "honest judges": arm(0.0, BETA),
+        "judges like it short": arm(-PER_TOKEN, BETA),
+        "beta .6, three rounds": arm(PER_TOKEN, ROUNDS * BETA, then=(reset, reset)),
+    }
+
+
+runs = case.train(arms, measure_every=4)
+
+# %% Where it comes to rest: the trained policies, and the exact optima
+desks, seeds = case.desks, np.arange(len(case.seeds))
+reward = [learned(desk, seed, PER_TOKEN) for desk, seed in zip(desks, case.seeds, strict=True)]
+best = [desks[i].optimum(reward[i], beta=BETA) for i in seeds]
+rest = [desks[i].describe(best[i]) for i in seeds]
+rows = {"reference": [run.rows[0] for run in runs["beta .2"]], **ends(runs), "optimum at .2": rest}
+case.table("Replies at the end", rows, ("length", "kl_seq", "gold", "entropy_seq"))
+
+length, kl = ({n: values(r, column) for n, r in runs.items()} for column in ("length", "kl_seq"))
+start, drift = length["beta .2"][:, 0], np.ptp(length["beta .2"][:, [0, -1]], axis=1)
+rest_kl = np.array([row["kl_seq"] for row in rest])
+law = [np.ptp(reward[i] / BETA - np.log(best[i] / desks[i].ref)) < 1e-6 for i in seeds]
+case.claim("the penalty is 0 at the start", np.abs(kl["beta .2"][:, 0]) < 1e-9)
+case.claim("lr = r/beta - log Z of every reply at the exact optimum, to 1e-6", law)
+case.claim("trained, KL rests within 15 % of it", np.abs(kl["beta .2"][:, -1] / rest_kl - 1) < 0.15)
+case.claim("replies have grown by a token", length["beta .2"][:, -1] > start + 1)
+case.claim("beta 1 leaves less than .6 of the drift", length["beta 1"][:, -1] < start + 0.6 * drift)
+short = length["judges like it short"][:, -1]
+case.claim("control: if they like it short, less than .25", short < start + drift / 4)
+
+# %% Which token pays, if the first one decides the style, and if each token counts
+words = "POL ANS DET DET POL".split()[: case.max_tokens - 1]
+
+
+def paid(desk, preference):
+    best = soft_optimum(desk.tree, desk.ref_log_probs, preference, kl_coef=BETA)
+    return desk.log_ratios(best.log_probs, " ".join(words))
+
+
+opening = [paid(d, 0.6 * (d.responses.tokens[:, 0] == POL)) for d in desks]
+counted = [paid(d, PER_TOKEN * d.lengths) for d in desks]
+later = [np.abs(x[1:]).max() < 1e-9 for x in opening]
+case.claim("a style that the first token decides: no later one pays 1e-9", later)
+case.claim("length: each token pays .05 nats or more", [x[:-1].min() > 0.05 for x in counted])
+
+# %% Resets: three rounds at .6 are one at .2
+chained = [desk.ref for desk in desks]
+for _ in range(ROUNDS):
+    chained = [tilted(chained[i], reward[i], beta=ROUNDS * BETA) for i in seeds]
+same = [np.abs(chained[i] - best[i]).max() < 1e-10 for i in seeds]
+case.claim("three rounds at beta .6 are the optimum at .2, to 1e-10", same)
+trained = kl["beta .6, three rounds"][:, -1]
+case.claim("and trained end within 15 % of its KL", np.abs(trained / rest_kl - 1) < 0.15)
+
+# %% The picture
+figure, ((one, two, three),) = new_figure(13, 3.6, 1, 3)
+draw_lines(one, mean_lines(runs, "iteration", "length"), LOOKS[:4])  # the fifth is on the right
+say(one, "tokens: the drift comes to rest", "PPO iteration")
+places = [f"{i} {word}" for i, word in enumerate([*words, "EOS"], 1)]
+profile = {"the first token decides": opening, "each token counts": counted}
+draw_lines(two, {name: (places, np.mean(of, axis=0)) for name, of in profile.items()})
+say(two, "log pi - log ref of each token: who pays", "token", "nats")
+draw_lines(three, {n: mean_lines(runs, "iteration", "kl_seq")[n] for n in list(runs)[::4]})
+three.axhline(rest_kl.mean(), color="gray", lw=0.8)
+say(three, "KL to the first reference: resets end at the same rest (gray)", "PPO iteration", "nats")
+
+# %% The answer
+print("Expected and wrong: that the first token pays for length too. Each token but the end does.")
+end = [spread(length[name][:, -1], 1) for name in runs]
+seen = f"Replies of {spread(start, 1)} tokens have {end[0]} at beta .2, {end[1]} at 1, {end[3]} if "
+seen += f"the judges like it short; three rounds at .6, each with a new reference: {end[4]}."
+case.finish(figure, varied="beta; the judges; resets of the reference", seen=seen)
