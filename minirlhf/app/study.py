@@ -62,7 +62,7 @@ class Arm(NamedTuple):
 class Run(NamedTuple):
     """What became of an arm under one seed."""
 
-    rows: list[Row]  # over the iterations: `Desk.describe`, and metrics of PPO by their names
+    rows: list[Row]  # over the iterations: `Desk.describe`, "paid" E[reward], metrics of PPO
     log_probs: np.ndarray  # (N, V) of the policy at the end
     probs: np.ndarray  # (M,) of each reply
 
@@ -222,7 +222,8 @@ def _train(job: tuple) -> Run:
     """All phases of an arm, one after the other, measured every few iterations."""
     arm, reference, seed, max_tokens, fast, measure_every = job
     desk, start, first = _desk_of(reference, max_tokens), None, 0
-    rows: list[Row] = [{"iteration": 0, **desk.describe(desk.ref)}]
+    paid = desk.proxy if arm.reward is None else arm.reward
+    rows = [{"iteration": 0, **desk.describe(desk.ref), "paid": float(desk.ref @ paid)}]
     for number, phase in enumerate((arm, *arm.then)):
         if phase.new_reference:
             reference = {"transformer": start["transformer"]}
@@ -233,7 +234,9 @@ def _train(job: tuple) -> Run:
         for i, (params, turn) in enumerate(ground_truth.ppo_on_world(world, reference, **same), 1):
             if i % measure_every == 0 or i == settings.iterations:
                 log_probs = _log_probs(params, desk)
-                row = {"iteration": first + i, **desk.describe(desk.probs(log_probs))}
+                probs = desk.probs(log_probs)
+                row = {"iteration": first + i, **desk.describe(probs)}
+                row["paid"] = float(probs @ world.rewards)
                 row |= mean_of_updates(turn.updates, settings)
                 rows.append({**row, "phase": number, "kl_coef": turn.kl_coef})
         start, first = tree_copy(params), first + settings.iterations

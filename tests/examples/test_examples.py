@@ -83,54 +83,6 @@ def test_kl_gradients(run_example):
     assert "11 of 34 placements have the gradient of the KL" in printed
 
 
-def test_advantages_and_surrogate(run_example):
-    printed = run_example("05_advantages_and_surrogate", "--seed", "3")
-    for lam in ("0.00", "0.95", "1.00"):
-        assert float(the_line(printed, f"V exact  lambda {lam}").split()[-1]) < 1e-12
-    biases = [
-        float(the_line(printed, f"V = 0    lambda {x}").split()[-1]) for x in ("0.00", "0.95")
-    ]
-    assert biases[0] > biases[1] > 1e-3
-    assert float(the_line(printed, "V = 0    lambda 1.00").split()[-1]) < 1e-12
-    bias = float(re.search(r"the bias is at most (\S+);", printed)[1])
-    assert bias < 1e-12
-    assert "clipped: the cosine is above .95 up to" in printed
-
-
-def test_flatness(run_example):
-    printed = run_example("06_flatness")
-    assert numbers(the_line(printed, "beta = 0.5"))[-1] == pytest.approx(0.654674, abs=1e-6)
-    # log_ratio of three replies, from EXPERIMENTS.md (01_penalty_by_hand)
-    for reply, log_ratio in (
-        ("ANS ", -0.08),
-        ("ANS DET ", 0.43),
-        ("ANS DET ANS DET ANS DET ", 4.11),
-    ):
-        (row,) = re.findall(rf"^{reply} *(\d.*)$", printed, flags=re.MULTILINE)
-        *_, found, flat = map(float, row.split())
-        assert found == pytest.approx(log_ratio, abs=0.01)
-        assert flat == pytest.approx(0.654674, abs=1e-6)
-    low, high = numbers(the_line(printed, "over all replies"))
-    assert high - low < 1e-10
-    at_optimum = float(re.search(r"at the optimum (\S+) and", printed)[1])
-    assert at_optimum < 1e-12
-
-
-def test_ppo_against_the_optimum(run_example):
-    printed = run_example("07_ppo_against_the_optimum", "--iterations", "2", **SMALL)
-    by_log_z, by_sum = numbers(the_line(printed, "J* = beta log Z"))
-    assert by_log_z == pytest.approx(by_sum, abs=1e-6)
-    start = numbers(the_line(printed, "0   "))
-    end = numbers(the_line(printed, "2   "))
-    assert start == [0, 0, 0, 0]
-    for i, name in enumerate(("PPO, linear decay", "PPO, constant rate", "one-step RLOO"), 1):
-        *lost, total = numbers(the_line(printed, name).removeprefix(name))
-        assert len(lost) == 3
-        assert sum(lost) == pytest.approx(total, abs=1e-4)
-        assert total == pytest.approx(1 - end[i], abs=1e-3)
-    assert "The constant rate loses" in printed
-
-
 def test_placement_and_clip(run_example):
     printed = run_example("08_placement_and_clip", "--iterations", "2", "1", **SMALL)
     for name in ("k1 in the reward", "k1 as loss (as printed)", "PPO's clip", "no clip"):
