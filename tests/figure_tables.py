@@ -33,7 +33,7 @@ def read(path: Path) -> Any:
 
 
 def support(folder: Path) -> str:
-    """Means over the seeds of example 01, and in how many of them each claim holds."""
+    """Means over the seeds of the_penalty_matters.py, and in how many of them each claim holds."""
     seeds = read(folder / "runs" / "results.json")
     columns = {
         "proxy": ("proxy reward", 2),

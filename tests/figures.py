@@ -53,8 +53,8 @@ CASES = [path.stem for path in sorted((ROOT / "examples" / "cases").glob("[0-9][
 SOURCES = {
     "support": Source(
         8,
-        ("python examples/01_the_penalty_matters.py --out runs",),
-        {"runs/01_the_penalty_matters.png": "01_the_penalty_matters.png"},
+        ("python examples/the_penalty_matters.py --out runs",),
+        {"runs/the_penalty_matters.png": "the_penalty_matters.png"},
     ),
     "cases": Source(
         20,
@@ -89,7 +89,7 @@ SOURCES = {
             "--reward minirlhf.worlds.rewards:vowel_share",
             f"minirlhf train --corpus {DATA}/tinyshakespeare.txt --out plays "
             "--reward minirlhf.worlds.rewards:short_words",
-            "python examples/03_your_own_preferences.py --out pairs",
+            "python examples/your_own_preferences.py --out pairs",
         ),
         needs=(str(DATA / "names.txt"), str(DATA / "tinyshakespeare.txt")),
     ),

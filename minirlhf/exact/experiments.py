@@ -7,6 +7,7 @@ optima. Nothing is sampled but where a policy is trained, and what it has become
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -235,13 +236,32 @@ def _step_of_kl(world: RandomWorld, uphill: Tree, kl_step: float) -> Tree:
     def is_too_far(x: float) -> bool:
         return world.kl_old_seq(log_softmax(tree_logits(at(x), **world.where))) > kl_step
 
+    return at(_as_far_as(is_too_far))
+
+
+def logits_at_kl(world: RandomWorld, kl_seq: float) -> np.ndarray:
+    """Logits ref + x (theta - ref) with KL(pi || ref) = kl_seq, or x = 2^20 if none has: (N, V)."""
+    ref, log_ref, no_reward = world.logits["ref"], world.log_probs("ref"), 0.0 * world.rewards
+
+    def at(x: float) -> np.ndarray:
+        return ref + x * (world.logits["theta"] - ref)
+
+    def is_too_far(x: float) -> bool:
+        args = (world.tree, log_softmax(at(x)), log_ref, no_reward)
+        return optimum.evaluate_exactly(*args, kl_coef=0.0).kl_seq > kl_seq
+
+    return at(_as_far_as(is_too_far))
+
+
+def _as_far_as(is_too_far: Callable[[float], bool]) -> float:
+    """The largest x that is not too far, by bisection; 2^20 if that is not."""
     low, high = 0.0, 1.0
     while not is_too_far(high) and high < 2**20:
         low, high = high, 2 * high
     for _ in range(40):
         middle = 0.5 * (low + high)
         low, high = (low, middle) if is_too_far(middle) else (middle, high)
-    return at(low)
+    return low
 
 
 # -- the optimum ---------------------------------------------------------------------------------

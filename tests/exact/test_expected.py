@@ -27,13 +27,15 @@ from minirlhf.exact.experiments import (
     flatness_table,
     gae_table,
     kl_gradient_table,
+    logits_at_kl,
     make_random_world,
     surrogate_table,
 )
-from minirlhf.exact.optimum import objective_gradient, policy_values, soft_optimum
+from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values, soft_optimum
 from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.kl import KL_MODES
+from minirlhf.rlhf.logprobs import log_softmax
 
 FEWER = settings(max_examples=settings().max_examples // 5 or 1)  # where an example takes long
 SEEDS = range(5)
@@ -325,6 +327,16 @@ def test_a_seed_is_a_world():
     assert first.tree.n_nodes == 40 and first.rewards.shape == (121,)
     small = make_random_world(seed=0, vocab_size=3, max_tokens=2, d_model=4)
     assert small.logits["theta"].shape == (3, 3)
+
+
+@pytest.mark.parametrize("kl_seq", [0.02, 1.0])
+def test_a_policy_at_a_distance_from_the_reference(kl_seq):
+    world = make_random_world(seed=3)
+    logits, ref = logits_at_kl(world, kl_seq), world.logits["ref"]
+    on_tree = (world.tree, log_softmax(logits), log_softmax(ref), world.rewards)
+    assert evaluate_exactly(*on_tree, kl_coef=0.0).kl_seq == pytest.approx(kl_seq, abs=1e-9)
+    shares = (logits - ref) / (world.logits["theta"] - ref)
+    assert_close(shares, np.full_like(shares, shares[0, 0]))  # on the straight line
 
 
 @pytest.mark.parametrize("seed", range(2))

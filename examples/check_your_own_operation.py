@@ -1,6 +1,6 @@
 """Check the hand-written derivative of an operation of your own: here RMSNorm.
 
-    python examples/02_check_your_own_operation.py
+    python examples/check_your_own_operation.py
 
 Write the forward and, below it, the backward; give `check_pair` some numbers; print the report.
 Then see how an error of a thousandth is reported. In a test, let Hypothesis draw the shapes:

@@ -1,6 +1,6 @@
 """Train from a file of preference pairs, as if it were your own.
 
-    python examples/03_your_own_preferences.py           # about two minutes
+    python examples/your_own_preferences.py           # about two minutes
 
 Writes preferences.jsonl, one {"prompt", "chosen", "rejected"} a line: two replies to a message of
 the support world, in the order of an annotator who errs now and then. Then runs

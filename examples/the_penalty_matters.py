@@ -1,13 +1,13 @@
 """Does the KL penalty matter? PPO with beta = 0, the default and a very large beta, five seeds.
 
-    python examples/01_the_penalty_matters.py            # about 8 minutes on two cores
+    python examples/the_penalty_matters.py            # about 8 minutes on two cores
 
 For every seed the reference and the reward model are trained once; PPO then starts three times
 from the same reference, with the same reward model and the same random streams: only beta differs.
 The proxy reward is what PPO sees; the gold reward, computed from the text, is what was wanted.
 
 Prints a line for every run, the table of means, replies before and after, and the five claims as
-yes or no for each seed. Writes 01_the_penalty_matters.png beside the run folders and, with
+yes or no for each seed. Writes the_penalty_matters.png beside the run folders and, with
 --picture, somewhere else as well.
 """
 
@@ -146,7 +146,7 @@ def main() -> None:
         for name in ("reference", f"{DEFAULT:g}", "0"):
             print(f"    {name:>9}: {first['replies'][name][i]}")
     print()
-    picture = options.out / "01_the_penalty_matters.png"
+    picture = options.out / "the_penalty_matters.png"
     draw(seeds, options.out, picture)
     if options.picture:
         shutil.copy2(picture, options.picture)
