@@ -50,6 +50,28 @@ def say(axis, title: str, x: str, y: str = "", *, legend: dict | None = None) ->
         axis.legend(**{"fontsize": 7, **(legend or {})})
 
 
+def draw_tokens(axis, replies: dict[str, tuple], *, limit: float, width: int = 12) -> None:
+    """Each reply {heading: (tokens, numbers)} as boxes with a number each, `width` boxes a line.
+
+    White is 0, the colours reach from -limit to limit; what has no number, nan, is hatched.
+    """
+    from matplotlib import colormaps
+
+    y, look = 0.0, {"fontsize": 7, "ha": "center", "va": "center", "parse_math": False}
+    for heading, (tokens, numbers) in replies.items():
+        axis.text(0, y, heading, fontsize=8, weight="bold")
+        for i, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
+            x, top, text = i % width, y - i // width - 0.15, f"{token.strip()}\n{number:+.2f}"
+            fill = {"facecolor": colormaps["RdBu_r"](0.5 + 0.32 * number / limit)}
+            if np.isnan(number):
+                fill, text = {"facecolor": "w", "hatch": "///"}, token.strip()
+            axis.fill_between([x, x + 0.96], top - 0.8, top, edgecolor="silver", lw=0.5, **fill)
+            axis.text(x + 0.48, top - 0.4, text, **look)
+        y -= -(-len(tokens) // width) + 0.5
+    axis.set(xlim=(0, width), ylim=(y + 0.3, 0.4))
+    axis.set_axis_off()
+
+
 def save(figure, path: Path) -> Path:
     """The figure as a file, with a grid on every axis.
 

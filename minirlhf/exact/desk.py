@@ -61,6 +61,14 @@ class Desk:
         tokens, mask = self.responses.tokens, self.responses.mask
         return ((tokens[:, 1:] == tokens[:, :-1]) & (mask[:, 1:] > 0)).sum(axis=1)
 
+    @cached_property
+    def bigrams(self) -> tuple[np.ndarray, np.ndarray]:
+        """(replies, pairs), each (K,): reply k holds this pair of neighbours, at least once."""
+        first, second = self.responses.tokens[:, :-1], self.responses.tokens[:, 1:]
+        reply, t = np.nonzero((self.responses.mask[:, 1:] > 0) & (second != EOS))
+        pair = first[reply, t] * len(TOKENS) + second[reply, t]
+        return np.divmod(np.unique(reply * len(TOKENS) ** 2 + pair), len(TOKENS) ** 2)
+
     def reply(self, leaf: int) -> str:
         """The tokens of a reply by name, EOS left out, like "ANS DET"."""
         tokens, mask = self.responses.tokens[leaf], self.responses.mask[leaf]
@@ -93,11 +101,20 @@ class Desk:
         """KL(p || ref) [nats]."""
         return float(p @ (np.log(np.where(p > 0, p, 1.0)) - np.where(p > 0, self.ref_logp, 0.0)))
 
+    def distinct_2(self, p: np.ndarray, *, n: int = 256) -> float:
+        """Different pairs of neighbours / pairs in n replies of p, both in expectation:
+
+        sum over pairs of 1 - (1 - Pr(a reply holds it))^n, over n E[pairs of a reply]
+        """
+        replies, pairs = self.bigrams
+        holds = np.bincount(pairs, weights=p[replies])
+        n_pairs = n * float(p @ np.maximum(self.lengths - 1, 0))
+        return float(np.sum(1 - (1 - holds) ** n)) / max(n_pairs, 1e-12)
+
     def log_ratios(self, log_probs: np.ndarray, reply: str) -> np.ndarray:
         """(T,) log pi - log ref of each token of a reply and of its EOS: what each pays [nats]."""
-        leaf = self.leaf(reply)
-        real = self.responses.mask[leaf] > 0
-        at = self.responses.nodes[leaf][real], self.responses.tokens[leaf][real]
+        of_leaf, leaf = self.responses, self.leaf(reply)
+        at = tuple(ids[leaf][of_leaf.mask[leaf] > 0] for ids in (of_leaf.nodes, of_leaf.tokens))
         return log_probs[at] - self.ref_log_probs[at]
 
     def describe(self, p: np.ndarray) -> dict[str, float | str]:
@@ -106,9 +123,10 @@ class Desk:
         gold, proxy     the two rewards in expectation
         kl_seq          KL(p || ref) [nats];  entropy_seq the entropy of whole replies [nats]
         length          tokens;  repeats the share of them that are equal to the one before
+        distinct_2      `distinct_2` of 256 replies: low when replies are alike
         hedged, upsold, refused, unsafe
                         probability that a reply holds HED, SAL, REF, UNS;  answered: ANS
-        top, top_reply  the most likely reply, and its probability
+        top, top_reply  the most likely reply, and its probability;  likely: three, as text
         """
         best, length = int(p.argmax()), float(p @ self.lengths)
         holds = p @ (self.counts > 0)
@@ -121,9 +139,11 @@ class Desk:
             "entropy_seq": float(-p @ np.log(np.where(p > 0, p, 1.0))),
             "length": length,
             "repeats": float(p @ self.repeats) / length,
+            "distinct_2": self.distinct_2(p),
             **{name: float(holds[TOKENS.index(token) - ANS]) for name, token in names.items()},
             "top": float(p[best]),
             "top_reply": self.reply(best),
+            "likely": ", ".join(f"{self.reply(i)} ({p[i]:.0%})" for i in np.argsort(-p)[:3]),
         }
 
     # -- reward models ---------------------------------------------------------------------------

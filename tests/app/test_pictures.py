@@ -125,6 +125,24 @@ def test_the_last_evaluation_is_drawn():
     assert points(rows) == [(2, 0.2), (5, 0.5)]
 
 
+def test_tokens_are_coloured_by_what_they_pay():
+    figure, ((axis,),) = pictures.new_figure(4, 3, 1, 1)
+    numbers = np.array([3.0, 0.0, -3.0])
+    replies = {"a": (["x", " $y", "$"], numbers), "b": (["z"], [np.nan])}
+    pictures.draw_tokens(axis, replies, limit=3.0, width=2)
+    figure.canvas.draw()  # a lone $ would be an error of mathtext
+    red, white, blue, unpriced = (box.get_facecolor()[0] for box in axis.collections)
+    assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and min(white) > 0.96
+    np.testing.assert_allclose(
+        abs(red[:3] - white[:3]).sum(), abs(blue[:3] - white[:3]).sum(), rtol=0.3
+    )
+    assert [box.get_hatch() for box in axis.collections] == [None] * 3 + ["///"]
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == ["a", "x\n+3.00", "$y\n+0.00", "$\n-3.00", "b", "z"]
+    tops = [round(text.get_position()[1], 2) for text in axis.texts]
+    assert tops[1] == tops[2] > tops[3] > tops[4] > tops[5]  # two boxes a line
+
+
 def test_a_line_of_several_seeds_is_their_geometric_mean():
     assert geometric_mean([[1.0, 4.0], [1e-2, 1.0]]) == pytest.approx([0.1, 2.0])
     assert geometric_mean([[0.0], [1.0]]) == pytest.approx([1e-6])  # 0 is shown as 1e-12

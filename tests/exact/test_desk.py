@@ -5,6 +5,7 @@ import pytest
 
 from minirlhf.exact import optimum
 from minirlhf.exact.desk import Desk, calibration_error, fit_bradley_terry, pair_accuracy, tilted
+from minirlhf.exact.tiny import EOS
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,35 @@ def test_what_is_counted_by_hand(desk):
     assert found["length"] == 3 and found["repeats"] == pytest.approx(1 / 3)
     assert (found["answered"], found["unsafe"], found["top"]) == (1, 0, 1)
     assert found["top_reply"] == "ANS ANS DET" and found["entropy_seq"] == 0
+    assert found["likely"].startswith("ANS ANS DET (100%), ")
     assert found["gold"] == pytest.approx(1.5 + 0.6 - 0.35 - 0.4)
     assert desk.reply(desk.leaf("")) == ""
+
+
+def test_distinct_2_is_what_batches_of_samples_have(desk):
+    p, rng = desk.optimum(desk.proxy, beta=0.5), np.random.default_rng(0)
+    kept = (desk.responses.mask > 0) & (desk.responses.tokens != EOS)
+    replies = [row[k].tolist() for row, k in zip(desk.responses.tokens, kept, strict=True)]
+    batches = [[replies[i] for i in rng.choice(p.size, 32, p=p)] for _ in range(400)]
+    pairs = [
+        [pair for ids in batch for pair in zip(ids, ids[1:], strict=False)] for batch in batches
+    ]
+    different = np.mean([len(set(of_batch)) for of_batch in pairs])
+    found = different / np.mean([len(of_batch) for of_batch in pairs])
+    assert desk.distinct_2(p, n=32) == pytest.approx(found, rel=0.02)  # 1 % is one sd
+    alone = np.zeros(p.size)
+    alone[desk.leaf("ANS ANS DET")] = 1.0
+    assert desk.distinct_2(alone, n=4) == pytest.approx(2 / 8)  # ANS ANS and ANS DET, of 4 x 2
+    assert desk.distinct_2(np.eye(p.size)[desk.leaf("ANS")]) == 0  # no pair at all
+
+
+def test_what_each_token_pays_sums_to_the_log_ratio(desk):
+    best = optimum.soft_optimum(desk.tree, desk.ref_log_probs, desk.proxy, kl_coef=0.5)
+    log_ratio = np.log(desk.optimum(desk.proxy, beta=0.5)) - desk.ref_logp
+    for reply, n in (("ANS", 2), ("ANS DET", 3), ("ANS DET ANS", 3)):  # EOS, where there is room
+        paid = desk.log_ratios(best.log_probs, reply)
+        assert paid.shape == (n,)
+        assert paid.sum() == pytest.approx(log_ratio[desk.leaf(reply)], abs=1e-12)
 
 
 def test_the_published_numbers_of_the_chain():
