@@ -192,6 +192,11 @@ def mean_lines(runs: dict[str, list[Run]], x: str, y: str) -> dict[str, tuple]:
     }
 
 
+def column(lines: dict[str, list[Row]], name: str) -> dict[str, np.ndarray]:
+    """One column of what `Case.table` takes: {line: (seeds,)}."""
+    return {line: np.array([row[name] for row in rows]) for line, rows in lines.items()}
+
+
 # -- what runs in a worker -----------------------------------------------------------------------
 def _fit(job: tuple[int, bool]) -> Tree:
     seed, fast = job

@@ -146,6 +146,16 @@ class Desk:
             "likely": ", ".join(f"{self.reply(i)} ({p[i]:.0%})" for i in np.argsort(-p)[:3]),
         }
 
+    def gold_along(self, reward: np.ndarray, betas: np.ndarray) -> dict[str, np.ndarray | float]:
+        """What the optima of a reward are worth, from a large beta to a small one.
+
+        kl_seq, gold    (betas,) of each;  peak, peak_kl where gold is highest, last, last_kl
+        """
+        rows = [self.describe(self.optimum(reward, beta=beta)) for beta in betas]
+        kl, gold = (np.array([row[name] for row in rows]) for name in ("kl_seq", "gold"))
+        best = {"peak": gold.max(), "peak_kl": kl[gold.argmax()]}
+        return {"kl_seq": kl, "gold": gold, **best, "last": gold[-1], "last_kl": kl[-1]}
+
     # -- reward models ---------------------------------------------------------------------------
     def draw_pairs(
         self, p: np.ndarray, n: int, *, rng: Generator, gold: np.ndarray | None = None
@@ -166,8 +176,12 @@ class Desk:
     def standardised(self, reward: np.ndarray, p: np.ndarray | None = None) -> np.ndarray:
         """The reward with mean 0 and sd 1 under p; None: under the reference."""
         p = self.ref if p is None else p
-        centred = reward - p @ reward
-        return centred / np.sqrt(p @ centred**2)
+        return (reward - p @ reward) / self.sd(reward, p)
+
+    def sd(self, reward: np.ndarray, p: np.ndarray | None = None) -> float:
+        """The standard deviation of the reward under p; None: under the reference."""
+        p = self.ref if p is None else p
+        return float(np.sqrt(p @ (reward - p @ reward) ** 2))
 
     def with_reward(self, reward: np.ndarray) -> TokenWorld:
         """The world in which this (M,) is what PPO is paid for each reply."""

@@ -97,6 +97,7 @@ def test_a_standardised_reward_and_the_world_that_pays_it(desk):
     reward = desk.standardised(desk.gold)
     assert desk.ref @ reward == pytest.approx(0, abs=1e-12)
     assert desk.ref @ reward**2 == pytest.approx(1, abs=1e-12)
+    assert desk.sd(3 * reward - 1) == pytest.approx(3, abs=1e-12)
     world = desk.with_reward(reward)
     for leaf in (0, 17, desk.ref.size - 1):
         kept = desk.responses.mask[leaf] > 0
@@ -136,3 +137,16 @@ def test_calibration_error(desk):
     said = 1 / (1 + np.exp(-np.array([0.2, 3.0])))
     found = calibration_error(np.array([0.2, 0.0, 3.0, 0.0]), mixed)
     assert found == pytest.approx(0.5 * (1 - said[0]) + 0.5 * (said[1] - 0.5))
+
+
+def test_gold_along_the_optima_of_a_reward(desk):
+    betas = np.geomspace(10, 0.02, 12)
+    found = desk.gold_along(desk.proxy, betas)
+    ends = [desk.describe(desk.optimum(desk.proxy, beta=beta)) for beta in betas]
+    np.testing.assert_allclose(found["gold"], [row["gold"] for row in ends], atol=1e-12)
+    assert (found["last"], found["last_kl"]) == (ends[-1]["gold"], ends[-1]["kl_seq"])
+    assert (np.diff(found["kl_seq"]) > 0).all()
+    assert found["peak"] == found["gold"].max() > found["last"]  # the proxy is over-optimised
+    assert found["kl_seq"][found["gold"].argmax()] == found["peak_kl"]
+    honest = desk.gold_along(desk.gold, betas)
+    assert honest["peak"] == honest["last"] <= desk.gold.max()
