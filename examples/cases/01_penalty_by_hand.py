@@ -112,6 +112,7 @@ say(right, "what each token pays: red pays, blue earns, hatched has no price", "
 prices = [spread([row["penalty"] for row in sentences[name]]) for name in ("short", "long")]
 case.finish(
     figure,
+    varied="two replies; their length; what is paid",
     seen=f"At theta = ref both pay 0. Trained, ANS pays {spread(end[0])} nats and {replies[2]} "
     f"{spread(end[2])}; in words {prices[0]} (short) and {prices[1]} (long)",
 )

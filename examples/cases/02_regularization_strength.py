@@ -112,9 +112,7 @@ for axis, name, log, title, unit in (
 axes[0].axhline(base.mean(), color="gray", lw=0.8)
 
 # %% The answer
-case.finish(
-    figure,
-    seen=f"gold is highest, {spread(gold.max(axis=1))}, at beta {spread(betas[peak])}; below "
-    f"{spread(lost)} it is under the reference's {spread(base)}; at 0.05 it is "
-    f"{spread(gold[:, -1])}, with the abler reward model {spread(able_gold[:, -1])}",
-)
+seen = f"gold is highest, {spread(gold.max(axis=1))}, at beta {spread(betas[peak])}; below "
+seen += f"{spread(lost)} it is under the reference's {spread(base)}; at 0.05 it is "
+seen += f"{spread(gold[:, -1])}, with the abler reward model {spread(able_gold[:, -1])}"
+case.finish(figure, varied="beta from 0.05 to 20", seen=seen)

@@ -117,4 +117,4 @@ say(right, "spikes: the penalty's own gradient, first seed", "step", "its length
 seen = f"Inverted, k3 errs by {spread(near)} |grad KL| at KL 0.02, by {np.median(far):.1f} at 1. "
 seen += f"Its gradient spikes to {np.median(spike[FAULT]):.0f} medians ({CURE}: "
 seen += f"{spread(spike[CURE], 1)}); {spread(share[FAULT])} of J* ({spread(share[CURE])})."
-case.finish(figure, seen=seen)
+case.finish(figure, varied="k3 or its inverse; distance; rare actions", seen=seen)

@@ -106,6 +106,7 @@ say(middle, "KL: k3 in the reward does not hold it", "iteration", "nats")
 say(right, "gold: what was wanted", "iteration", "reward units")
 case.finish(
     figure,
+    varied="k1 or k3 in the reward; k3's own gradient too",
     seen=f"Near the reference k3 pulls with {spread(near[K3])} of |grad KL|, and RLOO ends at "
     f"{spread(share[K3], 1)} J*, gold {spread(gold[K3], 1)}; with k1 at {spread(share[K1])} J*, "
     f"gold {spread(gold[K1])}; with k3 in reward and loss at {spread(share[BOTH])} J*.",

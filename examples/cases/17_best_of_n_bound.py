@@ -112,6 +112,7 @@ say(right, "KL / bound: 1 where no two replies tie", "n", "share")
 # %% The answer
 case.finish(
     figure,
+    varied="n; ties, number of replies, temperature",
     seen=f"At n = 1024 the KL is {spread(share['as it is'][:, 5], 3)} of the bound on the desk, "
     f"{spread(coarse[:, 5])} with rewards rounded to 2 sd and {spread(few[:, 5])} with 57 replies; "
     f"{spread(even[:, 5], 3)} without ties.",

@@ -113,6 +113,7 @@ say(right, "percent that a token had moved when the clip cut it", "probability u
 # %% The answer
 case.finish(
     figure,
+    varied="the rule: ratio, shift or none; its width",
     seen=f"When the clip cuts them rare tokens have moved {spread(rare, 1)} %, frequent ones "
     f"{spread(frequent, 0)} %. At equal TV a bound on the shift has {spread(100 * gain[:, 1], 0)} "
     f"% more reward; {spread(apart[:, 1], 3)} apart if all tokens are alike.",

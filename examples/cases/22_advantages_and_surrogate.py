@@ -98,6 +98,7 @@ say(right, "PPO's surrogate: the clip loses the direction first", "KL(old || the
 # %% The answer
 case.finish(
     figure,
+    varied="lambda, the value; the distance from old",
     seen=f"GAE with V = 0 is off by {spread(zero[0])} of |grad J| at lambda 0, {spread(zero[3])} "
     f"at 0.95, 0 at 1. At KL 0.03 from old the cosine of PPO's surrogate with grad J is "
     f"{spread(clipped[3])} with the clip and {spread(kept[3])} without.",

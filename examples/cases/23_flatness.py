@@ -95,6 +95,7 @@ say(right, "towards the optimum only k1's noise goes to 0", "J* - J [reward unit
 # %% The answer
 case.finish(
     figure,
+    varied="the way to the optimum; k1 or the full KL",
     seen=f"At the optimum r - beta log_ratio is {spread(best)} for all replies, equal to "
     f"{max(ranges):.0e}; the noise of k1 falls from {spread(k1[0])} to {spread(k1[-1])}, that of "
     f"the full KL to {spread(full[-1])}.",

@@ -93,6 +93,7 @@ say(right, "where the rest is lost", "position of the token", "% of J* - J_ref")
 # %% The answer
 case.finish(
     figure,
+    varied="the schedule of the rate; PPO or RLOO",
     seen=f"PPO with a rate that falls loses {spread(100 * falls)} % of J* - J(ref), a constant one "
     f"{spread(100 * same)} %, RLOO {spread(100 * rloo)} %; the constant rate cut to a tenth, "
     f"{spread(100 * after)} %.",
