@@ -60,11 +60,16 @@ def support(folder: Path) -> str:
 def cases(folder: Path) -> str:
     """What each case study asks, varies and saw, in its own words, with its picture."""
     rows = []
-    for numbers in sorted(folder.glob("*/*.json")):
+    for numbers in sorted(folder.glob("*/*_*.json")):
         found, name = read(numbers), numbers.stem
-        links = (f"[{name[:2]}](cases/{name}.py)", f"[picture](cases/{name}.png)")
-        rows.append([links[0], found["question"], found["varied"], found["seen"], links[1]])
-    return table(["case", "question", "varied", "seen (mean ± sd over 5 seeds)", ""], rows)
+        held = [sum(holds) for holds in found["claims"].values()]
+        n = len(held) * len(found["seeds"])
+        links = f"[{name[:2]}](cases/{name}.py), [picture](cases/{name}.png)"
+        wrong = [f" *Not as expected: {text}*" for text in found["unexpected"]]
+        seen = "".join([found["seen"], *wrong])
+        rows.append([links, found["question"], found["varied"], seen, f"{sum(held)} of {n}"])
+    heads = ["case", "question", "varied", "seen, mean ± sd over five seeds", "claims that held"]
+    return table(heads, rows)
 
 
 def _betas(rows: dict[str, Any]) -> list[str]:

@@ -111,8 +111,8 @@ three.axhline(rest_kl.mean(), color="gray", lw=0.8)
 say(three, "KL to the first reference: resets end at the same rest (gray)", "PPO iteration", "nats")
 
 # %% The answer
-print("Expected and wrong: that the first token pays for length too. Each token but the end does.")
 end = [spread(length[name][:, -1], 1) for name in runs]
 seen = f"Replies of {spread(start, 1)} tokens have {end[0]} at beta .2, {end[1]} at 1, {end[3]} if "
 seen += f"the judges like it short; three rounds at .6, each with a new reference: {end[4]}."
+case.unexpected("the first token pays for all only where it alone decides; not for length.")
 case.finish(figure, varied="beta; the judges; resets of the reference", seen=seen)

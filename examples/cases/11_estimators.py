@@ -95,7 +95,7 @@ case.claim(
 )
 case.claim("and above none", end["PPO's clip"] > end["no clip"])
 above = np.sum(end["textbook's clip"] > end["no clip"])
-print(f"expected, the textbook's clip above none: in {above} of {len(case.seeds)} seeds, no rule")
+case.unexpected(f"the textbook's clip is above none in {above} of {len(case.seeds)} seeds only.")
 
 # %% The picture and the answer
 figure, ((left, middle, right),) = new_figure(13, 4, 1, 3)

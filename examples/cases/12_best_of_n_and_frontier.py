@@ -112,4 +112,5 @@ seen += (
     f"again at KL {spread(fold['as ref at KL'], 1)}; best of 16 has {spread(less[sixteen])} less "
 )
 seen += f"proxy and {spread(more[sixteen])} more gold than the frontier at its KL."
+case.unexpected("Gao's log law for RL fits worse here than the linear one.")
 case.finish(figure, varied="beta; n of best-of-n; the proxy's pairs", seen=seen)

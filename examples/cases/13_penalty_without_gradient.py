@@ -116,5 +116,5 @@ say(axes[0, 1], "entropy: rare actions gain, with Adam", "step", "nats")
 say(axes[0, 2], "KL from elsewhere: it should fall to 0", "step", "nats")
 seen = f"With every advantage 0, k1 as loss takes the KL from 0 to {spread(kl[FAULT])} nats "
 seen += f"({spread(kl[SMALLER])} at a hundredth of the coefficient; {spread(kl[PLAIN])} without "
-seen += "Adam); its cures stay at 0."
-case.finish(figure, varied="the term, its coefficient, Adam or plain steps", seen=seen)
+case.unexpected("entropy rises with Adam and a peaked reference only, not by noise alone.")
+case.finish(figure, varied="the term; Adam or not", seen=seen + "Adam); its cures stay at 0.")

@@ -115,4 +115,5 @@ say(
 seen = f"Agreement of 0.30 becomes {spread(biased[FAR])} by biased raters at beta 0.25, "
 seen += f"{spread(first[FAR])} corrected to first order, 0.30 by lambda_beta. Raters fond of "
 seen += f"warmth have Cov_ref = {spread(fond['Cov_ref'])} and end at {spread(fond[FAR])}."
+case.unexpected("the covariance at the reference decides the first step, not the end.")
 case.finish(figure, varied="the judges' bias; three corrections; beta", seen=seen)

@@ -109,6 +109,7 @@ print(
     "(all pairs, a larger beta, a reset reference, features that can see) ends it."
 )
 one, kept, reset = (gold[n][:, -1] for n in ("counts", "counts, all pairs", "rich, reset"))
+case.unexpected("fresh pairs feed no error back, they over-correct it.")
 case.finish(
     figure,
     varied="features, pairs, beta, resets of the reference",

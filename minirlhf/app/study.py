@@ -80,7 +80,7 @@ class Case:
         self.name, self.seeds, self.fast, self.out = name, options.seeds, options.fast, options.out
         question = doc.splitlines()[0]
         self.found: dict[str, Any] = {"question": question, "seeds": self.seeds}
-        self.found |= {"tables": {}, "claims": {}}
+        self.found |= {"tables": {}, "claims": {}, "unexpected": []}
         self.max_tokens = 3 if self.fast else MAX_TOKENS
         self.console = Console(width=110, highlight=False)
         self.console.print(question, style="bold")
@@ -144,14 +144,19 @@ class Case:
         self.found["claims"][text] = holds
         self.console.print(f"{sum(holds)} of {len(holds)}: {text}")
 
+    def unexpected(self, text: str) -> None:
+        """Print, and keep, an expectation that did not hold."""
+        self.found["unexpected"].append(text)
+        self.console.print(f"Not as expected: {text}")
+
     def finish(self, figure: Any, *, varied: str, seen: str) -> None:
         """Print what was seen, and write NAME.png and NAME.json."""
         self.console.print(f"\n{seen}\n")
         picture, numbers = (self.out / f"{self.name}.{kind}" for kind in ("png", "json"))
         self.out.mkdir(parents=True, exist_ok=True)
         save(figure, picture)
-        found = json.dumps({**self.found, "varied": varied, "seen": seen}, indent=1) + "\n"
-        write_whole(numbers, found.encode())
+        self.found |= {"varied": varied, "seen": seen}
+        write_whole(numbers, (json.dumps(self.found, indent=1) + "\n").encode())
         self.console.print(f"picture: {picture}\nnumbers: {numbers}", soft_wrap=True)
 
     def _each(self, f: Callable[[tuple], Any], jobs: list[tuple], title: str) -> list:
