@@ -113,9 +113,8 @@ say(right, "only features that see saturation remove the fold", "KL [nats]", "go
 
 # %% The answer
 case.unexpected("a mean of 8 models gains nothing; pairs of the policy help at the limit.")
-case.finish(
-    figure,
-    varied="steps of the reward model, its scale, data and features",
-    seen=f"beta 0.25: while the held-out loss falls by {spread(learned)}, gold falls by "
-    f"{spread(fall)} from its peak; the late ranking with the early sd has {spread(scale)} more.",
+seen = f"beta 0.25: while the held-out loss falls by {spread(learned)}, gold falls by "
+seen += (
+    f"{spread(fall)} from its peak; the late ranking with the early sd has {spread(scale)} more."
 )
+case.finish(figure, varied="steps of the reward model, its scale, data and features", seen=seen)
