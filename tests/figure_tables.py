@@ -60,15 +60,17 @@ def support(folder: Path) -> str:
 def cases(folder: Path) -> str:
     """What each case study asks, varies and saw, in its own words, with its picture."""
     rows = []
-    for numbers in sorted(folder.glob("*/*_*.json")):
-        found, name = read(numbers), numbers.stem
+    for path in sorted(folder.glob("*/*_*.json")):
+        found, name = read(path), path.stem
         held = [sum(holds) for holds in found["claims"].values()]
         n = len(held) * len(found["seeds"])
         links = f"[{name[:2]}](cases/{name}.py), [picture](cases/{name}.png)"
         wrong = [f" *Not as expected: {text}*" for text in found["unexpected"]]
-        seen = "".join([found["seen"], *wrong])
-        rows.append([links, found["question"], found["varied"], seen, f"{sum(held)} of {n}"])
-    heads = ["case", "question", "varied", "seen, mean ± sd over five seeds", "claims that held"]
+        texts = (found["question"], found["varied"], "".join([found["seen"], *wrong]))
+        rows.append(
+            [links, *(text.replace("|", "&#124;") for text in texts), f"{sum(held)} of {n}"]
+        )
+    heads = ["case", "question", "varied", "seen, mean ± sd over the seeds", "claims that held"]
     return table(heads, rows)
 
 

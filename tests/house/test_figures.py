@@ -60,6 +60,19 @@ def test_replies_are_those_to_the_first_prompt_that_tells_them_apart(support):
     assert rows == [["reference", "By reference."], ["β = 0.2", "By 0.2."], ["β = 0", "By 0."]]
 
 
+def test_cases(tmp_path):
+    one = {"question": "Why?", "varied": "x", "seen": "|g| is 1.", "seeds": [1, 2]}
+    one |= {"claims": {"a": [True, False], "b": [True, True]}, "unexpected": ["y did not."]}
+    write(tmp_path, "02_b/02_b.json", one)
+    write(tmp_path, "01_a/01_a.json", {**one, "unexpected": []})
+    write(tmp_path, "01_a/run-1/result.json", {})  # of a run that a case has made
+    head, first, second = cells(tables.cases(tmp_path))
+    assert head[-1] == "claims that held" and first[-1] == "3 of 4"
+    assert first[0] == "[01](cases/01_a.py), [picture](cases/01_a.png)"
+    assert first[1:4] == ["Why?", "x", "&#124;g&#124; is 1."]
+    assert second[3].endswith("is 1. *Not as expected: y did not.*")
+
+
 def test_optimum_and_placement(tmp_path):
     runs = [
         {
