@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -77,7 +78,7 @@ def resume(
     Args:
         run: Run folder.
         iterations: PPO goes on to so many in all; 0: as in config.toml.
-        reward: The run's own reward by name: where it is now; or that you trust its code.
+        reward: Names the run's reward: where its file lies now, or as you trust its code.
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
@@ -87,9 +88,9 @@ def resume(
 def _show(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
     if result is None:
-        _print(
-            f"done: {session.config.stages}; `minirlhf resume {shlex.quote(str(folder))}` goes on"
-        )
+        judged = session.world.reward or session.world.pairs or session.world.annotate
+        how = f"minirlhf resume {shlex.quote(str(folder))}{'' if judged else ' --reward ..'}"
+        _print(f"done: {session.config.stages}; `{how}` goes on")
     else:
         tables.print_result(result, session.world, console)
     figure = pictures.curves_figure(read_metrics(folder), result and result.policy)
@@ -104,7 +105,7 @@ def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str, reward
         run: Run folder.
         prompt: The prompt x.
         response: The response y.
-        reward: The run's own reward by name: where it is now; or that you trust its code.
+        reward: Names the run's reward: where its file lies now, or as you trust its code.
     """
     scores = api.open_run(run, reward=reward).score(prompt, response)
     _print(
@@ -115,7 +116,7 @@ def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str, reward
         else f"score {scores.score:+.4f}; with beta = {scores.kl_coef:g}: "
         f"score - beta * Penalty = {scores.objective:+.4f}",
     )
-    if scores.reward is not None and not scores.no_score:
+    if scores.reward is not None and np.isfinite(scores.reward):
         _print(f"your reward {scores.reward:.6g}")
     if scores.gold is not None:
         _print(f"gold reward {scores.gold:+.2f}")

@@ -1,10 +1,8 @@
-"""minirlhf.train(config=None, *, reward="", progress=True, **changes) runs the three stages.
-
-`minirlhf.train` names both that function and this room, the stages as loops: calling the module is
-calling `minirlhf.app.api.train`, whose help says what it takes.
-"""
+"""The stages as loops, and minirlhf.train(..), which runs all three: calling this module is calling
+`minirlhf.app.api.train`, which is what help() shows."""
 
 import importlib
+import inspect
 import sys
 import types
 from typing import Any
@@ -13,6 +11,11 @@ from typing import Any
 class _Train(types.ModuleType):
     def __call__(self, *args: Any, **changes: Any) -> Any:
         return importlib.import_module("minirlhf.app.api").train(*args, **changes)
+
+    @property
+    def __doc__(self) -> str:
+        train = importlib.import_module("minirlhf.app.api").train
+        return f"minirlhf.train{inspect.signature(train)}\n\n{inspect.getdoc(train)}"
 
 
 sys.modules[__name__].__class__ = _Train

@@ -33,6 +33,7 @@ Reward = str | Callable[..., Any]  # its name, or the function itself
 LARGEST = 1e300  # size of a reward: sums of them do not overflow
 _PLURALS = {"texts", "prompts", "responses", "completions", "replies"}
 _RESPONSES = {"response", "completion", "reply", "answer"} | (_PLURALS - {"texts", "prompts"})
+_KNOWN = {"text", "prompt", "question"} | _PLURALS | _RESPONSES
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ class UserReward:
             return ["text"]
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return [p.name for p in parameters if p.kind in kinds and p.default is p.empty] or ["text"]
+
+    @property
+    def guessed(self) -> str:
+        """What it is given, where the names of its parameters do not say it; else ""."""
+        names, one = " and ".join(self._wants), len(self._wants) == 1
+        given = "the text, prompt and reply together," if one else "prompt and reply"
+        said = f"{self.name}: gets {given} as {names}; a parameter named response gets the reply"
+        return "" if {*self._wants} <= _KNOWN else said
 
     def __call__(self, prompts: list[str], responses: list[str], texts: list[str]) -> list[float]:
         """The reward of each reply; texts[i] is prompts[i] and responses[i] as one text."""
