@@ -108,7 +108,7 @@ class TokenScores(NamedTuple):
     kl_coef: float  # beta, as training left it
     gold: float | None  # the world's true reward, where there is one
     reward: float | None  # the user's own in its units, where there is one
-    no_score: str  # why score and reward are nan: the user's reward cannot be had
+    no_score: str  # why score and reward are nan: they are not there yet, or cannot be had
 
     @property
     def kl_token(self) -> np.ndarray:
@@ -193,7 +193,8 @@ class Run:
         kl_seq = summed_penalty(logp, ref_logp, mask=np.ones_like(logp))[0]
         samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
         score, reward = np.nan, None if session.world.reward is None else np.nan
-        no_score = "the run has no reward model yet"
+        missing = "reward model" if reward is None else "scale of your reward"
+        no_score = f"the run has no {missing} yet"
         if is_saved(session, "reward_model"):
             model, no_score = pipeline.reward_stage(session, self.reference), ""
             try:
@@ -203,9 +204,6 @@ class Run:
                 if reward is None:
                     raise
                 no_score = str(error)
-        elif reward is not None:
-            no_score = "PPO has not begun, your reward is not scaled yet"
-            reward = session.world.rewards([prompt], [response])[0]
         gold = session.world.gold_or_none(prompt, response)
         by_token = session.tokenizer.pieces(ids[1][0]), logp[0], ref_logp[0]
         whole = float(kl_seq), score, last_kl_coef(session), gold, reward, no_score

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import Console
 
@@ -116,7 +115,7 @@ def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str, reward
         else f"score {scores.score:+.4f}; with beta = {scores.kl_coef:g}: "
         f"score - beta * Penalty = {scores.objective:+.4f}",
     )
-    if scores.reward is not None and np.isfinite(scores.reward):
+    if scores.reward is not None and not scores.no_score:
         _print(f"your reward {scores.reward:.6g}")
     if scores.gold is not None:
         _print(f"gold reward {scores.gold:+.2f}")

@@ -84,8 +84,7 @@ def read(target: Any, arguments: list[str], name: str, known: list[str], **about
             raise InputError(said) from end
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-        if name == "train" and not unknown[0].startswith("-"):
-            near = [f"--corpus {shorten(unknown[0])}"]
+        near += [f"--corpus {shorten(unknown[0])}"] * (name == "train" and unknown[0][:1] != "-")
         see = f"perhaps {near[0]} is meant" if near else see
         raise InputError(f"expected an option of {name}; got {shorten(unknown[0])!r}: {see}")
     return value

@@ -283,11 +283,9 @@ def settle_settings(session: Session) -> None:
             )
         session.note(f"the learning rate now follows its schedule to iteration {wanted}")
         (session.folder / "result.json").unlink(missing_ok=True)  # of a policy that goes on
-    rounding = {"device", "workers", "threads", "ppo.micro_batch_size"}
-    for name in rounding & set(changed):
+    for name in {"device", "workers", "threads", "ppo.micro_batch_size"} & set(changed):
         session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
-    told = rounding | {"stages", "reward", "ppo.iterations"}
-    if edited := [f"{n} {was[n]!r} -> {now[n]!r}" for n in changed if n not in told]:
+    if edited := [f"{n} {was[n]!r} -> {now[n]!r}" for n in changed if n != "stages"]:
         session.note(f"{path}: {', '.join(edited)} from here on")
     for name in ("config.toml", BEGAN) if changed else ():
         save_config(session.folder / name, session.config)

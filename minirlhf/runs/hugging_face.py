@@ -39,9 +39,8 @@ _CHAT_TEMPLATE = (
     "{% set of.turns = of.turns + [[speaker + ': ', m['content'] | trim]] %}{% endfor %}"
     "{% set replied = of.turns and of.turns[-1][0] == 'Assistant: ' %}"
     "{% set asked = of.turns[:-1] if replied else of.turns %}{{ '<|bos|>' }}"
-    "{% if asked | length < 2 %}{{ asked | map('last') | join }}{% else %}"
-    "{{ (asked + [['Assistant:']]) | map('join') | join('\\n\\n') }}{% endif %}{{ '<|sep|>' }}"
-    "{% if replied %}{{ of.turns[-1][1] + '<|endoftext|>' }}{% endif %}"
+    "{{ asked|map('last')|join if asked|length < 2 else (asked + [['Assistant:']]) | map('join')"
+    "| join('\\n\\n') }}{{ '<|sep|>' + (of.turns[-1][1] + '<|endoftext|>' if replied else '') }}"
 )
 
 

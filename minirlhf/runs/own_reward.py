@@ -130,9 +130,7 @@ def _resume(folder: Path, reward: Reward) -> str:
 
 
 def try_reward(world: World) -> list[str]:
-    """Notes on the reward, asked about a few texts: a broken one is told before training."""
-    if not world.reward:
-        return []
+    """Notes on its reward, asked about a few texts: a broken one is told before training."""
     values = world.rewards(*map(list, zip(*world.demonstrations[:TRIED], strict=True)))
     same = f"{world.reward.name}: gave {values[0]:g} to each of the first {len(values)} texts"
     same = same if len(values) > 1 == len(set(values)) else ""

@@ -153,9 +153,7 @@ def banner(session: Session) -> str:
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
     sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
     pairs = "pairs of its own samples" if world.annotate else "no preferences yet"
-    if world.pairs is not None:
-        parts = split_pairs(world.pairs, train_prompts=world.train_prompts)
-        pairs = "{:,} pairs, {:,} held out".format(*map(len, parts))
+    pairs = pairs if world.pairs is None else f"{len(world.pairs):,} pairs in all"
     source = pairs if world.reward is None else f"the reward {session.config.reward}"
     done = {"sft": folder.is_saved(session, "reference")}
     done |= {"reward": folder.is_saved(session, "reward_model")}
@@ -344,14 +342,12 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
 
     Given pairs are split by prompt; otherwise the annotator compares two reference samples.
 
-    Raises:   InputError: there are neither, or no given pair of a training prompt differs within
-                  the limit on tokens.
+    Raises:   InputError: none are given, or none of a training prompt differs within the limit.
     """
     world, settings = session.world, session.config.reward_model
     if world.pairs is None and world.annotate is None:
-        how = f"`minirlhf resume {shlex.quote(str(session.folder))} --reward ..`"
-        said = f"expected a reward or pairs; got a corpus alone: go on with {how}"
-        raise InputError(f"{said}, or train anew with --pairs", resume=None)
+        how = f"`minirlhf resume {shlex.quote(str(session.folder))} --reward ..` or train --pairs"
+        raise InputError(f"expected a reward or pairs; got none: go on with {how}", resume=None)
     if world.pairs is None:
         train, _ = annotated_pairs(session, reference, world.train_prompts, settings.n_pairs)
         heldout, difference = annotated_pairs(

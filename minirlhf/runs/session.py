@@ -227,7 +227,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
-    notes = [*try_reward(world), *unused_options(config)]
+    notes = [*(try_reward(world) if world.reward else ()), *unused_options(config)]
     named = config.corpus or config.pairs or "support"
     digests = {"reward_sha256": fingerprint(reward)} if reward else {}
     if config.init:
@@ -416,9 +416,10 @@ def _outline(world: World) -> dict[str, Any]:
 def _same_world(
     folder: Path, config: TrainConfig, reward: Reward, tokenizer: tokens.Tokenizer, rng: Generator
 ) -> World:
-    """The world that a run began with; refused, by what has changed, where it is another one."""
-    world = build_world(replace(config, stages="sft"), reward, rng)  # maybe of a corpus alone
-    world = fit_world(world, tokenizer, config, rng)
+    """The world that a run began with, maybe a corpus alone; another one is refused, by what is."""
+    world = fit_world(
+        build_world(replace(config, stages="sft"), reward, rng), tokenizer, config, rng
+    )
     kept, now = read_object(folder / "world.json"), _outline(world)
     if kept.get("sha256") == now["sha256"]:
         return world

@@ -1,5 +1,4 @@
-"""The stages as loops, and minirlhf.train(..), which runs all three: calling this module is calling
-`minirlhf.app.api.train`, which is what help() shows."""
+"""The stages as loops; to call the module, `minirlhf.train(..)`, is to call `app.api.train`."""
 
 import importlib
 import inspect

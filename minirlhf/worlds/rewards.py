@@ -33,7 +33,6 @@ Reward = str | Callable[..., Any]  # its name, or the function itself
 LARGEST = 1e300  # size of a reward: sums of them do not overflow
 _PLURALS = {"texts", "prompts", "responses", "completions", "replies"}
 _RESPONSES = {"response", "completion", "reply", "answer"} | (_PLURALS - {"texts", "prompts"})
-_KNOWN = {"text", "prompt", "question"} | _PLURALS | _RESPONSES
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class UserReward:
         names, one = " and ".join(self._wants), len(self._wants) == 1
         given = "the text, prompt and reply together," if one else "prompt and reply"
         said = f"{self.name}: gets {given} as {names}; a parameter named response gets the reply"
-        return "" if {*self._wants} <= _KNOWN else said
+        return said * bool({*self._wants} - _PLURALS - _RESPONSES - {"text", "prompt", "question"})
 
     def __call__(self, prompts: list[str], responses: list[str], texts: list[str]) -> list[float]:
         """The reward of each reply; texts[i] is prompts[i] and responses[i] as one text."""

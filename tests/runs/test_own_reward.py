@@ -323,11 +323,11 @@ def test_what_takes_long_is_said_before(home, names):
     assert "reward_model/scale.json" not in made[scale] and "result.json" not in made[last]
 
 
-def test_before_its_scale_is_known_the_reward_alone_is_shown(home, names, capsys):
+def test_before_ppo_there_is_no_score_of_ones_own_reward(home, names, capsys):
     config = tiny_config(home / "other", corpus=names, reward=f"{home}/mine.py:count", stages="sft")
     pipeline.train(config)
     out = call(capsys, "score", config.out, *SCORE)[1]
-    assert "no score: PPO has not begun" in out and "your reward 1" in out
+    assert "no score: the run has no scale of your reward yet" in out
 
 
 def test_a_run_of_a_corpus_alone_gets_its_reward_later(home, names, capsys, monkeypatch):
@@ -340,7 +340,7 @@ def test_a_run_of_a_corpus_alone_gets_its_reward_later(home, names, capsys, monk
     assert call(capsys, "sample", config.out, "--prompt", "k")[0] == 0
     for _ in range(2):
         message = refusal(capsys, "resume", config.out)
-        assert f"go on with `minirlhf resume {config.out} --reward ..`, or train" in message
+        assert f"go on with `minirlhf resume {config.out} --reward ..` or train" in message
     monkeypatch.setattr(pipeline, "ppo_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(capsys, "resume", config.out, "--reward", f"{home}/mine.py:count")[0] == 130
     monkeypatch.undo()

@@ -473,7 +473,7 @@ def test_the_start_says_what_will_be_done(tmp_path, names):
     pipeline.resume(config.out, say=said.append)
     assert said[-2].endswith("stages to run: none, all are done")
     pairs = tiny_config(tmp_path / "pairs", pairs=write_pairs(tmp_path / "pairs.jsonl"))
-    assert "; 26 pairs, 4 held out; " in pipeline.banner(session_module.open_session(pairs))
+    assert "; 30 pairs in all; " in pipeline.banner(session_module.open_session(pairs))
 
 
 def test_a_refusal_in_a_run_says_how_to_go_on(tmp_path, names, monkeypatch):
