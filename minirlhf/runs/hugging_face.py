@@ -149,7 +149,7 @@ def read_gpt2(folder: str | Path) -> Start:
         folder = disk.settled(folder)
     except InputError as error:
         make = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(DIR)"
-        raise InputError(f"--init {error}, or make it: {make}, and so AutoTokenizer") from error
+        raise InputError(f"--init {error}, or make it: {make}, AutoTokenizer too") from error
     transformer, config, _ = load_model(folder, dtype=np.float32)
     tokenizer, source = read_tokenizer(folder, n_rows=config.vocab_size)
     wte, n = transformer["wte"], tokenizer.vocab_size
