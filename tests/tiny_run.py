@@ -125,6 +125,24 @@ def write_pairs(path, n=30) -> str:
     return str(path)
 
 
+# --- conversations: what training writes for them is what the chat template has to write
+
+
+def chat(*turns) -> list[dict]:
+    """Messages of ("user", "..") and so on."""
+    return [dict(zip(("role", "content"), turn, strict=True)) for turn in turns]
+
+
+SAYS, ASKS, ANSWERS = ("system", " Be\nbrief. "), ("user", "kalo?"), ("assistant", "mi.")
+CHATS = (  # each ends with the reply that is learnt
+    chat(ASKS, ANSWERS),
+    chat(SAYS, ASKS, ANSWERS),
+    chat(SAYS, ASKS, ANSWERS, ("user", " And then? "), ("assistant", " tru\n")),
+    chat(ASKS, ANSWERS, ("assistant", ""), ("user", "{{ x }}"), ("tool", "3"), ANSWERS),
+    chat(("system", " \n"), ASKS, ANSWERS),
+)
+
+
 # --- what a run leaves behind
 
 

@@ -36,7 +36,7 @@ BARS = {"track": track, "say": say}
 
 def train(
     config: TrainConfig | None = None, *, reward: Reward = "", progress: bool = True, **changes: Any
-) -> "Run | None":
+) -> "Run":
     """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
 
     Args:     config: settings to start from; None: the defaults.
@@ -46,8 +46,8 @@ def train(
               progress: show bars and notes on stderr.
               changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
                   ppo={"kl_coef": 0.1}.
-    Returns:  the finished Run; its folder is config.out, or runs/WORLD-N with the next free N.
-              None where `stages` leave out PPO.
+    Returns:  the Run; its folder is config.out, or runs/WORLD-N with the next free N. Where
+              `stages` leave out PPO its policy is the reference.
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
@@ -77,7 +77,7 @@ def resume(
 
 
 def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
-    """A run, to sample from and to score with; before PPO has ended its policy is the reference.
+    """A run, to sample from and to score with, also before PPO has ended: see `load_models`.
 
     Args:     reward: as of `resume`; `Run.score` alone asks it.
     Raises:   InputError: the folder holds no run that has a reference.
@@ -85,9 +85,8 @@ def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
     return Run(reopen_session(folder, device="cpu", reward=reward, look=True, say=say))
 
 
-def _finish(session: Session, reward: Reward) -> "Run | None":
-    if not run_session(session):
-        return None
+def _finish(session: Session, reward: Reward) -> "Run":
+    run_session(session)
     return open_run(session.folder, reward=reward if callable(reward) else session.config.reward)
 
 
@@ -109,7 +108,7 @@ class TokenScores(NamedTuple):
     kl_coef: float  # beta, as training left it
     gold: float | None  # the world's true reward, where there is one
     reward: float | None  # the user's own in its units, where there is one
-    no_score: str  # why score and reward are nan: the user's reward cannot be had
+    no_score: str  # why score and reward are nan: they are not there yet, or cannot be had
 
     @property
     def kl_token(self) -> np.ndarray:
@@ -129,8 +128,6 @@ class Run:
         self.session, self.folder, self.config = session, session.folder, session.config
         self.policy, self.reference = pipeline.load_models(session)
         self.is_trained = self.policy is not self.reference
-        if not self.is_trained:
-            session.note(f"{self.folder} has no policy yet: its reference stands for it")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -158,7 +155,7 @@ class Run:
                   temperature: 0 takes the most likely token.
                   top_k, top_p: keep the k most likely tokens, or those that hold this mass; 0, 1:
                       all.
-        Raises:   InputError: a prompt is too long, or a number is out of its range.
+        Raises:   InputError: a prompt is empty, or a number is out of its range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if top_k < 0 or not 0 < top_p <= 1 or not 0 <= temperature < float("inf") or seed < 0:
@@ -166,8 +163,12 @@ class Run:
                 "sample: expected a finite temperature >= 0, top_k >= 0, 0 < top_p <= 1 and "
                 f"seed >= 0; got {temperature}, {top_k}, {top_p} and {seed}: choose such numbers"
             )
-        for prompt in set(prompts):
-            self._refuse_to_cut(prompt=prompt)
+        if not prompts:
+            return []
+        limit = self.session.max_prompt_tokens
+        n = max(map(len, map(self.session.tokenizer.prompt_ids, prompts)))
+        if n > limit and not (reference and self.is_trained):  # of two calls the first says so
+            self.session.note(f"a prompt of {n} tokens is cut to its last {limit}, as in training")
         params = self.reference if reference else self.policy
         rng, sampling = np.random.default_rng(seed), Sampling(temperature, top_k, top_p)
         return self.session.sample(params, prompts, rng, sampling).responses
@@ -177,6 +178,8 @@ class Run:
 
         Raises:   InputError: a text is empty or longer than training's limit.
         """
+        if not isinstance(prompt, str) or not isinstance(response, str):
+            raise InputError("score: expected two texts; got others: score one reply at a time")
         self._refuse_to_cut(prompt=prompt, response=response)
         session = self.session
         ids = [session.prompt_ids(prompt)], [session.response_ids(response)]
@@ -190,7 +193,8 @@ class Run:
         kl_seq = summed_penalty(logp, ref_logp, mask=np.ones_like(logp))[0]
         samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
         score, reward = np.nan, None if session.world.reward is None else np.nan
-        no_score = "the run has no reward model yet"
+        missing = "reward model" if reward is None else "scale of your reward"
+        no_score = f"the run has no {missing} yet"
         if is_saved(session, "reward_model"):
             model, no_score = pipeline.reward_stage(session, self.reference), ""
             try:

@@ -77,7 +77,7 @@ def resume(
     Args:
         run: Run folder.
         iterations: PPO goes on to so many in all; 0: as in config.toml.
-        reward: The run's own reward by name: where it is now; or that you trust its code.
+        reward: Names the run's reward: where its file lies now, or as you trust its code.
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
@@ -87,9 +87,9 @@ def resume(
 def _show(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
     if result is None:
-        _print(
-            f"done: {session.config.stages}; `minirlhf resume {shlex.quote(str(folder))}` goes on"
-        )
+        judged = session.world.reward or session.world.pairs or session.world.annotate
+        how = f"minirlhf resume {shlex.quote(str(folder))}{'' if judged else ' --reward ..'}"
+        _print(f"done: {session.config.stages}; `{how}` goes on")
     else:
         tables.print_result(result, session.world, console)
     figure = pictures.curves_figure(read_metrics(folder), result and result.policy)
@@ -104,7 +104,7 @@ def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str, reward
         run: Run folder.
         prompt: The prompt x.
         response: The response y.
-        reward: The run's own reward by name: where it is now; or that you trust its code.
+        reward: Names the run's reward: where its file lies now, or as you trust its code.
     """
     scores = api.open_run(run, reward=reward).score(prompt, response)
     _print(

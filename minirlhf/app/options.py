@@ -36,6 +36,7 @@ SHOWN = {  # what `train --help` shows; all others are in --help-all
     "the run": ("out", "stages", "seed", "device", "workers", "eval-every", "checkpoint-every"),
     "the model": ("model.n-layer", "model.n-head", "model.d-model", "vocab-size"),
     "fine-tuning": ("sft.steps", "sft.batch-size", "sft.optimizer.learning-rate"),
+    "the reward model": ("reward-model.epochs",),
     "PPO": (
         *("ppo.iterations", "ppo.batch-size", "ppo.temperature", "ppo.kl-coef", "ppo.kl-target"),
         "ppo.optimizer.learning-rate",
@@ -69,6 +70,7 @@ def read(target: Any, arguments: list[str], name: str, known: list[str], **about
     if "--out=" in arguments or ("--out", "") in itertools.pairwise(arguments):
         raise InputError("--out: expected a folder; got an empty name: leave it out, or name one")
     box, see = io.StringIO(), f"see minirlhf {name} --help"
+    flags = ["--" + option.replace("_", "-") for option in known]
     about |= {"args": arguments, "prog": f"minirlhf {name}", "return_unknown_args": True}
     try:
         with contextlib.redirect_stderr(box):
@@ -76,10 +78,13 @@ def read(target: Any, arguments: list[str], name: str, known: list[str], **about
     except SystemExit as end:
         if not end.code:
             raise
-        raise InputError(_sentence(end, box.getvalue(), see)) from end
+        said, words = _sentence(end, box.getvalue(), see), (w.partition("=")[0] for w in arguments)
+        unknown = [w for w in words if w.startswith("--") and w.replace("_", "-") not in flags]
+        if not (unknown and said.startswith("expected also")):  # or with a slip in its name
+            raise InputError(said) from end
     if unknown:
-        flags = ["--" + option.replace("_", "-") for option in known]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+        near += [f"--corpus {shorten(unknown[0])}"] * (name == "train" and unknown[0][:1] != "-")
         see = f"perhaps {near[0]} is meant" if near else see
         raise InputError(f"expected an option of {name}; got {shorten(unknown[0])!r}: {see}")
     return value

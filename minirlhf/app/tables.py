@@ -79,7 +79,7 @@ def rows_table(title: str, columns: dict[str, str], rows: list[dict], **look) ->
 def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
     of_world = f"held-out prompts of the world {shorten(world.name)!r}"
-    title = f"{len(result.prompts) or 'its'} replies to {of_world}"
+    title = f"{len(result.prompts) or ''} replies to {of_world}".strip()
     table = number_table(title, "", "reference", "policy", box=box.HEAVY_HEAD, padding=(0, 1))
     rows = [name for name in ROWS if np.isfinite(result.policy.get(name, np.nan))]
     for name in rows:
@@ -138,7 +138,7 @@ def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> 
     for piece, ours, theirs, d in zip(pieces, logp, ref_logp, difference, strict=True):
         style = BAD if d > 0.5 else GOOD if d < -0.5 else ""
         numbers = (f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style))
-        table.add_row(Text(repr(piece)[1:-1]), *numbers)
+        table.add_row(Text(piece), *numbers)
     table.add_section()
     total = Text(f"{difference.sum():+.4f}", "bold")
     table.add_row("sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}", total)

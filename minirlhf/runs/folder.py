@@ -152,8 +152,13 @@ def save_state(
     """What a stage goes on from, bit for bit, after `done` steps; `more`: the kl_coef of PPO."""
     rng = {name: session.rng[name].bit_generator.state for name in GO_ON[stage]}
     meta = {"done": done, "rng": rng, "log": session.log.position(), **more}
-    checkpoint.save_state(state_of(session, stage), optimizer.state_tree(), meta)
-    session.kept = done
+    session.made = done
+    try:
+        checkpoint.save_state(state_of(session, stage), optimizer.state_tree(), meta)
+        session.kept = done
+    except KeyboardInterrupt:  # before it was written, or after
+        session.kept = _read_state(session, stage)[1]["done"] if has_state(session, stage) else 0
+        raise
 
 
 def load_state(
@@ -178,7 +183,8 @@ def load_state(
         _set_streams({name: session.rng[name] for name in GO_ON[stage]}, meta["rng"])
     except ValueError as error:
         raise _damaged(session, stage, str(error)) from error
-    session.log.rewind(meta["log"], stage, done - 1)
+    if session.stored:  # else it was opened to look
+        session.log.rewind(meta["log"], stage, done - 1)
     return done, meta.get("kl_coef")
 
 
@@ -279,6 +285,8 @@ def settle_settings(session: Session) -> None:
         (session.folder / "result.json").unlink(missing_ok=True)  # of a policy that goes on
     for name in {"device", "workers", "threads", "ppo.micro_batch_size"} & set(changed):
         session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
+    if edited := [f"{n} {was[n]!r} -> {now[n]!r}" for n in changed if n != "stages"]:
+        session.note(f"{path}: {', '.join(edited)} from here on")
     for name in ("config.toml", BEGAN) if changed else ():
         save_config(session.folder / name, session.config)
 

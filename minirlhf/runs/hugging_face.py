@@ -32,10 +32,15 @@ _REST = [byte for byte in range(256) if byte not in _PRINTABLE]
 _CHARACTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(_REST)}
 _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 _LONGEST_TOKEN = 256  # bytes; the time to check a token grows with its square
-# a message of the user's, its answer, and so on, in the sequences of tokens.Tokenizer
+# a conversation as worlds/examples.py writes it, in the sequences of tokens.Tokenizer
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '<|endoftext|>' }}"
-    "{% else %}{{ '<|bos|>' + m['content'] + '<|sep|>' }}{% endif %}{% endfor %}"
+    "{% set of = namespace(turns=[]) %}{% for m in messages if (m['content'] or '') | trim %}"
+    "{% set speaker = 'Human' if m['role'] == 'user' else m['role'] | capitalize %}"
+    "{% set of.turns = of.turns + [[speaker + ': ', m['content'] | trim]] %}{% endfor %}"
+    "{% set replied = of.turns and of.turns[-1][0] == 'Assistant: ' %}"
+    "{% set asked = of.turns[:-1] if replied else of.turns %}{{ '<|bos|>' }}"
+    "{{ asked|map('last')|join if asked|length < 2 else (asked + [['Assistant:']]) | map('join')"
+    "| join('\\n\\n') }}{{ '<|sep|>' + (of.turns[-1][1] + '<|endoftext|>' if replied else '') }}"
 )
 
 
@@ -140,7 +145,11 @@ def read_gpt2(folder: str | Path) -> Start:
 
     Raises:   InputError: as `load_model` and `read_tokenizer`.
     """
-    folder = disk.settled(folder)
+    try:
+        folder = disk.settled(folder)
+    except InputError as error:
+        make = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(DIR)"
+        raise InputError(f"--init {error}, or make it: {make}, AutoTokenizer too") from error
     transformer, config, _ = load_model(folder, dtype=np.float32)
     tokenizer, source = read_tokenizer(folder, n_rows=config.vocab_size)
     wte, n = transformer["wte"], tokenizer.vocab_size

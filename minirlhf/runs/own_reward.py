@@ -95,7 +95,7 @@ def own_reward(folder: Path, config: TrainConfig, named: Reward, *, changed: boo
               changed: take it though its source has changed.
     Raises:   InputError: the user did not name it, or its source has changed; as `load_reward`.
     """
-    if not config.reward:
+    if not config.reward and (config.pairs or not config.corpus):
         raise InputError(
             f"{folder}: expected a run with a reward of its own, to name it again; it has a reward "
             "model: leave out --reward"
@@ -104,7 +104,7 @@ def own_reward(folder: Path, config: TrainConfig, named: Reward, *, changed: boo
         refuse_foreign_code(folder, config.reward)
     reward = named or config.reward
     began, found = read_object(folder / "world.json").get("reward_sha256"), fingerprint(reward)
-    if found not in ("", began) and not changed:
+    if config.reward and found not in ("", began) and not changed:
         raise InputError(
             f"{name_of(reward)}: expected the reward that the run began with; it has changed: "
             f"restore it, or take it as it is with {_resume(folder, reward)}"
@@ -114,9 +114,10 @@ def own_reward(folder: Path, config: TrainConfig, named: Reward, *, changed: boo
 
 
 def keep_reward(folder: Path, config: TrainConfig, reward: Reward) -> None:
-    """A reward that was moved, or changed and accepted, is the run's own from here on."""
+    """A reward that was moved, changed and accepted, or the first, is the run's from here on."""
     world, name, sha256 = read_object(folder / "world.json"), name_of(reward), fingerprint(reward)
-    if sha256 and (config.reward, world.get("reward_sha256")) != (name, sha256):
+    was = config.reward, world.get("reward_sha256")
+    if was != (name, sha256) and (sha256 or not config.reward):
         write_whole(folder / "world.json", to_json(world | {"reward_sha256": sha256}))
         save_config(folder / "config.toml", replace(config, reward=name))
 
@@ -128,10 +129,12 @@ def _resume(folder: Path, reward: Reward) -> str:
     return f"`minirlhf resume {shlex.quote(str(folder))} --accept-changed-reward`"
 
 
-def try_reward(world: World) -> None:
-    """Ask the reward, if there is one, about a few texts: a broken one is told before training."""
-    if world.reward:
-        world.rewards(*map(list, zip(*world.demonstrations[:TRIED], strict=True)))
+def try_reward(world: World) -> list[str]:
+    """Notes on its reward, asked about a few texts: a broken one is told before training."""
+    values = world.rewards(*map(list, zip(*world.demonstrations[:TRIED], strict=True)))
+    same = f"{world.reward.name}: gave {values[0]:g} to each of the first {len(values)} texts"
+    same = same if len(values) > 1 == len(set(values)) else ""
+    return [note for note in (world.reward.guessed, same) if note]
 
 
 def going_on(world: World, folder: Path) -> World:

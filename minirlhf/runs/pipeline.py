@@ -74,20 +74,27 @@ def resume(run: str | Path, **options: Any) -> Result:
 
 
 def load_models(session: Session) -> tuple[Tree, Tree]:
-    """(policy, reference) of a run; where PPO has not begun the reference twice.
+    """(policy, reference) of a run; before PPO has ended that of its checkpoint, or the reference.
 
-    Raises:   InputError: the run has no policy yet, but its beginning, or nothing.
+    Raises:   InputError: the run has no reference yet.
     """
     saved = {name for name in ("policy", "reference") if folder.is_saved(session, name)}
-    if not saved or (saved == {"reference"} and folder.has_state(session, "ppo")):
+    if not saved:
         raise InputError(
             f"{session.folder / 'policy'}: expected a trained policy; found none: finish the run "
             f"with `minirlhf resume {shlex.quote(str(session.folder))}`"
         )
     reference = reference_stage(session)
-    if "policy" not in saved:
+    if "policy" in saved:
+        return folder.load_params(session, "policy", session.gpt, "value_head"), reference
+    if not folder.has_state(session, "ppo"):
+        session.note(f"{session.folder} has no policy yet: its reference stands for it")
         return reference, reference
-    return folder.load_params(session, "policy", session.gpt, "value_head"), reference
+    settings = session.config.ppo
+    optimizer = new_policy(reference, settings, rng=session.rng["init"])
+    done, _ = folder.load_state(session, "ppo", optimizer, settings.iterations)
+    session.note(f"the policy is that after {done} of {settings.iterations} iterations of PPO")
+    return optimizer.params, reference
 
 
 def run_stages(session: Session) -> Result | None:
@@ -117,6 +124,7 @@ def run_stages(session: Session) -> Result | None:
         with session.timed("ppo"):
             policy = ppo_stage(session, reference, score)
         with session.timed("evaluation"):
+            session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
             valued = {**reference, "value_head": policy["value_head"]}
             before, first = evaluate(session, valued, reference, score)
             after, last = evaluate(session, policy, reference, score)
@@ -133,7 +141,7 @@ def read_result(session: Session) -> Result:
         if not (isinstance(part, dict) and {type(x) for x in part.values()} <= _NUMBERS):
             raise InputError(f"{path}: expected numbers; got others: restore the file")
         part.update({key: math.nan for key, x in part.items() if x is None})
-    session.say(f"run {session.folder}: finished; its texts or its reward have gone since")
+    session.say(f"run {session.folder}: finished; its texts or reward have gone or changed since")
     return Result(*parts[:2], [], None, None, parts[2])
 
 
@@ -144,7 +152,8 @@ def banner(session: Session) -> str:
     n = C * (gpt.vocab_size + gpt.n_ctx + 2) + gpt.n_layer * C * (12 * C + 13)
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
     sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
-    pairs = "pairs of its own samples" if world.pairs is None else f"{len(world.pairs):,} pairs"
+    pairs = "pairs of its own samples" if world.annotate else "no preferences yet"
+    pairs = pairs if world.pairs is None else f"{len(world.pairs):,} pairs in all"
     source = pairs if world.reward is None else f"the reward {session.config.reward}"
     done = {"sft": folder.is_saved(session, "reference")}
     done |= {"reward": folder.is_saved(session, "reward_model")}
@@ -202,23 +211,23 @@ def _learn(
             pause = max(CHECKPOINT_SECONDS, (saved - began) / CHECKPOINT_SHARE)
         last = look(step + 1)  # not in the checkpoint: after a resume it is made again
     if last:
-        _note_memorised(session, stage, n_steps, last if some.step == 1 else measure(some))
+        rows = len(range(n)[some])
+        _note_memorised(session, stage, n_steps, last if rows == n else measure(some), rows)
     return last
 
 
-def _note_memorised(session: Session, stage: str, n_steps: int, last: dict[str, float]) -> None:
-    """Say so if what was held out went clearly better on the way: its loss, and order, if any."""
+def _note_memorised(session: Session, stage: str, n_steps: int, last: dict, n: int) -> None:
+    """Say so if the loss of n held-out rows was clearly lower on the way, their order no worse."""
     name, right = HELDOUT[stage], "heldout/accuracy"
     rows = [row for row in read_metrics(session.folder) if row["stage"] == stage]
     looks = [r for r in rows if r["step"] < n_steps and isinstance(r.get(name), float)]
     low = min(looks, key=lambda row: row[name], default=last)
-    if last[name] > (1 + NOISE) * low[name] and low.get(right, 1) > last.get(right, 0):
+    share = low.get(right, 1.0)
+    rose = last.get(right, 0.0) - share > 2 * math.sqrt(share * (1 - share) / n)
+    if last[name] > (1 + NOISE) * low[name] and not rose:
         fewer = session.config.reward_model.epochs * low["step"] // n_steps
-        option = (
-            f"--reward-model.epochs {fewer}"
-            if fewer
-            else "a lower --reward-model.optimizer.learning-rate"
-        )
+        slower = "a lower --reward-model.optimizer.learning-rate"
+        option = f"--reward-model.epochs {fewer}" if fewer else slower
         option = f"--sft.steps {low['step']}" if stage == "sft" else option
         session.note(
             f"{TITLES[stage]}: the held-out loss was lowest, {low[name]:.3f}, after {low['step']} "
@@ -288,6 +297,7 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
     rng = session.rng["normalize"]
     prompts = _draw(session.world.train_prompts, settings.n_normalize, rng)
     sampling = Sampling(session.config.ppo.temperature)
+    session.say(f"scaling the reward on {len(prompts):,} samples of the reference")
     samples = session.sample(reference, prompts, rng, sampling)
     model = reward_model.normalized(model, session.score_with(model)(samples))
     folder.save_reward_model(session, model)
@@ -320,7 +330,8 @@ def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> Rewa
         gold = metrics.get("heldout/gold_accuracy")
         session.say(
             f"reward model: accuracy {metrics['heldout/accuracy']:.3f} on {n} held-out "
-            f"pairs, calibration error {metrics['heldout/calibration_error']:.3f}"
+            f"pairs, loss {metrics[HELDOUT['reward_model']]:.3f}, "
+            f"calibration error {metrics['heldout/calibration_error']:.3f}"
             + ("" if gold is None else f", {gold:.3f} against the gold order")
         )
     return model
@@ -331,9 +342,12 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
 
     Given pairs are split by prompt; otherwise the annotator compares two reference samples.
 
-    Raises:   InputError: no given pair of a training prompt differs within the limit on tokens.
+    Raises:   InputError: none are given, or none of a training prompt differs within the limit.
     """
     world, settings = session.world, session.config.reward_model
+    if world.pairs is None and world.annotate is None:
+        how = f"`minirlhf resume {shlex.quote(str(session.folder))} --reward ..` or train --pairs"
+        raise InputError(f"expected a reward or pairs; got none: go on with {how}", resume=None)
     if world.pairs is None:
         train, _ = annotated_pairs(session, reference, world.train_prompts, settings.n_pairs)
         heldout, difference = annotated_pairs(

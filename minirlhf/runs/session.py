@@ -227,8 +227,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
-    try_reward(world)
-    notes, named = unused_options(config), config.corpus or config.pairs or "support"
+    notes = [*(try_reward(world) if world.reward else ()), *unused_options(config)]
+    named = config.corpus or config.pairs or "support"
     digests = {"reward_sha256": fingerprint(reward)} if reward else {}
     if config.init:
         start = hugging_face.read_gpt2(config.init)
@@ -265,6 +265,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
 
 
 def _refuse_a_run(out: Path | None) -> None:
+    if out and os.path.exists(out) and not os.path.isdir(out):
+        raise InputError(f"--out {out}: expected a folder; got a file: choose another name")
     if out and os.path.exists(out / "config.toml"):
         raise InputError(
             f"--out {out}: expected a new folder; it holds a run: go on with `minirlhf resume "
@@ -289,7 +291,7 @@ def reopen_session(
               reward, accept_changed_reward: `named` and `changed` of `own_reward`.
               look: it is only sampled from and scored with, for which its texts are not read, and
                   its reward not before it is asked. So is a finished run whose texts or reward
-                  have gone.
+                  have gone, or whose texts have changed.
     Raises:   InputError: the folder holds no run, its files are damaged, or its texts or its reward
                   have changed since it began.
     """
@@ -303,22 +305,22 @@ def reopen_session(
     ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
     config = replace(stored, out=folder, device=device or stored.device, stages="all", ppo=ppo)
     array_module(config.device)
-    if not (look or reward or accept_changed_reward or ppo != stored.ppo):
-        ended = (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
-        look = ended and sources_gone(stored)
+    ended = not (look or reward or accept_changed_reward or ppo != stored.ppo)
+    ended = ended and (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
+    look = look or (ended and sources_gone(stored))
     rng, own, tokenizer = _streams(config), None, tokens.load_tokenizer(folder)
     if config.reward or reward:
         own = cache(partial(own_reward, folder, config, reward, changed=accept_changed_reward))
     if look and (config.corpus or config.pairs):
         world = _stored_world(folder / "world.json")
     else:
-        world = build_world(config, own() if own and not look else "", rng["world"])
-        world = fit_world(world, tokenizer, config, rng["world"])
-        if read_object(folder / "world.json").get("sha256") != _outline(world)["sha256"]:
-            raise InputError(
-                f"{folder / 'world.json'}: expected the texts that the run began with; the corpus, "
-                "the pairs or the seed have changed: restore them, or train in a new folder"
-            )
+        named = own() if own and not look else ""
+        try:
+            world = _same_world(folder, config, named, tokenizer, rng["world"])
+        except InputError:
+            if not ended:
+                raise
+            look, world = True, _stored_world(folder / "world.json")
     if own and look:
         world = replace(world, reward=lambda *replies: own()(*replies))
     elif own:
@@ -393,6 +395,7 @@ def build_world(config: TrainConfig, reward: Reward, rng: Generator) -> World:
         reward=reward or None,
         unit=config.corpus_unit,
         columns=config.columns,
+        judged=config.stages != "sft",
         max_chars=config.max_text_mb * 10**6,
         rng=rng,
     )
@@ -401,10 +404,31 @@ def build_world(config: TrainConfig, reward: Reward, rng: Generator) -> World:
 def _outline(world: World) -> dict[str, Any]:
     """What sampling and scoring need, and the SHA-256 of all texts that training reads."""
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts, world.pairs)
-    digest = hashlib.sha256()
-    for part in json.JSONEncoder().iterencode(texts):  # all of it as one string would be large
-        digest.update(part.encode())
-    return {name: getattr(world, name) for name in KEPT} | {"sha256": digest.hexdigest()}
+    outline = {name: getattr(world, name) for name in KEPT}
+    for name, part in (("sha256", texts), ("pairs_sha256", world.pairs)):
+        digest = hashlib.sha256()
+        for piece in json.JSONEncoder().iterencode(part):  # all of it as one string would be large
+            digest.update(piece.encode())
+        outline[name] = digest.hexdigest()
+    return outline
+
+
+def _same_world(
+    folder: Path, config: TrainConfig, reward: Reward, tokenizer: tokens.Tokenizer, rng: Generator
+) -> World:
+    """The world that a run began with, maybe a corpus alone; another one is refused, by what is."""
+    world = fit_world(
+        build_world(replace(config, stages="sft"), reward, rng), tokenizer, config, rng
+    )
+    kept, now = read_object(folder / "world.json"), _outline(world)
+    if kept.get("sha256") == now["sha256"]:
+        return world
+    what = "pairs" if kept.get("pairs_sha256") != now["pairs_sha256"] else "corpus"
+    what = what if config.seed == load_config(folder / BEGAN).seed else "seed"
+    raise InputError(
+        f"{folder / 'world.json'}: expected the texts that the run began with; got others, by a "
+        f"change of {what}, or of how files are read: restore it, or train in a new folder"
+    )
 
 
 def _stored_world(path: Path) -> World:

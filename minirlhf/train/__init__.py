@@ -1,10 +1,7 @@
-"""minirlhf.train(config=None, *, reward="", progress=True, **changes) runs the three stages.
-
-`minirlhf.train` names both that function and this room, the stages as loops: calling the module is
-calling `minirlhf.app.api.train`, whose help says what it takes.
-"""
+"""The stages as loops; to call the module, `minirlhf.train(..)`, is to call `app.api.train`."""
 
 import importlib
+import inspect
 import sys
 import types
 from typing import Any
@@ -13,6 +10,11 @@ from typing import Any
 class _Train(types.ModuleType):
     def __call__(self, *args: Any, **changes: Any) -> Any:
         return importlib.import_module("minirlhf.app.api").train(*args, **changes)
+
+    @property
+    def __doc__(self) -> str:
+        train = importlib.import_module("minirlhf.app.api").train
+        return f"minirlhf.train{inspect.signature(train)}\n\n{inspect.getdoc(train)}"
 
 
 sys.modules[__name__].__class__ = _Train

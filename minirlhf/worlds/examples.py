@@ -85,7 +85,8 @@ class Kept:
                 f"{self.path}: expected {what}; got none to use, but {skipped}: correct them"
             )
         n_usable = self.n_read - sum(map(len, self.skipped.values()))
-        said = f"{self.path}: read {n_usable:,} {what}{', skipped ' * bool(skipped)}{skipped}"
+        plural = what.removesuffix("s") if n_usable == 1 else what
+        said = f"{self.path}: read {n_usable:,} {plural}{', skipped ' * bool(skipped)}{skipped}"
         if n_usable > len(self.rows):
             said += f"; kept {len(self.rows):,}, drawn at random: --max-text-mb keeps more"
         notes.append(said)

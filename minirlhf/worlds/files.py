@@ -29,6 +29,7 @@ def corpus_world(
     reward: str | Callable | None = None,
     unit: str = "auto",
     columns: tuple[str, ...] = (),
+    judged: bool = True,
     max_chars: int = 64_000_000,
     rng: Generator,
 ) -> World:
@@ -41,11 +42,12 @@ def corpus_world(
               reward: what `load_reward` takes.
               unit: what is an example of a plain text: "line", "document", or "auto".
               columns: what columns of other names mean, like "prompt=title", in files with them.
+              judged: False: fine-tuning alone, which needs no preferences.
               max_chars: of more characters in a file a part is kept.
               rng: chooses that part.
     Raises:   InputError: a file cannot be used, nothing usable is left, or the choices do not fit.
     """
-    _check_sources(path, pairs_path, reward)
+    _check_sources(path, pairs_path, reward, judged)
     if unit not in ("auto", "line", "document"):
         raise InputError(f"unit: expected auto, line or document; got {unit!r}: choose one of them")
     notes: list[str] = []
@@ -67,7 +69,7 @@ def corpus_world(
         )
     distinct = list(dict.fromkeys(examples))
     if dropped := len(examples) - len(distinct):
-        notes.append(f"dropped {dropped} of {len(examples)} examples that occur twice")
+        notes.append(f"dropped {dropped} of {len(examples)} examples that are there already")
     return World(
         name=name_and_kind(path or pairs_path)[0],
         demonstrations=distinct,
@@ -80,8 +82,8 @@ def corpus_world(
     )
 
 
-def _check_sources(path, pairs_path, reward) -> None:
-    if (pairs_path is None) == (reward is None):
+def _check_sources(path, pairs_path, reward, judged) -> None:
+    if (pairs_path is None) == (reward is None) and (judged or reward is not None):
         came = "neither" if reward is None else "both"
         raise InputError(
             "corpus: expected either preference pairs or a reward function, to say which response "

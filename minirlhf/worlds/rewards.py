@@ -66,6 +66,14 @@ class UserReward:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return [p.name for p in parameters if p.kind in kinds and p.default is p.empty] or ["text"]
 
+    @property
+    def guessed(self) -> str:
+        """What it is given, where the names of its parameters do not say it; else ""."""
+        names, one = " and ".join(self._wants), len(self._wants) == 1
+        given = "the text, prompt and reply together," if one else "prompt and reply"
+        said = f"{self.name}: gets {given} as {names}; a parameter named response gets the reply"
+        return said * bool({*self._wants} - _PLURALS - _RESPONSES - {"text", "prompt", "question"})
+
     def __call__(self, prompts: list[str], responses: list[str], texts: list[str]) -> list[float]:
         """The reward of each reply; texts[i] is prompts[i] and responses[i] as one text."""
         columns = (texts,) if len(self._wants) == 1 else (prompts, responses)

@@ -1,6 +1,7 @@
 """minirlhf from Python: train, open, sample, score; the same refusals as the command line."""
 
 import inspect
+import pydoc
 import subprocess
 import sys
 
@@ -118,6 +119,9 @@ def test_an_interrupted_run_goes_on(tmp_path):
         pipeline.run_stages(
             api.open_session(config, reward=polite, track=interrupted_after("PPO", 1))
         )
+    half = minirlhf.open_run(config.out, reward=polite)
+    assert half.is_trained and half.sample("k") != half.sample("k", reference=True)
+    assert np.isfinite(half.score("k", "alo").score)
     part = minirlhf.resume(config.out, reward=polite, progress=False)
     assert outcome(part.folder) == outcome(whole.folder)
 
@@ -133,6 +137,7 @@ def test_samples_of_policy_and_reference(run):
     assert run.sample([PROMPT] * 3, seed=5, reference=True) != replies
     greedy = run.sample([PROMPT] * 2, temperature=0.0)
     assert greedy[0] == greedy[1]
+    assert run.sample([]) == []
 
 
 def test_the_score_of_a_reply(run):
@@ -147,7 +152,8 @@ def test_the_score_of_a_reply(run):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda run: run.sample(["x " * 200]), "prompt: expected at most .* got"),
+        (lambda run: run.score(["a"], ["b"]), "score: expected two texts"),
+        (lambda run: run.score("x " * 200, REPLY), "prompt: expected at most .* got"),
         (lambda run: run.score(PROMPT, "x " * 200), "response: expected at most"),
         (lambda run: run.sample([""]), "got an empty prompt"),
         (lambda run: run.score(PROMPT, ""), "got an empty response"),
@@ -194,6 +200,9 @@ def test_train_is_a_room_and_a_function():
     import minirlhf.train.ppo as ppo
 
     assert minirlhf.train.ppo is ppo and callable(minirlhf.train)
+    assert inspect.getdoc(api.train) in inspect.getdoc(minirlhf.train)
+    shown = pydoc.render_doc(minirlhf.train)
+    assert "progress: bool = True" in shown and "Args:" in shown
 
 
 def test_help_says_what_every_field_means():

@@ -155,6 +155,7 @@ def test_the_help_of_train_is_short_and_a_file_changes_its_defaults(capsys, tmp_
     status, out, err = call(capsys, "train", "--help")
     shown = re.findall(r"^  --([\w.-]+)", out, re.MULTILINE)
     assert status == 0 and err == "" and shown == ["help-all", "config", "beta", *chosen]
+    assert "--reward-model.epochs 4 " in out
     assert "--ppo.kl-coef 0.2 " in out and len(out.splitlines()) < 66
     everything = call(capsys, "train", "--help-all")[1]
     shown = re.findall(r"^  --([\w.-]+)", everything, re.MULTILINE)
@@ -212,6 +213,9 @@ def test_the_installed_program_is_this_one():
         ("sample run", "expected also --prompt; got none"),
         ("sample run --prompt", "--prompt: expected a value; got none"),
         ("sample run --prompt a --n 1.5", "--n: expected a whole number; got '1.5'"),
+        ("sample run --promt x", "got '--promt': perhaps --prompt is meant"),
+        ("score run --promt=x --response y", "got '--promt': perhaps --prompt is meant"),
+        ("train poems.txt", "got 'poems.txt': perhaps --corpus poems.txt is meant"),
         ("check everything", "expected an option of check; got 'everything'"),
         ("exact --parts kl gaee", "--parts: expected one of 'kl', 'gae', "),
         ("train " + 10_000 * "x", "got 'xxx"),
@@ -445,7 +449,7 @@ def test_a_finished_run_shows_its_table_though_its_files_have_gone(capsys, tmp_p
     assert status == 0 and f"run {config.out}: finished" in err
     rows = [line for line in whole.splitlines() if "kl_seq" in line or "proxy" in line]
     assert len(rows) >= 2 and all(row in out for row in rows)
-    assert "its replies to held-out prompts" in words(out) and "before and after" not in out
+    assert words(out).startswith("replies to held-out prompts") and "before and after" not in out
     assert differences(before, outcome(config.out)) == []
     run = minirlhf.resume(config.out, progress=False)
     assert run.result["policy"] == before["result"]["policy"]
@@ -459,6 +463,27 @@ def test_a_finished_run_shows_its_table_though_its_files_have_gone(capsys, tmp_p
         assert "result.json: expected numbers" in refusal(capsys, "resume", config.out)
     (config.out / "result.json").unlink()
     assert "found none" in refusal(capsys, "resume", config.out)
+
+
+@pytest.mark.parametrize("text", ["kalo\nmitru\n", ""])
+def test_a_finished_run_shows_its_table_though_its_texts_have_changed(capsys, tmp_path, text):
+    corpus, pairs = Path(write_names(tmp_path / "n.txt")), Path(write_pairs(tmp_path / "p.jsonl"))
+    config = tiny_config(tmp_path / "run", corpus=str(corpus), pairs=str(pairs))
+    pipeline.train(config)
+    whole, before = corpus.read_text(), outcome(config.out)
+    corpus.write_text(text)
+    status, out, err = call(capsys, "resume", config.out)
+    assert status == 0 and "have gone or changed since" in err and "kl_seq" in out
+    assert differences(before, outcome(config.out)) == []
+    if text:  # a run that goes on
+        longer = ("resume", config.out, "--ppo.iterations", 4)
+        assert "by a change of corpus" in refusal(capsys, *longer)
+        corpus.write_text(whole)
+        pairs.write_text(pairs.read_text().replace("good", "fine"))
+        assert "by a change of pairs" in refusal(capsys, *longer)
+        stored = load_config(config.out / "config.toml")
+        save_config(config.out / "config.toml", changed(stored, {"seed": 5}))
+        assert "by a change of seed" in refusal(capsys, *longer)
 
 
 @pytest.mark.parametrize("stages", ["sft", "sft,reward"])
@@ -489,7 +514,10 @@ def test_score_refuses_what_it_would_have_to_cut(capsys, desk):
     assert "response: expected at most 20 tokens" in message
     message = refusal(capsys, "score", desk, "--prompt", long, "--response", "no")
     assert "prompt: expected at most 24 tokens" in message
-    assert "prompt: expected at most" in refusal(capsys, "sample", desk, "--prompt", long)
+    status, _, err = call(capsys, "sample", desk, "--prompt", long)  # as training does
+    assert status == 0
+    assert re.fullmatch("note: a prompt of .* tokens is cut to its last 24, as in training\n", err)
+    assert call(capsys, "sample", desk, "--prompt", PROMPT)[2] == ""
 
 
 # --- sample

@@ -197,6 +197,7 @@ def as_text(table, *, width):
 def test_penalty_table_sums_its_tokens():
     logp, ref_logp = np.array([-1.0, -2.5, -0.5]), np.array([-1.5, -2.0, -3.0])
     text = as_text(penalty_table(["[a]", " b", "\\n"], logp, ref_logp), width=80)
+    assert "\\n" in text and "\\\\" not in text  # as it came
     assert "[a]" in text and "-4.0000" in text and "-6.5000" in text
     assert "+2.5000" in text.splitlines()[-2]  # 0.5 - 0.5 + 2.5
 

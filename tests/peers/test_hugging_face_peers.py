@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import VOWELS, tiny_config, write_names, write_pairs
+from tiny_run import CHATS, VOWELS, tiny_config, write_names, write_pairs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
@@ -18,6 +18,7 @@ from minirlhf.runs import pipeline
 from minirlhf.runs.hugging_face import GPT2_PATTERN, companions, read_gpt2, read_tokenizer
 from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.reward_model import score_responses
+from minirlhf.worlds.examples import as_example
 from minirlhf.worlds.tokens import BOS, EOS, SEP, SPECIALS, make_tokenizer, train_tokenizer
 
 pytestmark = [
@@ -87,13 +88,14 @@ def test_special_tokens_and_the_chat_template_make_our_sequences(pair):
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
     assert (theirs.sep_token_id, theirs.pad_token_id) == (ours.sep, ours.pad)
     assert theirs.encode(f"{BOS}kalo{SEP}") == ours.prompt_ids("kalo")
-    chat = [{"role": "user", "content": "kalo"}, {"role": "assistant", "content": "mi"}]
-    for messages, expected in (
-        (chat[:1], ours.prompt_ids("kalo")),
-        (chat, [*ours.prompt_ids("kalo"), *ours.response_ids("mi")]),
-    ):
-        got = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert got == expected
+    for chat in CHATS:
+        prompt, reply = as_example({"messages": chat}, "")
+        asked, whole = (
+            theirs.apply_chat_template(messages, add_generation_prompt=asks, return_dict=False)
+            for messages, asks in ((chat[:-1], True), (chat, False))
+        )
+        assert asked == ours.prompt_ids(prompt)
+        assert whole == [*asked, *ours.response_ids(reply)]
 
 
 def test_what_transformers_saves_again_is_read(pair, tmp_path):

@@ -239,7 +239,6 @@ DAMAGES = [
     ("policy/heads.safetensors", flip, LOOK),
     ("policy/heads.safetensors", edit_tensors(lambda _, array: array.reshape(-1, 1, 1)), LOOK),
     ("policy", replaced_by("reward_model"), LOOK),
-    ("policy", delete, LOOK),
     ("reference/model.safetensors", cut, ("resume",)),
     ("reference/model.safetensors", flip, ("resume",)),
     ("reference/config.json", edit_json(n_positions=7), ("resume",)),
@@ -310,7 +309,7 @@ DAMAGES = [
     ("tiktoken.json", scribble, ("resume",)),
     ("tiktoken.json", delete, LOOK),
     ("world.json", scribble, ("resume",)),
-    ("world.json", edit_json(sha256=None), ("resume",)),
+    ("world.json", edit_json(sha256=None), ("resume", "--ppo.iterations", 9)),
     ("world.json", edit_json(joiner=None), LOOK),
     ("world.json", edit_json(max_prompt_tokens="24"), LOOK),
     ("world.json", edit_json(max_prompt_tokens=-24), LOOK),
@@ -342,6 +341,12 @@ def test_a_corrupt_or_foreign_checkpoint(run, capsys, name, damage, command):
     assert after["metrics.jsonl"].splitlines() == list(kept)
 
 
+def test_a_policy_that_was_lost_is_that_of_the_checkpoint(run, capsys):
+    before = call(capsys, LOOK[0], run, *LOOK[1:])[:2]
+    delete(run / "policy")
+    assert call(capsys, LOOK[0], run, *LOOK[1:])[:2] == before
+
+
 def test_a_model_with_another_vocabulary(run, capsys, tmp_path, texts):
     """Its ids would mean other words."""
     other = tiny_config(tmp_path / "other", pairs=str(texts / "pairs.jsonl"), vocab_size=265)
@@ -371,6 +376,11 @@ def test_a_run_that_is_not_finished(texts, tmp_path, capsys):
     config = tiny_config(tmp_path / "run", corpus=str(texts / "names.txt"), reward=VOWELS)
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config, track=interrupted_after("PPO", 1))
+    before = files_under(config.out)
+    status, out, err = call(capsys, "sample", config.out, "--prompt", "k")
+    assert status == 0 and "policy" in out and files_under(config.out) == before
+    assert err == "note: the policy is that after 1 of 3 iterations of PPO\n"
+    (config.out / "reference").rename(tmp_path / "elsewhere")
     message = refusal(capsys, "sample", config.out, "--prompt", "k")
     assert "minirlhf resume" in message
 
@@ -436,6 +446,12 @@ def test_a_folder_that_holds_a_run_already(run, texts, tmp_path, capsys):
     message = refusal(capsys, *scratch(texts, tmp_path), "--out", run)
     assert str(run) in message and "resume" in message
     assert files_under(run) == before
+
+
+def test_a_file_in_the_place_of_the_folder(texts, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    message = refusal(capsys, "train", "--out", tmp_path / "file", "--corpus", tmp_path / "none")
+    assert message.startswith(f"--out {tmp_path / 'file'}: expected a folder; got a file")
 
 
 def test_a_folder_that_cannot_be_written(texts, tmp_path, capsys):
@@ -567,6 +583,7 @@ def test_in_a_process_of_its_own_nothing_else_is_said(texts, tmp_path):
         "supervised fine-tuning: ",
         "fine-tuning: ",
         "reward model: ",
+        "scaling ",
         "PPO: ",
         "minirlhf: ",
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import VOWELS, differences, interrupted_after, outcome, tiny_config
+from tiny_run import CHATS, VOWELS, differences, interrupted_after, outcome, tiny_config
 
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
@@ -27,6 +27,7 @@ from minirlhf.runs.hugging_face import (
 )
 from minirlhf.runs.session import open_session, rate_notes
 from minirlhf.tree import tree_items
+from minirlhf.worlds.examples import as_example
 from minirlhf.worlds.tokens import BOS, EOS, PAD, PATTERN, SEP, make_tokenizer, train_tokenizer
 
 CORPUS = ["kalo mitru brisen", "senbri novaka ' tru", "Où est ma bouilloire ? 日本語"] * 3
@@ -375,3 +376,19 @@ def test_counted_repetitions_are_written_for_the_other_dialect():
     known = make_tokenizer("known", r"\p{L}++|\p{N}{1,3}+|\s++$|.", bytes_only, specials)
     split = tokenizer_json(known)["pre_tokenizer"]["pretokenizers"][0]
     assert split["pattern"] == {"Regex": r"\p{L}++|\p{N}{1,3}|\s++$|."}
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_the_chat_template_writes_what_training_writes(messages):
+    sandbox = pytest.importorskip("jinja2.sandbox")
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = json.loads(companions(OURS, {}, {})["tokenizer_config.json"])["chat_template"]
+    write = environment.from_string(template).render
+    prompt, reply = as_example({"messages": messages}, "")
+    assert write(messages=messages[:-1]) == f"{BOS}{prompt}{SEP}"
+    assert write(messages=messages) == f"{BOS}{prompt}{SEP}{reply}{EOS}"
+
+
+def test_a_folder_that_is_not_there_is_told_how_to_make_it(tmp_path):
+    with pytest.raises(InputError, match="found none: .*from_pretrained.'gpt2'.*AutoTokenizer"):
+        open_session(tiny_config(tmp_path / "run", init="gpt2"))

@@ -299,6 +299,58 @@ def test_it_is_asked_before_anything_is_done(home, names, monkeypatch):
         assert not (home / "new").exists()
 
 
+def test_what_it_is_given_and_that_it_is_constant_is_noted(home, names):
+    said = []
+    (home / "new.py").write_text("def same(reply_text):\n    return 2\n")
+    config = tiny_config(home / "other", corpus=names, reward=f"{home}/new.py:same")
+    session_module.open_session(config, say=said.append)
+    notes = [line for line in said if line.startswith(f"note: {config.reward}: ")]
+    assert "gets the text, prompt and reply together, as reply_text" in notes[0]
+    assert notes[1].endswith("gave 2 to each of the first 4 texts") and len(notes) == 2
+    said.clear()
+    (home / "new.py").write_text("def same(response):\n    return len(response)\n")
+    session_module.open_session(changed(config, {"out": home / "more"}), say=said.append)
+    assert not [line for line in said if config.reward in line]
+
+
+def test_what_takes_long_is_said_before(home, names):
+    said = []
+    config = tiny_config(home / "other", corpus=names, reward=f"{home}/mine.py:count")
+    pipeline.train(config, say=lambda line: said.append((line, files_under(config.out).keys())))
+    lines, made = zip(*said, strict=True)
+    scale = lines.index("scaling the reward on 24 samples of the reference")
+    last = lines.index("evaluating reference and policy, 12 replies of each")
+    assert "reward_model/scale.json" not in made[scale] and "result.json" not in made[last]
+
+
+def test_before_ppo_there_is_no_score_of_ones_own_reward(home, names, capsys):
+    config = tiny_config(home / "other", corpus=names, reward=f"{home}/mine.py:count", stages="sft")
+    pipeline.train(config)
+    out = call(capsys, "score", config.out, *SCORE)[1]
+    assert "no score: the run has no scale of your reward yet" in out
+
+
+def test_a_run_of_a_corpus_alone_gets_its_reward_later(home, names, capsys, monkeypatch):
+    config = tiny_config(home / "other", corpus=names, stages="sft")
+    with pytest.raises(InputError, match="got neither"):
+        pipeline.train(changed(config, {"stages": "sft,reward"}))
+    status, out, err = call(capsys, "train", *as_flags(config))
+    assert status == 0 and "; no preferences yet; stages to run: sft" in err
+    assert f"done: sft; `minirlhf resume {config.out} --reward ..` goes on" in out
+    assert call(capsys, "sample", config.out, "--prompt", "k")[0] == 0
+    for _ in range(2):
+        message = refusal(capsys, "resume", config.out)
+        assert f"go on with `minirlhf resume {config.out} --reward ..` or train" in message
+    monkeypatch.setattr(pipeline, "ppo_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call(capsys, "resume", config.out, "--reward", f"{home}/mine.py:count")[0] == 130
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_STATE_HOME", str(home.parent / "state"))
+    assert call(capsys, "resume", config.out)[0] == 0  # it is the run's own by now
+    whole = tiny_config(home / "whole", corpus=names, reward=f"{home}/mine.py:count")
+    pipeline.train(whole)
+    assert differences(outcome(config.out), outcome(whole.out)) == []
+
+
 def test_an_error_in_training_says_how_to_go_on(home, names, capsys):
     """And it is so."""
     fuse = home / "fuse"

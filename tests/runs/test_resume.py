@@ -265,7 +265,7 @@ def test_what_was_held_out_is_measured_as_if_nothing_had_been(
         return loss(*arguments, **more)
 
     monkeypatch.setattr(pipeline, "sft_loss", stopping)
-    with pytest.raises(KeyboardInterrupt, match="in stage sft: 1 of 6 steps made, 2 in the chec"):
+    with pytest.raises(KeyboardInterrupt, match="in stage sft: 2 of 6 steps made, 2 in the chec"):
         pipeline.train(config, track=interrupted_after("supervised fine-tuning", 4))
     for steps in (1, 3, 9):
         with contextlib.suppress(KeyboardInterrupt):
@@ -407,6 +407,40 @@ def test_another_number_of_workers_is_said(run):
     assert [line for line in said if line.startswith("note: workers is 2 now: sums are rounded")]
 
 
+def test_what_was_edited_is_noted(run):
+    said = []
+    edit(run, eval_every=7, checkpoint_every=3)
+    pipeline.resume(run, say=said.append)
+    note = "eval_every 2 -> 7, checkpoint_every 1 -> 3 from here on"
+    assert f"note: {run / 'config.toml'}: {note}" in said
+    said.clear()
+    pipeline.resume(run, say=said.append)
+    assert not [line for line in said if "from here on" in line]
+
+
+@pytest.mark.parametrize(("when", "kept"), [("before", 1), ("after", 2)])
+def test_ctrl_c_while_a_checkpoint_is_written_tells_what_is_in_it(
+    tmp_path, names, monkeypatch, when, kept
+):
+    save, calls = checkpoint.save_state, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2 and when == "before":
+            raise KeyboardInterrupt
+        save(*arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_state", stopped)
+    config, said = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS), []
+    with pytest.raises(KeyboardInterrupt, match=f"2 of 3 iterations made, {kept} in the check"):
+        pipeline.train(config)
+    monkeypatch.undo()
+    pipeline.resume(config.out, say=said.append)
+    assert f"stage ppo goes on after {kept} of 3 iterations" in said
+
+
 def test_the_number_of_workers_is_settled_at_the_start(tmp_path, names, monkeypatch):
     """So a resume on other cores adds up in the same order."""
     monkeypatch.setattr(workers, "usable_cores", lambda: 3)
@@ -433,13 +467,13 @@ def test_the_start_says_what_will_be_done(tmp_path, names):
     assert f"the reward {VOWELS}; stages to run: sft, reward, ppo" in banner
     said.clear()
     pipeline.resume(config.out, say=said.append)
-    assert said[-2].endswith("stages to run: ppo")
-    assert said[-1] == "stage ppo goes on after 1 of 3 iterations"
+    assert said[-3].endswith("stages to run: ppo")
+    assert said[-2] == "stage ppo goes on after 1 of 3 iterations"
     said.clear()
     pipeline.resume(config.out, say=said.append)
-    assert said[-1].endswith("stages to run: none, all are done")
+    assert said[-2].endswith("stages to run: none, all are done")
     pairs = tiny_config(tmp_path / "pairs", pairs=write_pairs(tmp_path / "pairs.jsonl"))
-    assert "; 30 pairs; " in pipeline.banner(session_module.open_session(pairs))
+    assert "; 30 pairs in all; " in pipeline.banner(session_module.open_session(pairs))
 
 
 def test_a_refusal_in_a_run_says_how_to_go_on(tmp_path, names, monkeypatch):
@@ -466,7 +500,8 @@ def test_a_refusal_in_a_run_says_how_to_go_on(tmp_path, names, monkeypatch):
 
 def test_a_part_says_how_it_goes_on(tmp_path, names, capsys):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, stages="sft")
-    assert minirlhf.train(config, progress=False) is None
+    part = minirlhf.train(config, progress=False)
+    assert part.sample("k") == part.sample("k", reference=True)
     run = minirlhf.resume(config.out, progress=False)
     assert run.sample("k") and load_config(config.out / "config.toml").stages == "all"
 

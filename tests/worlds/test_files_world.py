@@ -83,7 +83,7 @@ def test_what_is_dropped_is_counted(tmp_path):
     world = world_of_text(tmp_path, "a b\na b\na c\nalone\nd e", unit="line")
     read, dropped = world.notes
     assert read.endswith("read 4 examples, skipped 1 without a response (line 4)")
-    assert dropped == "dropped 1 of 4 examples that occur twice"
+    assert dropped == "dropped 1 of 4 examples that are there already"
     (read,) = world_of_text(tmp_path, "a b\nc d", unit="line").notes
     assert read == f"{tmp_path / 'corpus.txt'}: read 2 examples"
 
@@ -102,6 +102,10 @@ def test_an_unusable_corpus_is_one_sentence(tmp_path, content, message):
     assert "corpus.txt: " in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_one_example_is_no_plural(tmp_path):
+    assert world_of_text(tmp_path, "a b", unit="line").notes[0].endswith(": read 1 example")
+
+
 def test_a_missing_corpus_and_a_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="found none"):
         world_of(tmp_path / "nowhere.txt")
@@ -116,8 +120,10 @@ def test_choices_that_do_not_fit_are_refused(tmp_path):
         world_of(corpus, unit="page")
     with pytest.raises(InputError, match="got neither"):
         world_of(corpus, reward=None)
-    with pytest.raises(InputError, match="got both"):
-        world_of(corpus, pairs_path=pairs)
+    assert world_of(corpus, reward=None, judged=False).reward is None  # for fine-tuning alone
+    for judged in (True, False):
+        with pytest.raises(InputError, match="got both"):
+            world_of(corpus, pairs_path=pairs, judged=judged)
     with pytest.raises(InputError, match="expected a corpus or preference pairs"):
         world_of(None)
 

@@ -226,3 +226,19 @@ def test_the_names_of_the_parameters_say_what_comes_in_which_place():
     assert UserReward(swapped)(*replies) == UserReward(lists)(*replies) == [15.0, 27.0]
     assert UserReward(lambda response: len(response))(*replies) == [5.0, 7.0]
     assert UserReward(lambda text: len(text))(*replies) == [7.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda reply_text: 0, "the text, prompt and reply together, as reply_text; a parameter"),
+        (lambda a, b: 0, "gets prompt and reply as a and b; a parameter named response gets the"),
+        (lambda text: 0, None),
+        (lambda answer, question: 0, None),
+        (lambda prompts, completions: 0, None),
+        (lambda: 0, None),
+    ],
+)
+def test_what_names_do_not_say_is_said(function, says):
+    said = UserReward(function, "mine").guessed
+    assert says in said if says else said == ""
