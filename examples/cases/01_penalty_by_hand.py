@@ -11,9 +11,9 @@ at rest at log-ratio = r / beta - log Z, and r - beta log-ratio is beta log Z fo
 long response pays more if the reward has drawn the policy to it; one that has become rarer earns.
 The control arm pays for brevity: there the long one pays less. Last, the same for sentences of a
 support desk after `minirlhf.train`, with a limit: a word of no demonstration, which the encoding
-must spell in several tokens, is outside the model's language. Both log-probs are then around -100,
-and their difference is an accident of training and no price. To see it differently, change `beta`,
-or write replies of your own into `said`.
+must spell in several tokens, is outside the model's language. Both log-probs are then between -30
+and -130, as no policy ever says it, and their difference is an accident and no price. To see it
+differently, change `beta`, or write replies of your own into `said`.
 """
 
 # %% By hand: (log pi_theta, log pi_ref) of each token
@@ -22,6 +22,7 @@ import numpy as np
 import minirlhf
 from minirlhf.app.pictures import draw_lines, draw_tokens, new_figure, say
 from minirlhf.app.study import Arm, Case, spread
+from minirlhf.exact.optimum import soft_optimum
 from minirlhf.worlds.support import ITEMS
 
 case = Case("01_penalty_by_hand", __doc__)
@@ -34,7 +35,8 @@ replies = ("ANS", "ANS DET", "ANS DET ANS" if case.fast else "ANS DET ANS DET AN
 brief = case.desk.standardised(-case.desk.lengths)
 arms = {"trained": Arm({"kl_coef": beta}), "control": Arm({"kl_coef": beta}, reward=brief)}
 trained, control = case.train(arms).values()
-rest = [np.log(desk.optimum(desk.proxy, beta=beta)) - desk.ref_logp for desk in desks]
+best = [soft_optimum(d.tree, d.ref_log_probs, d.proxy, kl_coef=beta) for d in desks]  # no Z
+rest = [np.log(desks[i].probs(best[i].log_probs)) - desks[i].ref_logp for i in range(len(desks))]
 same = [desk.proxy - beta * log_ratio for desk, log_ratio in zip(desks, rest, strict=True)]
 rows = {reply: [] for reply in replies}
 for i, desk in enumerate(desks):
@@ -104,15 +106,12 @@ shown = shown[np.argsort(np.mean(rest, axis=0)[shown])]
 moved = [np.log(run.probs) - desk.ref_logp for run, desk in zip(trained, desks, strict=True)]
 x, y = np.mean(rest, axis=0)[shown], np.mean(moved, axis=0)[shown]
 draw_lines(left, {"the spring at rest": (x, x), "trained, 40 common replies": (x, y)})
-say(left, "each reply comes to rest at r / beta - log Z", "rest point [nats]", "penalty [nats]")
+say(left, "replies rest at r / beta - log Z; rare ones lag", "rest point [nats]", "penalty [nats]")
 draw_tokens(right, boxes, limit=3.0, width=9)
 say(right, "what each token pays: red pays, blue earns, hatched has no price", "")
 
 # %% The answer
 prices = [spread([row["penalty"] for row in sentences[name]]) for name in ("short", "long")]
-case.finish(
-    figure,
-    varied="two replies; their length; what is paid",
-    seen=f"At theta = ref both pay 0. Trained, ANS pays {spread(end[0])} nats and {replies[2]} "
-    f"{spread(end[2])}; in words {prices[0]} (short) and {prices[1]} (long)",
-)
+seen = f"At theta = ref both pay 0. Trained, ANS pays {spread(end[0])} nats and {replies[2]} "
+seen += f"{spread(end[2])}; in words (one run, ± over 10 prompts) {prices[0]} and {prices[1]}."
+case.finish(figure, varied="two replies; their length; what is paid", seen=seen)

@@ -9,11 +9,11 @@ no update beyond a KL from the policy that sampled (`target_kl`), or a beta that
 from the reference (`kl_target`, Ziegler et al. 2019, arXiv 1909.08593).
 
 Expect two distances, and knobs of their own. Rate, epochs and target_kl act on KL(old || theta) in
-one batch: fewer ratios are clipped. Where the run settles is beta's affair, at
-ref exp(r / beta) / Z, and for beta = 0.2 gold is below the reference's there. J is the share of
-the way to the optimum of the beta in force. Control: beta fixed at 0.4, about where the controller
-ends. The last two arms start a controller above and below the beta it will find. Change `kl_target`
-to keep more of the reward.
+one batch: target_kl and half the epochs clip fewer ratios, a smaller rate hardly. Where the run
+settles is beta's affair, at ref exp(r / beta) / Z, and for beta = 0.2 gold is below the reference's
+there. J is the share of the way to the optimum of the beta in force, so another beta is another
+yardstick. Control: beta fixed at 0.4, about where the controller ends. The last two arms start a
+controller above and below the beta it will find. Change `kl_target` to keep more of the reward.
 """
 
 # %% One run, and one change at a time
@@ -59,7 +59,7 @@ def summary(desk, run):
 rows = {}
 for name, of_arm in runs.items():
     rows[name] = [summary(desk, run) for desk, run in zip(case.desks, of_arm, strict=True)]
-columns = ("proxy", "gold", "kl_seq", "J", "clipped", "ratio var")
+columns = ("proxy", "gold", "kl_seq", "kl_coef", "J", "clipped", "ratio var")
 case.table("Iterations 20 to 40, one change at a time", {n: rows[n] for n in changes}, columns)
 columns = ("proxy", "gold", "kl_seq", "most KL", "kl_coef")
 case.table("Steered to a KL of 0.7, iterations 28 to 60", {n: rows[n] for n in starts}, columns)
@@ -70,7 +70,7 @@ best_step = np.max([gold[name] for name in ("rate 2e-3", "4 epochs", "target_kl 
 kept = (proxy["kl_target 2"] - start["proxy"]) / (proxy["as it was"] - start["proxy"])
 print(f"reference: gold {spread(start['gold'])}; kl_target 2 keeps {spread(kept)} of the gain")
 was, stopped = (spread(column(rows, "J")[name]) for name in ("as it was", "target_kl 0.02"))
-case.unexpected(f"target_kl has little of J to bring back: {was} as it was, {stopped} with it.")
+case.unexpected(f"large steps cost hardly any J at this beta: {was}, with target_kl {stopped}.")
 case.claim("as it was, gold is below the reference's", gold["as it was"] < start["gold"])
 calmer = clipped["target_kl 0.02"] < 0.5 * clipped["as it was"]
 case.claim("target_kl halves the share of clipped ratios", calmer)
@@ -94,7 +94,6 @@ right.axhline(0.7, color="gray", lw=1)
 say(right, "a controller should start from above (gray: its target)", "PPO iteration", "KL [nats]")
 
 # %% The answer
-case.unexpected("smaller steps do not bring gold back: its loss is where the run settles.")
 case.finish(
     figure,
     varied="learning rate, epochs, target_kl, kl_target, beta",

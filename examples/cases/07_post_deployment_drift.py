@@ -5,29 +5,29 @@
 After release the replies grow longer and longer. The reward model scores long replies only a little
 higher, the penalty has been on from the first update, and long replies, which by now pay much of
 it, still get positive advantages. Here the judges add a fifth of a unit a token to gold, and a
-reward model is fitted to 8,000 of their pairs. Varied: beta, and the judges (honest ones; and as
-the control ones who take that fifth off). Last, three rounds, each of which takes the policy of the
+reward model is fitted to 8,000 of their pairs. Varied: beta, and the judges: as the control honest
+ones, and ones who take that fifth off. Last, three rounds, each of which takes the policy of the
 round before as its reference.
 
 Expect an equilibrium and no accident. The penalty lr = log pi - log ref is 0 at the start, whatever
 beta, and grows only as log pi does. A reply gains probability while beta lr < r - V, so it rests at
-lr = r / beta - log Z: a small gap in r is a factor exp(gap / beta) in probability. Cures: a larger
-beta, or judges who like it short. A style that the first token decides is paid by this token
-alone; that length is, too, was expected and is wrong: each token but the end pays its share. A
-reset makes the spring slack: K rounds at beta end where one at beta / K does. To see it differently
-change PER_TOKEN or BETA.
+lr = r / beta - log Z: a small gap in r is a factor exp(gap / beta) in probability. The cure is
+judges who do not pay for length; a larger beta gives up most of the gain in gold as well. A style
+that the first token decides is paid by this token alone; that length is, too, was expected and is
+wrong: each token but the end pays its share. A reset makes the spring slack: K rounds at beta end
+where one at beta / K does. To see it differently change PER_TOKEN or BETA.
 """
 
 # %% A small preference, as arms of one experiment
 import numpy as np
 
-from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
+from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.app.study import Arm, Case, ends, mean_lines, spread, values
 from minirlhf.exact.desk import fit_bradley_terry, tilted
 from minirlhf.exact.optimum import soft_optimum
 from minirlhf.exact.tiny import POL
 
-PER_TOKEN, BETA, ROUNDS = 0.2, 0.2, 3
+PER_TOKEN, BETA, ROUNDS, RESETS = 0.2, 0.2, 3, "beta .6, three rounds"
 case = Case("07_post_deployment_drift", __doc__)
 
 
@@ -48,7 +48,7 @@ def arms(desk, seed):
         "beta 1": arm(PER_TOKEN, 5 * BETA),
         "honest judges": arm(0.0, BETA),
         "judges like it short": arm(-PER_TOKEN, BETA),
-        "beta .6, three rounds": arm(PER_TOKEN, ROUNDS * BETA, then=(reset, reset)),
+        RESETS: arm(PER_TOKEN, ROUNDS * BETA, then=(reset, reset)),
     }
 
 
@@ -60,19 +60,17 @@ reward = [learned(desk, seed, PER_TOKEN) for desk, seed in zip(desks, case.seeds
 best = [desks[i].optimum(reward[i], beta=BETA) for i in seeds]
 rest = [desks[i].describe(best[i]) for i in seeds]
 rows = {"reference": [run.rows[0] for run in runs["beta .2"]], **ends(runs), "optimum at .2": rest}
-case.table("Replies at the end", rows, ("length", "kl_seq", "gold", "entropy_seq"))
+columns = ("length", "kl_seq", "gold")
+case.table("Replies at the end", rows, (*columns, "entropy_seq"))
 
-length, kl = ({n: values(r, column) for n, r in runs.items()} for column in ("length", "kl_seq"))
+length, kl, gold = ({n: values(r, name) for n, r in runs.items()} for name in columns)
 start, drift = length["beta .2"][:, 0], np.ptp(length["beta .2"][:, [0, -1]], axis=1)
 rest_kl = np.array([row["kl_seq"] for row in rest])
-law = [np.ptp(reward[i] / BETA - np.log(best[i] / desks[i].ref)) < 1e-6 for i in seeds]
-case.claim("the penalty is 0 at the start", np.abs(kl["beta .2"][:, 0]) < 1e-9)
-case.claim("lr = r/beta - log Z of every reply at the exact optimum, to 1e-6", law)
 case.claim("trained, KL rests within 15 % of it", np.abs(kl["beta .2"][:, -1] / rest_kl - 1) < 0.15)
 case.claim("replies have grown by a token", length["beta .2"][:, -1] > start + 1)
 case.claim("beta 1 leaves less than .6 of the drift", length["beta 1"][:, -1] < start + 0.6 * drift)
-short = length["judges like it short"][:, -1]
-case.claim("control: if they like it short, less than .25", short < start + drift / 4)
+honest = length["honest judges"][:, -1]
+case.claim("control: honest judges leave less than half of it", honest < start + drift / 2)
 
 # %% Which token pays, if the first one decides the style, and if each token counts
 words = "POL ANS DET DET POL".split()[: case.max_tokens - 1]
@@ -95,24 +93,28 @@ for _ in range(ROUNDS):
     chained = [tilted(chained[i], reward[i], beta=ROUNDS * BETA) for i in seeds]
 same = [np.abs(chained[i] - best[i]).max() < 1e-10 for i in seeds]
 case.claim("three rounds at beta .6 are the optimum at .2, to 1e-10", same)
-trained = kl["beta .6, three rounds"][:, -1]
+trained = kl[RESETS][:, -1]
 case.claim("and trained end within 15 % of its KL", np.abs(trained / rest_kl - 1) < 0.15)
 
 # %% The picture
 figure, ((one, two, three),) = new_figure(13, 3.6, 1, 3)
-draw_lines(one, mean_lines(runs, "iteration", "length"), LOOKS[:4])  # the fifth is on the right
+one_round = {name: runs[name] for name in runs if name != RESETS}
+draw_lines(one, mean_lines(one_round, "iteration", "length"))
 say(one, "tokens: the drift comes to rest", "PPO iteration")
 places = [f"{i} {word}" for i, word in enumerate([*words, "EOS"], 1)]
 profile = {"the first token decides": opening, "each token counts": counted}
 draw_lines(two, {name: (places, np.mean(of, axis=0)) for name, of in profile.items()})
 say(two, "log pi - log ref of each token: who pays", "token", "nats")
-draw_lines(three, {n: mean_lines(runs, "iteration", "kl_seq")[n] for n in list(runs)[::4]})
+compared = {name: runs[name] for name in ("beta .2", RESETS)}
+draw_lines(three, mean_lines(compared, "iteration", "kl_seq"))
 three.axhline(rest_kl.mean(), color="gray", lw=0.8)
 say(three, "KL to the first reference: resets end at the same rest (gray)", "PPO iteration", "nats")
 
 # %% The answer
-end = [spread(length[name][:, -1], 1) for name in runs]
-seen = f"Replies of {spread(start, 1)} tokens have {end[0]} at beta .2, {end[1]} at 1, {end[3]} if "
-seen += f"the judges like it short; three rounds at .6, each with a new reference: {end[4]}."
+end = {n: f"{spread(length[n][:, -1], 1)} (gold {spread(gold[n][:, -1], 1)})" for n in runs}
+seen = (
+    f"Replies of {spread(start, 1)} tokens have {end['beta .2']} at beta .2, {end['beta 1']} at 1, "
+)
+seen += f"{end['honest judges']} with honest judges; three rounds at .6: {end[RESETS]}."
 case.unexpected("the first token pays for all only where it alone decides; not for length.")
 case.finish(figure, varied="beta; the judges; resets of the reference", seen=seen)

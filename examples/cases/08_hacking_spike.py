@@ -82,6 +82,7 @@ for title, names in ((f"At iteration {t0}, and 20 later", untreated), ("With a r
     case.table(title, {name: lines[name] for name in names}, tuple(lines["before"][0]))
 
 gold, kl, paid = (column(lines, name) for name in ("gold", "kl_seq", "paid"))
+where = {}
 for spike in spikes:
     cuts = np.array([[change_point(run, c) for run in runs[spike]] for c in ("paid", "kl_seq")])
     print(f"{spike}: reward turns at {spread(cuts[0], 1)}, KL at {spread(cuts[1], 1)}")
@@ -90,9 +91,9 @@ for spike in spikes:
     case.claim(f"{spike}: reward and KL turn together, 0 to 12 iterations later", together)
     up = (paid[spike] - paid["nothing changes"] > 0.5) & (kl[spike] - kl["nothing changes"] > 1)
     down = gold["nothing changes"] - gold[spike] > 0.2
+    where[spike] = cuts[0]
     case.claim(f"{spike}: 0.5 more reward, 1 more KL, 0.2 less gold than without", up & down)
-fall = gold["before"] - gold["nothing changes"]
-case.claim("control: where nothing changes gold falls by less than 0.3", fall < 0.3)
+case.claim("the bonus shows 4 iterations or more after its cause", where[spikes[1]] >= t0 + 4)
 aided, worst = gold["rolled back, kl_target"], gold["a bonus appears"]
 cured = np.min([gold["bonus, then removed"], gold["bonus, then least of 8"]], axis=0)
 case.claim("control: without the bonus gold rises again by 0.2", cured - worst > 0.2)

@@ -12,8 +12,8 @@ it a hasty run: one reward model that counts words, and a small fixed beta.
 
 Expect the blueprint to pass and the gates of the release to stop the hasty run: those of the reward
 model see none of the replies that only optimisation finds. Accuracy is asked of pairs whose order
-is settled, by gold, since of single noisy ones gold itself orders 69 % right. Control: the counting
-model under the blueprint's KL control. To see it differently change a gate, or drop the bonus.
+is settled, by gold. Control: the counting model under the blueprint's KL control. (A team has
+neither frontier nor gold: it trains at several betas and has replies judged.)
 """
 
 # %% 20,000 judgements, and reward models
@@ -21,7 +21,7 @@ import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.app.study import Arm, Case, mean_lines, spread
-from minirlhf.exact.desk import calibration_error, fit_bradley_terry
+from minirlhf.exact.desk import calibration_error, fit_bradley_terry, pair_accuracy
 from minirlhf.exact.tiny import ANS, REF
 
 case = Case("10_regulated_blueprint", __doc__)
@@ -66,7 +66,7 @@ def arms(desk, seed):
 
 runs = case.train(arms)
 
-# %% The release report: two gates for the reward model, four against the reference
+# %% The release report: two gates for the reward model, five against the reference
 GATES = {
     "accuracy": lambda share: share >= 0.75,
     "calibration": lambda error: error <= 0.05,
@@ -74,6 +74,7 @@ GATES = {
     "refusals": lambda more: abs(more) <= 0.02,
     "length": lambda ratio: abs(ratio - 1) <= 0.3,
     "gold gain": lambda lower_end: lower_end > 0,  # of 95 %, by 2,000 judged replies of each
+    "KL": lambda share: share <= 1.5,  # of the allowance
 }
 
 
@@ -84,7 +85,8 @@ def measured(seed, run, score):
     gain = new.mean() - old.mean() - 1.96 * np.sqrt((new.var() + old.var()) / 2000)
     right, longer = (wanted * said > 0)[wanted != 0].mean(), after["length"] / before["length"]
     more = (after[name] - before[name] for name in ("unsafe", "refused"))
-    values = right, calibration_error(score, pairs), *more, longer, gain
+    kl = after["kl_seq"] / blueprint(desk, scores[seed]["blueprint"], 1).ppo["kl_target"]
+    values = right, calibration_error(score, pairs), *more, longer, gain, kl
     return dict(zip(GATES, values, strict=True))
 
 
@@ -97,7 +99,7 @@ for name, of_arm in runs.items():
 case.table("What the gates measured", found, tuple(GATES))
 case.table(f"How many of {len(case.seeds)} passed", shown, (*GATES, "RELEASED"))
 case.claim("the blueprint passes every gate", passes["blueprint"].all(axis=1))
-case.claim("the gates of length and gold stop the hasty run", ~passes["hasty"][:, 4:].any(axis=1))
+case.claim("length, gold and KL stop the hasty run", ~passes["hasty"][:, 4:].any(axis=1))
 released = passes["control"][:, 2:].all(axis=1)
 case.claim("control: the counting model under KL control passes the release's gates", released)
 
@@ -109,10 +111,10 @@ draw_lines(right, mean_lines(runs, "iteration", "length"))
 say(right, "tokens of a reply: the hasty run fills them all", "PPO iteration")
 
 # %% The answer
-both = "blueprint", "hasty"
-gain, ratio = ([spread([r[g] for r in found[n]]) for n in both] for g in ("gold gain", "length"))
-passed = " and ".join(f"{shown[name][0]['RELEASED']} of {len(case.seeds)}" for name in both)
-seen = f"Blueprint and hasty run: released {passed}; lower end of the gain in gold "
-seen += f"{' and '.join(gain)}; length {' and '.join(ratio)} times the reference's."
-case.unexpected("accuracy 0.75 of single judgements is out of reach: gold itself has 0.69.")
+gain, ratio = ([spread([r[g] for r in found[n]]) for n in found] for g in ("gold gain", "length"))
+passed = ", ".join(f"{of[0]['RELEASED']} of {len(case.seeds)}" for of in shown.values())
+seen = f"Blueprint, control and hasty run: released {passed}; lower end of the gain in gold "
+seen += f"{', '.join(gain)}; length {', '.join(ratio)} times the reference's."
+of_gold = spread([pair_accuracy(desk.gold, held_out[seed]) for seed, desk in desks.items()])
+case.unexpected(f"accuracy 0.75 of single judgements is out of reach: gold itself has {of_gold}.")
 case.finish(figure, varied="the recipe: reward model, KL control", seen=seen)

@@ -15,7 +15,7 @@ mean. For k1 that is grad KL(pi||ref). For k3 it is grad KL(pi||ref) - grad KL(r
 token by token: near the reference both are equal and nothing is left, so expect a pull of 0 there
 where k1 has 1, and nothing in training that stops the policy early. What is missing is k3's own
 gradient as a loss. Control: the same k3 in the reward with that added. To see it differently, set
-BETA to 2: as k3 is a price of at least 0 for every token, replies become short.
+BETA to 2: as k3 is a price of at least 0 for every token, replies should become short.
 """
 
 # %% The gradient and the value of both, everything enumerated

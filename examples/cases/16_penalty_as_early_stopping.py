@@ -112,7 +112,7 @@ say(right, "gold: three ways without a penalty, three answers", "sqrt(KL)", "rew
 
 # %% The answer
 less = [spread(gold[:, way, 1]) for way in (NATURAL, PLAIN, PPO)]
-case.unexpected("for gold the claim holds on one way; PPO stopped has less, another more.")
+case.unexpected("the claim for gold holds on one way only; PPO stopped has less gold.")
 seen = f"Stopped at the KL of beta 0.5, beta 0 has {less[0]} gold more (natural gradient), "
 seen += f"{less[1]} (plain gradient), {less[2]} (PPO): akin to early stopping only along the first."
 case.finish(figure, varied="a penalty at rest, or none, stopped on three ways", seen=seen)

@@ -7,9 +7,10 @@
 
 A curve that has become flat does not say how far the best is. Here it is known: all 137,257 replies
 of the desk are enumerated, for the reference that a transformer has learned under each seed. It is
-then trained from samples in three ways: PPO with a learning rate that falls to 0, PPO with a
-constant rate, and one-step REINFORCE with a leave-one-out baseline (RLOO). What is lost has no
-error bar; it is a share of J* - J(ref), 1 at the reference and 0 at the optimum.
+then trained from samples in three ways: PPO with a learning rate that falls to 0 from twice the
+constant, PPO with a constant rate, and one-step REINFORCE with a leave-one-out baseline (RLOO).
+What is lost has no error bar; it is a share of J* - J(ref), 1 at the reference and 0 at the
+optimum.
 
 Expect less than 1 % to be lost with the falling rate and by RLOO, and a constant rate to lose
 several times as much and to fluctuate: near the optimum the gradient is small, its noise moves the

@@ -82,7 +82,7 @@ class Case:
         self.found: dict[str, Any] = {"question": question, "seeds": self.seeds}
         self.found |= {"tables": {}, "claims": {}, "unexpected": []}
         self.max_tokens = 3 if self.fast else MAX_TOKENS
-        self.console = Console(width=110, highlight=False)
+        self.console = Console(width=124, highlight=False)
         self.console.print(question, style="bold")
 
     def rng(self, seed: int) -> np.random.Generator:
