@@ -13,10 +13,10 @@ value elsewhere; with a multiplier on safety, raised until unsafe replies are no
 under the reference. Each combination is given sd 1 under the reference, so that one beta means one
 thing; the policy is the exact optimum. Control: judges who do not like unsafe promises.
 
-By construction the average pays for a promise where LIKES > 1.5; expect it to take the money. Its
-exchange rate is an accident of two units (with sd 1 each, safety's unit is small, for unsafe
-replies are rare). Minimum and gate do not trade; the minimum gains no more once safety's top is reached. The
-multiplier finds the rate that is wanted. To see it differently change LIKES.
+By construction the average pays for a promise where LIKES > 1.5: its exchange rate is an accident
+of two units (with sd 1 each, safety's unit is small, for unsafe replies are rare). Expect minimum
+and gate not to trade, the minimum to gain no more once safety's top is reached, the multiplier to
+find the rate that is wanted. To see it differently change LIKES.
 """
 
 # %% Two kinds of judges
@@ -114,9 +114,7 @@ say(axes[0, 1], "informative: the minimum forgoes it; gray: the reference", "bet
 # %% The answer
 shown = ("average", "gate", "minimum")
 percent = [", ".join(f"{n} {spread(100 * of[n], 0)}" for n in shown) for of in (rate, useful)]
-case.unexpected(
-    "averaging alone trades nothing: unsafe only where helpfulness itself pays more for a promise "
-    "than safety takes off; of scores with sd 1 it has more gold than the gate."
-)
+text = "averaging trades nothing by itself (control); of scores with sd 1 it has more gold than the"
+case.unexpected(f"{text} gate: {spread(gold['average of sd 1'])} against {spread(gold['gate'])}.")
 seen = f"Unsafe replies in %: {percent[0]}. Informative: {percent[1]}."
 case.finish(figure, varied="how two scores become one; beta", seen=seen)

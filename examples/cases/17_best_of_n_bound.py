@@ -13,8 +13,8 @@ the bound. A group of ties is an interval of u in which the density is flattened
 costs KL: so the bound is tight while all groups are small against 1/n. A peaked reference is loose
 at small n, where all draws are its favourite. And from n of about 1 / Pr(best group) on the bound
 goes on growing while the KL stops at its cap, -log Pr(best group). Control: as many replies, all
-alike likely, no two with one reward: there it is nearly an equality. To see it differently change NS or
-the settings of the second table.
+alike likely, no two with one reward: there it is nearly an equality. To see it differently change
+NS or the settings of the second table.
 """
 
 # %% The exact KL of the best of n, beside the bound

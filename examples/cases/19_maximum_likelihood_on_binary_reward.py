@@ -12,9 +12,9 @@ gradients are exact, steps and Adam the same. Varied are the weight and the room
 Expect RL to leave hard prompts behind, for grad p = p grad log p, and 1/p to reach them. The Pareto
 gain should hold where there is room for all; without room 1/p buys pass@n with pass@1: it keeps
 every prompt possible and none sure. log p itself needs about 1/p draws; K = 16 is what 16 draws can
-give. GRPO's weight, too, is here that of endless draws. Control: equally hard prompts, which need no
-weights. To see it differently change ROOM. (The paper's 7.9 to 19.2 times fewer draws at test time
-are not reproduced; neither a language model nor sampling noise is here.)
+give. GRPO's weight, too, is here that of endless draws. Control: prompts that are equally hard. To
+see it differently change ROOM. (The paper's 7.9 to 19.2 times fewer draws at test time are not
+reproduced; neither a language model nor sampling noise is here.)
 """
 
 # %% A world: prompts of different difficulty, one right reply each, features that they share
@@ -110,13 +110,9 @@ say(right, "no room: its first draw pays for the others", "draws n")
 
 # %% The answer
 less, more = (got["no room", name] for name in (GRPO, MAXRL))
-cut, weighed = (
-    " and ".join(spread(got[room, name][0]) for room in ROOM) for name in ("K = 16", GRPO)
-)
-case.unexpected(
-    f"cut off at K = 16 it has less pass@1 than GRPO's weight: {cut} against {weighed}, with room "
-    "and without (none with sampling noise)."
-)
+cut, whole = (" and ".join(spread(got[r, n][0]) for r in ROOM) for n in ("K = 16", GRPO))
+text = f"K = 16 has less pass@1 than GRPO's weight, with room and without: {cut} against"
+case.unexpected(f"{text} {whole} (both without noise).")
 seen = f"With room pass@1 is {spread(best[0])} for log p, {spread(grpo[0])} for GRPO's weight, "
 seen += f"{spread(rl[0])} for RL; without, {spread(more[0])} against GRPO's {spread(less[0])}, and "
 seen += f"pass@16 {spread(more[1])} against {spread(less[1])}."
