@@ -3,14 +3,13 @@
     python examples/cases/04_instability.py        # 10 s on two cores
 
 Loss and accuracy of the reward model on held-out pairs improve, nobody touched beta, and yet the
-policy drifts off and its replies get worse. Here a linear reward model is fitted by gradient
-descent to 2,000 pairs of a decided judge, P = sigmoid(3 (gold_a - gold_b)); PPO's end is the exact
-optimum ref exp(score / beta) / Z. The seeds differ in their pairs. Then other ways to fit it: more
-pairs, pairs of the policy, richer features, ensembles (2310.02743), a charge for length. Expect the
-sd of the score to grow, because the fit starts at weights 0 and the log-loss asks for differences
-as large as the judge is decided, and with it the pull score / beta: KL rises, gold passes its peak
-and falls. Normalised scores, or beta in proportion to their sd, leave only the better ranking.
-Change the judge's 3.
+policy drifts and its replies get worse. A linear reward model is fitted by gradient descent to
+2,000 pairs of a decided judge, P = sigmoid(3 (gold_a - gold_b)); PPO's end is the exact optimum ref
+exp(score / beta) / Z. Seeds differ in their pairs. Then other fits: more pairs, pairs of the
+policy, richer features, ensembles (2310.02743), a charge for length. Expect the sd of the score to
+grow, as the fit starts at weights 0 and the log-loss asks for differences as large as the judge is
+decided, and with it the pull score / beta: KL rises, gold passes its peak and falls. Normalised
+scores, or beta in proportion to their sd, leave only the better ranking. Change the judge's 3.
 """
 
 # %% One reward model, stopped at six moments of its fit
@@ -63,7 +62,7 @@ gold, half, cured, cured_too, loss = (np.array([*column(lines[b], c).values()]) 
 learned, fall = loss[0] - loss[-1], gold.max(axis=0) - gold[-1]
 case.claim("the held-out loss falls by 0.05", learned > 0.05)
 case.claim("meanwhile gold falls by 0.2 from its peak at beta 0.25", fall > 0.2)
-case.claim("at beta 0.5 only by less than 0.05", half.max(axis=0) - half[-1] < 0.05)
+case.claim("at beta 0.5 gold falls by under 0.1", half.max(axis=0) - half[-1] < 0.1)
 case.claim("normalised, gold rises by 0.1 at beta 0.5", cured[-1] - cured[0] > 0.1)
 case.claim("beta = 0.5 sd(score) is the same policy as normalised scores", same_policy)
 scale = apart["late ranking, early sd"] - apart["late ranking, late sd"]
