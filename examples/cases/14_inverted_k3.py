@@ -113,7 +113,6 @@ steps = {name: (np.arange(STEPS), rows[0]["norms"]) for name, rows in runs.items
 draw_lines(right, steps, [{**look, "marker": "", "lw": 0.8} for look in LOOKS], log="y")
 say(right, "spikes: the penalty's own gradient, first seed", "step", "its length")
 case.unexpected("k3 the right way round has no spikes, but ends below its inverse on average.")
-case.unexpected("by token, as there, not every world has a larger error than k2's at KL 1.")
 seen = f"By token inverted k3 errs by {spread(near)} |grad KL| at KL 0.02, {spread(far)} at 1 (k2 "
 seen += f"{spread(cured)}); it spikes to {np.median(spike[FAULT]):.0f} medians. Share of J*: "
 seen += ", ".join(f"{name} {spread(share[name])}" for name in (FAULT, CURE, SCHULMAN)) + "."
