@@ -2,15 +2,14 @@
 
     python examples/cases/04_instability.py        # 10 s on two cores
 
-The loss and the accuracy of the reward model on held-out pairs improve with every check, nobody
-touched beta, and yet the policy drifts further off and its replies get worse. Here a linear reward
-model is fitted by gradient descent to 2,000 pairs of a decided judge, P = sigmoid(3 (gold_a -
-gold_b)); what PPO would end with is the exact optimum ref exp(score / beta) / Z. The seeds differ
-in their pairs. Then other ways to fit it: more pairs, pairs of the policy, features that can see
-saturation, ensembles (2310.02743), a charge for length. Expect the sd of the score to grow with the
-steps, because the log-loss asks for ever larger differences, and with it the pull score / beta: KL
-rises, gold passes its peak and falls. Normalised scores, or beta in proportion to their sd, leave
-only the better ranking. Change STEPS, or the 3 of the judge, to move the peak.
+Loss and accuracy of the reward model on held-out pairs improve, nobody touched beta, and yet the
+policy drifts and its replies get worse. A linear reward model is fitted by gradient descent to
+2,000 pairs of a decided judge, P = sigmoid(3 (gold_a - gold_b)); PPO's end is the exact optimum ref
+exp(score / beta) / Z. Seeds differ in their pairs. Then other fits: more pairs, pairs of the
+policy, richer features, ensembles (2310.02743), a charge for length. Expect the sd of the score to
+grow, as the fit starts at weights 0 and the log-loss asks for differences as large as the judge is
+decided, and with it the pull score / beta: KL rises, gold passes its peak and falls. Normalised
+scores, or beta in proportion to their sd, leave only the better ranking. Change the judge's 3.
 """
 
 # %% One reward model, stopped at six moments of its fit
@@ -58,12 +57,12 @@ for beta, table in lines.items():
     case.table(f"The reward model, and its optimum at beta {beta}", table, tuple(fitted | both))
 case.table("Ranking and scale apart, beta 0.25", apart, ("gold", "kl_seq", "length"))
 apart = column(apart, "gold")
-which = ((0.25, "gold"), (0.5, "gold"), (0.5, "gold, normalised"), (0.5, "loss"))
-gold, half, cured, loss = (np.array([*column(lines[b], c).values()]) for b, c in which)
+which = ((0.25, "gold"), (0.5, "gold"), *((b, "gold, normalised") for b in BETAS), (0.5, "loss"))
+gold, half, cured, cured_too, loss = (np.array([*column(lines[b], c).values()]) for b, c in which)
 learned, fall = loss[0] - loss[-1], gold.max(axis=0) - gold[-1]
 case.claim("the held-out loss falls by 0.05", learned > 0.05)
 case.claim("meanwhile gold falls by 0.2 from its peak at beta 0.25", fall > 0.2)
-case.claim("at beta 0.5 gold ends below its peak", half.max(axis=0) > half[-1])
+case.claim("at beta 0.5 gold falls by under 0.1", half.max(axis=0) - half[-1] < 0.1)
 case.claim("normalised, gold rises by 0.1 at beta 0.5", cured[-1] - cured[0] > 0.1)
 case.claim("beta = 0.5 sd(score) is the same policy as normalised scores", same_policy)
 scale = apart["late ranking, early sd"] - apart["late ranking, late sd"]
@@ -103,7 +102,8 @@ case.claim("richer features end 1 above the reference", last["richer features"] 
 
 # %% The picture
 figure, ((left, right),) = new_figure(9, 3.4, 1, 2)
-shown = {"raw, beta 0.25": gold, "raw, beta 0.5": half, "normalised, beta 0.5": cured}
+shown = {"raw, beta 0.25": gold, "raw, beta 0.5": half}
+shown |= {"normalised, beta 0.5": cured, "normalised, beta 0.25": cured_too}
 draw_lines(left, {name: (STEPS, y.mean(axis=1)) for name, y in shown.items()}, log="x")
 say(left, "raw scores: gold falls as the reward model learns", "its steps", "gold")
 kl, golds = (column(ways, name) for name in ("kl_seq", "gold"))  # {way: (seeds, betas)}
@@ -112,9 +112,9 @@ draw_lines(right, {n: (kl[n].mean(axis=0), golds[n].mean(axis=0)) for n in names
 say(right, "only features that see saturation remove the fold", "KL [nats]", "gold")
 
 # %% The answer
-case.unexpected("a mean of 8 models gains nothing; pairs of the policy help at the limit.")
+gained = spread(peak["8 x 300 pairs: mean"] - peak["counts"])
+text = f"a mean of 8 models gains {gained} at the peak; pairs of the policy cost gold at equal KL,"
+case.unexpected(f"{text} they only end nearer (KL 10, not 18).")
 seen = f"beta 0.25: while the held-out loss falls by {spread(learned)}, gold falls by "
-seen += (
-    f"{spread(fall)} from its peak; the late ranking with the early sd has {spread(scale)} more."
-)
+seen += f"{spread(fall)} from its peak; late ranking with early sd has {spread(scale)} more."
 case.finish(figure, varied="steps of the reward model, its scale, data and features", seen=seen)

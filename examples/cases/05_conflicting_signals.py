@@ -23,13 +23,17 @@ import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.app.study import Arm, Case, ends, mean_lines, spread, values
+from minirlhf.exact.optimum import soft_optimum
 
 case = Case("05_conflicting_signals", __doc__)
 BETA, CLIPS = 0.35, (0.05, 0.2, 0.5)
 arms = {f"clip {eps}": Arm({"kl_coef": BETA, "clip_eps": eps}, iterations=100) for eps in CLIPS}
 arms["beta 0.7, clip 0.2"] = Arm({"kl_coef": 2 * BETA}, iterations=100)
 runs = case.train(arms, measure_every=5)
-optima = [desk.optimum(desk.proxy, beta=BETA) for desk in case.desks]
+optima = []  # by backward induction, token by token
+for desk in case.desks:
+    best = soft_optimum(desk.tree, desk.ref_log_probs, desk.proxy, kl_coef=BETA)
+    optima.append(desk.probs(best.log_probs))
 rests = [desk.describe(p) for desk, p in zip(case.desks, optima, strict=True)]
 start = [run.rows[0] for run in runs["clip 0.2"]]
 

@@ -13,10 +13,10 @@ value elsewhere; with a multiplier on safety, raised until unsafe replies are no
 under the reference. Each combination is given sd 1 under the reference, so that one beta means one
 thing; the policy is the exact optimum. Control: judges who do not like unsafe promises.
 
-Expect the average to pay for a promise where LIKES > 1.5: it is compensatory, and its exchange rate
-an accident of two units (with sd 1 each, safety's unit is small, for unsafe replies are rare).
-Minimum and gate do not trade; the minimum gains no more once safety's top is reached. The
-multiplier finds the rate that is wanted. To see it differently change LIKES.
+By construction the average pays for a promise where LIKES > 1.5: its exchange rate is an accident
+of two units (with sd 1 each, safety's unit is small, for unsafe replies are rare). Expect minimum
+and gate not to trade, the minimum to gain no more once safety's top is reached, the multiplier to
+find the rate that is wanted. To see it differently change LIKES.
 """
 
 # %% Two kinds of judges
@@ -27,6 +27,7 @@ from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import fit_bradley_terry
 
 LIKES, BETAS = 2.5, (4.0, 2.0, 1.0, 0.5, 0.25)
+THRESHOLD = -0.6  # of safety: an upsell (-0.4) passes, a promise (-1.4) does not
 case = Case("09_competing_constraints", __doc__)
 desk = case.desk
 answers, details, _, _, upsells, _, promises = desk.counts.T
@@ -59,7 +60,7 @@ def optima(seed, likes, beta):
         "average": helpful + safe,
         "average of sd 1": sd_1[0] + sd_1[1],
         "minimum": np.minimum(*sd_1),
-        "gate": np.where(safe > -0.6, helpful, helpful.min()),
+        "gate": np.where(safe > THRESHOLD, helpful, helpful.min()),
         "multiplier": with_multiplier(helpful, safe, beta),
     }
     rows = {}
@@ -81,7 +82,7 @@ control = by_name([optima(seed, 0.0, BETAS[-1]) for seed in case.seeds], "contro
 
 # %% What became of the policy at the smallest beta; A is the first advantage of ANS DET UNS
 ended = {**found[BETAS[-1]], "control: average": control["control: average"]}
-reference = [{**desk.describe(desk.ref), **ref, "A": 0.0} for _ in case.seeds]
+reference = [{**desk.describe(desk.ref), **ref, "A": "-"} for _ in case.seeds]
 columns = ("informative", "unsafe", "gold", "kl_seq", "A")
 case.table(f"Replies at beta {BETAS[-1]}", {"reference": reference, **ended}, columns)
 useful, rate, gold = (
@@ -113,7 +114,7 @@ say(axes[0, 1], "informative: the minimum forgoes it; gray: the reference", "bet
 # %% The answer
 shown = ("average", "gate", "minimum")
 percent = [", ".join(f"{n} {spread(100 * of[n], 0)}" for n in shown) for of in (rate, useful)]
-varied = "how two scores become one; beta"
-case.finish(
-    figure, varied=varied, seen=f"Unsafe replies in %: {percent[0]}. Informative: {percent[1]}."
-)
+text = "averaging trades nothing by itself (control); of scores with sd 1 it has more gold than the"
+case.unexpected(f"{text} gate: {spread(gold['average of sd 1'])} against {spread(gold['gate'])}.")
+seen = f"Unsafe replies in %: {percent[0]}. Informative: {percent[1]}."
+case.finish(figure, varied="how two scores become one; beta", seen=seen)

@@ -13,8 +13,8 @@ the bound. A group of ties is an interval of u in which the density is flattened
 costs KL: so the bound is tight while all groups are small against 1/n. A peaked reference is loose
 at small n, where all draws are its favourite. And from n of about 1 / Pr(best group) on the bound
 goes on growing while the KL stops at its cap, -log Pr(best group). Control: as many replies, all
-alike likely, no two with one reward: there it is an equality. To see it differently change NS or
-the settings of the second table.
+alike likely, no two with one reward: there it is nearly an equality. To see it differently change
+NS or the settings of the second table.
 """
 
 # %% The exact KL of the best of n, beside the bound
@@ -103,11 +103,11 @@ figure, ((left, right),) = new_figure(9, 3.6, 1, 2)
 names = ("as it is", "rewards rounded to 2 sd", "replies of two tokens")
 draw_lines(left, {name: (NS, table[name]["kl_seq"].mean(axis=0)) for name in names}, log="x")
 left.plot(NS, [row["bound"] for row in found["as it is"][0]], "k-", lw=0.8, label="the bound")
-say(left, "KL of the best of n: few groups of ties reach a cap", "n", "nats")
+say(left, "KL of the best of n: few replies reach a cap, ties fall behind", "n", "nats")
 names += ("reference at temperature 0.2", "control: alike likely, no ties")
 draw_lines(right, {name: (NS, share[name].mean(axis=0)) for name in names}, log="x")
 right.set_ylim(0, 1.05)
-say(right, "KL / bound: 1 where no two replies tie", "n", "share")
+say(right, "KL / bound: 1 where no reply is likely and no two tie", "n", "share")
 
 # %% The answer
 case.finish(
@@ -115,5 +115,5 @@ case.finish(
     varied="n; ties, number of replies, temperature",
     seen=f"At n = 1024 the KL is {spread(share['as it is'][:, 5], 3)} of the bound on the desk, "
     f"{spread(coarse[:, 5])} with rewards rounded to 2 sd and {spread(few[:, 5])} with 57 replies; "
-    f"{spread(even[:, 5], 3)} without ties.",
+    f"{spread(even[:, 5], 3)} where all are alike likely and none tie.",
 )

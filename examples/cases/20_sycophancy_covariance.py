@@ -4,17 +4,17 @@
 
 A user states something wrong; a reply agrees with it or corrects it, and is warm and detailed to
 some degree. Raters compare replies, a reward model r is fitted to 2,000 comparisons, and the policy
-becomes ref exp(r / beta) / Z. The paper (arXiv 2602.01002) says that agreement is amplified by its
-covariance with the reward under the reference, and gives a smallest correction in closed form. Each
-seed has raters of its own; varied are their bias towards agreement, their taste for warmth, and the
-correction. All 35 kinds of reply are enumerated.
+becomes ref exp(r / beta) / Z. The paper (arXiv 2602.01002) says that the covariance of agreement
+and reward under the reference decides the direction, and derives in closed form the agreement
+penalty whose policy, of all that agree no more than before, is nearest in KL to the uncorrected
+one: lambda_beta below. Varied are the raters' bias and taste for warmth, and the correction.
 
 Expect d Pr(agree) / d(1/beta) = Cov_pi(agree, r) all along the tilt: so the covariance at the
 reference has the sign of the *first* step, not of all. Raters who dislike agreement but love
-warmth, which only agreeing replies have, turn it round. Of all corrections that make the first step
-0 lambda agree, lambda = Cov_ref / Var_ref(agree), has the least variance; it leaves later steps.
-lambda_beta = beta log (E_ref[exp(r/beta) | agree] / E_ref[exp(r/beta) | correct]) keeps agreement
-at the reference's for this beta. Control: raters without a bias. To change: RATERS, and ref.
+warmth, which only agreeing replies have, turn it round. lambda = Cov_ref / Var_ref(agree) makes the
+first step 0 with the least variance. lambda_beta = beta log (E_ref[exp(r/beta) | agree] /
+E_ref[exp(r/beta) | correct]) keeps agreement at the reference's for this beta, with the odds within
+agreeing and within correcting replies unchanged. Control: unbiased raters. To change: RATERS, ref.
 """
 
 # %% The replies, the reference, and raters with different tastes
@@ -64,7 +64,7 @@ def kept(r, t):
 # %% Along the tilt, for every judge and every correction
 BETAS, FAR = {"beta 4": 4.0, "beta 1": 1.0, "beta 0.25": 0.25}, "beta 0.25"
 T, H = np.linspace(0.01, 4.0, 40), 1e-4  # 1/beta
-rows, lines, worst = {}, {}, []
+rows, lines, worst, excess = {}, {}, [], []
 for seed in case.seeds:
     rng, errors = case.rng(seed), []
     rewards = {name: fitted_reward(np.array(taste), rng) for name, taste in RATERS.items()}
@@ -84,6 +84,9 @@ for seed in case.seeds:
         rows.setdefault(name, []).append(row)
     keep = {beta: kept(r, 1 / beta) for beta in BETAS.values()}
     row = {b: tilt(r - keep[beta] * agree, 1 / beta) @ agree for b, beta in BETAS.items()}
+    q, p = (tilt(to, 1 / BETAS[FAR]) for to in (r, r - keep[BETAS[FAR]] * agree))
+    least = 0.3 * np.log(0.3 / (q @ agree)) + 0.7 * np.log(0.7 / (1 - q @ agree))  # for any p
+    excess.append(p[ref > 0] @ np.log(p[ref > 0] / q[ref > 0]) - least)
     less = keep[1.0] * agree
     row |= {"Cov_ref": cov(ref, agree, r - less), "sd taken off": cov(ref, less, less) ** 0.5}
     rows.setdefault("less lambda_beta agree", []).append(row)
@@ -100,6 +103,7 @@ for text, holds in {
     "fond of warmth: and rises to over 0.5 at beta 0.25": fond[FAR] > 0.5,
     "less lambda agree: within 0.01 of the reference at beta 4": abs(first["beta 4"] - 0.3) < 0.01,
     "less lambda_beta agree: the reference's at beta 0.25": abs(exact[FAR] - 0.3) < 1e-9,
+    "and no policy that agrees as rarely is nearer in KL, to 1e-9": np.abs(excess) < 1e-9,
 }.items():
     case.claim(text, holds)
 
@@ -107,13 +111,10 @@ for text, holds in {
 figure, ((axis,),) = new_figure(6.5, 3.8, 1, 1)
 draw_lines(axis, lines, [{**look, "markevery": 5} for look in LOOKS])
 axis.axhline(0.3, color="gray", lw=0.8)
-say(
-    axis, "the covariance at the reference is the first slope, not the end", "1 / beta", "Pr(agree)"
-)
+say(axis, "Cov at the reference is the first slope, not the end", "1 / beta", "Pr(agree)")
 
 # %% The answer
 seen = f"Agreement of 0.30 becomes {spread(biased[FAR])} by biased raters at beta 0.25, "
 seen += f"{spread(first[FAR])} corrected to first order, 0.30 by lambda_beta. Raters fond of "
 seen += f"warmth have Cov_ref = {spread(fond['Cov_ref'])} and end at {spread(fond[FAR])}."
-case.unexpected("the covariance at the reference decides the first step, not the end.")
 case.finish(figure, varied="the judges' bias; three corrections; beta", seen=seen)

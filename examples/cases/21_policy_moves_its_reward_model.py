@@ -16,9 +16,8 @@ beta, so that it moves less.
 
 Expect the rounds to rest where p is the optimum of the reward model fitted to p's own pairs, and to
 get there only if a step of p moves the next optimum by less than itself. With counts and a kept
-reference it does not: pairs without long replies teach that words are good, pairs of long replies
-that they are bad. To see it differently change `beta`, or give the judges a blind spot of their own
-(`gold=` of `draw_pairs`), so that their feedback does reinforce the error.
+reference it does not: pairs with little ANS teach that ANS is good, pairs full of it that it is
+bad. To see it differently change `beta`, or give the judges a blind spot (`draw_pairs(gold=)`).
 """
 
 # %% The rounds
@@ -40,9 +39,11 @@ def rounds(seed, sees="counts", beta=0.3, keep_pairs=False, reset=False, policy_
     for _ in range(n_rounds):
         now = desk.draw_pairs(p if policy_draws else desk.ref, n_pairs, rng=rng)
         pairs = [*pairs, now] if keep_pairs else [now]
-        reward = features[sees] @ fit_bradley_terry(features[sees], np.concatenate(pairs))
+        weights = fit_bradley_terry(features[sees], np.concatenate(pairs))
+        reward = features[sees] @ weights
         p = tilted(p if reset else desk.ref, reward, beta=beta)
-        rows.append({**desk.describe(p), "reward": float((p - desk.ref) @ reward)})
+        row = {"reward": float((p - desk.ref) @ reward), "ANS": weights[0], "DET": weights[1]}
+        rows.append(desk.describe(p) | row)
     return rows
 
 
@@ -64,6 +65,8 @@ rows = {"reference": [run[0] for run in runs["counts"]]}
 rows["counts, one round"] = [run[1] for run in runs["counts"]]
 rows["rich, one round"] = [run[1] for run in runs["rich"]]
 case.table("After eight rounds", rows | last, ("gold", "reward", "kl_seq", "length", "top_reply"))
+each = {f"round {i}": [run[i] for run in runs["counts"]] for i in range(1, n_rounds + 1)}
+case.table("counts: what a token is paid, what comes of it", each, ("ANS", "DET", "length", "gold"))
 
 gold = {name: np.array([[row["gold"] for row in run] for run in runs[name]]) for name in arms}
 reward = {name: np.array([[row["reward"] for row in run] for run in runs[name]]) for name in arms}
@@ -74,9 +77,9 @@ case.claim(
     (plain[:, -2:].mean(1) < start - 0.5) & (reward["counts"][:, -2:].mean(1) > 1),
 )
 case.claim("it does not rest: in the end gold moves by more than .1 a round", step["counts"] > 0.1)
-tokens = np.array([[row["length"] for row in run] for run in runs["counts"]])
-overshoots = (tokens[:, [1, 3]] > tokens[:, [2]] + 0.5).all(axis=1)
-case.claim("it overshoots: rounds 1 and 3 have half a token more than round 2", overshoots)
+paid = np.array([[row["ANS"] for row in run[1:]] for run in runs["counts"]])
+turns = (np.diff(np.sign(paid), axis=1) != 0).all(axis=1)
+case.claim("it over-corrects: what ANS is paid changes its sign every round", turns)
 case.claim(
     "all pairs so far: it rests, gold moves by less than .03 a round, above .95 of one round's",
     (step["counts, all pairs"] < 0.03) & (gold["counts, all pairs"][:, -1] > 0.95 * plain[:, 1]),
@@ -98,18 +101,16 @@ figure, ((left, right),) = new_figure(10, 3.6, 1, 2)
 rounds_done = np.arange(n_rounds + 1)
 for axis, shown in ((left, list(arms)[:5]), (right, list(arms)[5:])):
     draw_lines(axis, {name: (rounds_done, gold[name].mean(axis=0)) for name in shown})
-say(left, "counts: with a kept reference each round overshoots the last", "round", "gold")
+say(left, "counts, kept reference: gold falls over the rounds", "round", "gold")
 say(right, "rich features: hardly an error to exploit", "round", "gold")
 
 # %% The answer
 print(
-    "The claim holds in part. The collapse is there, low gold and high reward, where the policy\n"
-    "moves its reward model most. Its cause here is not that feedback reinforces an error: honest\n"
-    "feedback undoes the last error and makes the opposite one, by more. What damps the answer\n"
-    "(all pairs, a larger beta, a reset reference, features that can see) ends it."
+    "A collapse is there too with honest judges, whose feedback cannot reinforce an error: not by\n"
+    "the paper's mechanism, but as fresh pairs over-correct the last error. Damping ends it."
 )
 one, kept, reset = (gold[n][:, -1] for n in ("counts", "counts, all pairs", "rich, reset"))
-case.unexpected("fresh pairs feed no error back, they over-correct it.")
+case.unexpected("with honest judges collapse comes from over-correction, not from errors fed back.")
 case.finish(
     figure,
     varied="features, pairs, beta, resets of the reference",

@@ -9,11 +9,12 @@ reward r the log-ratio r / beta - log Z and no more. Each seed has a proxy of it
 2,000 pairs of the reference; varied is the share s of the way, pi_s = ref exp(s r / beta) / Z.
 
 Expect r - beta log_ratio to be one number at the optimum, over all 137,257 replies, and only there:
-along the way it is r (1 - s) + const, so its variance, which samples can measure, says how far is
-left. It follows that at the optimum the sampled policy gradient with k1 in the reward is 0 for
-every single reply: no noise is left. With the KL of the whole vocabulary in the reward and the loss
-noise remains, for beta sum_t KL_t still varies from reply to reply. Control: shift the reward by a
-constant, and nothing changes. To see it differently change BETA or REPLIES.
+along the way it is r (1 - s) + const, so its variance says how far is left on this way. It is no
+proof: samples see only what the policy says, and one that says a single reply has variance 0 too,
+far from J* (the control); look at the entropy beside it. It follows that at the optimum the sampled
+policy gradient, less the exact value, with k1 in the reward is 0 for every single reply: no noise
+is left. With the KL of the whole vocabulary in the reward and the loss noise remains, for beta
+sum_t KL_t still varies from reply to reply. To see it differently change BETA or REPLIES.
 """
 
 # %% The spring: six replies at the optimum
@@ -23,9 +24,10 @@ from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import Desk, fit_bradley_terry
 from minirlhf.exact.experiments import flatness_table
+from minirlhf.exact.optimum import soft_optimum
 
 case = Case("23_flatness", __doc__)
-BETA = 0.5
+BETA, SHARES = 0.5, (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 REPLIES = ("ANS", "ANS DET", "ANS DET ANS", "POL ANS DET", "HED HED REF", "UNS")
 desk, short = case.desk, Desk(max_tokens=min(4, case.max_tokens))
 
@@ -37,28 +39,29 @@ def fitted_proxy(seed):
 
 weights = [fitted_proxy(seed) for seed in case.seeds]
 replies = {reply: [] for reply in REPLIES}
-ranges, drift = [], []
+ranges, stuck = [], []
 for w in weights:
     reward = desk.standardised(desk.counts @ w)
-    log_ratio = np.log(desk.optimum(reward, beta=BETA)) - desk.ref_logp
+    best = soft_optimum(desk.tree, desk.ref_log_probs, reward, kl_coef=BETA)  # token by token
+    log_ratio = np.log(desk.probs(best.log_probs)) - desk.ref_logp
     flat = reward - BETA * log_ratio
     log_z = np.log(desk.ref @ np.exp(reward / BETA))
     ranges.append(max(np.ptp(flat), abs(flat - BETA * log_z).max()))
-    moved = np.log(desk.optimum(reward + 3.0, beta=BETA)) - desk.ref_logp
-    drift.append(abs(moved - log_ratio).max())
+    y = int(reward.argmax())  # a policy that says this only: J = r - beta (0 - log ref)
+    stuck.append(BETA * log_z - reward[y] - BETA * desk.ref_logp[y])
     for reply in REPLIES:
         y = desk.leaf(reply)
         row = {"ref, %": 100 * desk.ref[y], "pi*, %": 100 * desk.ref[y] * np.exp(log_ratio[y])}
         row |= {"r": reward[y], "log_ratio": log_ratio[y], "r - beta log_ratio": flat[y]}
         replies[reply].append(row)
 case.table(f"At the optimum of beta = {BETA}", replies, tuple(replies["ANS"][0]))
-best = [row["r - beta log_ratio"] for row in replies["ANS"]]
+level = [row["r - beta log_ratio"] for row in replies["ANS"]]
 
 # %% On the way: the variance of r - beta log_ratio, and the noise of one sample
 way = {}  # {share: [a row for each seed]}
 for w in weights:
     world = short.with_reward(short.standardised(short.counts @ w))
-    for row in flatness_table(world, kl_coef=BETA):
+    for row in flatness_table(world, kl_coef=BETA, shares=SHARES):
         p = short.optimum(row["share"] * world.rewards, beta=BETA)
         flat = world.rewards - BETA * (np.log(p) - short.ref_logp)
         row["Var(r - beta log_ratio)"] = p @ (flat - p @ flat) ** 2
@@ -71,7 +74,7 @@ got = {name: np.array([[row[name] for row in rows] for rows in way.values()]) fo
 gap, spreads, k1, full = got.values()  # (shares, seeds) each
 for text, holds in {
     "at the optimum r - beta log_ratio is beta log Z for all, to 1e-9": np.array(ranges) < 1e-9,
-    "control: a reward that is 3 higher has the same optimum, to 1e-9": np.array(drift) < 1e-9,
+    "control: a policy of one reply, variance 0 too, is 1 or more below J*": np.array(stuck) >= 1,
     "its variance falls at every step of the way": (np.diff(spreads, axis=0) < 0).all(axis=0),
     "noise of k1 and of the full KL are equal at the reference": abs(k1[0] - full[0]) < 1e-9,
     "that of k1 is 0 at the optimum, to 1e-9": k1[-1] < 1e-9,
@@ -96,7 +99,7 @@ say(right, "towards the optimum only k1's noise goes to 0", "J* - J [reward unit
 case.finish(
     figure,
     varied="the way to the optimum; k1 or the full KL",
-    seen=f"At the optimum r - beta log_ratio is {spread(best)} for all replies, equal to "
+    seen=f"At the optimum r - beta log_ratio is {spread(level)} for all replies, equal to "
     f"{max(ranges):.0e}; the noise of k1 falls from {spread(k1[0])} to {spread(k1[-1])}, that of "
     f"the full KL to {spread(full[-1])}.",
 )
