@@ -157,8 +157,9 @@ def metrics(folder, stage=None) -> list[dict]:
 
 
 def updates(folder, stage) -> list[dict]:
-    """The lines of a stage's updates: without those of what was held out."""
-    return [row for row in metrics(folder, stage) if "lr" in row]
+    """The lines of a stage's updates, without what was held out."""
+    rows = (row for row in metrics(folder, stage) if "lr" in row)
+    return [{k: x for k, x in row.items() if not k.startswith("heldout/")} for row in rows]
 
 
 def files_under(folder) -> dict[str, bytes]:

@@ -197,20 +197,20 @@ def _learn(
         metrics = measure(some if done < n_steps else slice(None)) if done in due else {}
         if metrics:
             title.beside = f", held out {metrics[name]:.3f}"
-            session.log.metrics(done, stage, metrics)
         return metrics
 
     done, _ = folder.load_state(session, stage, optimizer, n_steps)
     saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
     last = look(done)
     for step, metrics in _follow(session, stage, loop, range(done, n_steps), title):
-        session.log.metrics(step, stage, metrics)
+        session.log.metrics(step, stage, metrics | last)  # held out: as it was before this step
         if (began := time.perf_counter()) - saved >= pause:
             folder.save_state(session, stage, optimizer, step + 1)
             saved = time.perf_counter()
             pause = max(CHECKPOINT_SECONDS, (saved - began) / CHECKPOINT_SHARE)
         last = look(step + 1)  # not in the checkpoint: after a resume it is made again
     if last:
+        session.log.metrics(n_steps, stage, last)
         rows = len(range(n)[some])
         _note_memorised(session, stage, n_steps, last if rows == n else measure(some), rows)
     return last
