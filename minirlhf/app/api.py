@@ -213,7 +213,8 @@ class Run:
         """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""
         from minirlhf.app.pictures import curves_figure
 
-        last = self.result["policy"] if (self.folder / "result.json").exists() else None
+        ended = (self.folder / "result.json").exists()
+        last = pipeline.read_result(self.folder).policy if ended else None
         return curves_figure(self.metrics, last)
 
     def _refuse_to_cut(self, *, prompt: str, response: str = "") -> None:

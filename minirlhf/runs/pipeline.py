@@ -103,7 +103,10 @@ def run_stages(session: Session) -> Result | None:
     Returns:  the comparison; None where config.stages leave out PPO.
     """
     if session.stored is None:
-        return read_result(session)
+        session.say(
+            f"run {session.folder}: finished; its texts or reward have gone or changed since"
+        )
+        return read_result(session.folder)
     config = session.config
     n_workers = config.workers if config.device == "cpu" else 1
     threads = config.threads or None
@@ -133,15 +136,14 @@ def run_stages(session: Session) -> Result | None:
     return Result(before, after, last.prompts, first, last, session.seconds)
 
 
-def read_result(session: Session) -> Result:
+def read_result(run: Path) -> Result:
     """The comparison of a finished run without its replies, refused if it is none."""
-    path = session.folder / "result.json"
+    path = run / "result.json"
     parts = [read_object(path).get(name) for name in ("reference", "policy", "seconds")]
     for part in parts:
         if not (isinstance(part, dict) and {type(x) for x in part.values()} <= _NUMBERS):
             raise InputError(f"{path}: expected numbers; got others: restore the file")
         part.update({key: math.nan for key, x in part.items() if x is None})
-    session.say(f"run {session.folder}: finished; its texts or reward have gone or changed since")
     return Result(*parts[:2], [], None, None, parts[2])
 
 

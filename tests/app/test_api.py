@@ -177,6 +177,14 @@ def test_metrics_result_and_curves(run):
     assert minirlhf.open_run(run.folder).sample(PROMPT) == run.sample(PROMPT)
 
 
+@pytest.mark.parametrize("content", ["{}", '{"policy": 3}', '{"policy": {"gold": "a"}}'])
+def test_curves_of_a_damaged_result_are_refused(run, monkeypatch, tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    monkeypatch.setattr(run, "folder", tmp_path)
+    with pytest.raises(InputError, match="result.json: expected numbers"):
+        run.curves()
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected a run folder"):
         minirlhf.open_run(tmp_path)
