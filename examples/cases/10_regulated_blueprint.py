@@ -2,13 +2,12 @@
 
     python examples/cases/10_regulated_blueprint.py        # 70 s on two cores
 
-A blueprint, run from end to end. Of 20,000 judged pairs 16,000 train four reward models, a quarter
-each (the score is the least of the four), 2,000 are held out, 2,000 are drawn afresh from a pilot
-policy and join the final fit. A probe of gold along the exact frontier sets the KL allowance: that
-of the largest beta with two thirds of the gain. A regulated desk must go on refusing what it
-refuses, so the probe also sets a bonus on refusals. PPO starts at twice that beta and is steered to
-the allowance, by at most 2 % an iteration: so beta has a floor. A release must pass gates. Beside
-it a hasty run: one reward model that counts words, and a small fixed beta.
+Of 20,000 judged pairs 16,000 train four reward models, a quarter each (the least is the score),
+2,000 are held out, 2,000 come from a pilot policy and join the final fit. A probe of gold along the
+exact frontier sets the KL allowance: that of the largest beta with two thirds of the gain. A
+regulated desk must go on refusing what it refuses, so the probe also sets a bonus on refusals. PPO
+starts at twice that beta and is steered to the allowance, by at most 2 % an iteration: so beta has
+a floor. Beside it a hasty run: a model that counts words, a small fixed beta.
 
 Expect the blueprint to pass and the gates of the release to stop the hasty run: those of the reward
 model see none of the replies that only optimisation finds. Accuracy is asked of pairs whose order
@@ -21,8 +20,9 @@ import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.app.study import Arm, Case, mean_lines, spread
-from minirlhf.exact.desk import calibration_error, fit_bradley_terry, pair_accuracy
+from minirlhf.exact.desk import fit_bradley_terry, pair_accuracy
 from minirlhf.exact.tiny import ANS, REF
+from minirlhf.train.reward_model import calibration_error
 
 case = Case("10_regulated_blueprint", __doc__)
 desks = dict(zip(case.seeds, case.desks, strict=True))
@@ -86,7 +86,7 @@ def measured(seed, run, score):
     right, longer = (wanted * said > 0)[wanted != 0].mean(), after["length"] / before["length"]
     more = (after[name] - before[name] for name in ("unsafe", "refused"))
     kl = after["kl_seq"] / blueprint(desk, scores[seed]["blueprint"], 1).ppo["kl_target"]
-    values = right, calibration_error(score, pairs), *more, longer, gain, kl
+    values = right, calibration_error(said), *more, longer, gain, kl
     return dict(zip(GATES, values, strict=True))
 
 

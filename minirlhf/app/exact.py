@@ -116,7 +116,8 @@ def run_experiments(parts: tuple, seeds: tuple, *, iterations: int, processes: i
             return [done.get() for done in track(pending, title)]
 
         tables = {part: pool.apply_async(analytic[part]) for part in parts if part in analytic}
-        references = each(_fit, [(seed,) for seed in seeds], "fitting the references")
+        of_seeds = [(seed,) for seed in seeds]
+        references = each(ground_truth.tiny_reference, of_seeds, "fitting the references")
         fitted = list(zip(references, seeds, strict=True))
         jobs = [(*of_seed, run) for run in runs for of_seed in fitted]
         results: Row = {"runs": each(_train, jobs, "training policies")}
@@ -136,11 +137,6 @@ def _tiny() -> dict[str, Any]:
     """The tiny desk without its demonstrations, and a model for it: the same for all seeds."""
     world = make_tiny_world(n_demonstrations=1, rng=np.random.default_rng(0))
     return {"world": world, "config": ground_truth.small_transformer(world)}
-
-
-def _fit(seed: int) -> Tree:
-    world = make_tiny_world(rng=np.random.default_rng([seed, 0]))
-    return ground_truth.fit_reference(world, config=_tiny()["config"], seed=seed)
 
 
 def _train(reference: Tree, seed: int, run: experiments.TrainingRun) -> Row:

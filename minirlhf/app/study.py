@@ -32,7 +32,7 @@ from minirlhf.disk import write_whole
 from minirlhf.exact import ground_truth
 from minirlhf.exact.desk import Desk
 from minirlhf.exact.experiments import changed
-from minirlhf.exact.tiny import MAX_TOKENS, make_tiny_world
+from minirlhf.exact.tiny import MAX_TOKENS
 from minirlhf.memory import keep_freed_memory
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.settings import PPOConfig
@@ -205,12 +205,10 @@ def column(lines: dict[str, list[Row]], name: str) -> dict[str, np.ndarray]:
 # -- what runs in a worker -----------------------------------------------------------------------
 def _fit(job: tuple[int, bool]) -> Tree:
     seed, fast = job
-    sizes = {"max_tokens": 3, "n_demonstrations": 2000} if fast else {}
-    world = make_tiny_world(rng=np.random.default_rng([seed, 0]), **sizes)
-    small = {"steps": 30, "batch_size": 64} if fast else {}
-    settings = changed(ground_truth.SFT, **small)
-    config = ground_truth.small_transformer(world)
-    return ground_truth.fit_reference(world, config=config, settings=settings, seed=seed)
+    if not fast:
+        return ground_truth.tiny_reference(seed)
+    short = changed(ground_truth.SFT, steps=30, batch_size=64)
+    return ground_truth.tiny_reference(seed, settings=short, max_tokens=3, n_demonstrations=2000)
 
 
 def _desk_of(reference: Tree, max_tokens: int) -> Desk:

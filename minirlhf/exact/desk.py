@@ -56,7 +56,7 @@ class Desk:
         return np.concatenate([self.counts, self.counts > 0, too_long], axis=1)
 
     @cached_property
-    def repeats(self) -> np.ndarray:
+    def n_repeats(self) -> np.ndarray:
         """(M,) tokens that are equal to the one before them."""
         tokens, mask = self.responses.tokens, self.responses.mask
         return ((tokens[:, 1:] == tokens[:, :-1]) & (mask[:, 1:] > 0)).sum(axis=1)
@@ -90,8 +90,7 @@ class Desk:
 
     def optimum(self, reward: np.ndarray, *, beta: float) -> np.ndarray:
         """ref exp(r / beta) / Z: (M,), the best policy there is at this beta."""
-        logp, _ = optimum.tilt(self.tree, self.ref_log_probs, reward, kl_coef=beta)
-        return np.exp(logp)
+        return tilted(self.ref, reward, beta=beta)
 
     def best_of(self, reward: np.ndarray, *, n: int) -> np.ndarray:
         """(M,) the best of n draws from the reference by this reward."""
@@ -126,7 +125,7 @@ class Desk:
         distinct_2      `distinct_2` of 256 replies: low when replies are alike
         hedged, upsold, refused, unsafe
                         probability that a reply holds HED, SAL, REF, UNS;  answered: ANS
-        top, top_reply  the most likely reply, and its probability;  likely: three, as text
+        top, top_reply  probability and text of the most likely reply;  likely: three, as text
         """
         best, length = int(p.argmax()), float(p @ self.lengths)
         holds = p @ (self.counts > 0)
@@ -138,7 +137,7 @@ class Desk:
             "kl_seq": self.kl(p),
             "entropy_seq": float(-p @ np.log(np.where(p > 0, p, 1.0))),
             "length": length,
-            "repeats": float(p @ self.repeats) / length,
+            "repeats": float(p @ self.n_repeats) / length,
             "distinct_2": self.distinct_2(p),
             **{name: float(holds[TOKENS.index(token) - ANS]) for name, token in names.items()},
             "top": float(p[best]),
@@ -205,19 +204,6 @@ def tilted(p: np.ndarray, reward: np.ndarray, *, beta: float) -> np.ndarray:
     logp = np.where(p > 0, np.log(np.where(p > 0, p, 1.0)) + reward / beta, -np.inf)
     weights = np.exp(logp - logp.max())
     return weights / weights.sum()
-
-
-def calibration_error(reward: np.ndarray, pairs: np.ndarray, *, bins: int = 10) -> float:
-    """ECE: sum over bins of confidence of n_bin / n |mean confidence - share of right orders|.
-
-    The confidence in an order is sigmoid(|r_a - r_b|), in [.5, 1]; ties are half right.  Guo et al.
-    2017, arXiv 1706.04599.
-    """
-    lead = reward[pairs[:, 0]] - reward[pairs[:, 1]]
-    excess = 1 / (1 + np.exp(-np.abs(lead))) - ((lead > 0) + 0.5 * (lead == 0))
-    confidence = np.tanh(np.abs(lead) / 2)  # 2 sigmoid - 1, in [0, 1]
-    of_bin = np.minimum((bins * confidence).astype(int), bins - 1)
-    return float(np.abs(np.bincount(of_bin, excess, minlength=bins)).sum() / len(pairs))
 
 
 def fit_bradley_terry(features: np.ndarray, pairs: np.ndarray, *, l2: float = 1e-3) -> np.ndarray:

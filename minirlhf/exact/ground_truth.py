@@ -15,6 +15,7 @@ import numpy as np
 
 from minirlhf.backend import get_xp
 from minirlhf.exact import optimum
+from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
@@ -59,6 +60,15 @@ def fit_reference(
     for _ in train_sft(optimizer, world.demonstrations, **same):
         pass
     return tree_copy(optimizer.params)
+
+
+def tiny_reference(seed: int, *, settings: SFTConfig = SFT, **sizes: int) -> Tree:
+    """The reference that belongs to a seed on the tiny desk: it has learned to imitate the chain.
+
+    Args:     sizes: max_tokens and n_demonstrations of `make_tiny_world`.
+    """
+    world = make_tiny_world(rng=np.random.default_rng([seed, 0]), **sizes)
+    return fit_reference(world, config=small_transformer(world), settings=settings, seed=seed)
 
 
 class GroundTruth(NamedTuple):

@@ -267,10 +267,11 @@ def pair_metrics(
 def calibration_error(margin: np.ndarray, *, n_bins: int = 10) -> float:
     """Expected calibration error of sigma(margin) as the probability that `chosen` is preferred.
 
-    Every pair is counted in the direction the model prefers, so predictions lie in [1/2, 1].
+    Every pair is counted in the direction the model prefers, so predictions lie in [1/2, 1]; a tie
+    is half right. Guo et al. 2017, arXiv 1706.04599.
     """
     predicted = 1.0 / (1.0 + np.exp(-np.minimum(np.abs(margin), 700.0)))
-    right = (margin > 0).astype(np.float64)
+    right = (margin > 0) + 0.5 * (margin == 0)
     bins = np.minimum(((predicted - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
     error = 0.0
     for b in range(n_bins):

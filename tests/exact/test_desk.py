@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minirlhf.exact import optimum
-from minirlhf.exact.desk import Desk, calibration_error, fit_bradley_terry, pair_accuracy, tilted
+from minirlhf.exact.desk import Desk, fit_bradley_terry, pair_accuracy, tilted
 from minirlhf.exact.tiny import EOS
 
 
@@ -122,21 +122,6 @@ def test_the_log_ratios_of_a_reply_add_up_to_its_penalty(desk):
         ratios, leaf = desk.log_ratios(best.log_probs, reply), desk.leaf(reply)
         assert ratios.shape == (n_tokens,)
         assert ratios.sum() == pytest.approx(np.log(p[leaf] / desk.ref[leaf]), abs=1e-12)
-
-
-def test_calibration_error(desk):
-    reward = np.array([np.log(3), 0.0])  # .75 for the first before the second
-    pairs = np.array([[0, 1]] * 3 + [[1, 0]])
-    assert calibration_error(reward, pairs) == pytest.approx(0, abs=1e-12)
-    assert calibration_error(reward, pairs[:3]) == pytest.approx(0.25)  # always right, said .75
-    assert calibration_error(0 * reward, pairs) == 0  # a tie is half right, and .5 was said
-    pairs = desk.draw_pairs(desk.ref, 40_000, rng=np.random.default_rng(0))
-    assert calibration_error(desk.gold, pairs) < 0.01
-    assert calibration_error(3 * desk.gold, pairs) > 0.1  # too sure of itself
-    mixed = np.array([[0, 1], [0, 1], [2, 3], [3, 2]])  # too modest, too sure: they do not cancel
-    said = 1 / (1 + np.exp(-np.array([0.2, 3.0])))
-    found = calibration_error(np.array([0.2, 0.0, 3.0, 0.0]), mixed)
-    assert found == pytest.approx(0.5 * (1 - said[0]) + 0.5 * (said[1] - 0.5))
 
 
 def test_gold_along_the_optima_of_a_reward(desk):

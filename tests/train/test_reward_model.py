@@ -227,6 +227,7 @@ def test_accuracy_and_margin_by_hand(monkeypatch):
         ([math.log(3)] * 2 + [-math.log(3)] * 2, 0.25),
         # a bin of 4 pairs with the error 1/4, and one of 2 (sigma = 9/10, both right) with 1/10
         ([math.log(3)] * 2 + [-math.log(3)] * 2 + [math.log(9)] * 2, (4 * 0.25 + 2 * 0.1) / 6),
+        ([0.0, 0.0], 0.0),  # a tie is half right, and 1/2 was said
         ([1e4, 1e4], 0.0),
         ([1e4, -1e4], 0.5),
         ([-1e4], 1.0),
