@@ -10,7 +10,8 @@ from minirlhf.train.batches import pad_batch
 from minirlhf.train.metrics import mean_of_updates, rollout_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.ppo import make_experience, ppo_update
-from minirlhf.train.rollout import sample_responses, score_rollout
+from minirlhf.train.rollout import score_rollout
+from minirlhf.train.sampler import sample_responses
 from minirlhf.tree import tree_map
 
 

@@ -12,13 +12,9 @@ from minirlhf.app.cli import main
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.log import read_jsonl
 from minirlhf.runs.session import no_progress
-from minirlhf.train.settings import (
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    RewardModelConfig,
-    SFTConfig,
-)
+from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.settings import ModelConfig, OptimizerConfig, PPOConfig
+from minirlhf.train.sft import SFTConfig
 from minirlhf.tree import tree_items
 
 STAGES = ("sft", "reward_model", "ppo")

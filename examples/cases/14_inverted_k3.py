@@ -27,7 +27,7 @@ from minirlhf.exact.expected import gather_nodes, relative_error
 from minirlhf.exact.experiments import logits_at_kl, make_random_world
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.nn.adam import adamw_step, init_adamw
-from minirlhf.rlhf.kl import kl_estimate_slope
+from minirlhf.rlhf.kl import ESTIMATORS
 from minirlhf.rlhf.logprobs import log_softmax, token_logprobs_backward, token_logprobs_forward
 
 case = Case("14_inverted_k3", __doc__)
@@ -36,7 +36,7 @@ CURE, SCHULMAN, FAULT = PENALTIES = ("k2", "k3", "inverted k3")
 
 def slope_of(penalty, log_ratio):
     """d penalty / d log_ratio."""
-    return np.expm1(log_ratio) if penalty == FAULT else kl_estimate_slope(log_ratio, penalty)
+    return np.expm1(log_ratio) if penalty == FAULT else ESTIMATORS[penalty](log_ratio)[1]
 
 
 def measure(world, logits):

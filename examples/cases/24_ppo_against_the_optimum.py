@@ -30,13 +30,14 @@ case = Case("24_ppo_against_the_optimum", __doc__)
 BETA, RATE = 0.5, {"learning_rate": 1e-3, "schedule": "constant"}
 constant = {"kl_coef": BETA, "optimizer": RATE}
 cut = Arm({"kl_coef": BETA, "optimizer": {**RATE, "learning_rate": 1e-4}}, iterations=20)
-one_step = {"epochs": 1, "minibatches": 1, "vf_coef": 0.0, "clip": "none"}
+one_step = {"epochs": 1, "minibatches": 1, "clip": "none"}
+one_step |= {"advantages": "leave-one-out", "samples_per_prompt": 256}  # there is one prompt
 one_step |= {"kl_coef": BETA, "optimizer": {"max_grad_norm": 0.3}}
 FALLS, SAME, RLOO, CUT = ("PPO, rate to 0", "PPO, constant rate", "one-step RLOO", "control: cut")
 arms = {
     FALLS: Arm({"kl_coef": BETA}, iterations=100),
     SAME: Arm(constant, iterations=100),
-    RLOO: Arm(one_step, iterations=100, baseline="leave_one_out"),
+    RLOO: Arm(one_step, iterations=100),
     CUT: Arm(constant, iterations=80, then=(cut,)),
 }
 runs = case.train(arms)

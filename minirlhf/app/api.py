@@ -25,6 +25,7 @@ from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.folder import is_saved, last_kl_coef
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
+from minirlhf.train import recipes
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.rollout import Samples
@@ -35,7 +36,12 @@ BARS = {"track": track, "say": say}
 
 
 def train(
-    config: TrainConfig | None = None, *, reward: Reward = "", progress: bool = True, **changes: Any
+    config: TrainConfig | None = None,
+    *,
+    reward: Reward = "",
+    recipe: str = "ppo",
+    progress: bool = True,
+    **changes: Any,
 ) -> "Run":
     """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
 
@@ -43,6 +49,7 @@ def train(
               reward: of your own, in the place of a reward model: a function of the text, of
                   (prompt, response), or of lists of them (texts, or prompts and responses); or the
                   name of one, file.py:function, or of a ready-made one, like length.
+              recipe: whose settings to take over: grpo, dr-grpo, dapo, rloo, gspo, cispo.
               progress: show bars and notes on stderr.
               changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
                   ppo={"kl_coef": 0.1}.
@@ -51,7 +58,8 @@ def train(
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
-    config = with_fields(config or TrainConfig(), changes | named, "train")
+    config = with_fields(config or TrainConfig(), recipes.recipe(recipe), "train")
+    config = with_fields(config, changes | named, "train")
     function = reward if callable(reward) else ""
     return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
 

@@ -8,6 +8,7 @@ it names. In tests/rlhf/test_pairs.py Hypothesis draws from the same recipes.
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from minirlhf.backend import get_xp
 from minirlhf.nn import attention, heads, layers, transformer
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf import kl, logprobs, objectives, preferences
+from minirlhf.rlhf import imitation, kl, logprobs, objectives, preferences
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train import policy, ppo
 from minirlhf.train.batches import Batch
@@ -216,17 +217,34 @@ def make_of_logits(draw: Draw) -> Case:
     return [logits], {**constants, "temperature": draw.pick(TEMPERATURES)}
 
 
-def make_of_tokens(draw: Draw, far: bool = False) -> Case:
+def make_of_tokens(draw: Draw, far: bool = False, ratio: str = "token") -> Case:
     """An operation on the log-probs (B, T) of tokens; padding holds anything."""
     mask = drawn_mask(draw, draw.integer(1, 3), draw.integer(1, 4), draw.pick(("left", "right")))
     weights = objectives.token_weights(mask, mode=draw.pick(objectives.AGGREGATIONS))
     logp, advantages = draw.normal(2, *mask.shape)
     if draw.pick((True, False)):
         advantages.flat[-1] = 0.0
-    old_logp, ref_logp = (logp - drawn_log_ratio(draw, *mask.shape, far=far) for _ in range(2))
+    log_ratio = drawn_log_ratio(draw, *mask.shape, far=far)
+    old_logp = logp - (of_sequences(draw, log_ratio, mask) if ratio == "sequence" else log_ratio)
+    ref_logp = logp - drawn_log_ratio(draw, *mask.shape, far=far)
     constants = {"mask": mask, "weights": weights, "advantages": advantages, "old_logp": old_logp}
     constants["ref_logp"] = np.where(mask > 0, ref_logp, PADDING)
     return [logp], {**constants, "held_logp": logp.copy()}
+
+
+def of_sequences(draw: Draw, log_ratio: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Log-ratios of tokens whose mean over each response is away from a kink, as its first one."""
+    noise, lengths = draw.normal(*mask.shape) * mask, np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return log_ratio[:, :1] + noise - noise.sum(axis=1, keepdims=True) / lengths
+
+
+@functools.wraps(objectives.cispo_forward)
+def cispo_held(logp, *, held_logp, old_logp, **constants):
+    """With the weight at held_logp: a constant, as its backward treats it."""
+    return objectives.cispo_forward(logp, old_logp=old_logp + (logp - held_logp), **constants)
+
+
+HELD = {"clipped-weight": cispo_held}  # of the SURROGATES
 
 
 @functools.wraps(kl.sequence_kl_loss_forward)
@@ -289,12 +307,17 @@ def policy_from_one_array(dout, cache):
 
 @functools.wraps(ppo.ppo_loss_forward)
 def ppo_loss_held(params, *, held, experience, config, settings):
-    """ppo_loss, with `kl_loss_held` for its penalty."""
+    """ppo_loss, with `kl_loss_held` for its penalty, and one of HELD for its surrogate."""
     e, tempered = experience, {"temperature": settings.temperature}
     loss, cache = ppo.ppo_loss_forward(params, experience=e, config=config, settings=settings)
+    out, _ = policy.policy_forward(params, batch=e.batch, config=config, **tempered)
+    if settings.ratio in HELD:
+        constants = {name: getattr(e, name) for name in ("old_logp", "advantages", "weights")}
+        constants |= {"held_logp": held.logp, **settings.clipping}
+        policy_loss, _ = HELD[settings.ratio](out.logp, **constants)
+        loss = loss + policy_loss - cache.parts["loss/policy_avg"]
     if not KL_MODES[settings.kl_mode].in_loss:
         return loss, cache
-    out, _ = policy.policy_forward(params, batch=e.batch, config=config, **tempered)
     constants = {
         name: getattr(e, name) for name in ("old_logp", "ref_logp", "ref_logits", "weights")
     }
@@ -307,10 +330,12 @@ def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOCon
     """A policy, and an experience that keeps away from the kinks of the loss at that policy."""
     params, tau = drawn_model(draw, config, "value_head"), settings.temperature
     out, _ = policy.policy_forward(params, batch=batch, config=config, temperature=tau)
-    shape = out.logp.shape
+    shape, log_ratio = out.logp.shape, drawn_log_ratio(draw, *out.logp.shape)
+    if settings.ratio == "sequence":
+        log_ratio = of_sequences(draw, log_ratio, batch.response_mask)
     experience = ppo.Experience(
         batch=batch,
-        old_logp=out.logp - drawn_log_ratio(draw, *shape),
+        old_logp=out.logp - log_ratio,
         ref_logp=out.logp - 0.5 * draw.normal(*shape),
         ref_logits=out.logits + draw.normal(*out.logits.shape),
         **drawn_value_targets(draw, out.values, settings.value_clip_eps),
@@ -323,11 +348,13 @@ def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOCon
 
 
 def make_ppo_loss(draw: Draw) -> Case:
+    ratio = draw.pick(tuple(objectives.SURROGATES))
     settings = replace(
         FULL,
         kl_mode=draw.pick(tuple(KL_MODES)),
+        ratio=ratio,
         clip=draw.pick(objectives.CLIPS),
-        dual_clip=draw.pick((0.0, 3.0)),
+        dual_clip=0.0 if ratio == "clipped-weight" else draw.pick((0.0, 3.0)),
         value_clip_eps=draw.pick((0.2, 0.0)),
         ent_coef=draw.pick((0.2, 0.0)),
         aggregation=draw.pick(objectives.AGGREGATIONS),
@@ -394,7 +421,7 @@ TABLE = [
     row(kl, "token_kl_loss", make_far_tokens, mode="beyond the cut", **CUT),
     row(kl, "sequence_kl_loss", make_far_tokens, mode="beyond the cut", **CUT),
     row(objectives, "weighted_sum", make_of_tokens),
-    row(objectives, "cross_entropy", make_of_tokens),
+    row(imitation, "cross_entropy", make_of_tokens),
     row(preferences, "bradley_terry", make_scores, "B,B", **BRADLEY_TERRY),
     row(preferences, "ranked_pairs", make_scores, "BK"),
     row(preferences, "plackett_luce", make_scores, "BK"),
@@ -404,6 +431,19 @@ TABLE = [
     row(objectives, "ppo_clip", make_of_tokens, clip="book", mode="book"),
     row(objectives, "ppo_clip", make_of_tokens, clip="none", mode="none"),
     row(objectives, "ppo_clip", make_far_tokens, clip="none", mode="beyond the cut"),
+    *[
+        row(
+            sys.modules[forward.__module__],
+            forward.__name__.removesuffix("_forward"),
+            make_of_tokens,
+            *(False, name),
+            mode=f"ratio {name}",
+            forward=HELD.get(name),
+            clip=list(objectives.CLIPS),
+        )
+        for name, (forward, _) in objectives.SURROGATES.items()
+        if forward is not objectives.ppo_clip_forward
+    ],
     row(objectives, "value_loss", make_value_loss, 0.0, mode="not clipped"),
     row(objectives, "value_loss", make_value_loss, 0.2, mode="clipped"),
     *[

@@ -23,7 +23,7 @@ from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf import kl, objectives, preferences
+from minirlhf.rlhf import imitation, kl, objectives, preferences
 from minirlhf.train import policy, ppo, sft
 from minirlhf.train.batches import Batch
 from minirlhf.tree import Tree, tree_items, tree_size
@@ -49,7 +49,7 @@ def whole_sft(draw: Draw):
     def loss(params):
         out, _ = policy.policy_forward(params, batch=batch, config=config)
         weights = objectives.token_weights(batch.response_mask)
-        return objectives.cross_entropy_forward(out.logp, weights=weights)[0]
+        return imitation.cross_entropy_forward(out.logp, weights=weights)[0]
 
     return loss, params, sft.sft_loss_and_gradients(params, batch, config)[1]
 
@@ -68,10 +68,10 @@ def whole_bradley_terry(draw: Draw):
     return lambda params: forward(params)[0], params, policy.reward_backward(dscore, cache)
 
 
-def whole_ppo(kl_mode: str, draw: Draw):
+def whole_ppo(draw: Draw, **changes: str):
     """Clip, clipped value, entropy, penalty; the gradient as the training step computes it."""
     config, batch = two_blocks(draw, 4)
-    settings = replace(cases.FULL, kl_mode=kl_mode, micro_batch_size=draw.pick((0, 1, 3)))
+    settings = replace(cases.FULL, micro_batch_size=draw.pick((0, 1, 3)), **changes)
     (params,), constants = cases.drawn_ppo_case(draw, config, batch, settings)
     experience = constants["experience"]
     gradients, *_ = ppo.minibatch_gradients(params, experience, config=config, settings=settings)
@@ -81,7 +81,12 @@ def whole_ppo(kl_mode: str, draw: Draw):
 WHOLE_LOSSES = [
     WholeLoss("supervised fine-tuning", whole_sft),
     WholeLoss("Bradley-Terry", whole_bradley_terry),
-    *[WholeLoss(f"PPO: {mode}", functools.partial(whole_ppo, mode)) for mode in kl.KL_MODES],
+    *[WholeLoss(f"PPO: {m}", functools.partial(whole_ppo, kl_mode=m)) for m in kl.KL_MODES],
+    *[
+        WholeLoss(f"PPO: ratio {name}", functools.partial(whole_ppo, ratio=name, dual_clip=0.0))
+        for name in objectives.SURROGATES
+        if name != "token"
+    ],
 ]
 
 

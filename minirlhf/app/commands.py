@@ -19,15 +19,17 @@ from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import refuse_foreign_code
 from minirlhf.runs.session import Session, open_session, reopen_session
 from minirlhf.runs.sizes import samples_bytes
+from minirlhf.train.recipes import RECIPES, as_flags, recipe
+from minirlhf.train.settings import with_fields
 
 
 def train(arguments: list[str]) -> int:
-    """minirlhf train [--config FILE] [flags]."""
+    """minirlhf train [--config FILE] [--recipe NAME] [flags]."""
     return _show(open_session(parse_config(arguments), track=track, say=say))
 
 
 def parse_config(arguments: list[str]) -> TrainConfig:
-    """The configuration from flags, which overrule the file that `--config` names.
+    """The configuration from flags, which overrule the recipe, which overrules `--config`.
 
     Raises:   InputError: a flag or the file is wrong.
               SystemExit: the help was asked for, and has been shown.
@@ -45,12 +47,17 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     ours.add_argument("-h", "--help", action="store_true", help="Show what one needs")
     ours.add_argument("--help-all", action="store_true", help="Show every option")
     ours.add_argument("--config", metavar="FILE", help="TOML like a run's; flags overrule it")
+    ours.add_argument("--recipe", metavar="NAME", help=f"Settings of {', '.join(RECIPES)}")
     ours.add_argument("--beta", metavar="X", help="Short for --ppo.kl-coef, the KL penalty's")
     try:
         named, rest = ours.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(f"{error.argument_name}: {error.message}; got none: name one") from error
     start = TrainConfig() if named.config is None else load_config(named.config)
+    if named.recipe is not None:
+        changes = recipe(named.recipe)
+        start = with_fields(start, changes, "train")
+        say(f"recipe {named.recipe}: {as_flags(changes) or 'the defaults'}")
     if named.help or named.help_all:
         options.add_help(ours, start, everything=named.help_all)
         print(ours.format_help(), end="")
@@ -60,7 +67,9 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         refuse_foreign_code(Path(named.config).parent, start.reward)
     rest += [] if named.beta is None else ["--ppo.kl-coef", named.beta]
     known = [name for names, *_ in options.options_of(start) for name in names]
-    return options.read(TrainConfig, rest, "train", [*known, "config", "beta"], default=start)
+    return options.read(
+        TrainConfig, rest, "train", [*known, "config", "recipe", "beta"], default=start
+    )
 
 
 def resume(

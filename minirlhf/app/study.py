@@ -14,6 +14,7 @@ own; the default seeds were used for nothing else, no setting was chosen by them
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -49,14 +50,14 @@ class Arm(NamedTuple):
     ppo: dict[str, Any] = {}  # fields of PPOConfig; "optimizer" is a dict of its fields
     reward: np.ndarray | None = None  # (M,) what is paid for each reply; None: the desk's proxy
     iterations: int = 60
-    baseline: str = "critic"  # or "leave_one_out"
     new_reference: bool = False  # as a later phase: what the policy has become is the reference
     then: tuple["Arm", ...] = ()  # phases after it, which go on from its policy
 
     def settings(self, fast: bool) -> PPOConfig:
         small = {"iterations": min(self.iterations, 4), "batch_size": 32}
         size = small if fast else {"iterations": self.iterations}
-        return changed(ground_truth.PPO, **{**size, **self.ppo})
+        group = min(self.ppo.get("samples_per_prompt", 1), 32 if fast else math.inf)
+        return changed(ground_truth.PPO, **{**size, **self.ppo, "samples_per_prompt": group})
 
 
 class Run(NamedTuple):
@@ -238,7 +239,7 @@ def _train(job: tuple) -> Run:
         settings = phase.settings(fast)
         world = desk.world if phase.reward is None else desk.with_reward(phase.reward)
         same = {"config": ground_truth.small_transformer(world), "settings": settings}
-        same |= {"seed": seed + 1000 * number, "baseline": phase.baseline, "start": start}
+        same |= {"seed": seed + 1000 * number, "start": start}
         for i, (params, turn) in enumerate(ground_truth.ppo_on_world(world, reference, **same), 1):
             if i % measure_every == 0 or i == settings.iterations:
                 log_probs = _log_probs(params, desk)

@@ -354,7 +354,6 @@ class TrainingRun(NamedTuple):
     part: str
     name: str
     settings: PPOConfig
-    baseline: str = "critic"
 
 
 def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
@@ -371,7 +370,7 @@ def optimum_runs(*, iterations: int = 150, betas=(1.0, 0.5, 0.25)) -> list[Train
         ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
         runs.append(TrainingRun("optimum", "PPO, linear decay", ppo))
         runs.append(TrainingRun("optimum", "PPO, constant rate", changed(ppo, optimizer=constant)))
-        runs.append(TrainingRun("optimum", "one-step RLOO", rloo, "leave_one_out"))
+        runs.append(TrainingRun("optimum", "one-step RLOO", rloo))
     return runs
 
 
@@ -407,10 +406,10 @@ def train_run(
 ) -> Row:
     """Train one policy from the reference on; its history, and the frontier where it ended."""
     started = time.perf_counter()
-    part, name, settings, baseline = run
+    part, name, settings = run
     where = {"config": config, "kl_coef": settings.kl_coef}
     truth = ground_truth.make_ground_truth(world, reference, **where)
-    trained = ground_truth.train_on_world(truth, settings=settings, seed=seed, baseline=baseline)
+    trained = ground_truth.train_on_world(truth, settings=settings, seed=seed)
     row = {"part": part, "name": name, "kl_coef": settings.kl_coef, "seed": seed}
     row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
     args, end = (world.tree, truth.ref_log_probs, world.rewards), trained.history[-1]

@@ -13,20 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import get_xp
 from minirlhf.exact import optimum
 from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.rlhf.advantages import masked_whiten, rloo_advantages
-from minirlhf.rlhf.logprobs import log_softmax, response_sum
+from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train import ppo
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.rollout import Rollout, Samples, sample_responses
-from minirlhf.train.settings import OptimizerConfig, PPOConfig, SFTConfig
-from minirlhf.train.sft import train_sft
+from minirlhf.train.rollout import Samples
+from minirlhf.train.sampler import sample_as_set, sample_responses
+from minirlhf.train.settings import OptimizerConfig, PPOConfig
+from minirlhf.train.sft import SFTConfig, train_sft
 from minirlhf.tree import Tree, tree_copy, tree_pack
 
 # The settings of the tiny world; the reference comes close to the chain that it imitates.
@@ -37,7 +36,8 @@ PPO = replace(_PPO, optimizer=replace(_ADAM, learning_rate=2e-3))
 # One step a batch, no critic, no ratio to clip. Without a bound on the step one bad batch can make
 # a reply too rare to be seen again.
 _BOUNDED = replace(_ADAM, max_grad_norm=0.3)
-RLOO = replace(PPO, epochs=1, minibatches=1, vf_coef=0.0, clip="none", optimizer=_BOUNDED)
+RLOO = replace(PPO, epochs=1, minibatches=1, clip="none", optimizer=_BOUNDED)
+RLOO = replace(RLOO, advantages="leave-one-out", samples_per_prompt=RLOO.batch_size)
 
 
 def small_transformer(world: TokenWorld, *, n_layer: int = 1) -> GPTConfig:
@@ -139,21 +139,23 @@ class Trained(NamedTuple):
 
 
 def train_on_world(
-    truth: GroundTruth, *, settings: PPOConfig, seed: int, baseline="critic", measure_every=10
+    truth: GroundTruth, *, settings: PPOConfig, seed: int, measure_every=10
 ) -> Trained:
     """PPO from the truth's reference on, measured exactly at the start, on the way and at the end.
 
     Args:     settings: the truth's beta, fixed; temperature 1, which is what is enumerated.
-              baseline: "critic" (GAE), or "leave_one_out" (the other responses to the same prompt).
               measure_every: iterations between two measurements.
-    Raises:   ValueError: another baseline, or settings that the ground truth does not speak of.
+    Raises:   ValueError: settings that the ground truth does not speak of.
     """
-    _check_settings(truth, settings, baseline)
+    beta, tau, target = settings.kl_coef, settings.temperature, settings.kl_target
+    if not math.isclose(beta, truth.kl_coef) or tau != 1 or target:
+        raise ValueError(
+            f"train_on_world: expected the beta {truth.kl_coef} of the ground truth, kl_target 0 "
+            f"and temperature 1, which is what is enumerated; got {beta}, {target} and {tau}"
+        )
     config, reference, world = truth.config, truth.reference, truth.world
     history = [{"iteration": 0, **measure(truth, reference)}]
-    turns = ppo_on_world(
-        world, reference, config=config, settings=settings, seed=seed, baseline=baseline
-    )
+    turns = ppo_on_world(world, reference, config=config, settings=settings, seed=seed)
     for iteration, (params, turn) in enumerate(turns, 1):
         if iteration % measure_every == 0 or iteration == settings.iterations:
             exact = measure(truth, params)
@@ -169,69 +171,42 @@ def ppo_on_world(
     config: GPTConfig,
     settings: PPOConfig,
     seed: int,
-    baseline="critic",
     start: Tree | None = None,
 ) -> Iterator[tuple[Tree, ppo.Iteration]]:
     """PPO on a world of tokens, from samples: the policy, which is written to, at every iteration.
 
-    Args:     baseline: as of `train_on_world`.
-              start: parameters to go on from, as they were yielded; None: the reference.
+    Args:     start: parameters to go on from, as they were yielded; None: the reference.
     """
     rng_rollout, rng_shuffle = np.random.default_rng([seed, 1]).spawn(2)
     optimizer = ppo.new_policy(reference, settings, rng=rng_rollout)
     if start is not None:
         optimizer.flat[...] = tree_pack(start)[0]
     draw = {"world": world, "n": settings.batch_size, "config": config, "rng": rng_rollout}
+    draw["together"] = settings.samples_per_prompt
+    sample = functools.partial(sample_world, **draw)
+    same = {"config": config, "settings": settings}
     task = ppo.Task(
-        functools.partial(sample_world, **draw),
+        lambda policy: sample_as_set(sample, policy, **same),
         lambda samples: world.score(samples.prompt_ids, samples.response_ids),
         world.stop_id,
     )
-    leave_one_out = functools.partial(_leave_one_out, n_prompts=len(world.prompts))
-    same = {"config": config, "settings": settings, "rng": rng_shuffle}
-    same["advantages_of"] = None if baseline == "critic" else leave_one_out
-    for turn in ppo.train_ppo(optimizer, reference, task, **same):
+    for turn in ppo.train_ppo(optimizer, reference, task, rng=rng_shuffle, **same):
         yield optimizer.params, turn
 
 
-def _check_settings(truth: GroundTruth, settings: PPOConfig, baseline: str) -> None:
-    s, critic = settings, baseline == "critic"
-    known = critic or baseline == "leave_one_out"
-    beta = f'baseline "critic" or "leave_one_out" and the beta {truth.kl_coef} of the ground truth'
-    fixed = "temperature 1 and a fixed beta (kl_target 0), which is what is enumerated"
-    whole = "gamma 1 and rewards that are not whitened beside whole responses (leave_one_out)"
-    for expected, fits, first, second in (
-        (beta, known and math.isclose(s.kl_coef, truth.kl_coef), baseline, s.kl_coef),
-        (fixed, s.temperature == 1 and not s.kl_target, s.temperature, s.kl_target),
-        (whole, critic or (s.gamma == 1 and not s.whiten_rewards), s.gamma, s.whiten_rewards),
-    ):
-        if not fits:
-            raise ValueError(f"train_on_world: expected {expected}; got {first!r} and {second}")
-
-
 def sample_world(
-    params: Tree, world: TokenWorld, n: int, *, config: GPTConfig, rng: np.random.Generator
+    params: Tree,
+    world: TokenWorld,
+    n: int,
+    *,
+    config: GPTConfig,
+    rng: np.random.Generator,
+    together: int = 1,
 ) -> Samples:
-    """n responses, the prompts in turn."""
-    prompts = [world.prompts[i % len(world.prompts)] for i in range(n)]
+    """n responses, the prompts in turn, each of them so many times together."""
+    prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
     limits = {"max_tokens": world.max_response_tokens, "stop_id": world.stop_id}
     same = {"pad_id": world.stop_id, "config": config, "rng": rng}
     samples = sample_responses(params, prompts, **limits, **same)
     texts = [[world.text(ids) for ids in lists] for lists in (prompts, samples.response_ids)]
     return samples._replace(prompts=texts[0], responses=texts[1])
-
-
-def _leave_one_out(
-    rollout: Rollout, *, settings: PPOConfig, kl_coef: float, stop_id: int, n_prompts: int
-) -> ppo.Experience:
-    """`make_experience` with RLOO advantages of whole responses, the prompts in turn."""
-    same = {"settings": settings, "stop_id": stop_id}
-    mask, score = rollout.batch.response_mask, ppo.final_score(rollout, **same)
-    kl_token = ppo.rollout_penalty(rollout, settings)
-    seq_reward = score - kl_coef * response_sum(kl_token, mask=mask)
-    group = get_xp(mask).arange(mask.shape[0]) % n_prompts
-    advantages, scale = rloo_advantages(seq_reward, group=group, mask=mask), 1.0
-    if settings.whiten_advantages:
-        advantages, scale = masked_whiten(advantages, mask=mask)
-    experience = ppo.make_experience(rollout, kl_coef=kl_coef, **same)
-    return experience._replace(advantages=advantages, kl_loss_coef=kl_coef / scale)

@@ -1,4 +1,4 @@
-"""From a score and a penalty to advantages: token rewards, GAE, masked moments and whitening.
+"""From a score and a penalty to advantages: token rewards, GAE, groups, moments and whitening.
 
 Everything here is a constant for the policy's gradient: the penalty enters what a token earned, and
 no derivative passes through it. Arrays are (B, T) over response tokens, with mask 1 at real tokens
@@ -79,33 +79,83 @@ def _has_gap(mask: Array) -> Array:
     return ((mask[:, 1:] > 0) & ~(mask[:, :-1] > 0)).any()
 
 
-def rloo_advantages(seq_reward: Array, *, group: Array, mask: Array) -> Array:
-    """A_i = R_i - mean of the other R_j of the same prompt, the same at every token of response i.
+ADVANTAGES = ("gae", "group", "group-mean", "leave-one-out", "batch")
 
-    REINFORCE with a leave-one-out baseline: = G/(G-1) (R_i - mean R) for G responses to a prompt.
-    Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740.
 
-    Args:     seq_reward: (B,) R = score - beta kl_seq of each response [reward units].
-              group: (B,) which prompt a response answers: one integer a prompt.
+def advantages_without_critic(
+    rewards: Array, *, mask: Array, form: str, samples_per_prompt: int = 1
+) -> Array:
+    """Advantages from the rewards of a batch alone, R_i = sum_t reward_it for each response.
+
+    group          A_i = (R_i - mean) / (sd + 1e-4)    GRPO (Shao et al. 2024, arXiv 2402.03300)
+    group-mean     A_i = R_i - mean                    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)
+    leave-one-out  A_i = R_i - mean of the others      RLOO (Ahmadian et al. 2024, arXiv 2402.14740)
+    batch          A_t = sum_{i >= t} reward_i         REINFORCE++ (Hu et al. 2025, arXiv
+                                                       2501.03262), whose baseline is whitening
+
+    Means and the sd (with G - 1) are over the G responses to one prompt, and A_i stands at every
+    token of response i. R_i is in its own mean: E[A_i grad log pi] is (G-1)/G of the gradient for
+    group-mean and all of it for leave-one-out, G/(G-1) (R_i - mean). Dividing by the sd weighs each
+    prompt by 1/sd, and a penalty in the reward with it.
+
+    Args:     rewards: (B, T) from `token_rewards`; responses to one prompt stand together.
               mask: (B, T).
-    Returns:  (B, T) [reward units], 0 at padding.
-    Raises:   ValueError: shapes do not fit, or a prompt has a single response.
-    Tested by: tests/rlhf/test_equations.py::test_rloo
+              form: one of ADVANTAGES but gae.
+              samples_per_prompt: G; at least 2 unless form is batch.
+    Returns:  (B, T) [reward units; group: none], 0 at padding.
+    Raises:   ValueError: the shapes differ, another form, or B is no multiple of G.
+    Tested by: tests/rlhf/test_equations.py::test_advantages_without_critic
     """
-    if seq_reward.shape != mask.shape[:1] or group.shape != mask.shape[:1]:
+    check_same_shape("advantages", rewards=rewards, mask=mask)
+    G, xp = samples_per_prompt, get_xp(rewards, mask)
+    if form not in ADVANTAGES[1:] or (form != "batch" and (G < 2 or len(rewards) % G)):
         raise ValueError(
-            "rloo: expected seq_reward (B,), group (B,) and mask (B, T); "
-            f"got {seq_reward.shape}, {group.shape} and {mask.shape}"
+            f"advantages: expected one of {', '.join(ADVANTAGES[1:])}, and but for batch groups of "
+            f"at least 2 responses; got {form!r}, and {len(rewards)} responses in groups of {G}"
         )
-    xp, seq_reward = get_xp(seq_reward, group, mask), as_float(seq_reward)
-    _, group = xp.unique(group, return_inverse=True)  # 0, 1, ...
-    total, count = xp.zeros_like(seq_reward), xp.zeros_like(seq_reward)
-    xp.add.at(total, group, seq_reward)
-    xp.add.at(count, group, xp.ones_like(seq_reward))
-    if not bool((count[group] > 1).all()):
-        raise ValueError("rloo: expected at least two responses to every prompt; one has one")
-    others = (total[group] - seq_reward) / (count[group] - 1)  # independent of response i
-    return xp.where(mask > 0, (seq_reward - others)[:, None], 0.0)
+    rewards = xp.where(mask > 0, as_float(rewards), 0.0)
+    if form == "batch":
+        return xp.where(mask > 0, rewards[:, ::-1].cumsum(axis=1)[:, ::-1], 0.0)
+    R = rewards.sum(axis=1).reshape(-1, G)
+    R = R - R[:, :1]  # equal rewards are then exactly 0, as is their mean
+    centred = R - R.mean(axis=1, keepdims=True)
+    if form == "group":
+        centred = centred / (centred.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    elif form == "leave-one-out":
+        centred = centred * (G / (G - 1))
+    return xp.where(mask > 0, centred.reshape(-1, 1), 0.0)
+
+
+IMPORTANCE = ("none", "tis", "mis")
+
+
+def importance_weights(
+    logp: Array, sampler_logp: Array, *, mask: Array, form: str, cap: float = 2.0
+) -> Array:
+    """What corrects an advantage where the sampler is not quite the policy: w_t, constant.
+
+    ratio_t = pi_old(y_t|.) / sampler(y_t|.), as where a sampler rounds its weights to fewer bits.
+
+    tis    min(ratio, C)                         truncated (Yao et al. 2025, a blog post)
+    mis    ratio within [1/C, C], 0 elsewhere    masked (IcePop, Ling team 2025, arXiv 2510.18855)
+
+    Args:     logp: (B, T) of the policy that is trained, before its updates [nats].
+              sampler_logp: (B, T) of the policy that drew the tokens.
+              cap: C > 1.
+    Returns:  (B, T) >= 0, 0 at padding.
+    Raises:   ValueError: the shapes differ, another form, or C <= 1.
+    Tested by: tests/rlhf/test_equations.py::test_importance_weights
+    """
+    check_same_shape("importance", logp=logp, sampler_logp=sampler_logp, mask=mask)
+    if form not in IMPORTANCE[1:] or not cap > 1:
+        raise ValueError(f"importance: expected tis or mis, and cap > 1; got {form!r} and {cap}")
+    xp = get_xp(logp, sampler_logp, mask)
+    logp, sampler_logp = (xp.where(mask > 0, as_float(x), 0.0) for x in (logp, sampler_logp))
+    ratio = xp.exp(xp.clip(logp - sampler_logp, -20.0, 20.0))  # beyond, exp overflows
+    cut = xp.minimum(ratio, cap)
+    if form == "mis":
+        cut = xp.where((ratio > cap) | (ratio < 1 / cap), 0.0, ratio)
+    return xp.where(mask > 0, cut, 0.0)
 
 
 def masked_mean(x: Array, *, mask: Array) -> Array:

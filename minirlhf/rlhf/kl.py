@@ -58,34 +58,44 @@ def kl_estimate(log_ratio: Array, estimator: str) -> Array:
 
     Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
 
-    Args:     log_ratio: (B, T) per token, or (B,) per sequence [nats]; k3 is cut below -20.
+    Args:     log_ratio: logp - ref_logp [nats], of tokens or of whole responses; for k3 it is cut
+                  at -20 before the exponential.
+              estimator: one of ESTIMATORS.
     Returns:  the same shape [nats].
     Raises:   ValueError: another estimator.
     """
-    log_ratio = as_float(log_ratio)
-    if estimator == "k1":
-        return log_ratio.copy()
-    if estimator == "k2":
-        return 0.5 * log_ratio * log_ratio
-    if estimator == "k3":
-        return expm1_minus(-_cut_for_k3(log_ratio)[0])
-    raise ValueError(f"kl_estimate: expected k1, k2 or k3; got {estimator!r}")
+    return named(ESTIMATORS, "kl_estimate", estimator)(as_float(log_ratio))[0]
 
 
-def kl_estimate_slope(log_ratio: Array, estimator: str) -> Array:
-    """d estimate / d log_ratio: 1, log_ratio, 1 - exp(-log_ratio) (0 where k3 is cut).
+def _k1(log_ratio: Array) -> tuple[Array, Array]:
+    """log_ratio, 1: the slope is the same for every token, nothing of the reference in it."""
+    return log_ratio.copy(), get_xp(log_ratio).ones_like(log_ratio)
 
-    Raises:   ValueError: another estimator.
+
+def _k2(log_ratio: Array) -> tuple[Array, Array]:
+    """log_ratio^2 / 2, log_ratio."""
+    return 0.5 * log_ratio * log_ratio, log_ratio.copy()
+
+
+def _k3(log_ratio: Array) -> tuple[Array, Array]:
+    """exp(-log_ratio) - 1 + log_ratio, 1 - exp(-log_ratio); flat where the exponential is cut."""
+    xp = get_xp(log_ratio)
+    inside = ~(log_ratio.real < -LOG_RATIO_LIMIT)  # above, exp(-log_ratio) dies out by itself
+    cut = xp.where(inside, log_ratio, -LOG_RATIO_LIMIT)
+    return expm1_minus(-cut), xp.where(inside, -xp.expm1(-cut), 0.0)
+
+
+ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}  # log_ratio -> estimate, d estimate / d log_ratio
+
+
+def named(table: dict, where: str, name: str):
+    """The entry of a table.
+
+    Raises:   ValueError: there is none of this name.
     """
-    xp, log_ratio = get_xp(log_ratio), as_float(log_ratio)
-    if estimator == "k1":
-        return xp.ones_like(log_ratio)  # the same for every token: nothing of the reference in it
-    if estimator == "k2":
-        return log_ratio.copy()
-    if estimator == "k3":
-        cut, inside = _cut_for_k3(log_ratio)
-        return xp.where(inside, -xp.expm1(-cut), 0.0)
-    raise ValueError(f"kl_estimate: expected k1, k2 or k3; got {estimator!r}")
+    if name not in table:
+        raise ValueError(f"{where}: expected one of {', '.join(table)}; got {name!r}")
+    return table[name]
 
 
 # -- where the penalty stands --------------------------------------------------------------------
@@ -143,10 +153,8 @@ def penalty_in_reward(kl_mode: str, *, log_ratio: Array, kl_full: Array) -> Arra
     Returns:  kl_token (B, T) [nats].
     Raises:   ValueError: another kl_mode, or the shapes differ.
     """
-    if kl_mode not in KL_MODES:
-        raise ValueError(f"kl_mode: expected one of {', '.join(KL_MODES)}; got {kl_mode!r}")
+    estimator = named(KL_MODES, "kl_mode", kl_mode).in_reward
     check_same_shape("penalty_in_reward", log_ratio=log_ratio, kl_full=kl_full)
-    estimator = KL_MODES[kl_mode].in_reward
     if estimator is None:
         return get_xp(log_ratio).zeros_like(as_float(log_ratio))
     return as_float(kl_full).copy() if estimator == "full" else kl_estimate(log_ratio, estimator)
@@ -188,7 +196,7 @@ def token_kl_loss_forward(
     xp = get_xp(logp, old_logp, ref_logp, weights)
     logp, old_logp, ref_logp, weights = map(as_float, (logp, old_logp, ref_logp, weights))
     log_ratio = logp - ref_logp  # (B, T)
-    value, slope = kl_estimate(log_ratio, estimator), kl_estimate_slope(log_ratio, estimator)
+    value, slope = named(ESTIMATORS, "kl_loss", estimator)(log_ratio)
     value, slope = _times_ratio(value, slope, logp - old_logp, ratio)
     loss = (weights * xp.where(weights > 0, value, 0.0)).sum()  # padding may hold inf or nan
     return loss, TokenKLCache(xp.where(weights > 0, slope, 0.0), weights)
@@ -215,8 +223,7 @@ def _times_ratio(value: Array, slope: Array, log_rho: Array, ratio: str) -> tupl
 
 
 class SequenceKLCache(NamedTuple):
-    slope: Array  # (B,)
-    seq_weights: Array  # (B,)
+    whole: TokenKLCache  # of the sums, (B, 1)
     mask: Array  # (B, T)
 
 
@@ -241,19 +248,22 @@ def sequence_kl_loss_forward(
     check_same_shape(
         "sequence_kl_loss", logp=logp, old_logp=old_logp, ref_logp=ref_logp, weights=weights
     )
-    logp, old_logp, ref_logp, weights = map(as_float, (logp, old_logp, ref_logp, weights))
     mask = weights > 0  # (B, T)
-    seq_weights = weights.max(axis=-1)  # (B,) the tokens of a response have one weight
-    kl_seq = response_sum(logp - ref_logp, mask=mask)  # (B,)
-    value, slope = kl_estimate(kl_seq, estimator), kl_estimate_slope(kl_seq, estimator)
-    log_rho = response_sum(logp - old_logp, mask=mask)  # (B,)
-    value, slope = _times_ratio(value, slope, log_rho, ratio)
-    return (seq_weights * value).sum(), SequenceKLCache(slope, seq_weights, mask)
+
+    def log_ratio(of: Array) -> Array:  # a response as one long token: (B, 1)
+        return response_sum(as_float(of) - as_float(ref_logp), mask=mask)[:, None]
+
+    kl_seq, old = log_ratio(logp), log_ratio(old_logp)
+    whole = {"weights": as_float(weights).max(axis=-1, keepdims=True), "estimator": estimator}
+    loss, cache = token_kl_loss_forward(
+        kl_seq, old_logp=old, ref_logp=0.0 * old, ratio=ratio, **whole
+    )
+    return loss, SequenceKLCache(cache, mask)
 
 
 def sequence_kl_loss_backward(dloss: Array, cache: SequenceKLCache) -> Array:
     """dlogp_bt = dloss w_b mask_bt k'(sum_t log_ratio), or rho (k + k').  () -> (B, T)."""
-    return dloss * (cache.seq_weights * cache.slope)[:, None] * cache.mask
+    return token_kl_loss_backward(dloss, cache.whole) * cache.mask  # (B, 1) x (B, T)
 
 
 # -- the full-vocabulary KL, from logits ---------------------------------------------------------
@@ -359,13 +369,6 @@ def clamp_log_ratio(log_ratio: Array) -> tuple[Array, Array]:
     inside = ~((log_ratio.real < -LOG_RATIO_LIMIT) | (log_ratio.real > LOG_RATIO_LIMIT))
     limit = xp.where(log_ratio.real > 0, LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT).astype(log_ratio.dtype)
     return xp.where(inside, log_ratio, limit), inside
-
-
-def _cut_for_k3(log_ratio: Array) -> tuple[Array, Array]:
-    """log_ratio cut from below, where exp(-log_ratio) grows, and where it was not cut."""
-    xp = get_xp(log_ratio)
-    inside = ~(log_ratio.real < -LOG_RATIO_LIMIT)  # above, exp(-log_ratio) dies out by itself
-    return xp.where(inside, log_ratio, -LOG_RATIO_LIMIT), inside
 
 
 def expm1_minus(x: Array) -> Array:

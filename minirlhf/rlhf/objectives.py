@@ -1,9 +1,9 @@
-"""The losses over tokens: cross-entropy of stage 1; clipped surrogate, value and KL of stage 3.
+"""The losses of PPO and its kin: the surrogates, value and KL.
 
 Each returns a number to minimise. Means over tokens are sums with weights: `token_weights` turns a
 mask into w (B, T), and every loss is sum_t w_t l_t. Weights are made once for a whole minibatch, so
 cutting it into micro-batches and adding up their losses and gradients changes nothing.
-Stage 2 learns from whole responses: preferences.py.
+SURROGATES has the objectives by name: one of your own is one more row (README.md shows how).
 """
 
 from typing import NamedTuple
@@ -72,26 +72,7 @@ def weighted_sum_backward(dloss: Array, cache: WeightedSumCache) -> Array:
     return dloss * cache.weights
 
 
-# -- stage 1: imitation --------------------------------------------------------------------------
-def cross_entropy_forward(logp: Array, *, weights: Array) -> tuple[Array, WeightedSumCache]:
-    """loss = -sum_t w_t logp_t: the mean negative log-probability of the demonstrated tokens.
-
-    Args:     logp: (B, T) from `token_logprobs_forward` [nats].
-              weights: (B, T).
-    Returns:  loss () [nats per token, with token-mean weights], cache.
-    """
-    loss, cache = weighted_sum_forward(logp, weights=weights)
-    return -loss, cache
-
-
-def cross_entropy_backward(dloss: Array, cache: WeightedSumCache) -> Array:
-    """dlogp_t = -dloss w_t. With token_logprobs_backward:  dz_a = w_t (P_a - 1[a = y_t]) / tau."""
-    return -weighted_sum_backward(dloss, cache)
-
-
-# -- stage 3: PPO --------------------------------------------------------------------------------
-
-
+# -- what is maximised ---------------------------------------------------------------------------
 CLIPS = ("ppo", "book", "none")
 
 
@@ -185,6 +166,93 @@ def _clip_range(
     return low, high
 
 
+class GSPOCache(NamedTuple):
+    clipped: Array  # (B, T)
+    clip: PPOClipCache
+    share: Array  # (B, T) 1 / |y| at the tokens of a response, 0 at padding
+
+
+def gspo_forward(
+    logp: Array, *, old_logp: Array, advantages: Array, weights: Array, **clip
+) -> tuple[Array, GSPOCache]:
+    """PPO's objective with one ratio for all tokens of a response, s = (pi(y) / old(y))^(1/|y|).
+
+    GSPO, Zheng et al. 2025, arXiv 2507.18071: log s is the mean of the tokens' log-ratios, so the
+    clip keeps or drops whole responses. Their clip_eps are 3e-4 and 4e-4.
+
+    Args:     as `ppo_clip_forward`; clip: its settings.
+    Returns:  loss () [advantage units], cache.
+    Raises:   ValueError: as `ppo_clip_forward`.
+    Tested by: tests/rlhf/test_equations.py::test_gspo
+    """
+    check_same_shape("gspo", logp=logp, old_logp=old_logp, weights=weights)
+    xp, logp, old_logp, weights = get_xp(logp, weights), *map(as_float, (logp, old_logp, weights))
+    kept = (weights > 0).astype(weights.dtype)
+    share = kept / xp.maximum(kept.sum(axis=1, keepdims=True), 1)
+    log_ratio = xp.where(kept > 0, logp - old_logp, 0.0)
+    log_s = kept * (share * log_ratio).sum(axis=1, keepdims=True)  # (B, T) the same along y
+    same = {"old_logp": 0.0 * log_s.real, "advantages": advantages, "weights": weights}
+    loss, cache = ppo_clip_forward(log_s, **same, **clip)
+    return loss, GSPOCache(cache.clipped, cache, share)
+
+
+def gspo_backward(dloss: Array, cache: GSPOCache) -> Array:
+    """dlogp_i = (1/|y|) sum_t of what `ppo_clip_backward` gives the tokens of the response."""
+    dlog_s = ppo_clip_backward(dloss, cache.clip)  # 0 at padding
+    return cache.share * dlog_s.sum(axis=1, keepdims=True)
+
+
+class CISPOCache(NamedTuple):
+    clipped: Array  # (B, T) boolean: the weight was cut, though its gradient was not
+    slope: Array  # (B, T) weight_t A_t
+    weights: Array  # (B, T) borrowed
+
+
+def cispo_forward(
+    logp: Array,
+    *,
+    old_logp: Array,
+    advantages: Array,
+    weights: Array,
+    clip_eps: float | tuple[float, float] = 0.2,
+    clip: str = "ppo",
+) -> tuple[Array, CISPOCache]:
+    """loss = -sum_t w_t c_t A_t logp_t,  c = clip(ratio, 1 - e_low, 1 + e_high), held constant.
+
+    CISPO, MiniMax 2025, arXiv 2506.13585: the weight is cut, and every token keeps its gradient,
+    also where PPO's clip drops it. clip="book" cuts from above alone, as they do; "none" nowhere.
+
+    Args:     as `ppo_clip_forward`.
+    Returns:  loss () [advantage units times nats], cache.
+    Raises:   ValueError: shapes differ, or a setting is out of range.
+    Tested by: tests/rlhf/test_equations.py::test_cispo
+    """
+    check_same_shape("cispo", logp=logp, old_logp=old_logp, advantages=advantages, weights=weights)
+    low, high = _clip_range(clip_eps, clip, None)
+    xp = get_xp(logp, old_logp, advantages, weights)
+    logp, old_logp, advantages, weights = map(as_float, (logp, old_logp, advantages, weights))
+    clamped, inside = kl.clamp_log_ratio(logp - old_logp)
+    ratio, kept = xp.exp(clamped), weights > 0
+    too_low = (clip == "ppo") & (ratio.real < 1 - low)
+    too_high = (clip != "none") & (ratio.real > 1 + high)
+    weight = xp.where(too_high, 1 + high, xp.where(too_low, 1 - low, ratio))
+    slope = xp.where(kept, weight * advantages, 0.0)
+    loss = -(weights * slope * xp.where(kept, logp, 0.0)).sum()
+    return loss, CISPOCache(too_low | too_high | ~inside, slope, weights)
+
+
+def cispo_backward(dloss: Array, cache: CISPOCache) -> Array:
+    """dlogp_t = -dloss w_t c_t A_t."""
+    return -dloss * cache.weights * cache.slope
+
+
+SURROGATES = {  # what --ppo.ratio names: forward(logp, *, old_logp, advantages, weights, clip ..)
+    "token": (ppo_clip_forward, ppo_clip_backward),
+    "sequence": (gspo_forward, gspo_backward),
+    "clipped-weight": (cispo_forward, cispo_backward),
+}
+
+
 class ValueLossCache(NamedTuple):
     slope: Array  # (B, T) d loss_t / d values_t
     weights: Array  # (B, T) borrowed
@@ -236,8 +304,14 @@ def value_loss_backward(dloss: Array, cache: ValueLossCache) -> Array:
     return dloss * cache.weights * cache.slope
 
 
+SAMPLED = {  # KLMode.in_loss of the sampled tokens' log-probs alone
+    "token": (kl.token_kl_loss_forward, kl.token_kl_loss_backward),
+    "sequence": (kl.sequence_kl_loss_forward, kl.sequence_kl_loss_backward),
+}
+
+
 class KLLossCache(NamedTuple):
-    in_loss: str | None  # as in KLMode
+    mode: kl.KLMode
     sampled: kl.TokenKLCache | kl.SequenceKLCache | None
     full: kl.FullKLCache | None
     weights: Array  # (B, T) borrowed
@@ -272,30 +346,19 @@ def kl_loss_forward(
     Returns:  loss () [nats times the weights' unit], cache.
     Raises:   ValueError: another kl_mode, or shapes that do not fit.
     """
-    if kl_mode not in kl.KL_MODES:
-        raise ValueError(f"kl_loss: expected one of {', '.join(kl.KL_MODES)}; got {kl_mode!r}")
-    mode, weights = kl.KL_MODES[kl_mode], as_float(weights)
+    mode, weights = kl.named(kl.KL_MODES, "kl_loss", kl_mode), as_float(weights)
+    loss = (0.0 * weights).sum()  # a 0 that stands on the weights' device, in their dtype
     sampled = full = future = None
-    if mode.in_loss in ("token", "sequence"):
-        estimate = (
-            kl.token_kl_loss_forward if mode.in_loss == "token" else kl.sequence_kl_loss_forward
-        )
-        loss, sampled = estimate(
-            logp,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            weights=weights,
-            estimator=mode.estimator,
-            ratio=mode.ratio,
-        )
-    elif mode.in_loss in ("full", "rao_blackwell"):
+    if mode.in_loss in SAMPLED:
+        given = {"old_logp": old_logp, "ref_logp": ref_logp, "weights": weights}
+        estimate, _ = SAMPLED[mode.in_loss]
+        loss, sampled = estimate(logp, estimator=mode.estimator, ratio=mode.ratio, **given)
+    elif mode.needs_ref_logits:
         kl_token, full = kl.full_kl_forward(logits, ref_logits=ref_logits, temperature=temperature)
         loss, _ = weighted_sum_forward(kl_token, weights=weights)
         if mode.in_loss == "rao_blackwell":
             future = kl.future_kl(kl_token, mask=weights)
-    else:
-        loss = (0.0 * weights).sum()  # a 0 that stands on the weights' device, in their dtype
-    return loss, KLLossCache(mode.in_loss, sampled, full, weights, future, logits.shape)
+    return loss, KLLossCache(mode, sampled, full, weights, future, logits.shape)
 
 
 def kl_loss_backward(dloss: Array, cache: KLLossCache) -> tuple[Array, Array]:
@@ -303,12 +366,11 @@ def kl_loss_backward(dloss: Array, cache: KLLossCache) -> tuple[Array, Array]:
     xp = get_xp(cache.weights)
     dlogits = xp.zeros(cache.logits_shape, dtype=cache.weights.dtype)
     dlogp = xp.zeros_like(cache.weights)
-    if cache.in_loss == "token":
-        dlogp = kl.token_kl_loss_backward(dloss, cache.sampled)
-    elif cache.in_loss == "sequence":
-        dlogp = kl.sequence_kl_loss_backward(dloss, cache.sampled)
-    elif cache.in_loss in ("full", "rao_blackwell"):
+    if cache.sampled is not None:
+        _, backward = SAMPLED[cache.mode.in_loss]
+        dlogp = backward(dloss, cache.sampled)
+    if cache.full is not None:
         dlogits = kl.full_kl_backward(dloss * cache.weights, cache.full)
-        if cache.in_loss == "rao_blackwell":
-            dlogp = dloss * cache.weights * cache.future  # REINFORCE on the later KL
+    if cache.future is not None:
+        dlogp = dloss * cache.weights * cache.future  # REINFORCE on the later KL
     return dlogits, dlogp

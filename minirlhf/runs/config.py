@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from minirlhf.disk import read_toml, write_whole
 from minirlhf.errors import InputError
-from minirlhf.train import settings
+from minirlhf.train import reward_model, settings, sft
+from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.sft import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,8 @@ class TrainConfig:
     stages: Literal["sft", "sft,reward", "all"] = "all"  # What to run; `resume` does the rest
     # The policy's transformer
     model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
-    sft: settings.SFTConfig = field(default_factory=settings.SFTConfig)  # Stage 1
-    # Stage 2
-    reward_model: settings.RewardModelConfig = field(default_factory=settings.RewardModelConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
     ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
 
     def __post_init__(self):
@@ -90,7 +91,7 @@ def _document_fields(*modules: ModuleType) -> None:
             vars(module)[name].__doc__ = "\n".join([f"{said}\n\nAttributes:", *lines])
 
 
-_document_fields(settings, sys.modules[__name__])
+_document_fields(settings, sft, reward_model, sys.modules[__name__])
 
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -147,14 +147,25 @@ def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
 
 
 def save_state(
-    session: Session, stage: str, optimizer: Optimizer, done: int, **more: float
+    session: Session,
+    stage: str,
+    optimizer: Optimizer,
+    done: int,
+    *,
+    arrays: Tree | None = None,
+    **more,
 ) -> None:
-    """What a stage goes on from, bit for bit, after `done` steps; `more`: the kl_coef of PPO."""
+    """What a stage goes on from, bit for bit, after `done` steps.
+
+    Args:     arrays: host arrays by name, beside the optimiser's: of PPO the moved reference.
+              more: the kl_coef of PPO.
+    """
     rng = {name: session.rng[name].bit_generator.state for name in GO_ON[stage]}
     meta = {"done": done, "rng": rng, "log": session.log.position(), **more}
     session.made = done
     try:
-        checkpoint.save_state(state_of(session, stage), optimizer.state_tree(), meta)
+        state = optimizer.state_tree() | (arrays or {})
+        checkpoint.save_state(state_of(session, stage), state, meta)
         session.kept = done
     except KeyboardInterrupt:  # before it was written, or after
         session.kept = _read_state(session, stage)[1]["done"] if has_state(session, stage) else 0
@@ -162,19 +173,21 @@ def save_state(
 
 
 def load_state(
-    session: Session, stage: str, optimizer: Optimizer, n_steps: int
-) -> tuple[int, float | None]:
-    """(steps done, kl_coef of PPO) of a stage's checkpoint, from which all goes on; (0, None).
+    session: Session, stage: str, optimizer: Optimizer, n_steps: int, *, arrays: Tree | None = None
+) -> tuple[int, float | None, Tree]:
+    """(steps done, kl_coef of PPO, arrays) of a stage's checkpoint, from which all goes on.
 
+    Args:     arrays: what stands for those of `save_state` where there is no checkpoint yet.
     Raises:   InputError: the state is not of this stage of this run; nothing has changed then.
     """
+    arrays = arrays or {}
     if not has_state(session, stage):
-        return 0, None
-    arrays, meta = _read_state(session, stage)
+        return 0, None, arrays
+    found, meta = _read_state(session, stage)
     done = meta["done"]
     try:
-        _check_arrays(arrays, optimizer.state_tree())
-        optimizer.load_state_tree(arrays)
+        _check_arrays(found, optimizer.state_tree() | arrays)
+        optimizer.load_state_tree(found)
         if not (done <= n_steps and optimizer.updates * n_steps == done * optimizer.total_steps):
             raise ValueError(
                 f"expected the updates of at most {n_steps} steps; got {done} steps and "
@@ -185,7 +198,7 @@ def load_state(
         raise _damaged(session, stage, str(error)) from error
     if session.stored:  # else it was opened to look
         session.log.rewind(meta["log"], stage, done - 1)
-    return done, meta.get("kl_coef")
+    return done, meta.get("kl_coef"), {name: found[name] for name in arrays}
 
 
 def drop_state(session: Session, stage: str) -> None:
@@ -222,7 +235,7 @@ def _check_arrays(arrays: Tree, like: Tree) -> None:
     if came != expected:
         raise ValueError(f"expected the arrays {expected}; got {came}")
     for name, array in arrays.items():
-        low = -math.inf if name in ("flat", "mean") else 0
+        low = -math.inf if name in ("flat", "mean", "reference") else 0
         if not (np.isfinite(array) & (array >= low)).all():
             raise ValueError(f"expected possible numbers; {name} is not finite or below 0")
 

@@ -5,6 +5,7 @@ stream and an optimiser to a loop of `train/`, follows it with a log, and leaves
 folder is there already, the stage is read back from it (`folder.py` says what a run leaves where).
 """
 
+import functools
 import math
 import shlex
 import time
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from minirlhf.backend import to_host
 from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
@@ -31,8 +33,10 @@ from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.ppo import Task, new_policy, train_ppo
 from minirlhf.train.reward_model import Pair, RewardModel
 from minirlhf.train.rollout import Samples
+from minirlhf.train.sampler import sample_as_set
+from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import sft_loss, train_sft
-from minirlhf.tree import Tree
+from minirlhf.tree import Tree, tree_pack, tree_unpack
 from minirlhf.workers import side_by_side
 from minirlhf.worlds.examples import Texts
 from minirlhf.worlds.files import split_pairs
@@ -86,13 +90,15 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
         )
     reference = reference_stage(session)
     if "policy" in saved:
-        return folder.load_params(session, "policy", session.gpt, "value_head"), reference
+        heads = ["value_head"] * session.config.ppo.has_critic
+        return folder.load_params(session, "policy", session.gpt, *heads), reference
     if not folder.has_state(session, "ppo"):
         session.note(f"{session.folder} has no policy yet: its reference stands for it")
         return reference, reference
     settings = session.config.ppo
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    done, _ = folder.load_state(session, "ppo", optimizer, settings.iterations)
+    moved = moved_reference(reference, settings)
+    done, *_ = folder.load_state(session, "ppo", optimizer, settings.iterations, arrays=moved)
     session.note(f"the policy is that after {done} of {settings.iterations} iterations of PPO")
     return optimizer.params, reference
 
@@ -128,7 +134,7 @@ def run_stages(session: Session) -> Result | None:
             policy = ppo_stage(session, reference, score)
         with session.timed("evaluation"):
             session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
-            valued = {**reference, "value_head": policy["value_head"]}
+            valued = {**policy, **reference}
             before, first = evaluate(session, valued, reference, score)
             after, last = evaluate(session, policy, reference, score)
         content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
@@ -201,7 +207,7 @@ def _learn(
             title.beside = f", held out {metrics[name]:.3f}"
         return metrics
 
-    done, _ = folder.load_state(session, stage, optimizer, n_steps)
+    done, *_ = folder.load_state(session, stage, optimizer, n_steps)
     saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
     last = look(done)
     for step, metrics in _follow(session, stage, loop, range(done, n_steps), title):
@@ -411,11 +417,14 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     folder.begin_stage(session, "ppo")
     settings, config, stop_id = session.config.ppo, session.config, session.tokenizer.eos
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    done, kl_coef = folder.load_state(session, "ppo", optimizer, settings.iterations)
+    done, kl_coef, found = folder.load_state(
+        session, "ppo", optimizer, settings.iterations, arrays=moved_reference(reference, settings)
+    )
+    moved = [session.on_device(tree_unpack(flat, reference)) for flat in found.values()]
     loop = train_ppo(
         optimizer,
-        reference,
-        Task(lambda policy: _sample_batch(session, policy), score, stop_id),
+        moved[0] if moved else reference,
+        Task(functools.partial(_sample_batch, session), score, stop_id),
         config=session.gpt,
         settings=settings,
         rng=session.rng["shuffle"],
@@ -438,18 +447,34 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         session.log.metrics(step, "ppo", metrics)
         session.log.samples(step, folder.sample_rows(session, iteration.rollout))
         if done % config.checkpoint_every == 0 or done == settings.iterations:
-            beta = float(iteration.next_kl_coef)
-            folder.save_state(session, "ppo", optimizer, done, kl_coef=beta)
+            beta, moved = iteration.next_kl_coef, iteration.next_reference
+            arrays = moved_reference(moved, settings)
+            folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
         started = time.perf_counter()
     folder.save_params(session, "policy", optimizer.params, session.gpt)
     return optimizer.params
 
 
+def moved_reference(reference: Tree, settings: PPOConfig) -> Tree:
+    """What a checkpoint holds beside the optimiser, on the host: the reference, if it moves."""
+    if not settings.reset_reference_every:
+        return {}
+    return {"reference": to_host(tree_pack(reference)[0])}
+
+
 def _sample_batch(session: Session, policy: Tree) -> Samples:
-    """Responses to the next batch of training prompts."""
+    """G responses to each of the next training prompts, those to one prompt together."""
     settings, rng = session.config.ppo, session.rng
-    prompts = _draw(session.world.train_prompts, settings.batch_size, rng["prompts"])
-    return session.sample(policy, prompts, rng["rollout"], Sampling(settings.temperature))
+    G = settings.samples_per_prompt
+    prompts = _draw(session.world.train_prompts, settings.batch_size // G, rng["prompts"])
+    prompts = [prompt for prompt in prompts for _ in range(G)]
+    sampling = Sampling(settings.temperature)
+    return sample_as_set(
+        lambda params: session.sample(params, prompts, rng["rollout"], sampling),
+        policy,
+        config=session.gpt,
+        settings=settings,
+    )
 
 
 def _draw(items: list[str], n: int, rng: np.random.Generator) -> list[str]:

@@ -41,7 +41,8 @@ from minirlhf.runs.own_reward import (
     try_reward,
 )
 from minirlhf.train.reward_model import RewardModel, score_responses
-from minirlhf.train.rollout import Samples, sample_responses
+from minirlhf.train.rollout import Samples
+from minirlhf.train.sampler import sample_responses
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
 from minirlhf.workers import resolved, share_packed

@@ -21,7 +21,7 @@ def iteration_metrics(
     iteration: ppo.Iteration, *, settings: PPOConfig, stop_id: int
 ) -> dict[str, float]:
     """`rollout_metrics`, and the means of the metrics of the updates."""
-    rollout, experience, updates, kl_coef, _ = iteration
+    rollout, experience, updates, kl_coef, *_ = iteration
     metrics = rollout_metrics(
         rollout, experience, settings=settings, kl_coef=kl_coef, stop_id=stop_id
     )
@@ -53,7 +53,6 @@ def rollout_metrics(
     non_score_reward = -kl_coef * response_sum(kl_token, mask=mask).mean()
     score = ppo.final_score(rollout, settings=settings, stop_id=stop_id).mean()
     cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)
-    error = masked_mean((values - returns) * (values - returns), mask=mask)
     metrics = {
         "objective/kl": summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean(),
         "objective/kl_full_seq": response_sum(rollout.kl_full, mask=mask).mean(),
@@ -65,15 +64,23 @@ def rollout_metrics(
         "objective/scores_sd": rollout.score.std(),
         "objective/rlhf_reward": score + non_score_reward,
         "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
-        "ppo/val/mean": masked_mean(values, mask=mask),
-        "ppo/val/var": masked_var(values, mask=mask),
-        "ppo/val/error": error,
-        "ppo/val/var_explained": explained_variance(values, returns, mask=mask),
-        "ppo/returns/mean": masked_mean(returns, mask=mask),
-        "ppo/returns/var": masked_var(returns, mask=mask),
         "val/num_eos_tokens": ppo.ended(rollout, stop_id).sum(),
         "response_length/mean": mask.sum(axis=1).mean(),
     }
+    if settings.has_critic:
+        metrics |= {
+            "ppo/val/mean": masked_mean(values, mask=mask),
+            "ppo/val/var": masked_var(values, mask=mask),
+            "ppo/val/error": masked_mean((values - returns) * (values - returns), mask=mask),
+            "ppo/val/var_explained": explained_variance(values, returns, mask=mask),
+            "ppo/returns/mean": masked_mean(returns, mask=mask),
+            "ppo/returns/var": masked_var(returns, mask=mask),
+        }
+    if (
+        rollout.samples.sampler_logp is not None
+    ):  # an unbiased estimate: the samples are the sampler's
+        gap = rollout.samples.sampler_logp - rollout.old_logp
+        metrics["policy/kl_sampler_k3_token"] = masked_mean(kl_estimate(gap, "k3"), mask=mask)
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: proximal policy optimisation with a KL penalty to the reference.
+"""Stage 3: proximal policy optimisation and its kin, with a KL penalty to the reference.
 
     maximise E_{y ~ pi_theta} [ r(x, y) - beta sum_t (log pi_theta(y_t|.) - log pi_ref(y_t|.)) ]
 
@@ -18,13 +18,20 @@ from minirlhf.backend import Array, get_xp
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf import kl, logprobs, objectives
-from minirlhf.rlhf.advantages import gae, masked_mean, masked_whiten, token_rewards
+from minirlhf.rlhf.advantages import (
+    advantages_without_critic,
+    gae,
+    importance_weights,
+    masked_mean,
+    masked_whiten,
+    token_rewards,
+)
 from minirlhf.train.batches import Batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import PolicyCache, policy_backward, policy_forward
 from minirlhf.train.rollout import Rollout, Samples, Scorer, score_rollout
 from minirlhf.train.settings import PPOConfig
-from minirlhf.tree import Tree
+from minirlhf.tree import Tree, tree_copy
 from minirlhf.workers import sum_over
 
 
@@ -45,6 +52,7 @@ class Iteration(NamedTuple):
     updates: list["Update"]
     kl_coef: float  # beta that was used [reward units per nat]
     next_kl_coef: float
+    next_reference: Tree
 
 
 def train_ppo(
@@ -56,7 +64,6 @@ def train_ppo(
     settings: PPOConfig,
     rng: np.random.Generator,
     kl_coef: float | None = None,
-    advantages_of: Callable[..., "Experience"] | None = None,
 ) -> Iterator[Iteration]:
     """The loop of RLHF: sample, score, penalise, advantages, epochs of clipped updates, next beta.
 
@@ -64,34 +71,33 @@ def train_ppo(
               reference: the frozen copy that the penalty is measured from.
               rng: of the minibatches.
               kl_coef: beta to go on with; None: settings.kl_coef.
-              advantages_of: in the place of `make_experience`, for another estimate of the
-                  advantages.
     Yields:
         an Iteration, until all of settings.iterations are done.
     """
+    same = {"config": config, "settings": settings}
     beta = settings.kl_coef if kl_coef is None else kl_coef
     while optimizer.updates < settings.iterations * settings.updates_per_iteration:
         policy = optimizer.params  # pi_old while we sample and score, pi_theta in the updates
         samples = task.sample(policy)  # y ~ pi_old(.|x)
-        rollout = score_rollout(
-            policy, reference, samples, score=task.score, config=config, settings=settings
-        )
-        experience = (advantages_of or make_experience)(  # -beta kl_token + score -> GAE
+        rollout = score_rollout(policy, reference, samples, score=task.score, **same)
+        experience = make_experience(  # -beta kl_token + score -> advantages
             rollout, settings=settings, kl_coef=beta, stop_id=task.stop_id
         )
-        updates = ppo_update(optimizer, experience, config=config, settings=settings, rng=rng)
+        updates = ppo_update(optimizer, experience, rng=rng, **same)
         next_beta = next_kl_coef(beta, rollout=rollout, settings=settings)
-        yield Iteration(rollout, experience, updates, beta, next_beta)
-        beta = next_beta
+        following = next_reference(reference, optimizer, settings)
+        yield Iteration(rollout, experience, updates, beta, next_beta, following)
+        beta, reference = next_beta, following
 
 
 def new_policy(reference: Tree, settings: PPOConfig, *, rng: np.random.Generator) -> Optimizer:
-    """The optimiser of a copy of the reference with a value head that says 0 everywhere."""
-    wte = reference["transformer"]["wte"]
-    head = init_scalar_head(wte.shape[1], std=0.0, rng=rng, dtype=wte.dtype)
-    head = {name: get_xp(wte).asarray(array) for name, array in head.items()}
+    """The optimiser of a copy of the reference; its critic, if any, says 0 everywhere."""
+    wte, params = reference["transformer"]["wte"], dict(reference)
+    if settings.has_critic:
+        head = init_scalar_head(wte.shape[1], std=0.0, rng=rng, dtype=wte.dtype)
+        params["value_head"] = {name: get_xp(wte).asarray(array) for name, array in head.items()}
     total = settings.iterations * settings.updates_per_iteration
-    return Optimizer({**reference, "value_head": head}, settings.optimizer, total_steps=total)
+    return Optimizer(params, settings.optimizer, total_steps=total)
 
 
 # -- from a rollout to advantages ----------------------------------------------------------------
@@ -133,31 +139,37 @@ def make_experience(
 
     A penalty in the reward uses the rollout's log-probs and is constant over the epochs. One in
     the loss stands beside the advantages: its beta is divided by whatever whitening divided the
-    rewards and the advantages by, so that beta means the same in both places.
+    rewards and the advantages by, so that beta means the same in both places. (What GRPO divides
+    by differs from prompt to prompt, and its beta is not divided.)
 
     Args:     kl_coef: beta [reward units per nat].
     """
-    mask = rollout.batch.response_mask
-    score = final_score(rollout, settings=settings, stop_id=stop_id)
-    kl_token = rollout_penalty(rollout, settings)
+    mask, values, s = rollout.batch.response_mask, rollout.values, settings
+    score = final_score(rollout, settings=s, stop_id=stop_id)
+    kl_token = rollout_penalty(rollout, s)
     rewards = token_rewards(score, kl_token, mask=mask, kl_coef=kl_coef)
     reward_scale = advantage_scale = 1.0
-    if settings.whiten_rewards:
+    if s.whiten_rewards:
         rewards, reward_scale = masked_whiten(rewards, mask=mask, shift_mean=False)
-    advantages, returns = gae(
-        rewards, rollout.values, mask=mask, gamma=settings.gamma, lam=settings.lam
-    )
-    if settings.whiten_advantages:
+    if s.has_critic:
+        advantages, returns = gae(rewards, values, mask=mask, gamma=s.gamma, lam=s.lam)
+    else:
+        form = {"form": s.advantages, "samples_per_prompt": s.samples_per_prompt}
+        advantages, returns = advantages_without_critic(rewards, mask=mask, **form), values
+    if s.whiten_advantages:
         advantages, advantage_scale = masked_whiten(advantages, mask=mask)
+    if s.importance != "none":
+        pair, form = (rollout.old_logp, rollout.samples.sampler_logp), {"form": s.importance}
+        advantages *= importance_weights(*pair, mask=mask, cap=s.importance_cap, **form)
     return Experience(
         batch=rollout.batch,
         old_logp=rollout.old_logp,
         ref_logp=rollout.ref_logp,
         ref_logits=rollout.ref_logits,
-        old_values=rollout.values,
+        old_values=values,
         advantages=advantages,
         returns=returns,
-        weights=objectives.token_weights(mask, mode=settings.aggregation),
+        weights=objectives.token_weights(mask, mode=s.aggregation),
         kl_loss_coef=kl_coef / (reward_scale * advantage_scale),
     )
 
@@ -278,7 +290,8 @@ def _micro_batch(
     rows, experience = part
     loss, cache = ppo_loss_forward(params, experience=experience, config=config, settings=settings)
     xp, T = get_xp(cache.logp), cache.logp.shape[1]
-    tokens = {"logp": cache.logp, "values": cache.values, "clipped": cache.clip.clipped}
+    tokens = {"logp": cache.logp, "clipped": cache.surrogate.clipped}
+    tokens["values"] = experience.old_values if cache.values is None else cache.values
     term = {"loss": loss, "parts": cache.parts, "gradients": ppo_loss_backward(1.0, cache)}
     for name, array in tokens.items():
         term[name] = xp.zeros(shape, dtype=cache.logp.dtype)
@@ -289,15 +302,15 @@ def _micro_batch(
 # -- the loss ------------------------------------------------------------------------------------
 class PPOLossCache(NamedTuple):
     policy: PolicyCache
-    clip: objectives.PPOClipCache
-    value: objectives.ValueLossCache
+    surrogate: objectives.PPOClipCache | objectives.GSPOCache | objectives.CISPOCache
+    value: objectives.ValueLossCache | None  # only with a critic
     penalty: objectives.KLLossCache | None  # only where `kl_mode` puts it into the loss
     entropy: logprobs.EntropyCache | None
     entropy_sum: objectives.WeightedSumCache | None
     settings: PPOConfig
     kl_loss_coef: Array | float
     logp: Array  # for the metrics
-    values: Array  # for the metrics
+    values: Array | None  # for the metrics
     parts: dict[str, Array]  # the terms of the loss
 
 
@@ -306,7 +319,8 @@ def ppo_loss_forward(
 ) -> tuple[Array, PPOLossCache]:
     """loss = L_clip + vf_coef L_V + beta L_KL - ent_coef H, each a weighted sum over tokens.
 
-    L_KL is there only if `kl_mode` puts the penalty into the loss. In the default placement the
+    L_clip is the one of SURROGATES that `ratio` names; L_V is there only with a critic, and L_KL
+    only if `kl_mode` puts the penalty into the loss. In the default placement the
     penalty is inside the advantages of L_clip, constants, and no term of its own: what reaches the
     logits is dz_a = -w ratio A (1[a = y] - P_a) / tau where the clip lets it through, 0 elsewhere.
 
@@ -315,24 +329,24 @@ def ppo_loss_forward(
     """
     batch, weights, tau = experience.batch, experience.weights, settings.temperature
     out, policy = policy_forward(params, batch=batch, config=config, temperature=tau)
-    clip_loss, clip = objectives.ppo_clip_forward(
+    surrogate_forward, _ = objectives.SURROGATES[settings.ratio]
+    loss, surrogate = surrogate_forward(
         out.logp,
         old_logp=experience.old_logp,
         advantages=experience.advantages,  # -beta kl_token is in here
         weights=weights,
-        clip_eps=settings.clip_range,
-        clip=settings.clip,
-        dual_clip=settings.dual_clip or None,
+        **settings.clipping,
     )
-    value_loss, value = objectives.value_loss_forward(
-        out.values,
-        old_values=experience.old_values,
-        returns=experience.returns,
-        weights=weights,
-        clip_eps=settings.value_clip_eps or None,
-    )
-    loss = clip_loss + settings.vf_coef * value_loss
-    parts = {"loss/policy_avg": clip_loss, "loss/value_avg": value_loss}
+    parts, value = {"loss/policy_avg": loss}, None
+    if out.values is not None:
+        parts["loss/value_avg"], value = objectives.value_loss_forward(
+            out.values,
+            old_values=experience.old_values,
+            returns=experience.returns,
+            weights=weights,
+            clip_eps=settings.value_clip_eps or None,
+        )
+        loss = loss + settings.vf_coef * parts["loss/value_avg"]
     penalty = entropy_cache = entropy_sum = None
     if kl.KL_MODES[settings.kl_mode].in_loss:
         kl_loss, penalty = objectives.kl_loss_forward(
@@ -351,16 +365,18 @@ def ppo_loss_forward(
         entropy, entropy_cache = logprobs.entropy_forward(out.logits, temperature=tau)
         bonus, entropy_sum = objectives.weighted_sum_forward(entropy, weights=weights)
         loss = loss - settings.ent_coef * bonus
-    caches = policy, clip, value, penalty, entropy_cache, entropy_sum  # in the order of the fields
+    caches = policy, surrogate, value, penalty, entropy_cache, entropy_sum  # as the fields
     constants = settings, experience.kl_loss_coef
     return loss, PPOLossCache(*caches, *constants, out.logp, out.values, parts)
 
 
 def ppo_loss_backward(dloss: Array | float, cache: PPOLossCache) -> Tree:
     """dL/dparams: the terms of the loss undone, added up on logits, log-probs and values."""
-    dlogp = objectives.ppo_clip_backward(dloss, cache.clip)
-    dvalues = objectives.value_loss_backward(dloss * cache.settings.vf_coef, cache.value)
-    dlogits = None
+    _, surrogate_backward = objectives.SURROGATES[cache.settings.ratio]
+    dlogp = surrogate_backward(dloss, cache.surrogate)
+    dlogits = dvalues = None
+    if cache.value is not None:
+        dvalues = objectives.value_loss_backward(dloss * cache.settings.vf_coef, cache.value)
     if cache.penalty is not None:
         dkl = dloss * cache.kl_loss_coef
         dlogits, dlogp_penalty = objectives.kl_loss_backward(dkl, cache.penalty)
@@ -373,7 +389,7 @@ def ppo_loss_backward(dloss: Array | float, cache: PPOLossCache) -> Tree:
     return policy_backward(dlogits, dlogp, dvalues, cache.policy)
 
 
-# -- the next beta -------------------------------------------------------------------------------
+# -- the next beta, the next reference -----------------------------------------------------------
 def next_kl_coef(kl_coef: float, *, rollout: Rollout, settings: PPOConfig) -> float:
     """beta of the next iteration: fixed, or steered towards kl_target."""
     if not settings.kl_target:
@@ -386,3 +402,14 @@ def next_kl_coef(kl_coef: float, *, rollout: Rollout, settings: PPOConfig) -> fl
         horizon=settings.kl_horizon,
         n_episodes=settings.batch_size,
     )
+
+
+def next_reference(reference: Tree, optimizer: Optimizer, settings: PPOConfig) -> Tree:
+    """The reference itself; every `reset_reference_every` iterations a copy of the policy.
+
+    K resets, each at the optimum, end where beta / K would: ref exp(r / beta) is the next ref.
+    """
+    every = settings.reset_reference_every * settings.updates_per_iteration
+    if not every or optimizer.updates % every:
+        return reference
+    return {"transformer": tree_copy(optimizer.params["transformer"])}

@@ -4,7 +4,8 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,11 +22,43 @@ from minirlhf.rlhf.preferences import (
 from minirlhf.train.batches import Ids, micro_batches, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
-from minirlhf.train.settings import RewardModelConfig
+from minirlhf.train.settings import OptimizerConfig, check_fields
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, sum_over
 
 SCORING_ROWS = 256  # responses scored in one forward on a GPU
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Reward model: Bradley-Terry of pairs, Plackett-Luce of ranked lists."""
+
+    init: Literal["scratch", "reference"] = "scratch"  # Random weights, or all of the reference
+    n_layer: int = 1  # Blocks of a model from scratch
+    n_pairs: int = 1500  # Pairs of reference samples for the annotator, where none are given
+    n_heldout_pairs: int = 400  # Further pairs, on held-out prompts, for the accuracy
+    n_normalize: int = 1024  # Reference samples that set mean 0 and sd 1 of the score
+    epochs: int = 4  # Passes over the pairs
+    batch_size: int = 64  # Pairs an update
+    margin: float = 0.0  # Score difference that the loss asks for in a pair
+    label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
+    )
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            "reward_model.",
+            at_least_1=("n_layer", "n_pairs", "n_heldout_pairs", "epochs", "batch_size"),
+            at_least_2=("n_normalize",),  # one sample has no sd
+            at_least_0=("margin", "label_smoothing"),
+        )
+        if self.label_smoothing >= 0.5:  # from there on the loss prefers what was rejected
+            raise InputError(
+                "reward_model.label_smoothing: expected at least 0 and less than 0.5; "
+                f"got {self.label_smoothing}: choose such a number"
+            )
 
 
 class Pair(NamedTuple):

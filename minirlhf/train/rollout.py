@@ -1,4 +1,4 @@
-"""One batch of experience: sample responses, then score them with policy, reference and reward."""
+"""One batch of experience: sampled responses, scored with policy, reference and reward."""
 
 import functools
 from collections.abc import Callable
@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp, to_host
-from minirlhf.nn.sampling import Sampling, generate
+from minirlhf.backend import Array, get_xp
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import KL_MODES, full_kl_forward
 from minirlhf.rlhf.logprobs import entropy_forward
-from minirlhf.train.batches import Batch, Ids, pad_batch
+from minirlhf.train.batches import Batch, Ids
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
@@ -27,48 +26,10 @@ class Samples(NamedTuple):
     hidden: Array | None = None  # (B, T, C) what the heads of the policy that drew them read
     prompts: list[str] | tuple = ()  # the same as text, where there is a text
     responses: list[str] | tuple = ()
+    sampler_logp: Array | None = None  # (B, T) [nats] of who drew them, where not the policy
 
 
 Scorer = Callable[[Samples], np.ndarray]  # (B,) normalised scores on the host
-
-
-def sample_responses(
-    params: Tree,
-    prompts: list[Ids],
-    *,
-    config: GPTConfig,
-    stop_id: int,
-    pad_id: int,
-    max_tokens: int,
-    rng: np.random.Generator,
-    sampling: Sampling = Sampling(),
-    device: str = "cpu",
-) -> Samples:
-    """y ~ pi(. | x) for every prompt, until the stop token or max_tokens.
-
-    PPO samples with top_k 0 and top_p 1: what is sampled must be what is scored.
-
-    Args:     params: {"transformer": ...}.
-    """
-    dtype = params["transformer"]["wte"].dtype
-    batch = pad_batch(
-        prompts, [[] for _ in prompts], pad_id=pad_id, config=config, dtype=dtype, device=device
-    )
-    out = generate(
-        params["transformer"],
-        tokens=batch.tokens,
-        mask=batch.mask,
-        config=config,
-        max_new=max_tokens,
-        stop_id=stop_id,
-        pad_id=pad_id,
-        rng=rng,
-        sampling=sampling,
-    )
-    batch = Batch(out.tokens, out.mask, batch.prompt_len).trimmed()
-    tokens, mask = to_host(batch.responses), to_host(batch.response_mask) > 0
-    responses = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
-    return Samples(prompts, responses, batch, out.hidden[:, : tokens.shape[1]])
 
 
 class Rollout(NamedTuple):
@@ -104,7 +65,7 @@ def score_rollout(
     first update is 1 up to rounding; without hidden states, and with minibatches of the same
     shapes, it is exactly 1.
 
-    Args:     policy: {"transformer": ..., "value_head": ...}, the one that drew the samples.
+    Args:     policy: {"transformer": ..., "value_head": ...}; without a value head values are 0.
               reference: {"transformer": ...}, a frozen copy.
               settings: the temperature, the size of a micro-batch, and whether `kl_mode` needs the
                   reference's whole distributions.
@@ -143,7 +104,8 @@ def _score_part(
     ref, _ = policy_forward(reference, **same)
     entropy, _ = entropy_forward(old.logits, temperature=tau)
     kl_full, _ = full_kl_forward(old.logits, ref_logits=ref.logits, temperature=tau)
-    arrays = {"old_logp": old.logp, "ref_logp": ref.logp, "values": old.values}
+    arrays = {"old_logp": old.logp, "ref_logp": ref.logp}
+    arrays["values"] = 0.0 * old.logp if old.values is None else old.values
     arrays |= {"entropy": entropy, "kl_full": kl_full}
     if KL_MODES[settings.kl_mode].needs_ref_logits:
         arrays["ref_logits"] = ref.logits

@@ -1,7 +1,7 @@
-"""What can be set about the three stages: one frozen dataclass each, one field a line.
+"""What can be set about the model, an optimiser and PPO: frozen dataclasses, one field a line.
 
-A field says its symbol, unit and range; `runs/config.py` puts them together into one configuration
-and the command line makes a flag of each.
+A field says its symbol, unit and range; those of the other stages stand beside their loops.
+`runs/config.py` puts all together, and the command line makes a flag of each.
 """
 
 import math
@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from minirlhf.errors import InputError
+from minirlhf.rlhf.advantages import ADVANTAGES, IMPORTANCE
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.rlhf.objectives import AGGREGATIONS, CLIPS
+from minirlhf.rlhf.objectives import AGGREGATIONS, CLIPS, SURROGATES
 
 _RULES = {
     "at_least_1": (lambda x: x >= 1, "at least 1"),
@@ -51,7 +52,7 @@ def check_fields(config: Any, where: str, **names_of: tuple[str, ...]) -> None:
 
 
 def with_fields(default: Any, values: dict[str, Any], where: str) -> Any:
-    """The dataclass with other values of some fields.
+    """The dataclass with other values of some fields; a dict of those of a nested one.
 
     Raises:   InputError: a name is no field, or as `check_fields`.
     """
@@ -61,7 +62,14 @@ def with_fields(default: Any, values: dict[str, Any], where: str) -> Any:
             raise InputError(
                 f"{where}: expected one of {', '.join(names)}; got {name!r}: correct the name"
             )
-    return replace(default, **values)
+    nested = {
+        name: with_fields(
+            getattr(default, name), value, f"{where}.{name}".removeprefix("train").strip(".")
+        )
+        for name, value in values.items()
+        if isinstance(value, dict) and is_dataclass(getattr(default, name))
+    }
+    return replace(default, **values | nested)
 
 
 def _typed(value: Any, hint: Any, f: Field, where: str) -> Any:
@@ -146,59 +154,12 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning on demonstrations."""
-
-    steps: int = 850  # Updates
-    batch_size: int = 32  # Demonstrations an update
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            learning_rate=3e-3, warmup=30, floor=0.05, beta2=0.98, eps=1e-8, weight_decay=0.01
-        )
-    )
-
-    def __post_init__(self):
-        check_fields(self, "sft.", at_least_0=("steps",), at_least_1=("batch_size",))
-
-
-@dataclass(frozen=True)
-class RewardModelConfig:
-    """Reward model: Bradley-Terry of pairs, Plackett-Luce of ranked lists."""
-
-    init: Literal["scratch", "reference"] = "scratch"  # Random weights, or all of the reference
-    n_layer: int = 1  # Blocks of a model from scratch
-    n_pairs: int = 1500  # Pairs of reference samples for the annotator, where none are given
-    n_heldout_pairs: int = 400  # Further pairs, on held-out prompts, for the accuracy
-    n_normalize: int = 1024  # Reference samples that set mean 0 and sd 1 of the score
-    epochs: int = 4  # Passes over the pairs
-    batch_size: int = 64  # Pairs an update
-    margin: float = 0.0  # Score difference that the loss asks for in a pair
-    label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
-    )
-
-    def __post_init__(self):
-        check_fields(
-            self,
-            "reward_model.",
-            at_least_1=("n_layer", "n_pairs", "n_heldout_pairs", "epochs", "batch_size"),
-            at_least_2=("n_normalize",),  # one sample has no sd
-            at_least_0=("margin", "label_smoothing"),
-        )
-        if self.label_smoothing >= 0.5:  # from there on the loss prefers what was rejected
-            raise InputError(
-                "reward_model.label_smoothing: expected at least 0 and less than 0.5; "
-                f"got {self.label_smoothing}: choose such a number"
-            )
-
-
-@dataclass(frozen=True)
 class PPOConfig:
     """PPO with the summed KL penalty."""
 
     iterations: int = 30  # Batches of fresh samples
-    batch_size: int = 128  # Prompts, and responses, an iteration
+    batch_size: int = 128  # Responses an iteration
+    samples_per_prompt: int = 1  # G, responses to each prompt; divides batch_size
     epochs: int = 4  # Passes over each batch
     minibatches: int = 2  # Updates a pass
     # The most responses in one forward: bounds memory only. 0: as suits a cache; on a GPU all
@@ -209,10 +170,19 @@ class PPOConfig:
     kl_mode: Literal[tuple(KL_MODES)] = "reward_k1"  # type: ignore[valid-type]
     kl_target: float = 0.0  # Wanted kl_seq [nats per response], adapts kl_coef. 0: fixed
     kl_horizon: float = 1280.0  # Episodes over which an adaptive kl_coef may change by 20 %
+    reset_reference_every: int = 0  # Iterations until the policy becomes the reference. 0: never
+    # A critic's (GAE), or none: of the G responses to a prompt, or the whole batch's
+    advantages: Literal[ADVANTAGES] = "gae"  # type: ignore[valid-type]
     gamma: float = 1.0  # Discount
     lam: float = 0.95  # GAE's lambda
     whiten_advantages: bool = True  # Advantages to mean 0, variance 1 over the batch's tokens
     whiten_rewards: bool = False  # Token rewards to variance 1 (the mean stays)
+    # What multiplies the advantage: a ratio a token, one a response (GSPO), a weight (CISPO)
+    ratio: Literal[tuple(SURROGATES)] = "token"  # type: ignore[valid-type]
+    sampler_bits: int = 0  # Mantissa of the weights that sample, others than those trained. 0: all
+    # What corrects for it: truncated or masked importance weights of the tokens
+    importance: Literal[IMPORTANCE] = "none"  # type: ignore[valid-type]
+    importance_cap: float = 2.0  # C > 1: the largest such weight
     # Clipped surrogate: PPO's, the one-sided min(ratio, 1+e) of a textbook, or none
     clip: Literal[CLIPS] = "ppo"  # type: ignore[valid-type]
     clip_eps: float = 0.2  # e below 1, and above it unless clip_eps_high is set
@@ -234,40 +204,58 @@ class PPOConfig:
         check_fields(
             self,
             "ppo.",
-            at_least_1=("iterations", "batch_size", "epochs", "minibatches"),
+            at_least_1=(
+                *("iterations", "batch_size", "samples_per_prompt", "epochs", "minibatches"),
+            ),
             at_least_0=(
                 *("micro_batch_size", "kl_coef", "kl_target", "clip_eps", "clip_eps_high"),
                 *("dual_clip", "value_clip_eps", "vf_coef", "ent_coef", "target_kl"),
-                *("missing_eos_penalty", "score_clip"),
+                *("missing_eos_penalty", "score_clip", "reset_reference_every", "sampler_bits"),
             ),
             above_0=("temperature", "kl_horizon"),
             shares=("gamma", "lam"),
         )
-        if self.minibatches > self.batch_size:
-            raise InputError(
-                f"ppo.minibatches: expected at most batch_size = {self.batch_size}; "
-                f"got {self.minibatches}"
-            )
-        if self.kl_target and not self.kl_coef:
-            raise InputError(
-                "ppo.kl_target: expected kl_coef > 0 with it, because the controller multiplies "
-                "kl_coef; got 0: start from a larger kl_coef"
-            )
-        if self.kl_target and self.batch_size > self.kl_horizon:
-            raise InputError(
-                f"ppo.kl_horizon: expected at least batch_size = {self.batch_size} with kl_target, "
-                f"or one batch would use up the horizon; got {self.kl_horizon}: choose a larger one"
-            )
-        if self.dual_clip and self.dual_clip <= 1:
-            raise InputError(
-                f"ppo.dual_clip: expected 0 (off) or more than 1; got {self.dual_clip}"
-            )
+        s, critic, G = self, self.has_critic, self.samples_per_prompt
+        alone = G == 1 and self.advantages not in ("gae", "batch")
+        for name, fits, expected in (
+            ("minibatches", s.minibatches <= s.batch_size, f"at most batch_size = {s.batch_size}"),
+            ("kl_coef", s.kl_coef or not s.kl_target, "more than 0, which kl_target multiplies"),
+            (
+                "kl_horizon",
+                not s.kl_target or s.batch_size <= s.kl_horizon,
+                f"at least batch_size = {s.batch_size} with kl_target, or one batch uses it up",
+            ),
+            ("dual_clip", not s.dual_clip or s.dual_clip > 1, "0 (off) or more than 1"),
+            ("dual_clip", not s.dual_clip or s.ratio != "clipped-weight", "0 with clipped-weight"),
+            ("samples_per_prompt", s.batch_size % G == 0, f"a divisor of {s.batch_size}"),
+            ("samples_per_prompt", not alone, f"at least 2 with advantages {s.advantages}"),
+            ("gamma", critic or s.gamma == 1, f"1 with advantages {s.advantages}"),
+            ("value_clip_eps", critic or not s.value_clip_eps, "0 without a critic"),
+            ("importance_cap", s.importance_cap > 1, "more than 1"),
+            ("sampler_bits", s.sampler_bits < 24, "at most 23, as many as float32 has"),
+            (
+                "importance",
+                s.importance == "none" or s.sampler_bits,
+                "none, or sampler_bits with it: the sampler is the policy itself",
+            ),
+        ):
+            if not fits:
+                raise InputError(
+                    f"ppo.{name}: expected {expected}; got {getattr(s, name)}: choose such a value"
+                )
+
+    @property
+    def has_critic(self) -> bool:
+        """Is there a value head, and a loss for it?"""
+        return self.advantages == "gae"
 
     @property
     def updates_per_iteration(self) -> int:
         return self.epochs * self.minibatches
 
     @property
-    def clip_range(self) -> tuple[float, float]:
-        """(e_low, e_high)."""
-        return self.clip_eps, self.clip_eps_high or self.clip_eps
+    def clipping(self) -> dict[str, Any]:
+        """The clip as the surrogates take it; dual_clip only where it is set."""
+        dual_clip = {"dual_clip": self.dual_clip} if self.dual_clip else {}
+        edges = self.clip_eps, self.clip_eps_high or self.clip_eps
+        return {"clip": self.clip, "clip_eps": edges, **dual_clip}

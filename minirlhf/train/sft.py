@@ -3,21 +3,39 @@
 import functools
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf.objectives import cross_entropy_backward, cross_entropy_forward, token_weights
+from minirlhf.rlhf.imitation import cross_entropy_backward, cross_entropy_forward
+from minirlhf.rlhf.objectives import token_weights
 from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.train.settings import SFTConfig
+from minirlhf.train.settings import OptimizerConfig, check_fields
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
 
 Example = tuple[Ids, Ids]  # prompt, response
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on demonstrations."""
+
+    steps: int = 850  # Updates
+    batch_size: int = 32  # Demonstrations an update
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=3e-3, warmup=30, floor=0.05, beta2=0.98, eps=1e-8, weight_decay=0.01
+        )
+    )
+
+    def __post_init__(self):
+        check_fields(self, "sft.", at_least_0=("steps",), at_least_1=("batch_size",))
 
 
 def train_sft(

@@ -154,12 +154,13 @@ def test_the_help_of_train_is_short_and_a_file_changes_its_defaults(capsys, tmp_
     assert set(chosen) < fields and len(chosen) == len(set(chosen)) < 30
     status, out, err = call(capsys, "train", "--help")
     shown = re.findall(r"^  --([\w.-]+)", out, re.MULTILINE)
-    assert status == 0 and err == "" and shown == ["help-all", "config", "beta", *chosen]
+    assert status == 0 and err == "" and shown == ["help-all", "config", "recipe", "beta", *chosen]
     assert "--reward-model.epochs 4 " in out
-    assert "--ppo.kl-coef 0.2 " in out and len(out.splitlines()) < 66
+    assert "--ppo.kl-coef 0.2 " in out and len(out.splitlines()) < 68
     everything = call(capsys, "train", "--help-all")[1]
     shown = re.findall(r"^  --([\w.-]+)", everything, re.MULTILINE)
-    assert len(shown) == len(set(shown)) and set(shown) == {*fields, "help-all", "config", "beta"}
+    ours = {"help-all", "config", "recipe", "beta"}
+    assert len(shown) == len(set(shown)) and set(shown) == fields | ours
     assert "--ppo.no-whiten-advantages" in everything and "[cpu, cuda]" in everything
     (tmp_path / "c.toml").write_text("[ppo]\nkl_coef = 0.75\n")
     assert "--ppo.kl-coef 0.75 " in call(capsys, "train", "--config", tmp_path / "c.toml", "-h")[1]

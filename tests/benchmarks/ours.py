@@ -22,7 +22,8 @@ from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import Experience, Iteration, Task, minibatch_gradients, train_ppo
 from minirlhf.train.reward_model import RewardModel, score_responses
-from minirlhf.train.rollout import Samples, sample_responses
+from minirlhf.train.rollout import Samples
+from minirlhf.train.sampler import sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import Tree, tree_items
 from minirlhf.workers import map_over, share_packed, side_by_side

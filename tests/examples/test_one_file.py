@@ -120,7 +120,7 @@ def compare_ppo_loss(one: ModuleType) -> tuple[dict, dict]:
     expected, its_cache = ppo_loss_forward(
         params, experience=experience, config=CONFIG, settings=SETTINGS
     )
-    share_clipped = its_cache.clip.clipped[mask > 0].mean()
+    share_clipped = its_cache.surrogate.clipped[mask > 0].mean()
     assert 0.1 < share_clipped < 0.9  # both sides of the clip are visited
     assert_close(loss, expected, SAME)
     their_gradients = ppo_loss_backward(1.0, its_cache)

@@ -23,14 +23,9 @@ from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
-from minirlhf.train.settings import (
-    ModelConfig,
-    OptimizerConfig,
-    PPOConfig,
-    RewardModelConfig,
-    SFTConfig,
-)
-from minirlhf.train.sft import sft_loss_and_gradients
+from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.settings import ModelConfig, OptimizerConfig, PPOConfig
+from minirlhf.train.sft import SFTConfig, sft_loss_and_gradients
 from minirlhf.tree import tree_items, tree_map
 
 

@@ -34,14 +34,10 @@ from minirlhf.nn.transformer import (
     transformer_backward,
     transformer_forward,
 )
+from minirlhf.rlhf.imitation import cross_entropy_backward, cross_entropy_forward
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.rlhf.logprobs import entropy_forward
-from minirlhf.rlhf.objectives import (
-    AGGREGATIONS,
-    cross_entropy_backward,
-    cross_entropy_forward,
-    token_weights,
-)
+from minirlhf.rlhf.objectives import AGGREGATIONS, token_weights
 from minirlhf.train import ppo
 from minirlhf.train.batches import Batch, pad_batch, row_slices
 from minirlhf.train.metrics import mean_of_updates, update_metrics

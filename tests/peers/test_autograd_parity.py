@@ -348,7 +348,7 @@ def test_ppo_loss_with_every_clip(clip, aggregation):
     experience, cache = assert_ppo_parity(settings)
     # The comparison says something: each branch of the surrogate has tokens, in both signs.
     real = experience.weights > 0
-    follows = cache.clip.slope[real] != 0
+    follows = cache.surrogate.slope[real] != 0
     positive = experience.advantages[real] > 0
     assert follows[positive].any() and follows[~positive].any()
     if settings.clip == "ppo":

@@ -11,6 +11,7 @@ from tiny import ragged, with_junk
 from tolerances import DIFFERENT, ENUMERATION, LOOPS, assert_close
 
 from minirlhf.rlhf.advantages import gae, masked_mean, masked_var, masked_whiten, token_rewards
+from minirlhf.rlhf.imitation import cross_entropy_forward
 from minirlhf.rlhf.kl import (
     KL_MODES,
     full_kl_forward,
@@ -20,7 +21,6 @@ from minirlhf.rlhf.kl import (
     token_kl_loss_forward,
 )
 from minirlhf.rlhf.logprobs import sequence_logprob_forward
-from minirlhf.rlhf.objectives import cross_entropy_forward
 from minirlhf.train.batches import Batch
 from minirlhf.train.metrics import rollout_metrics
 from minirlhf.train.ppo import make_experience

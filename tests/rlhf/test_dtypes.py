@@ -5,6 +5,7 @@ dtype. Differences that leave an int8, a scale cut to an integer and a sum that 
 would all show.
 """
 
+import functools
 import inspect
 
 import numpy as np
@@ -15,7 +16,7 @@ from minirlhf.backend import as_float
 from minirlhf.nn.adam import adamw_step, clip_global_norm, init_adamw
 from minirlhf.nn.layers import gelu_forward
 from minirlhf.nn.sampling import draw_tokens, sampling_logprobs
-from minirlhf.rlhf import advantages, kl, logprobs, objectives, preferences
+from minirlhf.rlhf import advantages, imitation, kl, logprobs, objectives, preferences
 from minirlhf.rlhf.kl import KL_MODES
 
 B, T, V = 3, 60, 4  # 180 tokens: more than an int8 can count
@@ -50,6 +51,14 @@ def kl_losses(a, name, ratios):
     ]
 
 
+def surrogate(forward, backward, a):
+    out = [
+        forward(a.x, old_logp=a.y, advantages=a.w, weights=a.mask, clip=clip)
+        for clip in objectives.CLIPS
+    ]
+    return [x for loss, cache in out for x in (loss, backward(1.0, cache))]
+
+
 ESTIMATORS = ("k1", "k2", "k3")
 CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (B, T)
     "log_softmax": lambda a: logprobs.log_softmax(a.z),
@@ -59,7 +68,6 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "entropy": lambda a: pair(logprobs, "entropy")(a.z),
     "summed_penalty": lambda a: kl.summed_penalty(a.x, a.y, mask=a.mask),
     "kl_estimate": lambda a: [kl.kl_estimate(a.x, k) for k in ESTIMATORS],
-    "kl_estimate_slope": lambda a: [kl.kl_estimate_slope(a.x, k) for k in ESTIMATORS],
     "penalty_in_reward": lambda a: [
         kl.penalty_in_reward(mode, log_ratio=a.x, kl_full=a.y) for mode in KL_MODES
     ],
@@ -71,9 +79,14 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "expm1_minus": lambda a: kl.expm1_minus(kl.clamp_log_ratio(a.x)[0]),
     "token_rewards": lambda a: advantages.token_rewards(a.x[:, 0], a.y, mask=a.mask, kl_coef=0.3),
     "gae": lambda a: list(advantages.gae(a.x, a.y, mask=a.mask, gamma=0.9)),
-    "rloo_advantages": lambda a: advantages.rloo_advantages(
-        a.x[:, 0], group=np.zeros(B, dtype=int), mask=a.mask
-    ),
+    "advantages_without_critic": lambda a: [
+        advantages.advantages_without_critic(a.x, mask=a.mask, form=form, samples_per_prompt=B)
+        for form in advantages.ADVANTAGES[1:]
+    ],
+    "importance_weights": lambda a: [
+        advantages.importance_weights(a.x, a.y, mask=a.mask, form=form)
+        for form in advantages.IMPORTANCE[1:]
+    ],
     "masked_mean": lambda a: advantages.masked_mean(a.x, mask=a.mask),
     "masked_var": lambda a: advantages.masked_var(a.x, mask=a.mask),
     "masked_whiten": lambda a: [
@@ -84,13 +97,17 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
         objectives.token_weights(a.mask, mode=mode) for mode in objectives.AGGREGATIONS
     ],
     "weighted_sum": lambda a: pair(objectives, "weighted_sum")(a.x, weights=a.mask),
-    "cross_entropy": lambda a: pair(objectives, "cross_entropy")(a.x, weights=a.mask),
+    "cross_entropy": lambda a: pair(imitation, "cross_entropy")(a.x, weights=a.mask),
     "ppo_clip": lambda a: [
         pair(objectives, "ppo_clip")(
             a.x, old_logp=a.y, advantages=a.w, weights=a.mask, clip=clip, dual_clip=2.5
         )
         for clip in ("ppo", "book", "none")
     ],
+    **{
+        forward.__name__.removesuffix("_forward"): functools.partial(surrogate, forward, backward)
+        for forward, backward in list(objectives.SURROGATES.values())[1:]
+    },
     "value_loss": lambda a: [
         pair(objectives, "value_loss")(
             a.x, old_values=a.y, returns=a.w, weights=a.mask, clip_eps=eps
@@ -114,7 +131,7 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "draw_tokens": lambda a: draw_tokens(a.mask, np.full((B, 1), 0.999)),
     "clip_global_norm": lambda a: list(clip_global_norm(a.x.reshape(-1), 0.5)),
 }
-OTHERS = {"adaptive_kl_coef"}  # takes no arrays
+OTHERS = {"adaptive_kl_coef", "named"}  # take no arrays
 
 
 class Numbers:

@@ -4,6 +4,7 @@ The second half are worked numbers, with the arithmetic beside them.
 """
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -29,13 +30,17 @@ from minirlhf.nn.layers import (
 )
 from minirlhf.nn.transformer import positions_of, transformer_forward
 from minirlhf.rlhf.advantages import (
+    ADVANTAGES,
+    IMPORTANCE,
+    advantages_without_critic,
     gae,
+    importance_weights,
     masked_mean,
     masked_var,
     masked_whiten,
-    rloo_advantages,
     token_rewards,
 )
+from minirlhf.rlhf.imitation import cross_entropy_forward
 from minirlhf.rlhf.kl import (
     full_kl_forward,
     future_kl,
@@ -52,7 +57,9 @@ from minirlhf.rlhf.logprobs import (
     token_logprobs_forward,
 )
 from minirlhf.rlhf.objectives import (
-    cross_entropy_forward,
+    cispo_backward,
+    cispo_forward,
+    gspo_forward,
     ppo_clip_backward,
     ppo_clip_forward,
     token_weights,
@@ -401,27 +408,101 @@ def test_gae(case, gamma, lam):
     assert_close(got[1], returns)
 
 
-@given(ragged(max_B=6), st.integers(1, 3))
-def test_rloo(case, n_prompts):
-    """A_i = G/(G-1) (R_i - mean of R over the responses to the same prompt)."""
+@given(ragged(max_B=4), st.integers(2, 4), st.sampled_from(ADVANTAGES[1:]))
+def test_advantages_without_critic(case, G, form):
+    """Each response beside the G - 1 others to its prompt; of a batch the reward to go."""
     rng, mask = case
-    mask = np.repeat(mask, 2, axis=0)  # at least two responses to each prompt
-    group = 5 * (np.arange(len(mask)) // 2 % n_prompts) - 7  # any numbers
-    reward = rng.standard_normal(len(mask))
+    mask = np.repeat(mask, G, axis=0)
+    rewards = with_junk(rng.standard_normal(mask.shape), mask)
+    total = [
+        sum(rewards[b, t] for t in range(mask.shape[1]) if mask[b, t]) for b in range(len(mask))
+    ]
     expected = np.zeros(mask.shape)
     for b, t in cells(mask):
-        same = [reward[i] for i in range(len(mask)) if group[i] == group[b]]
-        G = len(same)
-        expected[b, t] = G / (G - 1) * (reward[b] - sum(same) / G)
-    assert_close(rloo_advantages(reward, group=group, mask=mask), expected)
+        same = [total[i] for i in range(len(mask)) if i // G == b // G]
+        others = [total[i] for i in range(len(mask)) if i // G == b // G and i != b]
+        centred = total[b] - sum(same) / G
+        expected[b, t] = {
+            "group": centred / (statistics.stdev(same) + 1e-4),
+            "group-mean": centred,
+            "leave-one-out": total[b] - sum(others) / (G - 1),
+            "batch": sum(rewards[b, i] for i in range(t, mask.shape[1]) if mask[b, i]),
+        }[form]
+    got = advantages_without_critic(rewards, mask=mask, form=form, samples_per_prompt=G)
+    assert_close(got, expected)
 
 
-def test_rloo_needs_a_second_response():
-    with pytest.raises(ValueError, match="at least two responses to every prompt"):
-        rloo_advantages(np.ones(3), group=np.array([0, 0, 1]), mask=np.ones((3, 2)))
-    for rewards, groups in ((2, 3), (3, 2)):
-        with pytest.raises(ValueError, match=r"expected seq_reward \(B,\), group \(B,\) and mask"):
-            rloo_advantages(np.ones(rewards), group=np.zeros(groups, int), mask=np.ones((3, 2)))
+def test_equal_rewards_of_a_group_teach_nothing():
+    """Exactly: the sd of GRPO would make a rounding of 1e-16 a thousand times as large."""
+    rewards, mask = np.full((6, 2), 0.1), np.ones((6, 2))
+    rewards[:, 0] = np.repeat([0.7, 1e6], 3)
+    for form in ADVANTAGES[1:-1]:
+        got = advantages_without_critic(rewards, mask=mask, form=form, samples_per_prompt=3)
+        assert (got == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "G", "came"), [("group", 1, "1"), ("leave-one-out", 2, "2"), ("gae", 3, "3")]
+)
+def test_groups_that_do_not_fit_are_refused(form, G, came):
+    x = np.ones((3, 2))
+    with pytest.raises(ValueError, match=f"got '{form}', and 3 responses in groups of {came}"):
+        advantages_without_critic(x, mask=x, form=form, samples_per_prompt=G)
+
+
+@given(ragged(), st.sampled_from(IMPORTANCE[1:]), st.sampled_from((1.2, 2.0)))
+def test_importance_weights(case, form, cap):
+    rng, mask = case
+    logp, sampler = (with_junk(rng.standard_normal(mask.shape), mask) for _ in range(2))
+    expected = np.zeros(mask.shape)
+    for b, t in cells(mask):
+        ratio = math.exp(logp[b, t] - sampler[b, t])
+        inside = 1 / cap <= ratio <= cap
+        expected[b, t] = min(ratio, cap) if form == "tis" else ratio if inside else 0.0
+    assert_close(importance_weights(logp, sampler, mask=mask, form=form, cap=cap), expected)
+
+
+def test_importance_weights_of_other_forms_are_refused():
+    x = np.ones((2, 3))
+    for form, cap in (("none", 2.0), ("tis", 1.0)):
+        with pytest.raises(ValueError, match=f"expected tis or mis, and cap > 1; got '{form}'"):
+            importance_weights(x, x, mask=x, form=form, cap=cap)
+
+
+@given(ragged(), st.sampled_from(("ppo", "book", "none")))
+def test_gspo(case, clip):
+    """PPO's objective of s = (pi(y) / old(y))^(1/|y|), at every token of y."""
+    rng, mask = case
+    weights = mask * rng.uniform(0.5, 2.0, size=(len(mask), 1))
+    logp, old, A = rng.standard_normal((3, *mask.shape))
+    logp, A = with_junk(logp, mask, junk=[np.nan, 3.0]), with_junk(A, mask)
+    total = 0.0
+    for b, t in cells(mask):
+        y = [i for i in range(mask.shape[1]) if mask[b, i]]
+        s = math.exp(sum(logp[b, i] - old[b, i] for i in y) / len(y))
+        clipped = {"ppo": min(max(s, 0.8), 1.2), "book": min(s, 1.2), "none": s}[clip]
+        lower = min(s * A[b, t], clipped * A[b, t]) if clip == "ppo" else clipped * A[b, t]
+        total -= weights[b, t] * lower
+    loss, _ = gspo_forward(logp, old_logp=old, advantages=A, weights=weights, clip=clip)
+    assert_close(loss, total)
+
+
+@given(ragged(), st.sampled_from(("ppo", "book", "none")))
+def test_cispo(case, clip):
+    """-sum w c A logp with the cut weight c; its gradient does not pass through c."""
+    rng, mask = case
+    weights = mask * rng.uniform(0.5, 2.0, size=mask.shape)
+    logp, old, A = rng.standard_normal((3, *mask.shape))
+    logp, A = with_junk(logp, mask, junk=[np.nan, 3.0]), with_junk(A, mask)
+    total, slopes = 0.0, np.zeros(mask.shape)
+    for b, t in cells(mask):
+        ratio = math.exp(logp[b, t] - old[b, t])
+        c = {"ppo": min(max(ratio, 0.8), 1.2), "book": min(ratio, 1.2), "none": ratio}[clip]
+        slopes[b, t] = -weights[b, t] * c * A[b, t]
+        total += slopes[b, t] * logp[b, t]
+    loss, cache = cispo_forward(logp, old_logp=old, advantages=A, weights=weights, clip=clip)
+    assert_close(loss, total)
+    assert_close(cispo_backward(1.0, cache), slopes)
 
 
 @given(ragged(), st.booleans())

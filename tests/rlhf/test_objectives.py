@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from tiny import ragged, with_junk
 from tolerances import LOOPS, assert_close
 
+from minirlhf.rlhf.imitation import cross_entropy_backward, cross_entropy_forward
 from minirlhf.rlhf.logprobs import token_logprobs_forward
 from minirlhf.rlhf.objectives import (
     AGGREGATIONS,
-    cross_entropy_backward,
-    cross_entropy_forward,
     kl_loss_backward,
     kl_loss_forward,
     ppo_clip_backward,

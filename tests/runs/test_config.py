@@ -17,7 +17,8 @@ from minirlhf.app.commands import parse_config
 from minirlhf.errors import InputError
 from minirlhf.runs import config as config_module
 from minirlhf.runs.config import TrainConfig, load_config, save_config, to_toml
-from minirlhf.train.settings import RewardModelConfig
+from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.settings import PPOConfig, with_fields
 
 PACKAGE = Path(config_module.__file__).parents[1]
 TEXT_FIELDS = ("corpus", "pairs", "reward", "encoding")
@@ -35,6 +36,8 @@ def hint_of(path):
 def other_value(path, value):
     """A legal value unlike the default."""
     hint = hint_of(path)
+    if path == "ppo.ratio":
+        return "sequence"  # the other one has no dual clip
     if get_origin(hint) is Literal:
         return next(choice for choice in get_args(hint)[::-1] if choice != value)
     if isinstance(value, bool):
@@ -45,7 +48,10 @@ def other_value(path, value):
         return 2
     if isinstance(value, tuple):
         return ('prompt=my "title"', "response=body")
-    if path in ("ppo.dual_clip", "max_prompt_tokens", "max_response_tokens"):
+    if path in (
+        *("ppo.dual_clip", "max_prompt_tokens", "max_response_tokens"),
+        *("ppo.importance_cap", "ppo.samples_per_prompt"),  # of a batch of 129
+    ):
         return type(value)(3)  # the least above 0 that makes sense
     if isinstance(value, int):
         return value + 1
@@ -55,6 +61,10 @@ def other_value(path, value):
 
 
 FIELDS = dict(leaves(TrainConfig()))
+NEEDS = {  # what else must be set
+    "ppo.samples_per_prompt": {"ppo.batch_size": 129},
+    "ppo.importance": {"ppo.sampler_bits": 7},
+}
 
 
 # --- there and back
@@ -62,7 +72,8 @@ FIELDS = dict(leaves(TrainConfig()))
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_every_field_survives_toml(tmp_path, path):
-    config = changed(TrainConfig(), {path: other_value(path, FIELDS[path])})
+    changes = {**NEEDS.get(path, {}), path: other_value(path, FIELDS[path])}
+    config = changed(TrainConfig(), changes)
     assert config != TrainConfig()
     save_config(tmp_path / "config.toml", config)
     again = load_config(tmp_path / "config.toml")
@@ -71,8 +82,10 @@ def test_every_field_survives_toml(tmp_path, path):
 
 
 def test_all_fields_at_once_survive_toml(tmp_path):
-    config = changed(TrainConfig(), {path: other_value(path, v) for path, v in FIELDS.items()})
-    assert all(value != FIELDS[path] for path, value in leaves(config))
+    others = {path: other_value(path, v) for path, v in FIELDS.items()}
+    del others["ppo.advantages"]  # without a critic some of them would change nothing
+    config = changed(TrainConfig(), others)
+    assert all(value != FIELDS[path] for path, value in leaves(config) if path in others)
     save_config(tmp_path / "config.toml", config)
     assert load_config(tmp_path / "config.toml") == config
 
@@ -213,6 +226,10 @@ IMPOSSIBLE = {
     "ppo.vf_coef": math.nan,
     "ppo.ent_coef": math.inf,
     "ppo.target_kl": -0.1,
+    "ppo.samples_per_prompt": 0,
+    "ppo.reset_reference_every": -1,
+    "ppo.sampler_bits": 24,
+    "ppo.importance_cap": 1.0,
     "ppo.missing_eos_penalty": math.nan,
     "ppo.score_clip": -1.0,
     **{
@@ -269,6 +286,31 @@ def test_more_minibatches_than_responses_are_refused():
         changed(TrainConfig(), {"ppo.batch_size": 3, "ppo.minibatches": 4})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples_per_prompt": 3}, "samples_per_prompt: expected a divisor of 128; got 3"),
+        ({"advantages": "group"}, "samples_per_prompt: expected at least 2 with advantages group"),
+        ({"advantages": "batch", "gamma": 0.9}, "gamma: expected 1 with advantages batch; got 0.9"),
+        ({"advantages": "batch", "value_clip_eps": 0.2}, "value_clip_eps: expected 0 without"),
+        ({"ratio": "clipped-weight", "dual_clip": 3.0}, "dual_clip: expected 0 with clipped-weig"),
+        ({"importance": "mis"}, "importance: expected none, or sampler_bits with it: .*; got mis"),
+    ],
+)
+def test_what_would_change_nothing_beside_another_setting_is_refused(changes, message):
+    with pytest.raises(InputError, match=f"ppo.{message}"):
+        PPOConfig(**changes)
+
+
+def test_a_dict_of_a_nested_field_goes_over_what_is_there():
+    start = changed(TrainConfig(), {"ppo.kl_coef": 0.3, "ppo.optimizer.eps": 0.5})
+    config = with_fields(start, {"ppo": {"clip_eps": 0.1, "optimizer": {"beta1": 0.5}}}, "train")
+    assert (config.ppo.kl_coef, config.ppo.clip_eps) == (0.3, 0.1)
+    assert (config.ppo.optimizer.eps, config.ppo.optimizer.beta1) == (0.5, 0.5)
+    with pytest.raises(InputError, match="^ppo.optimizer: expected one of .*; got 'beta3'"):
+        with_fields(start, {"ppo": {"optimizer": {"beta3": 0.5}}}, "train")
+
+
 # --- flags
 
 
@@ -278,7 +320,7 @@ def test_every_field_is_a_flag():
         {
             path: other_value(path, value)
             for path, value in FIELDS.items()
-            if path not in (*TEXT_FIELDS, "out")
+            if path not in (*TEXT_FIELDS, "out", "ppo.advantages")
         },
     )
     config = changed(config, {"corpus": "my text.txt", "out": Path("a/b")})

@@ -35,7 +35,8 @@ from minirlhf.runs.config import load_config, save_config
 from minirlhf.train import optimizer as optimizer_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.settings import PPOConfig, RewardModelConfig
+from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.settings import PPOConfig
 
 
 @pytest.fixture(scope="module")

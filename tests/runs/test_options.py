@@ -60,6 +60,7 @@ class Turn:
 LEARNS_FAST = {"ppo.optimizer.learning_rate": 0.1, "ppo.epochs": 4}
 STEERED = {"ppo.kl_target": 0.02, "ppo.kl_horizon": 50.0}
 PENALTY_IN_LOSS = {"ppo.kl_coef": 5.0}
+OTHER_SAMPLER = {**LEARNS_FAST, "ppo.sampler_bits": 1, "ppo.importance_cap": 1.01}
 
 
 def ppo_turn(value, **rest):
@@ -144,6 +145,13 @@ MUTATIONS = {
     "ppo.vf_coef": ppo_turn(0.5),
     "ppo.ent_coef": ppo_turn(0.1),
     "ppo.aggregation": ppo_turn("seq-mean-token-sum", world="pairs"),
+    "ppo.samples_per_prompt": ppo_turn(2),
+    "ppo.advantages": ppo_turn("group", given={"ppo.samples_per_prompt": 3}),
+    "ppo.ratio": ppo_turn("sequence", given=LEARNS_FAST),
+    "ppo.sampler_bits": ppo_turn(3),
+    "ppo.importance": ppo_turn("tis", given=OTHER_SAMPLER),
+    "ppo.importance_cap": ppo_turn(1.001, given={**OTHER_SAMPLER, "ppo.importance": "tis"}),
+    "ppo.reset_reference_every": ppo_turn(1),
     "ppo.target_kl": ppo_turn(1e-6),
     "ppo.missing_eos_penalty": ppo_turn(1.0),
     "ppo.score_clip": ppo_turn(0.1),
@@ -167,6 +175,9 @@ EVERY_VALUE = {  # the further values of a choice, each unlike the default and u
     "ppo.clip": ("book", "none"),
     "ppo.aggregation": ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     "ppo.optimizer.schedule": ("cosine", "constant"),
+    "ppo.advantages": ("group", "group-mean", "leave-one-out", "batch"),
+    "ppo.ratio": ("sequence", "clipped-weight"),
+    "ppo.importance": ("tis", "mis"),
 }
 
 

@@ -1,21 +1,31 @@
 """The loop: the acts in their order, whoever consumes it; where it begins again; what it counts."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from tiny import CONFIG, Letters, make_params, ppo_step, sampled
 from tolerances import SAMPLER_HIDDEN, assert_close
 
+from minirlhf.errors import InputError
+from minirlhf.rlhf.advantages import (
+    ADVANTAGES,
+    advantages_without_critic,
+    importance_weights,
+    token_rewards,
+)
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.train import ppo
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.metrics import explained_variance, iteration_metrics, mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.ppo import Task, make_experience, next_kl_coef, ppo_update, train_ppo
+from minirlhf.train.recipes import RECIPES, as_flags, recipe
 from minirlhf.train.rollout import score_rollout
+from minirlhf.train.sampler import round_mantissa, sample_as_set
 from minirlhf.train.settings import PPOConfig
-from minirlhf.tree import tree_copy
+from minirlhf.tree import tree_copy, tree_map
 
 SETTINGS = PPOConfig(
     iterations=3, batch_size=6, epochs=2, minibatches=2, kl_target=0.5, kl_horizon=10.0
@@ -100,18 +110,134 @@ def test_old_and_reference_stay_what_they_were():
     assert_close(reference["transformer"]["wte"], kept["transformer"]["wte"], 0.0)
 
 
-def test_other_advantages_may_take_the_place_of_gae():
-    asked = []
+def without_critic(**changes):
+    groups = {"samples_per_prompt": 3, "kl_target": 0.0, "whiten_advantages": False}
+    return replace(SETTINGS, **{**groups, "advantages": "group-mean", **changes})
 
-    def nothing(rollout, **known):
-        asked.append(known)
-        experience = make_experience(rollout, **known)
-        return experience._replace(advantages=0.0 * experience.advantages)
 
-    optimizer, reference = start()
-    iteration = next(loop(optimizer, reference, advantages_of=nothing))
-    assert asked[0]["kl_coef"] == SETTINGS.kl_coef and asked[0]["stop_id"] == Letters.eos
-    assert iteration.updates[0].step.parts["loss/policy_avg"] == 0.0
+def run_loop(settings, *, sample=None, reference=None):
+    """An optimiser from its reference on, and its iterations; prompts as `settings` group them."""
+    reference = reference or {"transformer": make_params(seed=2)["transformer"]}
+    G = settings.samples_per_prompt
+    texts = [text for text in PROMPTS[: len(PROMPTS) // G] for _ in range(G)]
+    task = Task(sample or (lambda params: sampled(params, texts, seed=5)), count_a, Letters.eos)
+    optimizer = ppo.new_policy(reference, settings, rng=np.random.default_rng(0))
+    same = {"config": CONFIG, "settings": settings, "rng": np.random.default_rng(0)}
+    return optimizer, list(train_ppo(optimizer, reference, task, **same))
+
+
+@pytest.mark.parametrize("advantages", ADVANTAGES[1:])
+def test_without_a_critic_nothing_is_learned_of_values(advantages):
+    optimizer, iterations = run_loop(without_critic(advantages=advantages))
+    assert optimizer.params.keys() == {"transformer"}
+    for iteration in iterations:
+        settings = without_critic(advantages=advantages)
+        metrics = iteration_metrics(iteration, settings=settings, stop_id=Letters.eos)
+        assert not [name for name in metrics if name.startswith(("ppo/val", "loss/value"))]
+        assert (iteration.rollout.values == 0).all()
+
+
+@pytest.mark.parametrize("advantages", ADVANTAGES[1:])
+def test_an_advantage_sees_the_responses_to_its_prompt_alone(advantages):
+    settings = without_critic(advantages=advantages)
+    _, (first, *_) = run_loop(settings)
+    rollout, mask = first.rollout, first.rollout.batch.response_mask
+    penalty = rollout.old_logp - rollout.ref_logp
+    rewards = token_rewards(rollout.score, penalty, mask=mask, kl_coef=first.kl_coef)
+    for rows in (slice(0, 3), slice(3, 6)):
+        alone = advantages_without_critic(
+            rewards[rows], mask=mask[rows], form=advantages, samples_per_prompt=3
+        )
+        assert_close(first.experience.advantages[rows], alone)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains(name):
+    changes = {**RECIPES[name].get("ppo", {}), "kl_target": 0.0}
+    changes["samples_per_prompt"] = min(3, changes.get("samples_per_prompt", 1))
+    settings = replace(SETTINGS, **changes)
+    before = make_params(seed=2)["transformer"]
+    optimizer, iterations = run_loop(settings)
+    assert len(iterations) == 3
+    assert not np.allclose(optimizer.params["transformer"]["wte"], before["wte"], atol=1e-6)
+
+
+def test_a_recipe_that_is_none_is_refused():
+    with pytest.raises(InputError, match="expected one of ppo, grpo, .*; got 'trpo'"):
+        recipe("trpo")
+    assert as_flags({"seed": 1, "ppo": {"whiten_advantages": False, "clip_eps": 0.1}}) == (
+        "--seed 1 --ppo.no-whiten-advantages --ppo.clip-eps 0.1"
+    )
+
+
+def test_the_reference_becomes_the_policy_every_k_iterations():
+    settings = replace(SETTINGS, iterations=5, reset_reference_every=2, kl_target=0.0)
+    optimizer, iterations = run_loop(settings)
+    start = make_params(seed=2)["transformer"]["wte"]
+    wtes = [iteration.next_reference["transformer"]["wte"] for iteration in iterations]
+    assert_close(wtes[0], start, 0.0)
+    assert (wtes[1] != start).any() and wtes[2] is wtes[1]
+    assert (wtes[3] != wtes[1]).any() and wtes[4] is wtes[3]
+    # what follows a reset is measured from there: the policy that samples next is the reference
+    for at, is_reset in enumerate((True, False, True, False, True)):
+        rollout = iterations[at].rollout
+        kl = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=rollout.batch.response_mask)
+        assert (np.abs(kl).max() < SAMPLER_HIDDEN) == is_reset
+
+
+@pytest.mark.parametrize("bits", [2, 7])
+def test_a_rounded_sampler_brings_its_log_probs_and_weights_correct_them(bits):
+    """E_sampler[ratio] = 1; the policy's own log-probs are those of its own weights."""
+    settings = replace(SETTINGS, sampler_bits=bits)
+    policy = make_params(seed=1)
+
+    def sample(params):
+        return sampled(params, PROMPTS * 40, seed=3)
+
+    samples = sample_as_set(sample, policy, config=CONFIG, settings=settings)
+    rounded = tree_map(lambda x: round_mantissa(x, bits=bits), policy)
+    assert samples.hidden is None and samples.response_ids == sample(rounded).response_ids
+    same = {"config": CONFIG, "settings": settings, "score": count_a}
+    rollout = score_rollout(policy, rounded, samples, **same)
+    assert_close(samples.sampler_logp, rollout.ref_logp)
+    mask = rollout.batch.response_mask
+    gap = np.where(mask > 0, rollout.old_logp - samples.sampler_logp, 0.0)
+    assert np.abs(gap).max() > 2.0 ** -(bits + 4)
+    ratio = np.exp(gap.sum(axis=1))
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / len(ratio) ** 0.5
+    for form in ("tis", "mis"):
+        known = {"kl_coef": 0.2, "stop_id": Letters.eos}
+        plain = make_experience(rollout, settings=settings, **known)
+        corrected = make_experience(
+            rollout, settings=replace(settings, importance=form, importance_cap=1.1), **known
+        )
+        weights = importance_weights(
+            rollout.old_logp, samples.sampler_logp, mask=mask, form=form, cap=1.1
+        )
+        assert_close(corrected.advantages, plain.advantages * weights)
+        assert_close(corrected.returns, plain.returns, 0.0)
+
+
+def test_a_mantissa_is_rounded_to_nearest():
+    x = np.array([1.0, 1.2, -1.3, 0.1, 3e-5, 0.0, 1.0 + 2**-7, 1.0 + 2**-8 + 2**-20])
+    assert_close(round_mantissa(x, bits=7)[[0, 5, 6, 7]], [1.0, 0.0, 1 + 2**-7, 1 + 2**-7], 0.0)
+    for dtype in (np.float32, np.float64):
+        for bits in (1, 7, 23):
+            got = round_mantissa(x.astype(dtype), bits=bits)
+            assert got.dtype == dtype
+            assert (np.abs(got - x) <= np.abs(x) * (2.0 ** -(bits + 1) + 1e-7)).all()
+            assert_close(round_mantissa(got, bits=bits), got, 0.0)
+    bfloat16 = torch_bfloat16(x.astype(np.float32))
+    if bfloat16 is not None:
+        assert_close(round_mantissa(x.astype(np.float32), bits=7), bfloat16, 0.0)
+
+
+def torch_bfloat16(x):
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.tensor(x).bfloat16().float().numpy()
 
 
 def test_the_metrics_of_an_iteration():

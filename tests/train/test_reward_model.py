@@ -20,6 +20,7 @@ from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import (
     Pair,
     RewardModel,
+    RewardModelConfig,
     calibration_error,
     init_reward_model,
     n_updates,
@@ -29,7 +30,7 @@ from minirlhf.train.reward_model import (
     score_responses,
     train_reward_model,
 )
-from minirlhf.train.settings import OptimizerConfig, RewardModelConfig
+from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import tree_copy, tree_items, tree_leaves, tree_map
 
 PAD = Letters.pad
