@@ -1,4 +1,4 @@
-"""The experiments of `minirlhf exact`: functions from settings to plain numbers.
+"""The experiments of `minirlhf exact` and of cases: functions from settings to plain numbers.
 
 Two worlds are used. A random one (four tokens, four steps, three random transformers) for gradients
 and their noise, one response after the other; and the tiny support desk for everything about
@@ -306,52 +306,10 @@ def flatness_table(world: TokenWorld, *, kl_coef: float = 0.5, shares=SHARES) ->
     return rows
 
 
-BETAS = (8, 4, 2, 1.5, 1, 0.75, 0.61, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05)
-DRAWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)
-
-
-def overoptimisation(
-    world: TokenWorld, ref_log_probs: np.ndarray, *, betas=BETAS, draws=DRAWS
-) -> dict[str, Any]:
-    """The exact curve pi_beta ~ ref exp(proxy / beta), best-of-n, and Gao's laws fitted to both.
-
-    Args:     world: with one prompt; its rewards are the proxy.
-              ref_log_probs: (N, V) of the reference.
-    Returns:  curve: kl_coef, kl_seq, reward (the most that is possible at this KL), gold;
-                  best_of_n: n, kl_seq, bound = log n - (n-1)/n, reward, gold; fits: law, of, alpha,
-                  slope, r_squared, peak (KL at which the fitted gold is highest).
-    """
-    tree = world.tree
-    curve = optimum.optimal_curve(tree, ref_log_probs, world.rewards, world.gold, betas)
-    ref_logp = enumeration.response_logprobs(tree, ref_log_probs)
-    ref_gold = float(np.exp(ref_logp) @ world.gold)
-    best_of_n = []
-    for n in draws:
-        logp = optimum.best_of_n(ref_logp, world.rewards, n=n)
-        p, bound = np.exp(logp), np.log(n) - (n - 1) / n
-        row = {"kl_seq": max(0.0, p @ (logp - ref_logp))}  # of one draw it is 0: rounding is not
-        row |= {"bound": bound, "reward": p @ world.rewards, "gold": p @ world.gold}
-        best_of_n.append({"n": n, **{name: float(x) for name, x in row.items()}})
-    drawn = np.array([(row["kl_seq"], row["gold"]) for row in best_of_n if row["n"] > 1]).T
-    fits = []
-    for of, kl_seq, gold in (("tilt", curve.kl_seq, curve.gold), ("best-of-n", *drawn)):
-        for law in ("linear", "log"):
-            fit = optimum.fit_gao(kl_seq, gold - ref_gold, law=law)
-            fits.append({"of": of, "peak": fit.peak_kl, **fit._asdict()})
-    points = np.stack(curve).T.tolist()
-    return {
-        "reference": {"gold": ref_gold, "reward": float(np.exp(ref_logp) @ world.rewards)},
-        "curve": [dict(zip(curve._fields, point, strict=True)) for point in points],
-        "best_of_n": best_of_n,
-        "fits": fits,
-    }
-
-
 # -- trained policies ----------------------------------------------------------------------------
 class TrainingRun(NamedTuple):
-    """One policy to be trained, and which experiment it belongs to."""
+    """One policy to be trained."""
 
-    part: str
     name: str
     settings: PPOConfig
     baseline: str = "critic"
@@ -369,49 +327,20 @@ def optimum_runs(*, iterations: int = 150, betas=(1.0, 0.5, 0.25)) -> list[Train
     runs = []
     for beta in betas:
         ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
-        runs.append(TrainingRun("optimum", "PPO, linear decay", ppo))
-        runs.append(TrainingRun("optimum", "PPO, constant rate", changed(ppo, optimizer=constant)))
-        runs.append(TrainingRun("optimum", "one-step RLOO", rloo, "leave_one_out"))
+        runs.append(TrainingRun("PPO, linear decay", ppo))
+        runs.append(TrainingRun("PPO, constant rate", changed(ppo, optimizer=constant)))
+        runs.append(TrainingRun("one-step RLOO", rloo, "leave_one_out"))
     return runs
 
 
-def placement_runs(*, iterations: int = 60) -> list[TrainingRun]:
-    """The same PPO with the penalty in other places."""
-    names = {
-        "reward_k1": "k1 in the reward",
-        "reward_and_loss_full": "full KL in reward and loss",
-        "loss_k2_tok": "k2 per token as loss",
-        "loss_k3_tok": "k3 per token as loss",
-        "loss_k1": "k1 as loss (as printed)",
-    }
-    of_mode = {mode: changed(PPO, iterations=iterations, kl_mode=mode) for mode in names}
-    return [TrainingRun("placement", names[mode], settings) for mode, settings in of_mode.items()]
-
-
-def clip_runs(*, iterations: int = 40) -> list[TrainingRun]:
-    """Three forms of the clip where it has to work: large steps, many epochs, a constant rate."""
-    hard = {"learning_rate": 8e-3, "schedule": "constant"}
-    settings = changed(PPO, iterations=iterations, epochs=8, optimizer=hard)
-    names = {"ppo": "PPO's clip", "book": "min(ratio, 1 + e) A (textbook)", "none": "no clip"}
-    return [TrainingRun("clip", name, changed(settings, clip=clip)) for clip, name in names.items()]
-
-
-def overoptimisation_runs(*, iterations: int = 60, betas=(2.0, 0.1)) -> list[TrainingRun]:
-    """PPO with a beta on either side of those of `optimum_runs`."""
-    settings = (changed(PPO, kl_coef=beta, iterations=iterations) for beta in betas)
-    return [TrainingRun("overoptimisation", "PPO, linear decay", each) for each in settings]
-
-
-def train_run(
-    run: TrainingRun, world: TokenWorld, reference: Tree, *, config: GPTConfig, seed: int
-) -> Row:
+def train_run(run: TrainingRun, world: TokenWorld, reference: Tree, *, seed: int) -> Row:
     """Train one policy from the reference on; its history, and the frontier where it ended."""
     started = time.perf_counter()
-    part, name, settings, baseline = run
-    where = {"config": config, "kl_coef": settings.kl_coef}
+    name, settings, baseline = run
+    where = {"config": ground_truth.small_transformer(world), "kl_coef": settings.kl_coef}
     truth = ground_truth.make_ground_truth(world, reference, **where)
     trained = ground_truth.train_on_world(truth, settings=settings, seed=seed, baseline=baseline)
-    row = {"part": part, "name": name, "kl_coef": settings.kl_coef, "seed": seed}
+    row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
     row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
     args, end = (world.tree, truth.ref_log_probs, world.rewards), trained.history[-1]
     row["frontier"] = optimum.frontier_reward(*args, kl_seq=end["exact/kl_seq"])

@@ -245,36 +245,6 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
     return ref_logp + weight[group]
 
 
-class Curve(NamedTuple):
-    """Points along the family pi_beta ~ ref exp(r/beta); host arrays, one entry a beta."""
-
-    kl_coef: np.ndarray
-    kl_seq: np.ndarray  # KL(pi_beta || ref) [nats]
-    reward: np.ndarray  # E[r]: the most that any policy at this KL can have
-    gold: np.ndarray  # E[gold]
-
-
-def optimal_curve(
-    tree: PrefixTree, ref_log_probs: Array, rewards: Array, gold: Array, kl_coefs
-) -> Curve:
-    """The frontier E*[r](KL), and what becomes of the gold reward along it.
-
-    Args:     rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
-              kl_coefs: values of beta > 0.
-    Raises:   ValueError: there is no beta, or as `soft_optimum`.
-    """
-    if not len(kl_coefs):
-        raise ValueError("optimal_curve: expected at least one beta; got none")
-    rows = []
-    for beta in kl_coefs:
-        optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=float(beta))
-        args = (tree, optimum.log_probs, ref_log_probs)
-        value = evaluate_exactly(*args, rewards, kl_coef=float(beta))
-        wanted = evaluate_exactly(*args, gold, kl_coef=0.0)
-        rows.append((float(beta), *map(float, (value.kl_seq, value.reward, wanted.reward))))
-    return Curve(*np.array(rows).T)
-
-
 def frontier_reward(
     tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_seq: float
 ) -> float:

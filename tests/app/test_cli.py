@@ -217,7 +217,7 @@ def test_the_installed_program_is_this_one():
         ("score run --promt=x --response y", "got '--promt': perhaps --prompt is meant"),
         ("train poems.txt", "got 'poems.txt': perhaps --corpus poems.txt is meant"),
         ("check everything", "expected an option of check; got 'everything'"),
-        ("exact --parts kl gaee", "--parts: expected one of 'kl', 'gae', "),
+        ("exact --parts kl gaee", "--parts: expected one of 'kl', 'optimum'; "),
         ("train " + 10_000 * "x", "got 'xxx"),
         (10_000 * "x", "got 'xxx"),
     ],
