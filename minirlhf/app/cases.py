@@ -396,7 +396,6 @@ TABLE = [
     row(objectives, "weighted_sum", make_of_tokens),
     row(objectives, "cross_entropy", make_of_tokens),
     row(preferences, "bradley_terry", make_scores, "B,B", **BRADLEY_TERRY),
-    row(preferences, "ranked_pairs", make_scores, "BK"),
     row(preferences, "plackett_luce", make_scores, "BK"),
     row(objectives, "ppo_clip", make_of_tokens, clip="ppo", mode="ppo"),
     row(objectives, "ppo_clip", make_of_tokens, clip_eps=(0.2, 0.4), mode="clip-higher"),
