@@ -377,7 +377,6 @@ TABLE = [
     row(transformer, "block", make_block),
     row(transformer, "transformer", make_model),
     row(logprobs, "token_logprobs", make_of_logits),
-    row(logprobs, "sequence_logprob", make_of_tokens),
     row(logprobs, "entropy", make_of_logits),
     row(kl, "full_kl", make_of_logits),
     *[

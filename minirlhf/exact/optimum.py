@@ -107,31 +107,6 @@ def soft_optimum(
     return Optimum(kl_coef, log_probs, values, values[tree.levels[0]].mean())
 
 
-def tilt(
-    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_coef: float
-) -> tuple[Array, Array]:
-    """The same optimum response by response: pi*(y|x) = ref(y|x) exp(r/beta) / Z(x).
-
-    Korbak et al. 2022, arXiv 2205.11275.
-
-    Returns:  log Pr*(x, y) (M,) [nats], log Z (n_prompts,).
-    Raises:   ValueError: as `soft_optimum`.
-    """
-    check_same_shape("tilt", leaf_node=tree.leaf_node, rewards=rewards)
-    _check_positive(kl_coef)
-    _check_finite(rewards)
-    xp = get_xp(ref_log_probs, rewards)
-    logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
-    top, log_sum = (xp.zeros(tree.n_prompts, dtype=logp.dtype) for _ in range(2))
-    prompt = prompt_of_leaf(tree)
-    for x in range(tree.n_prompts):
-        here = prompt == x
-        top[x] = xp.where(here, logp.real, -xp.inf).max()
-        total = xp.exp(xp.where(here, logp - top[x], -xp.inf)).sum()
-        log_sum[x] = xp.log(total) + math.log(tree.n_prompts)
-    return (logp - top[prompt]) - log_sum[prompt], top + log_sum
-
-
 def optimality_gap(tree: PrefixTree, log_probs: Array, optimum: Optimum) -> Array:
     """gap(s) = beta Pr(s) KL(pi(.|s) || pi*(.|s)): what a policy loses at each prefix.
 

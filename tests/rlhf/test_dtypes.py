@@ -55,7 +55,6 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "log_softmax": lambda a: logprobs.log_softmax(a.z),
     "token_logprobs": lambda a: pair(logprobs, "token_logprobs")(a.z, targets=TARGETS),
     "response_sum": lambda a: logprobs.response_sum(a.x, mask=a.mask),
-    "sequence_logprob": lambda a: pair(logprobs, "sequence_logprob")(a.x, mask=a.mask),
     "entropy": lambda a: pair(logprobs, "entropy")(a.z),
     "summed_penalty": lambda a: kl.summed_penalty(a.x, a.y, mask=a.mask),
     "kl_estimate": lambda a: [kl.kl_estimate(a.x, k) for k in ESTIMATORS],

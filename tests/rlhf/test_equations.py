@@ -47,7 +47,7 @@ from minirlhf.rlhf.kl import (
 from minirlhf.rlhf.logprobs import (
     entropy_forward,
     log_softmax,
-    sequence_logprob_forward,
+    response_sum,
     token_logprobs_backward,
     token_logprobs_forward,
 )
@@ -272,7 +272,7 @@ def test_log_probs_and_entropy(case, V, temperature):
     seq_logp = [0.0] * B
     for b, t in cells(mask):
         seq_logp[b] += logp[b, t]
-    assert_close(sequence_logprob_forward(with_junk(logp, mask), mask=mask)[0], seq_logp)
+    assert_close(response_sum(with_junk(logp, mask), mask=mask), seq_logp)
 
 
 # -- KL ------------------------------------------------------------------------------------------
@@ -295,8 +295,7 @@ def test_summed_penalty_is_the_sequence_log_ratio(case):
     logp = with_junk(np.log(prob), mask, junk=[np.nan, np.inf])
     ref_logp = np.log(ref_prob)
     assert_close(summed_penalty(logp, ref_logp, mask=mask), expected)
-    ours, _ = sequence_logprob_forward(logp, mask=mask)
-    theirs, _ = sequence_logprob_forward(ref_logp, mask=mask)
+    ours, theirs = (response_sum(x, mask=mask) for x in (logp, ref_logp))
     assert_close(summed_penalty(logp, ref_logp, mask=mask), ours - theirs)
 
 
