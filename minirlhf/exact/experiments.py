@@ -7,7 +7,6 @@ optima. Nothing is sampled but where a policy is trained, and what it has become
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,11 +43,6 @@ class RandomWorld(NamedTuple):
     def probs(self, name: str) -> np.ndarray:
         """(M,) probability of every response under one of the policies."""
         return np.exp(enumeration.response_logprobs(self.tree, self.log_probs(name)))
-
-    def kl_old_seq(self, log_pi: np.ndarray) -> float:
-        """KL(old || pi) of whole responses."""
-        args = (self.tree, self.log_probs("old"), log_pi, 0.0 * self.rewards)
-        return float(optimum.evaluate_exactly(*args, kl_coef=0.0).kl_seq)
 
     def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
         """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
@@ -163,7 +157,7 @@ def _judged(
     return mean, {"error": float(expected.relative_error(mean, g)), "noise": noise}
 
 
-# -- advantages and the surrogate ----------------------------------------------------------------
+# -- advantages ----------------------------------------------------------------------------------
 def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95, 1.0)) -> list[Row]:
     """Bias and noise of the policy gradient by GAE, for a value that is exact, 0, or off.
 
@@ -190,55 +184,6 @@ def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95,
     return rows
 
 
-def surrogate_table(*, seed: int = 0, kl_coef: float = 0.5) -> list[Row]:
-    """How far PPO's surrogate can be followed: its gradient against grad J as theta leaves old.
-
-    theta moves from old along grad J until KL(old || theta) of whole responses is about `kl_step`;
-    the samples and the (exact) advantages stay old's.
-
-    clipped, unclipped   cosine of the surrogate's gradient with grad J(theta)
-    clip_fraction        of old's tokens whose gradient the clip has cut
-    """
-    world = make_random_world(seed=seed)
-    tree, responses, probs = world.tree, world.responses, world.probs("old")
-    log_old, args = world.log_probs("old"), (world.log_probs("ref"), world.rewards)
-    q, values = optimum.policy_values(tree, log_old, *args, kl_coef=kl_coef)
-    at = (responses.nodes, responses.tokens)
-    advantages, old_logp = (q - values[:, None])[at], log_old[at]
-    slope = optimum.objective_gradient(tree, log_old, *args, kl_coef=kl_coef)
-    uphill = tree_gradient(slope, world.policies["old"], **world.where)
-    rows = []
-    for kl_step in (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3):
-        params = _step_of_kl(world, uphill, kl_step)
-        logits = tree_logits(params, **world.where)
-        log_pi = log_softmax(logits)
-        slope = optimum.objective_gradient(tree, log_pi, *args, kl_coef=kl_coef)
-        true = world.pull_back(slope, params)
-        value = optimum.evaluate_exactly(tree, log_pi, *args, kl_coef=kl_coef)
-        row = {"kl_old_seq": world.kl_old_seq(log_pi), "objective": float(value.objective)}
-        for name, form in (("unclipped", "none"), ("clipped", "ppo")):
-            dlogits = expected.policy_gradient_dlogits(
-                responses, logits, advantages, old_logp=old_logp, form=form
-            )
-            mean = expected.gather_nodes(tree, responses, dlogits, weights=probs)
-            row[name] = float(expected.cosine(world.pull_back(mean, params), true))
-        weights, cut = probs[:, None] * responses.mask, ~dlogits.any(axis=-1)  # by the clip
-        rows.append({**row, "clip_fraction": float((weights * cut).sum() / weights.sum())})
-    return rows
-
-
-def _step_of_kl(world: RandomWorld, uphill: Tree, kl_step: float) -> Tree:
-    """old + x uphill with KL(old || theta) = kl_step, by bisection on x."""
-
-    def at(x: float) -> Tree:
-        return tree_map(lambda a, d: a + x * d, world.policies["old"], uphill)
-
-    def is_too_far(x: float) -> bool:
-        return world.kl_old_seq(log_softmax(tree_logits(at(x), **world.where))) > kl_step
-
-    return at(_as_far_as(is_too_far))
-
-
 def logits_at_kl(world: RandomWorld, kl_seq: float) -> np.ndarray:
     """Logits ref + x (theta - ref) with KL(pi || ref) = kl_seq, or x = 2^20 if none has: (N, V)."""
     ref, log_ref, no_reward = world.logits["ref"], world.log_probs("ref"), 0.0 * world.rewards
@@ -250,18 +195,13 @@ def logits_at_kl(world: RandomWorld, kl_seq: float) -> np.ndarray:
         args = (world.tree, log_softmax(at(x)), log_ref, no_reward)
         return optimum.evaluate_exactly(*args, kl_coef=0.0).kl_seq > kl_seq
 
-    return at(_as_far_as(is_too_far))
-
-
-def _as_far_as(is_too_far: Callable[[float], bool]) -> float:
-    """The largest x that is not too far, by bisection; 2^20 if that is not."""
     low, high = 0.0, 1.0
     while not is_too_far(high) and high < 2**20:
         low, high = high, 2 * high
     for _ in range(40):
         middle = 0.5 * (low + high)
         low, high = (low, middle) if is_too_far(middle) else (middle, high)
-    return low
+    return at(low)
 
 
 # -- the optimum ---------------------------------------------------------------------------------
