@@ -205,10 +205,7 @@ def logits_at_kl(world: RandomWorld, kl_seq: float) -> np.ndarray:
 
 
 # -- the optimum ---------------------------------------------------------------------------------
-SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.999, 1.0)
-
-
-def flatness_table(world: TokenWorld, *, kl_coef: float = 0.5, shares=SHARES) -> list[Row]:
+def flatness_table(world: TokenWorld, *, kl_coef: float, shares: tuple[float, ...]) -> list[Row]:
     """The noise of one sample's policy gradient on the way to the optimum, exact values known.
 
     The way is pi_s ~ ref exp(s r / beta): the reference at s = 0, the optimum at s = 1, where

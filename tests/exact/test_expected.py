@@ -488,7 +488,7 @@ def test_the_bias_of_gae_on_any_tree(world, lam, right_values):
 
 def test_the_noise_of_k1_vanishes_at_the_optimum():
     world = make_tiny_world(max_tokens=4, n_demonstrations=1, rng=np.random.default_rng(0))
-    rows = flatness_table(world)
+    rows = flatness_table(world, kl_coef=0.5, shares=(0.0, 0.25, 0.5, 0.9, 0.99, 0.999, 1.0))
     assert rows[0]["k1"] == pytest.approx(rows[0]["full"], rel=LOOPS)  # at the reference: KL 0
     for row, after in zip(rows, rows[1:], strict=False):
         assert after["k1"] < row["k1"] and after["gap"] < row["gap"]
