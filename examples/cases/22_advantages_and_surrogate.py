@@ -22,13 +22,13 @@ differently change BETA or KLS.
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, column, spread
 from minirlhf.exact.expected import cosine, gather_nodes, policy_gradient_dlogits
 from minirlhf.exact.experiments import gae_table, make_random_world
 from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.tree import tree_map
+from study import Case, column, spread
 
 case = Case("22_advantages_and_surrogate", __doc__)
 BETA, KLS = 0.5, (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3)
