@@ -262,17 +262,6 @@ def arrays(shape, *, scales=(0.1, 1.0, 3.0), offsets=(0.0, 1.0)):
     return st.builds(draw_array, shape, st.sampled_from(scales), st.sampled_from(offsets), seeds)
 
 
-def masks(B: int, T: int, *, side: str = "right"):
-    """Strategy: a 0/1 mask (B, T) with 1 to T real tokens a row, padding on `side`."""
-    from hypothesis import strategies as st
-
-    def to_mask(lengths):
-        mask = (np.arange(T) < np.array(lengths)[:, None]).astype(np.float64)
-        return mask if side == "right" else mask[:, ::-1].copy()
-
-    return st.lists(st.integers(1, T), min_size=B, max_size=B).map(to_mask)
-
-
 # -- details -------------------------------------------------------------------------------------
 def _judged(report: Report, raises: bool) -> Report:
     if raises and not report.ok:

@@ -91,7 +91,7 @@ def replies(folder: Path) -> str:
 
 def optimum(folder: Path) -> str:
     """Share of the way to the optimum: a line a method, a column a beta."""
-    runs = [r for r in read(folder / "exact" / "exact.json")["runs"] if r["part"] == "optimum"]
+    runs = read(folder / "exact" / "exact.json")["optimum"]
     betas = list(dict.fromkeys(run["kl_coef"] for run in runs))
     rows = []
     for name, iterations in dict.fromkeys((run["name"], run["iterations"]) for run in runs):
@@ -107,36 +107,6 @@ def _last(runs: Rows, metric: str, **where: Any) -> list[float]:
     """A metric at the end of those runs that have these values."""
     chosen = (run for run in runs if all(run[key] == value for key, value in where.items()))
     return [run["history"][-1][f"exact/{metric}"] for run in chosen]
-
-
-def placement(folder: Path) -> str:
-    """Where the same training ends with other placements of the penalty, and other clips."""
-    runs = read(folder / "exact" / "exact.json")["runs"]
-    rows = []
-    for part, name in dict.fromkeys((run["part"], run["name"]) for run in runs):
-        share, kl, gold = (
-            _last(runs, metric, part=part, name=name) for metric in ("fraction", "kl_seq", "gold")
-        )
-        digits = 3 if abs(mean(share)) < 1 else 1
-        ends = f"[{number(min(share), digits)}, {number(max(share), digits)}]"
-        cells = (f"{spread(share, digits)} {ends}", number(mean(kl), 2), number(mean(gold), 2))
-        rows.append([name, *cells])
-    return table(["", "share of J* − E_ref r, mean ± sd [least, most]", "KL", "gold"], rows)
-
-
-def flatness(folder: Path) -> str:
-    """Variance of one sample's gradient at every second step of the way to the optimum."""
-    steps = read(folder / "exact" / "exact.json")["flatness"][::2]
-    head = ["J* − J", *(_small(row["gap"]) for row in steps)]
-    names = {"k1": "sampled k1 in the reward", "full": "whole-vocabulary KL in reward and loss"}
-    return table(head, ([name, *(_small(r[key]) for r in steps)] for key, name in names.items()))
-
-
-def _small(x: float) -> str:
-    """Two digits; what is left of rounding is 0."""
-    if abs(x) < 1e-14:
-        return "0"
-    return number(x, 2) if x >= 0.1 else f"{x:.2g}".replace("e-0", "e-")
 
 
 GIVES = {  # what the program says in ASCII
@@ -172,18 +142,6 @@ def _error(row: dict[str, Any]) -> list[str]:
 
 def kl4(folder: Path) -> str:
     return kl(folder, only=("reward_k1", "loss_k1", "loss_k3_tok", "loss_full"))
-
-
-def overoptimisation(folder: Path) -> str:
-    """Gao's laws as fitted to the exact family and to best-of-n."""
-    fits = read(folder / "exact" / "exact.json")["overoptimisation"][0]["fits"]
-    laws = {"linear": "d (a − b d)", "log": "d (a − b log d)"}
-    families = {"tilt": "π_ref·exp(proxy/β)", "best-of-n": "best-of-n"}
-    cells = (
-        [families[f["of"]], laws[f["law"]], number(f["r_squared"], 3), number(f["peak"], 2)]
-        for f in fits
-    )
-    return table(["family", "law, d = √KL", "R²", "KL at the peak of gold"], cells)
 
 
 def randomwalks(folder: Path) -> str:

@@ -62,17 +62,12 @@ SOURCES = {
         {f"{case}/{case}.png": f"{case}.png" for case in CASES},
     ),
     "gradients": Source(
-        0.1, ("minirlhf exact --parts kl flatness --out exact",), {"exact/kl.png": "exact_kl.png"}
+        0.1, ("minirlhf exact --parts kl --out exact",), {"exact/kl.png": "exact_kl.png"}
     ),
-    "optimum": Source(6, (f"minirlhf exact --parts optimum {SEEDS} --out exact",)),
-    "placement": Source(3, (f"minirlhf exact --parts placement clip {SEEDS} --out exact",)),
-    "overoptimisation": Source(
-        1.5,
-        ("minirlhf exact --parts optimum overoptimisation --out exact",),
-        {
-            "exact/optimum.png": "exact_optimum.png",
-            "exact/overoptimisation.png": "exact_overoptimisation.png",
-        },
+    "optimum": Source(
+        6,
+        (f"minirlhf exact --parts optimum {SEEDS} --out exact",),
+        {"exact/optimum.png": "exact_optimum.png"},
     ),
     "randomwalks": Source(
         6,
@@ -113,10 +108,7 @@ FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, it
     "cases": ("cases", tables.cases),
     "kl": ("gradients", tables.kl),
     "kl4": ("gradients", tables.kl4),
-    "flatness": ("gradients", tables.flatness),
     "optimum": ("optimum", tables.optimum),
-    "placement": ("placement", tables.placement),
-    "overoptimisation": ("overoptimisation", tables.overoptimisation),
     "randomwalks": ("randomwalks", tables.randomwalks),
     "exact-size": ("exact-size", tables.exact_size),
     "own-text": ("own-text", tables.own_text),

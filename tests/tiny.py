@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from minirlhf.backend import to_device, to_host
+from minirlhf.exact.enumeration import prompt_of_leaf, response_logprobs
 from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.train.batches import pad_batch
@@ -159,3 +160,13 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
     metrics |= mean_of_updates(updates, settings)
     mask = to_host(rollout.batch.response_mask)
     return samples.response_ids, mask, to_host(optimizer.flat), metrics
+
+
+def tilt(tree, ref_log_probs, rewards, *, kl_coef):
+    """pi*(y|x) = ref(y|x) exp(r / beta) / Z(x), no tree: log Pr*(x, y) (M,), log Z (n_prompts,)."""
+    logp, prompt = response_logprobs(tree, ref_log_probs) + rewards / kl_coef, prompt_of_leaf(tree)
+    of_prompts = [logp[prompt == x] for x in range(tree.n_prompts)]
+    top = np.array([at.max() for at in of_prompts])
+    sums = [np.exp(at - most).sum() for at, most in zip(of_prompts, top, strict=True)]
+    log_sum = np.log(sums) + np.log(tree.n_prompts)
+    return (logp - top[prompt]) - log_sum[prompt], top + log_sum

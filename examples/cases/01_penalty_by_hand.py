@@ -21,9 +21,9 @@ import numpy as np
 
 import minirlhf
 from minirlhf.app.pictures import draw_lines, draw_tokens, new_figure, say
-from minirlhf.app.study import Arm, Case, spread
 from minirlhf.exact.optimum import soft_optimum
 from minirlhf.worlds.support import ITEMS
+from study import Arm, Case, spread
 
 case = Case("01_penalty_by_hand", __doc__)
 print(f"one token, -2.5 against -4.0, pays {-2.5 + 4.0} nats")

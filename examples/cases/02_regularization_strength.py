@@ -20,8 +20,8 @@ unless they are left as they are. To see it differently, fit to 200 pairs or to 
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, spread
 from minirlhf.exact.desk import fit_bradley_terry
+from study import Arm, Case, spread
 
 case = Case("02_regularization_strength", __doc__)
 desks, reference = case.desks, [desk.describe(desk.ref) for desk in case.desks]

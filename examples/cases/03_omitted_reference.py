@@ -19,7 +19,7 @@ with 0.5 * gold + 0.5 * desk.proxy.
 
 # %% The question, as arms of one experiment
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, ends, mean_lines, spread, values
+from study import Arm, Case, ends, mean_lines, spread, values
 
 case = Case("03_omitted_reference", __doc__)
 slow = {"optimizer": {"learning_rate": 5e-4}}  # so that the turn of gold can be seen

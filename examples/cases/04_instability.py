@@ -16,8 +16,8 @@ scores, or beta in proportion to their sd, leave only the better ranking. Change
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, column, spread
 from minirlhf.exact.desk import fit_bradley_terry, pair_accuracy
+from study import Case, column, spread
 
 case = Case("04_instability", __doc__)
 desk, normalised = case.desk, case.desk.standardised

@@ -22,8 +22,8 @@ place is for gold to say; in this one gold is above the reference's and below wh
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, ends, mean_lines, spread, values
 from minirlhf.exact.optimum import soft_optimum
+from study import Arm, Case, ends, mean_lines, spread, values
 
 case = Case("05_conflicting_signals", __doc__)
 BETA, CLIPS = 0.35, (0.05, 0.2, 0.5)

@@ -20,7 +20,7 @@ controller above and below the beta it will find. Change `kl_target` to keep mor
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, column, mean_lines, spread, values
+from study import Arm, Case, column, mean_lines, spread, values
 
 case = Case("06_tuning_update", __doc__)
 BETA = 0.2

@@ -22,10 +22,10 @@ where one at beta / K does. To see it differently change PER_TOKEN or BETA.
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, ends, mean_lines, spread, values
 from minirlhf.exact.desk import fit_bradley_terry, tilted
 from minirlhf.exact.optimum import soft_optimum
 from minirlhf.exact.tiny import POL
+from study import Arm, Case, ends, mean_lines, spread, values
 
 PER_TOKEN, BETA, ROUNDS, RESETS = 0.2, 0.2, 3, "beta .6, three rounds"
 case = Case("07_post_deployment_drift", __doc__)

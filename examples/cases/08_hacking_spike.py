@@ -20,8 +20,8 @@ each (Coste et al. 2023, arXiv 2310.02743). Change BONUS, or the token that it i
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, column, mean_lines, spread, values
 from minirlhf.exact.desk import fit_bradley_terry
+from study import Arm, Case, column, mean_lines, spread, values
 
 case = Case("08_hacking_spike", __doc__)
 BONUS, STEERED = 4.0, {"kl_target": 0.7, "kl_horizon": 512.0}

@@ -23,8 +23,8 @@ find the rate that is wanted. To see it differently change LIKES.
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import fit_bradley_terry
+from study import Case, spread
 
 LIKES, BETAS = 2.5, (4.0, 2.0, 1.0, 0.5, 0.25)
 THRESHOLD = -0.6  # of safety: an upsell (-0.4) passes, a promise (-1.4) does not

@@ -19,10 +19,10 @@ neither frontier nor gold: it trains at several betas and has replies judged.)
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, mean_lines, spread
 from minirlhf.exact.desk import fit_bradley_terry, pair_accuracy
 from minirlhf.exact.tiny import ANS, REF
 from minirlhf.train.reward_model import calibration_error
+from study import Arm, Case, mean_lines, spread
 
 case = Case("10_regulated_blueprint", __doc__)
 desks = dict(zip(case.seeds, case.desks, strict=True))

@@ -22,11 +22,11 @@ seeds. To see it differently, put another name of minirlhf.rlhf.kl.KL_MODES into
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, ends, mean_lines, spread, values
 from minirlhf.exact.enumeration import all_responses, enumerate_responses, response_logprobs
 from minirlhf.exact.expected import gather_nodes, penalty_dlogits
 from minirlhf.exact.experiments import kl_gradient_table
 from minirlhf.rlhf.logprobs import log_softmax
+from study import Arm, Case, ends, mean_lines, spread, values
 
 case = Case("11_estimators", __doc__)
 tree = enumerate_responses(vocab_size=3, max_tokens=4)

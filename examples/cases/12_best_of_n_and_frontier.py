@@ -21,9 +21,9 @@ it differently, fit to 20,000 pairs: more of the same pairs does not move the pe
 import numpy as np
 
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, spread
 from minirlhf.exact.desk import fit_bradley_terry
 from minirlhf.exact.optimum import fit_gao
+from study import Arm, Case, spread
 
 case = Case("12_best_of_n_and_frontier", __doc__)
 BETAS, DRAWS = np.geomspace(8, 0.05, 40), (2, 4, 8, 16, 64, 256, 1024, 4096)

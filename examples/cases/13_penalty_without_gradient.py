@@ -24,11 +24,11 @@ PEAKED = 1; the KL grows, the entropy need not.
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.exact.enumeration import Responses
 from minirlhf.exact.expected import gradient_moments, penalty_dlogits
 from minirlhf.nn.adam import adamw_step, init_adamw
 from minirlhf.rlhf.logprobs import log_softmax
+from study import Case, spread
 
 case = Case("13_penalty_without_gradient", __doc__)
 ACTIONS, PEAKED, BATCH, RATE, STEPS = 50, 2.0, 8, 0.02, 50 if case.fast else 400

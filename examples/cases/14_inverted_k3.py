@@ -21,7 +21,6 @@ action is rare; the spikes go, but J does not come back: they need not be why it
 import numpy as np
 
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
-from minirlhf.app.study import Case, column, spread
 from minirlhf.exact.enumeration import response_logprobs
 from minirlhf.exact.expected import gather_nodes, relative_error
 from minirlhf.exact.experiments import logits_at_kl, make_random_world
@@ -29,6 +28,7 @@ from minirlhf.exact.optimum import objective_gradient
 from minirlhf.nn.adam import adamw_step, init_adamw
 from minirlhf.rlhf.kl import ESTIMATORS
 from minirlhf.rlhf.logprobs import log_softmax, token_logprobs_backward, token_logprobs_forward
+from study import Case, column, spread
 
 case = Case("14_inverted_k3", __doc__)
 CURE, SCHULMAN, FAULT = PENALTIES = ("k2", "k3", "inverted k3")

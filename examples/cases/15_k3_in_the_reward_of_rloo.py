@@ -22,13 +22,13 @@ BETA to 2: as k3 is a price of at least 0 for every token, replies should become
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, ends, mean_lines, spread
 from minirlhf.exact.enumeration import response_logprobs
 from minirlhf.exact.expected import cosine, gather_nodes, penalty_dlogits, relative_error
 from minirlhf.exact.experiments import logits_at_kl, make_random_world
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.rlhf.kl import kl_estimate
 from minirlhf.rlhf.logprobs import log_softmax
+from study import Arm, Case, ends, mean_lines, spread
 
 case = Case("15_k3_in_the_reward_of_rloo", __doc__)
 BETA, KLS, NONE = 0.5, (0.02, 0.2, 1.0), "no penalty"

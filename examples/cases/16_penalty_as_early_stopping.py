@@ -21,10 +21,10 @@ learning rate of SMALL_STEPS.
 import numpy as np
 
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, spread
 from minirlhf.exact.desk import fit_bradley_terry
 from minirlhf.exact.optimum import objective_gradient, policy_values
 from minirlhf.rlhf.logprobs import log_softmax
+from study import Arm, Case, spread
 
 case = Case("16_penalty_as_early_stopping", __doc__)
 BETAS = (1.0, 0.5, 0.25)

@@ -21,10 +21,10 @@ NS or the settings of the second table.
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import Desk, fit_bradley_terry
 from minirlhf.exact.optimum import best_of_n
 from minirlhf.rlhf.logprobs import log_softmax
+from study import Case, spread
 
 case = Case("17_best_of_n_bound", __doc__)
 NS = (2, 4, 16, 64, 256, 1024, 4096, 16384)

@@ -21,7 +21,6 @@ is one number and both rules are one. To see it differently change EPS, DELTAS o
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import Desk, fit_bradley_terry
 from minirlhf.exact.enumeration import prefix_logprobs
 from minirlhf.exact.ground_truth import small_transformer
@@ -32,6 +31,7 @@ from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import tree_copy
+from study import Case, spread
 
 case = Case("18_ratio_clip_and_total_variation", __doc__)
 EPS, DELTAS, STEPS, MOVED = (0.1, 0.2, 0.5), (0.003, 0.01, 0.03, 0.1), 40, "moved when cut, %"

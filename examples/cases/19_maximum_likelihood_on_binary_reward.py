@@ -23,8 +23,8 @@ import math
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.rlhf.logprobs import log_softmax
+from study import Case, spread
 
 case = Case("19_maximum_likelihood_on_binary_reward", __doc__)
 PROMPTS, REPLIES, STEPS, RATE = 48, 32, 20 if case.fast else 200, 0.05

@@ -21,8 +21,8 @@ agreeing and within correcting replies unchanged. Control: unbiased raters. To c
 import numpy as np
 
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import fit_bradley_terry
+from study import Case, spread
 
 case = Case("20_sycophancy_covariance", __doc__)
 agree, warmth, detail = (x.ravel().astype(float) for x in np.mgrid[0:2, 0:5, 0:5])

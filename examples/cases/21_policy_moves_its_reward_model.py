@@ -24,8 +24,8 @@ bad. To see it differently change `beta`, or give the judges a blind spot (`draw
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import fit_bradley_terry, tilted
+from study import Case, spread
 
 case = Case("21_policy_moves_its_reward_model", __doc__)
 desk, n_rounds, n_pairs = case.desk, 8, 2000

@@ -15,62 +15,72 @@ baseline; or if V is exact, whatever lambda, for then E[td_t | y_<=t] is the adv
 is biased, less as lambda goes to 1; what lambda < 1 buys is less noise. And expect a cosine of the
 surrogate's gradient with grad J(theta) of 1 at old, which the clip loses long before the unclipped
 surrogate does: it takes away what is to be gained by going on with old samples. To see it
-differently change BETA, or the lambdas and the steps in exact/experiments.py.
+differently change BETA or KLS.
 """
 
-# %% By hand: one world, the expected gradient in logits beside grad J
+# %% GAE: its bias, and the noise of one sample, in the parameters of a transformer
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
-from minirlhf.exact.expected import gather_nodes, policy_gradient_dlogits, relative_error
-from minirlhf.exact.experiments import gae_table, make_random_world, surrogate_table
-from minirlhf.exact.optimum import objective_gradient, policy_values
-from minirlhf.rlhf.advantages import gae, token_rewards
+from minirlhf.exact.expected import cosine, gather_nodes, policy_gradient_dlogits
+from minirlhf.exact.experiments import gae_table, make_random_world
+from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values
+from minirlhf.exact.tree_policy import tree_gradient, tree_logits
+from minirlhf.rlhf.logprobs import log_softmax
+from minirlhf.tree import tree_map
+from study import Case, column, spread
 
 case = Case("22_advantages_and_surrogate", __doc__)
-BETA = 0.5
-world = make_random_world(seed=case.seeds[0])
-tree, responses = world.tree, world.responses
-log_pi, log_ref = world.log_probs("theta"), world.log_probs("ref")
-grad_j = objective_gradient(tree, log_pi, log_ref, world.rewards, kl_coef=BETA)  # (N, V)
-exact = policy_values(tree, log_pi, log_ref, world.rewards, kl_coef=BETA).values  # (N,)
-
-nodes, tokens, mask = responses.nodes, responses.tokens, responses.mask  # (M, T) each
-log_ratio = np.where(mask > 0, (log_pi - log_ref)[nodes, tokens], 0.0)
-rewards = token_rewards(world.rewards, log_ratio, mask=mask, kl_coef=BETA)
-print(f"{len(mask)} responses; error of E[estimate] as a share of |grad J|, in logits:")
-for name, values in (("V exact", exact), ("V = 0", 0 * exact)):
-    for lam in (0.0, 0.95, 1.0):
-        advantages, _ = gae(rewards, values[nodes], mask=mask, gamma=1.0, lam=lam)
-        dlogits = policy_gradient_dlogits(responses, world.logits["theta"], advantages)
-        mean = gather_nodes(tree, responses, dlogits, weights=world.probs("theta"))
-        print(f"  {name:8} lambda {lam:4.2f}  {float(relative_error(mean, grad_j)):8.1e}")
-
-# %% The same in the parameters of the transformer, with the noise of one sample
-bias, surrogate = {}, {}  # {(V, lambda): [a row for each seed]}, {KL(old || theta): [...]}
+BETA, KLS = 0.5, (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3)
+bias = {}  # {(V, lambda): [a row for each seed]}
 for seed in case.seeds:
     for row in gae_table(seed=seed, kl_coef=BETA):
         bias.setdefault((row["value"], row["lam"]), []).append(row)
-    for row in surrogate_table(seed=seed, kl_coef=BETA):
-        surrogate.setdefault(round(row["kl_old_seq"], 4), []).append(row)
 named = {f"V {value}, lambda {lam:g}": rows for (value, lam), rows in bias.items()}
 case.table("The gradient by GAE, as shares of |grad J|", named, ("bias", "noise"))
-named = {f"KL(old || theta) {kl:g}": rows for kl, rows in surrogate.items()}
+
+
+# %% By hand: PPO's surrogate as theta leaves old, whose samples and exact advantages stay
+def surrogate_along(world):
+    """A row for each of KLS: old + x grad J, x such that KL(old || theta) = c x^2 is about that."""
+    tree, responses = world.tree, world.responses
+    at = (responses.nodes, responses.tokens)
+    old, log_old, probs = world.policies["old"], world.log_probs("old"), world.probs("old")
+    judged = {"ref_log_probs": world.log_probs("ref"), "rewards": world.rewards, "kl_coef": BETA}
+    q, values = policy_values(tree, log_old, **judged)
+    advantages = (q - values[:, None])[at]
+    slope = tree_gradient(objective_gradient(tree, log_old, **judged), old, **world.where)
+
+    def leave(x):
+        params = tree_map(lambda a, d: a + x * d, old, slope)
+        logits = tree_logits(params, **world.where)
+        log_pi = log_softmax(logits)
+        kl = evaluate_exactly(tree, log_old, log_pi, world.rewards, kl_coef=0.0).kl_seq
+        return params, logits, log_pi, float(kl)
+
+    for kl in KLS:
+        params, logits, log_pi, _ = leave(1e-3 * (kl / leave(1e-3)[-1]) ** 0.5)
+        true, row = world.pull_back(objective_gradient(tree, log_pi, **judged), params), {}
+        for name, clip in (("unclipped", "none"), ("clipped", "ppo")):
+            of_old = {"old_logp": log_old[at], "form": clip}
+            each = policy_gradient_dlogits(responses, logits, advantages, **of_old)
+            mean = gather_nodes(tree, responses, each, weights=probs)
+            row[name] = float(cosine(world.pull_back(mean, params), true))
+        weights, cut = probs[:, None] * responses.mask, ~each.any(axis=-1)  # by the clip
+        yield {**row, "clip_fraction": float((weights * cut).sum() / weights.sum())}
+
+
+rows = [list(surrogate_along(make_random_world(seed=seed))) for seed in case.seeds]
+surrogate = dict(zip(KLS, zip(*rows, strict=True), strict=True))  # {KL: a row for each seed}
+named = {f"KL(old || theta) about {kl:g}": of_kl for kl, of_kl in surrogate.items()}
 columns = ("unclipped", "clipped", "clip_fraction")
 case.table("Cosine of the surrogate's gradient with grad J(theta)", named, columns)
 
-
-def column(rows, name):
-    """(keys, seeds)"""
-    return np.array([[row[name] for row in of_key] for of_key in rows.values()])
-
-
 free = np.array([value == "exact" or lam == 1.0 for value, lam in bias])
-off, noise = column(bias, "bias"), column(bias, "noise")
+off, noise = (np.array([*column(bias, name).values()]) for name in ("bias", "noise"))
 zero = off[[value == "zero" for value, _ in bias]]
 calm = noise[[value == "exact" for value, _ in bias]]
-kept, clipped, cut = (column(surrogate, name) for name in columns)
+kept, clipped, cut = (np.array([*column(surrogate, name).values()]) for name in columns)
 case.claim("no bias (1e-12) at lambda = 1 and with an exact V", (off[free] < 1e-12).all(axis=0))
 case.claim("bias over 0.001 in every other cell", (off[~free] > 1e-3).all(axis=0))
 case.claim("V = 0: less bias at every larger lambda", (np.diff(zero, axis=0) < 0).all(axis=0))

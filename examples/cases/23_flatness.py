@@ -21,10 +21,10 @@ sum_t KL_t still varies from reply to reply. To see it differently change BETA o
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Case, spread
 from minirlhf.exact.desk import Desk, fit_bradley_terry
 from minirlhf.exact.experiments import flatness_table
 from minirlhf.exact.optimum import soft_optimum
+from study import Case, spread
 
 case = Case("23_flatness", __doc__)
 BETA, SHARES = 0.5, (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)

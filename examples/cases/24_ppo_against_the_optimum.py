@@ -23,8 +23,8 @@ last 20 iterations, loses less at once. To see it differently change BETA or the
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.app.study import Arm, Case, spread, values
 from minirlhf.exact.optimum import by_depth, evaluate_exactly, optimality_gap, soft_optimum
+from study import Arm, Case, spread, values
 
 case = Case("24_ppo_against_the_optimum", __doc__)
 BETA, RATE = 0.5, {"learning_rate": 1e-3, "schedule": "constant"}

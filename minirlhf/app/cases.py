@@ -404,7 +404,6 @@ TABLE = [
     row(transformer, "block", make_block),
     row(transformer, "transformer", make_model),
     row(logprobs, "token_logprobs", make_of_logits),
-    row(logprobs, "sequence_logprob", make_of_tokens),
     row(logprobs, "entropy", make_of_logits),
     row(kl, "full_kl", make_of_logits),
     *[
@@ -423,7 +422,6 @@ TABLE = [
     row(objectives, "weighted_sum", make_of_tokens),
     row(imitation, "cross_entropy", make_of_tokens),
     row(preferences, "bradley_terry", make_scores, "B,B", **BRADLEY_TERRY),
-    row(preferences, "ranked_pairs", make_scores, "BK"),
     row(preferences, "plackett_luce", make_scores, "BK"),
     row(objectives, "ppo_clip", make_of_tokens, clip="ppo", mode="ppo"),
     row(objectives, "ppo_clip", make_of_tokens, clip_eps=(0.2, 0.4), mode="clip-higher"),

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from minirlhf.disk import write_whole
-from minirlhf.exact.optimum import GaoFit
 
 Row = dict[str, Any]
 ROUNDING = 1e-12  # below, an error is rounding
@@ -168,43 +167,9 @@ def draw_kl(rows: list[Row], path: Path) -> Path:
     return save(figure, path)
 
 
-def draw_advantages(gae: list[Row], surrogate: list[Row], path: Path) -> Path:
-    """GAE's bias and noise against lambda; PPO's surrogate as theta leaves old."""
-    figure, ((bias, noise, cosines),) = new_figure(12, 3.4, 1, 3)
-    values = grouped(gae, "value").items()
-    for axis, name in ((bias, "bias"), (noise, "noise")):
-        draw_lines(axis, {f"V: {value}": _column(rows, "lam", name) for (value,), rows in values})
-    say(bias, "bias: 0 at λ = 1 and with an exact value", "λ of GAE", "|mean − ∇J| / |∇J|")
-    say(noise, "noise: what a smaller λ saves", "λ of GAE", "sd of one sample / |∇J|")
-    names = {"clipped": "cosine, clipped", "unclipped": "cosine, not clipped"}
-    names["clip_fraction"] = "share of tokens cut off"
-    lines = {label: _column(surrogate, "kl_old_seq", name) for name, label in names.items()}
-    draw_lines(cosines, lines, log="x")
-    title = "a cosine of 1: PPO's surrogate points along ∇J"
-    say(cosines, title, "KL(old‖θ) [nats per response]", legend={"loc": "center left"})
-    return save(figure, path)
-
-
-def draw_flatness(rows: list[Row], path: Path) -> Path:
-    """Noise of one sample's policy gradient against the distance to the optimum."""
-    figure, ((axis,),) = new_figure(5.8, 3.8, 1, 1)
-    rows = [row for row in rows if row["gap"] > 1e-9]
-    names = {"k1": "sampled k1 in the reward", "full": "KL over the whole vocabulary"}
-    draw_lines(axis, {label: _column(rows, "gap", n) for n, label in names.items()}, log="xy")
-    axis.invert_xaxis()
-    title = "towards the optimum k1's noise goes to 0, the full KL's does not"
-    say(axis, title, "J* − J [reward units]; the optimum is on the right", "variance of one sample")
-    return save(figure, path)
-
-
 def geometric_mean(values: Any) -> np.ndarray:
     """Over the first axis, the seeds; what is 0 to rounding counts as 1e-12."""
     return np.exp(np.log(np.maximum(values, ROUNDING)).mean(axis=0))
-
-
-def _lost(run: Row) -> list[tuple]:
-    """Along a run, (J* - J) / (J* - E_ref r): 1 at the reference, 0 at the optimum."""
-    return [(row["iteration"], 1 - row["exact/fraction"]) for row in run["history"]]
 
 
 def _means(runs: list[Row], of: Callable[[Row], list[tuple]]) -> dict[str, tuple]:
@@ -217,15 +182,18 @@ def _means(runs: list[Row], of: Callable[[Row], list[tuple]]) -> dict[str, tuple
 def draw_optimum(runs: list[Row], path: Path) -> Path:
     """A row for each beta: what is lost, and its spread, over training; what is lost by token."""
 
+    def lost(run: Row) -> list[tuple]:
+        return [(row["iteration"], 1 - row["exact/fraction"]) for row in run["history"]]
+
     def spread(run: Row) -> list[tuple]:
         return [(row["iteration"], row["exact/flatness"]) for row in run["history"]]
 
     def by_token(run: Row) -> list[tuple]:
         return list(enumerate(run["history"][-1]["exact/gap_by_depth"], 1))
 
-    y, lost = "(J* − J) / (J* − J_ref)", "β = {:g}: what is still lost; 0 is the optimum"
+    y = "(J* − J) / (J* − J_ref)"  # 1 at the reference
     panels = (
-        (_lost, lost, "iteration", y),
+        (lost, "β = {:g}: what is still lost; 0 is the optimum", "iteration", y),
         (spread, "Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]"),
         (by_token, "what is lost at the end, by token", "position of the token", y),
     )
@@ -236,54 +204,3 @@ def draw_optimum(runs: list[Row], path: Path) -> Path:
             draw_lines(axis, _means(same, points), log="y")
             say(axis, title.format(beta), *labels)
     return save(figure, path)
-
-
-def draw_runs(groups: dict[str, list[Row]], path: Path) -> Path:
-    """The distance to the optimum over training: a panel a group, a line a name."""
-    figure, axes = new_figure(5.6 * len(groups), 4.2, 1, len(groups))
-    for axis, (title, runs) in zip(axes[0], groups.items(), strict=True):
-        draw_lines(axis, _means(runs, _lost), log="y")
-        top = max(2.0, axis.get_ylim()[1])
-        axis.axhspan(1, top, color="gray", alpha=0.15, lw=0, label="worse than the reference")
-        axis.set_ylim(top=top)
-        y = "(J* − J) / (J* − J_ref): lower is better"
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
-        say(axis, title, "iteration", y, legend=below)
-    return save(figure, path)
-
-
-def draw_overoptimisation(result: Row, runs: list[Row], path: Path) -> Path:
-    """Proxy and gold against sqrt(KL): the frontier, best-of-n, and where PPO ended."""
-    figure, ((left, right),) = new_figure(11, 4.2, 1, 2)
-    families = {"π ∝ ref·exp(proxy/β)": result["curve"], "best of n": result["best_of_n"]}
-    for axis, key in ((left, "reward"), (right, "gold")):
-        lines = {}
-        for label, rows in families.items():
-            points = [(0.0, result["reference"][key])]
-            points += [(_distance(row["kl_seq"]), row[key]) for row in rows]
-            lines[label] = tuple(zip(*sorted(points), strict=True))
-        draw_lines(axis, lines)
-        ends = [run["history"][-1] for run in runs]
-        points = [(_distance(end["exact/kl_seq"]), end[f"exact/{key}"]) for end in ends]
-        axis.scatter(*zip(*points, strict=True), c=BLACK, marker="*", s=60, label="PPO, trained")
-        for run, point in zip(runs, points, strict=True):
-            offset = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
-            axis.annotate(f"β={run['kl_coef']:g}", point, fontsize=7, **offset)
-    d = np.linspace(0.05, _distance(result["curve"][-1]["kl_seq"]), 200)
-    laws = {}
-    for fit in (fit for fit in result["fits"] if fit["of"] == "tilt"):
-        gain = GaoFit(*(fit[name] for name in GaoFit._fields))(d)
-        label = f"Gao's law ({fit['law']}), R² = {fit['r_squared']:.3f}"
-        laws[label] = (d, result["reference"]["gold"] + gain)
-    draw_lines(right, laws, [{**look, "marker": "", "lw": 1} for look in LOOKS[2:]])
-    x = "√KL(π‖ref) [nats^½ per response]"
-    say(left, "proxy, what is maximised: nothing lies above the curve", x, "E[proxy]")
-    say(right, "gold, what is wanted: it rises, turns and falls", x, "E[gold]")
-    gold = [row["gold"] for row in result["curve"] + result["best_of_n"]]
-    right.set_ylim(min(gold) - 0.3, max(gold) + 0.3)
-    return save(figure, path)
-
-
-def _distance(kl_seq: float) -> float:
-    """sqrt(KL); rounding may leave a KL of 0 a little below it."""
-    return max(kl_seq, 0.0) ** 0.5

@@ -1,4 +1,4 @@
-"""The experiments of `minirlhf exact`: functions from settings to plain numbers.
+"""The experiments of `minirlhf exact` and of cases: functions from settings to plain numbers.
 
 Two worlds are used. A random one (four tokens, four steps, three random transformers) for gradients
 and their noise, one response after the other; and the tiny support desk for everything about
@@ -7,7 +7,6 @@ optima. Nothing is sampled but where a policy is trained, and what it has become
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,11 +43,6 @@ class RandomWorld(NamedTuple):
     def probs(self, name: str) -> np.ndarray:
         """(M,) probability of every response under one of the policies."""
         return np.exp(enumeration.response_logprobs(self.tree, self.log_probs(name)))
-
-    def kl_old_seq(self, log_pi: np.ndarray) -> float:
-        """KL(old || pi) of whole responses."""
-        args = (self.tree, self.log_probs("old"), log_pi, 0.0 * self.rewards)
-        return float(optimum.evaluate_exactly(*args, kl_coef=0.0).kl_seq)
 
     def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
         """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
@@ -163,7 +157,7 @@ def _judged(
     return mean, {"error": float(expected.relative_error(mean, g)), "noise": noise}
 
 
-# -- advantages and the surrogate ----------------------------------------------------------------
+# -- advantages ----------------------------------------------------------------------------------
 def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95, 1.0)) -> list[Row]:
     """Bias and noise of the policy gradient by GAE, for a value that is exact, 0, or off.
 
@@ -190,55 +184,6 @@ def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95,
     return rows
 
 
-def surrogate_table(*, seed: int = 0, kl_coef: float = 0.5) -> list[Row]:
-    """How far PPO's surrogate can be followed: its gradient against grad J as theta leaves old.
-
-    theta moves from old along grad J until KL(old || theta) of whole responses is about `kl_step`;
-    the samples and the (exact) advantages stay old's.
-
-    clipped, unclipped   cosine of the surrogate's gradient with grad J(theta)
-    clip_fraction        of old's tokens whose gradient the clip has cut
-    """
-    world = make_random_world(seed=seed)
-    tree, responses, probs = world.tree, world.responses, world.probs("old")
-    log_old, args = world.log_probs("old"), (world.log_probs("ref"), world.rewards)
-    q, values = optimum.policy_values(tree, log_old, *args, kl_coef=kl_coef)
-    at = (responses.nodes, responses.tokens)
-    advantages, old_logp = (q - values[:, None])[at], log_old[at]
-    slope = optimum.objective_gradient(tree, log_old, *args, kl_coef=kl_coef)
-    uphill = tree_gradient(slope, world.policies["old"], **world.where)
-    rows = []
-    for kl_step in (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3):
-        params = _step_of_kl(world, uphill, kl_step)
-        logits = tree_logits(params, **world.where)
-        log_pi = log_softmax(logits)
-        slope = optimum.objective_gradient(tree, log_pi, *args, kl_coef=kl_coef)
-        true = world.pull_back(slope, params)
-        value = optimum.evaluate_exactly(tree, log_pi, *args, kl_coef=kl_coef)
-        row = {"kl_old_seq": world.kl_old_seq(log_pi), "objective": float(value.objective)}
-        for name, form in (("unclipped", "none"), ("clipped", "ppo")):
-            dlogits = expected.policy_gradient_dlogits(
-                responses, logits, advantages, old_logp=old_logp, form=form
-            )
-            mean = expected.gather_nodes(tree, responses, dlogits, weights=probs)
-            row[name] = float(expected.cosine(world.pull_back(mean, params), true))
-        weights, cut = probs[:, None] * responses.mask, ~dlogits.any(axis=-1)  # by the clip
-        rows.append({**row, "clip_fraction": float((weights * cut).sum() / weights.sum())})
-    return rows
-
-
-def _step_of_kl(world: RandomWorld, uphill: Tree, kl_step: float) -> Tree:
-    """old + x uphill with KL(old || theta) = kl_step, by bisection on x."""
-
-    def at(x: float) -> Tree:
-        return tree_map(lambda a, d: a + x * d, world.policies["old"], uphill)
-
-    def is_too_far(x: float) -> bool:
-        return world.kl_old_seq(log_softmax(tree_logits(at(x), **world.where))) > kl_step
-
-    return at(_as_far_as(is_too_far))
-
-
 def logits_at_kl(world: RandomWorld, kl_seq: float) -> np.ndarray:
     """Logits ref + x (theta - ref) with KL(pi || ref) = kl_seq, or x = 2^20 if none has: (N, V)."""
     ref, log_ref, no_reward = world.logits["ref"], world.log_probs("ref"), 0.0 * world.rewards
@@ -250,25 +195,17 @@ def logits_at_kl(world: RandomWorld, kl_seq: float) -> np.ndarray:
         args = (world.tree, log_softmax(at(x)), log_ref, no_reward)
         return optimum.evaluate_exactly(*args, kl_coef=0.0).kl_seq > kl_seq
 
-    return at(_as_far_as(is_too_far))
-
-
-def _as_far_as(is_too_far: Callable[[float], bool]) -> float:
-    """The largest x that is not too far, by bisection; 2^20 if that is not."""
     low, high = 0.0, 1.0
     while not is_too_far(high) and high < 2**20:
         low, high = high, 2 * high
     for _ in range(40):
         middle = 0.5 * (low + high)
         low, high = (low, middle) if is_too_far(middle) else (middle, high)
-    return low
+    return at(low)
 
 
 # -- the optimum ---------------------------------------------------------------------------------
-SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.999, 1.0)
-
-
-def flatness_table(world: TokenWorld, *, kl_coef: float = 0.5, shares=SHARES) -> list[Row]:
+def flatness_table(world: TokenWorld, *, kl_coef: float, shares: tuple[float, ...]) -> list[Row]:
     """The noise of one sample's policy gradient on the way to the optimum, exact values known.
 
     The way is pi_s ~ ref exp(s r / beta): the reference at s = 0, the optimum at s = 1, where
@@ -306,52 +243,10 @@ def flatness_table(world: TokenWorld, *, kl_coef: float = 0.5, shares=SHARES) ->
     return rows
 
 
-BETAS = (8, 4, 2, 1.5, 1, 0.75, 0.61, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.07, 0.05)
-DRAWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384)
-
-
-def overoptimisation(
-    world: TokenWorld, ref_log_probs: np.ndarray, *, betas=BETAS, draws=DRAWS
-) -> dict[str, Any]:
-    """The exact curve pi_beta ~ ref exp(proxy / beta), best-of-n, and Gao's laws fitted to both.
-
-    Args:     world: with one prompt; its rewards are the proxy.
-              ref_log_probs: (N, V) of the reference.
-    Returns:  curve: kl_coef, kl_seq, reward (the most that is possible at this KL), gold;
-                  best_of_n: n, kl_seq, bound = log n - (n-1)/n, reward, gold; fits: law, of, alpha,
-                  slope, r_squared, peak (KL at which the fitted gold is highest).
-    """
-    tree = world.tree
-    curve = optimum.optimal_curve(tree, ref_log_probs, world.rewards, world.gold, betas)
-    ref_logp = enumeration.response_logprobs(tree, ref_log_probs)
-    ref_gold = float(np.exp(ref_logp) @ world.gold)
-    best_of_n = []
-    for n in draws:
-        logp = optimum.best_of_n(ref_logp, world.rewards, n=n)
-        p, bound = np.exp(logp), np.log(n) - (n - 1) / n
-        row = {"kl_seq": max(0.0, p @ (logp - ref_logp))}  # of one draw it is 0: rounding is not
-        row |= {"bound": bound, "reward": p @ world.rewards, "gold": p @ world.gold}
-        best_of_n.append({"n": n, **{name: float(x) for name, x in row.items()}})
-    drawn = np.array([(row["kl_seq"], row["gold"]) for row in best_of_n if row["n"] > 1]).T
-    fits = []
-    for of, kl_seq, gold in (("tilt", curve.kl_seq, curve.gold), ("best-of-n", *drawn)):
-        for law in ("linear", "log"):
-            fit = optimum.fit_gao(kl_seq, gold - ref_gold, law=law)
-            fits.append({"of": of, "peak": fit.peak_kl, **fit._asdict()})
-    points = np.stack(curve).T.tolist()
-    return {
-        "reference": {"gold": ref_gold, "reward": float(np.exp(ref_logp) @ world.rewards)},
-        "curve": [dict(zip(curve._fields, point, strict=True)) for point in points],
-        "best_of_n": best_of_n,
-        "fits": fits,
-    }
-
-
 # -- trained policies ----------------------------------------------------------------------------
 class TrainingRun(NamedTuple):
-    """One policy to be trained, and which experiment it belongs to."""
+    """One policy to be trained."""
 
-    part: str
     name: str
     settings: PPOConfig
 
@@ -368,49 +263,20 @@ def optimum_runs(*, iterations: int = 150, betas=(1.0, 0.5, 0.25)) -> list[Train
     runs = []
     for beta in betas:
         ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
-        runs.append(TrainingRun("optimum", "PPO, linear decay", ppo))
-        runs.append(TrainingRun("optimum", "PPO, constant rate", changed(ppo, optimizer=constant)))
-        runs.append(TrainingRun("optimum", "one-step RLOO", rloo))
+        runs.append(TrainingRun("PPO, linear decay", ppo))
+        runs.append(TrainingRun("PPO, constant rate", changed(ppo, optimizer=constant)))
+        runs.append(TrainingRun("one-step RLOO", rloo))
     return runs
 
 
-def placement_runs(*, iterations: int = 60) -> list[TrainingRun]:
-    """The same PPO with the penalty in other places."""
-    names = {
-        "reward_k1": "k1 in the reward",
-        "reward_and_loss_full": "full KL in reward and loss",
-        "loss_k2_tok": "k2 per token as loss",
-        "loss_k3_tok": "k3 per token as loss",
-        "loss_k1": "k1 as loss (as printed)",
-    }
-    of_mode = {mode: changed(PPO, iterations=iterations, kl_mode=mode) for mode in names}
-    return [TrainingRun("placement", names[mode], settings) for mode, settings in of_mode.items()]
-
-
-def clip_runs(*, iterations: int = 40) -> list[TrainingRun]:
-    """Three forms of the clip where it has to work: large steps, many epochs, a constant rate."""
-    hard = {"learning_rate": 8e-3, "schedule": "constant"}
-    settings = changed(PPO, iterations=iterations, epochs=8, optimizer=hard)
-    names = {"ppo": "PPO's clip", "book": "min(ratio, 1 + e) A (textbook)", "none": "no clip"}
-    return [TrainingRun("clip", name, changed(settings, clip=clip)) for clip, name in names.items()]
-
-
-def overoptimisation_runs(*, iterations: int = 60, betas=(2.0, 0.1)) -> list[TrainingRun]:
-    """PPO with a beta on either side of those of `optimum_runs`."""
-    settings = (changed(PPO, kl_coef=beta, iterations=iterations) for beta in betas)
-    return [TrainingRun("overoptimisation", "PPO, linear decay", each) for each in settings]
-
-
-def train_run(
-    run: TrainingRun, world: TokenWorld, reference: Tree, *, config: GPTConfig, seed: int
-) -> Row:
+def train_run(run: TrainingRun, world: TokenWorld, reference: Tree, *, seed: int) -> Row:
     """Train one policy from the reference on; its history, and the frontier where it ended."""
     started = time.perf_counter()
-    part, name, settings = run
-    where = {"config": config, "kl_coef": settings.kl_coef}
+    name, settings = run
+    where = {"config": ground_truth.small_transformer(world), "kl_coef": settings.kl_coef}
     truth = ground_truth.make_ground_truth(world, reference, **where)
     trained = ground_truth.train_on_world(truth, settings=settings, seed=seed)
-    row = {"part": part, "name": name, "kl_coef": settings.kl_coef, "seed": seed}
+    row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
     row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
     args, end = (world.tree, truth.ref_log_probs, world.rewards), trained.history[-1]
     row["frontier"] = optimum.frontier_reward(*args, kl_seq=end["exact/kl_seq"])

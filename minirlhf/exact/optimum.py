@@ -107,31 +107,6 @@ def soft_optimum(
     return Optimum(kl_coef, log_probs, values, values[tree.levels[0]].mean())
 
 
-def tilt(
-    tree: PrefixTree, ref_log_probs: Array, rewards: Array, *, kl_coef: float
-) -> tuple[Array, Array]:
-    """The same optimum response by response: pi*(y|x) = ref(y|x) exp(r/beta) / Z(x).
-
-    Korbak et al. 2022, arXiv 2205.11275.
-
-    Returns:  log Pr*(x, y) (M,) [nats], log Z (n_prompts,).
-    Raises:   ValueError: as `soft_optimum`.
-    """
-    check_same_shape("tilt", leaf_node=tree.leaf_node, rewards=rewards)
-    _check_positive(kl_coef)
-    _check_finite(rewards)
-    xp = get_xp(ref_log_probs, rewards)
-    logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
-    top, log_sum = (xp.zeros(tree.n_prompts, dtype=logp.dtype) for _ in range(2))
-    prompt = prompt_of_leaf(tree)
-    for x in range(tree.n_prompts):
-        here = prompt == x
-        top[x] = xp.where(here, logp.real, -xp.inf).max()
-        total = xp.exp(xp.where(here, logp - top[x], -xp.inf)).sum()
-        log_sum[x] = xp.log(total) + math.log(tree.n_prompts)
-    return (logp - top[prompt]) - log_sum[prompt], top + log_sum
-
-
 def optimality_gap(tree: PrefixTree, log_probs: Array, optimum: Optimum) -> Array:
     """gap(s) = beta Pr(s) KL(pi(.|s) || pi*(.|s)): what a policy loses at each prefix.
 
@@ -243,36 +218,6 @@ def best_of_n(ref_logp: Array, rewards: Array, *, n: int) -> Array:
     cdf = cdf / cdf[-1]  # 1 at the top, and not nearly: it is raised to the power n
     weight = n * xp.log(xp.where(drawn, cdf, 1.0)) + xp.log(wins) - xp.log(mass)
     return ref_logp + weight[group]
-
-
-class Curve(NamedTuple):
-    """Points along the family pi_beta ~ ref exp(r/beta); host arrays, one entry a beta."""
-
-    kl_coef: np.ndarray
-    kl_seq: np.ndarray  # KL(pi_beta || ref) [nats]
-    reward: np.ndarray  # E[r]: the most that any policy at this KL can have
-    gold: np.ndarray  # E[gold]
-
-
-def optimal_curve(
-    tree: PrefixTree, ref_log_probs: Array, rewards: Array, gold: Array, kl_coefs
-) -> Curve:
-    """The frontier E*[r](KL), and what becomes of the gold reward along it.
-
-    Args:     rewards, gold: (M,) the reward that is optimised, and the one that is wanted.
-              kl_coefs: values of beta > 0.
-    Raises:   ValueError: there is no beta, or as `soft_optimum`.
-    """
-    if not len(kl_coefs):
-        raise ValueError("optimal_curve: expected at least one beta; got none")
-    rows = []
-    for beta in kl_coefs:
-        optimum = soft_optimum(tree, ref_log_probs, rewards, kl_coef=float(beta))
-        args = (tree, optimum.log_probs, ref_log_probs)
-        value = evaluate_exactly(*args, rewards, kl_coef=float(beta))
-        wanted = evaluate_exactly(*args, gold, kl_coef=0.0)
-        rows.append((float(beta), *map(float, (value.kl_seq, value.reward, wanted.reward))))
-    return Curve(*np.array(rows).T)
 
 
 def frontier_reward(

@@ -83,25 +83,6 @@ def response_sum(x: Array, *, mask: Array) -> Array:
     return get_xp(x, mask).where(mask > 0, as_float(x), 0.0).sum(axis=-1)
 
 
-class SequenceLogprobCache(NamedTuple):
-    mask: Array  # (B, T) borrowed
-
-
-def sequence_logprob_forward(logp: Array, *, mask: Array) -> tuple[Array, SequenceLogprobCache]:
-    """log Pr(y|x) = sum_t mask_t logp_t: exact, because the response is generated token by token.
-
-    Args:     logp: (B, T) token log-probs [nats].
-              mask: (B, T) 1 at response tokens, the stop token included.
-    Returns:  seq_logp (B,) [nats], cache.
-    """
-    return response_sum(logp, mask=mask), SequenceLogprobCache(mask)
-
-
-def sequence_logprob_backward(dseq_logp: Array, cache: SequenceLogprobCache) -> Array:
-    """dlogp_t = mask_t dseq_logp.  (B,) -> (B, T)."""
-    return dseq_logp[:, None] * (cache.mask > 0)
-
-
 class EntropyCache(NamedTuple):
     probs: Array  # (B, T, V)
     log_probs: Array  # (B, T, V)

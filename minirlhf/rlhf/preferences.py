@@ -1,4 +1,4 @@
-"""Stage 2: from ranked responses to a loss on their scores. Bradley-Terry, pairs, Plackett-Luce.
+"""Stage 2: from ranked responses to a loss on their scores. Bradley-Terry, Plackett-Luce.
 
 A reward model gives each response a score; only differences of scores to one prompt matter.
 """
@@ -65,36 +65,6 @@ def bradley_terry_backward(dloss: Array, cache: BradleyTerryCache) -> tuple[Arra
     return dchosen, -dchosen  # a shift of both changes nothing
 
 
-class RankedPairsCache(NamedTuple):
-    slope: Array  # (B, K, K) d loss / d (score_i - score_j), 0 unless i is ranked above j
-
-
-def ranked_pairs_forward(scores: Array) -> tuple[Array, RankedPairsCache]:
-    """loss = -mean over lists and over the K(K-1)/2 ranked pairs of log sigma(score_i - score_j).
-
-    Ouyang et al. 2022, arXiv 2203.02155, equation 1. Only pairs with i ranked above j: over all
-    ordered pairs the loss would be least at equal scores.
-
-    Args:     scores: (B, K) scores of K responses in the order of their rank, the best first.
-    Returns:  loss () [nats per pair], cache.
-    Raises:   ValueError: no list, or fewer than two responses.
-    """
-    _check_lists("ranked_pairs", scores)
-    xp, scores = get_xp(scores), as_float(scores)
-    B, K = scores.shape
-    rank = xp.arange(K)
-    above = rank[:, None] < rank[None, :]  # (K, K)
-    difference = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
-    n = B * K * (K - 1) // 2
-    loss = -xp.where(above, log_sigmoid(difference), 0.0).sum() / n
-    return loss, RankedPairsCache(xp.where(above, -sigmoid(-difference), 0.0) / n)
-
-
-def ranked_pairs_backward(dloss: Array, cache: RankedPairsCache) -> Array:
-    """dscore_i = sum_j slope_ij - sum_j slope_ji."""
-    return dloss * (cache.slope.sum(axis=2) - cache.slope.sum(axis=1))  # as winner, as loser
-
-
 class PlackettLuceCache(NamedTuple):
     choice: Array  # (B, K, K) probability of item i at step k, 0 for items already taken
 
@@ -110,7 +80,10 @@ def plackett_luce_forward(scores: Array) -> tuple[Array, PlackettLuceCache]:
     Raises:   ValueError: no list, or fewer than two responses.
     Tested by: tests/rlhf/test_equations.py::test_plackett_luce_fixtures
     """
-    _check_lists("plackett_luce", scores)
+    if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
+        raise ValueError(
+            f"plackett_luce: expected scores (B, K) with B >= 1 and K >= 2; got {scores.shape}"
+        )
     xp, scores = get_xp(scores), as_float(scores)
     B, K = scores.shape
     item = xp.arange(K)
@@ -127,10 +100,3 @@ def plackett_luce_backward(dloss: Array, cache: PlackettLuceCache) -> Array:
     """dscore_i = (sum_{k <= rank(i)} softmax_{>=k}(score)_i - 1) / B."""
     B = cache.choice.shape[0]
     return dloss * (cache.choice.sum(axis=1) - 1.0) / B
-
-
-def _check_lists(where: str, scores: Array) -> None:
-    if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
-        raise ValueError(
-            f"{where}: expected scores (B, K) with B >= 1 and K >= 2; got {scores.shape}"
-        )

@@ -11,6 +11,5 @@ from minirlhf.app.exact import exact_command
 def everything(tmp_path_factory):
     """One run of all that is trained, as short as it gets: two workers, one iteration."""
     out = tmp_path_factory.mktemp("exact") / "run"
-    parts = ("kl", "optimum", "overoptimisation")
-    assert exact_command(parts=parts, iterations=1, out=out) == 0
+    assert exact_command(iterations=1, out=out) == 0
     return out, json.loads((out / "exact.json").read_text())

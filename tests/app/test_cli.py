@@ -171,7 +171,7 @@ def test_a_list_in_a_help_stays_a_list(capsys):
     shown = call(capsys, "exact", "--help")[1].splitlines()
     said = [line.partition(":")[0] for line in shown if line.startswith("- ")]
     parts = {part for line in said for part in line.removeprefix("- ").split(", ")}
-    assert parts == set(exact.PARTS) and len(said) == 6
+    assert parts == set(exact.Part.__args__) and len(said) == 2
 
 
 def test_the_installed_program_is_this_one():
@@ -218,7 +218,7 @@ def test_the_installed_program_is_this_one():
         ("score run --promt=x --response y", "got '--promt': perhaps --prompt is meant"),
         ("train poems.txt", "got 'poems.txt': perhaps --corpus poems.txt is meant"),
         ("check everything", "expected an option of check; got 'everything'"),
-        ("exact --parts kl gaee", "--parts: expected one of 'kl', 'gae', "),
+        ("exact --parts kl gaee", "--parts: expected one of 'kl', 'optimum'; "),
         ("train " + 10_000 * "x", "got 'xxx"),
         (10_000 * "x", "got 'xxx"),
     ],

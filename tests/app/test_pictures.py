@@ -58,12 +58,10 @@ def check_axis(axis):
 
 def test_pictures_of_trained_policies(everything, monkeypatch, tmp_path):
     results = json.loads(json.dumps(everything[1]))
-    runs = results["runs"]
-    for part in ("placement", "clip"):  # drawn alike, from the same numbers
-        runs += [{**run, "part": part, "kl_coef": 0.5} for run in runs[:3]]
+    runs = results["optimum"]
     runs += [{**run, "seed": 1} for run in runs]  # a line is the mean of its seeds
     figures = drawn(monkeypatch, tmp_path, results)
-    assert len(figures) == 4
+    assert len(figures) == 2
     for figure in figures:
         for axis in figure.axes:
             check_axis(axis)
@@ -72,20 +70,17 @@ def test_pictures_of_trained_policies(everything, monkeypatch, tmp_path):
 
 
 def test_pictures_of_gradients(monkeypatch, tmp_path):
-    results = {"kl": experiments.kl_gradient_table(), "gae": experiments.gae_table(), "runs": []}
-    results["surrogate"] = experiments.surrogate_table()
-    figures = drawn(monkeypatch, tmp_path, results)
-    for figure in figures:
-        for axis in figure.axes:
-            check_axis(axis)
-    (left, _), (bias, noise, _) = (figure.axes for figure in figures)
+    results = {"kl": experiments.kl_gradient_table()}
+    (figure,) = drawn(monkeypatch, tmp_path, results)
+    for axis in figure.axes:
+        check_axis(axis)
+    left, right = figure.axes
     assert left.get_xlim()[0] > -1 and "0: exact" in [t.get_text() for t in left.get_xticklabels()]
     dots = [c for c in left.collections if isinstance(c, PathCollection)]
     points = np.concatenate([np.asarray(c.get_offsets())[:, 0] for c in dots])
     assert (points == 0).sum() == sum(row["right"] for row in results["kl"])  # rounding is 0
-    exact_value = bias.get_lines()[0]
-    assert exact_value.get_label() == "V: exact" and (exact_value.get_ydata() == 0).all()
-    assert (noise.get_lines()[0].get_ydata() > 0).all()
+    noise = [c for c in right.collections if isinstance(c, PathCollection)]
+    assert all((np.asarray(c.get_offsets())[:, 0] > 0).all() for c in noise)
 
 
 def test_curves_of_a_run():

@@ -50,7 +50,6 @@ def history(*, iterations=2, depths=6):
 
 RUNS = [
     {
-        "part": "optimum",
         "name": name,
         "kl_coef": beta,
         "seed": seed,
@@ -74,35 +73,6 @@ KL = [
         "noise": 123462.123,
     }
     for sampler in ("theta", "old", "ref")
-]
-GAE = [
-    {"value": value, "lam": lam, "bias": 3.8e-16, "noise": 12.345}
-    for value in ("exact", "exact + 0.5 noise")
-    for lam in (0.0, 0.5, 0.8, 0.95, 1.0)
-]
-SURROGATE = [
-    {
-        "kl_old_seq": 1e-4,
-        "objective": -12.345,
-        "clipped": -0.5,
-        "unclipped": 1.0,
-        "clip_fraction": 0.123456,
-    }
-]
-OVER = {
-    "curve": [{"kl_coef": 0.61, "kl_seq": 1234.5, "reward": -12.3, "gold": -1234.5}],
-    "best_of_n": [{"n": 16384, "kl_seq": 8.4, "reward": 3.0, "gold": 0.4}],
-}
-FITS = [
-    {
-        "of": "best-of-n",
-        "law": law,
-        "alpha": -10.8951,
-        "slope": 10.432,
-        "r_squared": 0.9981,
-        "peak": 1234.56,
-    }
-    for law in ("linear", "log")
 ]
 CHECKED = [
     Result(
@@ -134,16 +104,9 @@ def results():
 WORLD = World("support", [], [], [], gold=lambda prompt, reply: -12.345)
 SHOWN = {
     "kl": lambda console: console.print(exact.kl_table(KL)),
-    "gae": lambda console: console.print(exact.gae_table(GAE)),
-    "surrogate": lambda console: console.print(exact.surrogate_table(SURROGATE)),
-    "flatness": lambda console: console.print(
-        exact.flatness_table([{"gap": 1e-16, "k1": 2.6e-31, "full": 0.44}])
-    ),
-    "runs of one seed": lambda console: console.print(exact.runs_table(RUNS[::2], "title")),
-    "runs": lambda console: console.print(exact.runs_table(RUNS, "title")),
+    "runs of one seed": lambda console: console.print(exact.runs_table(RUNS[::2])),
+    "runs": lambda console: console.print(exact.runs_table(RUNS)),
     "depth": lambda console: console.print(exact.depth_table(RUNS)),
-    "overoptimisation": lambda console: console.print(exact.overoptimisation_table(OVER, RUNS)),
-    "gao": lambda console: console.print(exact.gao_table(FITS)),
     "check": lambda console: check.print_table(CHECKED, console),
     "train": lambda console: print_result(results(), WORLD, console),
     "score": lambda console: console.print(

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from tolerances import ENUMERATION, LOOPS, assert_close, assert_trees_close
 
-from minirlhf.exact.experiments import (
-    changed,
-    clip_runs,
-    optimum_runs,
-    overoptimisation,
-    placement_runs,
-    train_run,
-)
+from minirlhf.exact.experiments import TrainingRun, changed, optimum_runs, train_run
 from minirlhf.exact.ground_truth import (
     PPO,
     RLOO,
@@ -101,9 +94,10 @@ def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):
 
 def test_where_the_penalty_stands_decides(reference):
     ends = {}
-    for run in placement_runs(iterations=15):
-        row = train_run(run, WORLD, reference, config=CONFIG, seed=0)
-        ends[run.settings.kl_mode] = row["history"][-1]["exact/fraction"]
+    for mode in ("reward_k1", "reward_and_loss_full", "loss_k3_tok", "loss_k1"):
+        run = TrainingRun(mode, changed(PPO, iterations=15, kl_mode=mode))
+        row = train_run(run, WORLD, reference, seed=0)
+        ends[mode] = row["history"][-1]["exact/fraction"]
         assert row["history"][-1]["exact/reward"] <= row["frontier"] + ENUMERATION
     assert ends["reward_k1"] > ends["loss_k3_tok"] > ends["loss_k1"]
     assert ends["reward_and_loss_full"] > ends["loss_k3_tok"]
@@ -138,31 +132,10 @@ def test_samples_follow_the_exact_distribution(reference, truth):
     assert max(map(len, samples.response_ids)) == WORLD.max_response_tokens
 
 
-def test_over_optimisation_is_a_fold(truth):
-    result = overoptimisation(
-        WORLD, truth.ref_log_probs, betas=(8, 2, 0.5, 0.1), draws=(1, 2, 8, 64)
-    )
-    curve = result["curve"]
-    proxy, kl = ([row[key] for row in curve] for key in ("reward", "kl_seq"))
-    assert proxy == sorted(proxy) and kl == sorted(kl)
-    gold = [row["gold"] for row in curve]
-    assert gold[-1] < max(gold) and gold[0] > result["reference"]["gold"]
-    first, *others = result["best_of_n"]
-    assert first["kl_seq"] == pytest.approx(0.0, abs=LOOPS)
-    for row in others:
-        assert row["kl_seq"] <= row["bound"]
-        most = frontier_reward(WORLD.tree, truth.ref_log_probs, WORLD.rewards, kl_seq=row["kl_seq"])
-        assert row["reward"] <= most + ENUMERATION
-    assert {(fit["of"], fit["law"]) for fit in result["fits"]} == {
-        (of, law) for of in ("tilt", "best-of-n") for law in ("linear", "log")
-    }
-
-
 def test_the_runs_differ_where_their_names_say_so():
     names = [(run.name, run.settings.kl_coef) for run in optimum_runs(iterations=7)]
     assert len(set(names)) == len(names) == 9
     assert {run.settings.iterations for run in optimum_runs(iterations=7)} == {7}
-    assert {run.settings.clip for run in clip_runs()} == {"ppo", "book", "none"}
     assert {run.settings.advantages for run in optimum_runs()} == {"gae", "leave-one-out"}
 
 

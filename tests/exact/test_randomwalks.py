@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tilt
 from tolerances import assert_close
 
 from minirlhf.exact.enumeration import all_responses, prompt_of_leaf, response_logprobs
-from minirlhf.exact.optimum import evaluate_exactly, optimality_gap, soft_optimum, tilt
+from minirlhf.exact.optimum import evaluate_exactly, optimality_gap, soft_optimum
 from minirlhf.exact.randomwalks import (
     GOAL,
     LETTERS,

@@ -11,13 +11,11 @@ import pytest
 from tolerances import CHI_SQUARE_P, CHI_SQUARE_Z, LOOPS, PRINTED, assert_close
 
 from minirlhf.exact.enumeration import all_responses, response_logprobs
-from minirlhf.exact.experiments import overoptimisation
 from minirlhf.exact.optimum import (
     best_of_n,
     evaluate_exactly,
     fit_gao,
     frontier_reward,
-    optimal_curve,
     soft_optimum,
 )
 from minirlhf.exact.tiny import (
@@ -305,10 +303,8 @@ def test_the_over_optimisation_curve(beta):
     printed(evaluate_exactly(*args, WORLD.gold, kl_coef=beta).reward, gold)
     printed(value.entropy_seq, entropy)
     printed(evaluate_exactly(*args, LENGTHS, kl_coef=beta).reward, length)
-    kl, r, g, h, n = tilted(beta)
+    kl, r, _, h, _ = tilted(beta)
     assert_close([value.kl_seq, value.reward, value.entropy_seq], [kl, r, h])
-    curve = optimal_curve(TREE, LOG_REF, WORLD.rewards, WORLD.gold, [beta])
-    assert_close([curve.kl_seq[0], curve.reward[0], curve.gold[0]], [kl, r, g])
 
 
 @pytest.mark.parametrize(("beta", "J"), [(1, 0.375531), (0.5, 0.654675), (0.25, 1.228672)])
@@ -350,9 +346,9 @@ def test_where_gold_peaks_and_where_it_is_lost():
 
 
 def test_gao_on_the_curve():
-    curve = optimal_curve(TREE, LOG_REF, WORLD.rewards, WORLD.gold, list(CURVE))
-    gain = curve.gold - REF_PROBS @ WORLD.gold
-    linear, log = (fit_gao(curve.kl_seq, gain, law=law) for law in ("linear", "log"))
+    kl_seq, _, gold, _, _ = np.array([tilted(beta) for beta in CURVE]).T
+    gain = gold - REF_PROBS @ WORLD.gold
+    linear, log = (fit_gao(kl_seq, gain, law=law) for law in ("linear", "log"))
     for value, expected in zip(linear[:3], (".876", ".426", ".999"), strict=True):
         printed(value, expected)
     for value, expected in zip(log[:3], (".514", ".920", ".960"), strict=True):
@@ -397,22 +393,3 @@ def test_best_of_n(n):
 def test_a_point_of_the_frontier():
     value = frontier_reward(TREE, LOG_REF, WORLD.rewards, kl_seq=1.0969)
     printed(value, "1.203")  # beta = 0.5
-
-
-def test_all_of_it_at_once():
-    """The experiment gives the same rows."""
-    table = overoptimisation(WORLD, LOG_REF, betas=(2, 1, 0.5), draws=(1, 2, 8, 64))
-    printed(table["reference"]["gold"], "1.057")
-    assert abs(table["reference"]["reward"]) < 1e-5
-    assert [row["kl_coef"] for row in table["curve"]] == [2, 1, 0.5]
-    for row in table["curve"]:
-        kl, r, g, _, _ = tilted(row["kl_coef"])
-        assert_close([row["kl_seq"], row["reward"], row["gold"]], [kl, r, g])
-    for row in table["best_of_n"]:
-        for name, expected in zip(
-            ("kl_seq", "bound", "reward", "gold"), DRAWS[row["n"]], strict=False
-        ):
-            printed(row[name], expected)
-    assert [(fit["of"], fit["law"]) for fit in table["fits"]] == [
-        (of, law) for of in ("tilt", "best-of-n") for law in ("linear", "log")
-    ]

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 from fakegpu import numpy_as_on_a_gpu
-from tiny import make_ids, make_params, moved
+from tiny import make_ids, make_params, moved, tilt
 from tolerances import (
     COMPLEX_STEP,
     CUPY_PAIR,
@@ -33,7 +33,6 @@ from minirlhf.exact.optimum import (
     objective_gradient,
     optimality_gap,
     soft_optimum,
-    tilt,
 )
 from minirlhf.exact.tree_policy import tree_gradient, tree_log_probs, tree_logits
 from minirlhf.gradcheck import check_directions, directional_derivative

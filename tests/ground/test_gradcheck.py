@@ -20,7 +20,6 @@ from minirlhf.gradcheck import (
     check_pair,
     complex_step,
     directional_derivative,
-    masks,
     relative_error,
     shapes,
 )
@@ -593,8 +592,3 @@ def test_strategies_draw_what_they_say(data):
     x = data.draw(arrays(shape, scales=(0.0,), offsets=(7.0,)))
     assert x.shape == shape and x.dtype == np.float64 and (x == 7.0).all()
     assert data.draw(arrays(shapes())).ndim >= 1
-    B, T = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
-    right, left = (data.draw(masks(B, T, side=side)) for side in ("right", "left"))
-    for mask in (right, left[:, ::-1]):
-        assert mask.shape == (B, T) and (mask[:, 0] == 1).all()
-        assert (np.diff(mask, axis=1) <= 0).all() and set(np.unique(mask)) <= {0.0, 1.0}

@@ -73,31 +73,16 @@ def test_cases(tmp_path):
     assert second[3].endswith("is 1. *Not as expected: y did not.*")
 
 
-def test_optimum_and_placement(tmp_path):
+def test_optimum(tmp_path):
+    same = {"name": "PPO", "iterations": 150}
     runs = [
-        {
-            "part": part,
-            "name": name,
-            "kl_coef": beta,
-            "iterations": 150,
-            "history": [{}, {"exact/fraction": x, "exact/kl_seq": 1.0, "exact/gold": -0.001}],
-        }
-        for part, name, beta, x in (
-            ("optimum", "PPO", 1.0, 0.5),
-            ("optimum", "PPO", 1.0, 0.75),
-            ("optimum", "PPO", 0.5, 0.99),
-            ("placement", "k1", 0.5, -6.0),
-            ("placement", "k1", 0.5, -8.0),
-        )
+        {**same, "kl_coef": beta, "history": [{}, {"exact/fraction": x}]}
+        for beta, x in ((1.0, 0.5), (1.0, 0.75), (0.5, 0.99))
     ]
-    write(tmp_path, "exact/exact.json", {"runs": runs[:3]})
+    write(tmp_path, "exact/exact.json", {"optimum": runs})
     assert cells(tables.optimum(tmp_path)) == [
         ["", "β = 1", "β = 0.5"],
         ["PPO, 150 iterations", "0.6250 (0.5000)", "0.9900 (0.9900)"],
-    ]
-    write(tmp_path, "exact/exact.json", {"runs": runs[3:]})
-    assert cells(tables.placement(tmp_path))[1:] == [
-        ["k1", "−7.0 ± 1.0 [−8.0, −6.0]", "1.00", "0.00"]
     ]
 
 
@@ -118,17 +103,6 @@ def test_kl_and_its_four_rows(tmp_path):
     assert own[3] == "0.46" and own[6:] == ["", "", ""]
     assert wrong[2:4] == ["∇KL(ref‖π_θ), the other direction", "687"]
     assert [row[0] for row in cells(tables.kl4(tmp_path))[1:]] == ["`reward_k1`", "`loss_k1`"]
-
-
-def test_flatness_and_overoptimisation(tmp_path):
-    steps = [{"gap": g, "k1": 1.4475, "full": 1e-31} for g in (0.556, 9, 3.4e-3, 9, 0.0946)]
-    fit = {"of": "tilt", "law": "log", "r_squared": 0.9617, "peak": 0.451}
-    write(tmp_path, "exact/exact.json", {"flatness": steps, "overoptimisation": [{"fits": [fit]}]})
-    head, k1, full = cells(tables.flatness(tmp_path))
-    assert head[1:] == ["0.56", "0.0034", "0.095"]
-    assert k1[1:] == ["1.45"] * 3 and full[1:] == ["0"] * 3
-    (line,) = cells(tables.overoptimisation(tmp_path))[1:]
-    assert line == ["π_ref·exp(proxy/β)", "d (a − b log d)", "0.962", "0.45"]
 
 
 PRINTED = """\

@@ -20,7 +20,7 @@ from minirlhf.rlhf.kl import (
     sequence_kl_loss_forward,
     token_kl_loss_forward,
 )
-from minirlhf.rlhf.logprobs import sequence_logprob_forward
+from minirlhf.rlhf.logprobs import response_sum
 from minirlhf.train.batches import Batch
 from minirlhf.train.metrics import rollout_metrics
 from minirlhf.train.ppo import make_experience
@@ -378,7 +378,7 @@ def test_broadcasting_is_refused():
         lambda: sequence_kl_loss_forward(x, old_logp=x, ref_logp=row, weights=x, estimator="k2"),
         lambda: full_kl_forward(x, ref_logits=row),
         lambda: future_kl(x, mask=row),
-        lambda: sequence_logprob_forward(x, mask=row),
+        lambda: response_sum(x, mask=row),
     ):
         with pytest.raises(ValueError, match=r"of one shape; got \("):
             call()

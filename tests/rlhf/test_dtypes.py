@@ -64,7 +64,6 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "log_softmax": lambda a: logprobs.log_softmax(a.z),
     "token_logprobs": lambda a: pair(logprobs, "token_logprobs")(a.z, targets=TARGETS),
     "response_sum": lambda a: logprobs.response_sum(a.x, mask=a.mask),
-    "sequence_logprob": lambda a: pair(logprobs, "sequence_logprob")(a.x, mask=a.mask),
     "entropy": lambda a: pair(logprobs, "entropy")(a.z),
     "summed_penalty": lambda a: kl.summed_penalty(a.x, a.y, mask=a.mask),
     "kl_estimate": lambda a: [kl.kl_estimate(a.x, k) for k in ESTIMATORS],
@@ -120,7 +119,6 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "bradley_terry": lambda a: pair(preferences, "bradley_terry")(
         a.x[:, 0], a.y[:, 0], margin=0.5, label_smoothing=0.1
     ),
-    "ranked_pairs": lambda a: pair(preferences, "ranked_pairs")(a.x[:, :5]),
     "plackett_luce": lambda a: pair(preferences, "plackett_luce")(a.x[:, :5]),
     # of nn/ what takes anything but activations
     "gelu": lambda a: [gelu_forward(a.x)[0], gelu_forward(a.x, keep=False)[0]],

@@ -1,4 +1,4 @@
-"""Losses on scores: three ways to rank, which way their slopes point, how far they stay finite."""
+"""Losses on scores: pairs and lists, which way their slopes point, how far they stay finite."""
 
 import math
 
@@ -14,8 +14,6 @@ from minirlhf.rlhf.preferences import (
     log_sigmoid,
     plackett_luce_backward,
     plackett_luce_forward,
-    ranked_pairs_backward,
-    ranked_pairs_forward,
     sigmoid,
 )
 
@@ -28,29 +26,21 @@ def score_lists(draw, *, lo=2, hi=5):
 
 
 @given(score_lists(lo=2, hi=2))
-def test_bradley_terry_is_plackett_luce_and_ranked_pairs_of_two(scores):
+def test_bradley_terry_is_plackett_luce_of_two(scores):
     loss, cache = bradley_terry_forward(scores[:, 0].copy(), scores[:, 1].copy())
     gradient = np.stack(bradley_terry_backward(1.0, cache), axis=1)
-    for forward, backward in [
-        (plackett_luce_forward, plackett_luce_backward),
-        (ranked_pairs_forward, ranked_pairs_backward),
-    ]:
-        other, other_cache = forward(scores)
-        assert_close(other, loss)
-        assert_close(backward(1.0, other_cache), gradient)
+    other, other_cache = plackett_luce_forward(scores)
+    assert_close(other, loss)
+    assert_close(plackett_luce_backward(1.0, other_cache), gradient)
 
 
 @given(score_lists())
 def test_only_differences_of_scores_matter(scores):
     shift = np.linspace(-50, 50, len(scores))[:, None]  # another one for each prompt
-    for forward, backward in [
-        (plackett_luce_forward, plackett_luce_backward),
-        (ranked_pairs_forward, ranked_pairs_backward),
-    ]:
-        loss, cache = forward(scores)
-        moved, _ = forward(scores + shift)
-        assert_close(moved, loss, 1e-10)
-        assert_close(backward(1.0, cache).sum(axis=1), np.zeros(len(scores)))
+    loss, cache = plackett_luce_forward(scores)
+    moved, _ = plackett_luce_forward(scores + shift)
+    assert_close(moved, loss, 1e-10)
+    assert_close(plackett_luce_backward(1.0, cache).sum(axis=1), np.zeros(len(scores)))
     pair = [scores[:, 0].copy(), scores[:, 1].copy()]
     moved = bradley_terry_forward(*(s + shift[:, 0] for s in pair))
     assert_close(moved[0], bradley_terry_forward(*pair)[0], 1e-10)
@@ -58,26 +48,15 @@ def test_only_differences_of_scores_matter(scores):
 
 @given(score_lists())
 def test_descent_puts_the_better_one_higher(scores):
-    for forward, backward in [
-        (plackett_luce_forward, plackett_luce_backward),
-        (ranked_pairs_forward, ranked_pairs_backward),
-    ]:
-        loss, cache = forward(scores)
-        gradient = backward(1.0, cache)
-        assert (gradient[:, 0] <= 0).all() and (gradient[:, -1] >= 0).all()
-        assert float(forward(scores - 1e-3 * gradient)[0]) <= float(loss)
-        # The right order costs less than the wrong one, and less the further it is spread.
-        best = np.sort(scores, axis=1)[:, ::-1].copy()
-        assert float(forward(best)[0]) <= float(forward(-best)[0])
-        assert float(forward(2 * best)[0]) <= float(forward(best)[0])
-
-
-def test_equal_scores_are_not_the_best_there_is():
-    """Over all ordered pairs, as sometimes printed, the loss would be least at equal scores."""
-    equal, ranked = np.zeros((1, 3)), np.array([[2.0, 0.0, -2.0]])
-    assert float(ranked_pairs_forward(equal)[0]) == pytest.approx(math.log(2))
-    assert float(ranked_pairs_forward(ranked)[0]) < 0.2
-    assert_close(ranked_pairs_backward(1.0, ranked_pairs_forward(equal)[1]), [[-1 / 3, 0, 1 / 3]])
+    forward = plackett_luce_forward
+    loss, cache = forward(scores)
+    gradient = plackett_luce_backward(1.0, cache)
+    assert (gradient[:, 0] <= 0).all() and (gradient[:, -1] >= 0).all()
+    assert float(forward(scores - 1e-3 * gradient)[0]) <= float(loss)
+    # The right order costs less than the wrong one, and less the further it is spread.
+    best = np.sort(scores, axis=1)[:, ::-1].copy()
+    assert float(forward(best)[0]) <= float(forward(-best)[0])
+    assert float(forward(2 * best)[0]) <= float(forward(best)[0])
 
 
 @pytest.mark.parametrize("smoothing", [0.05, 0.2])
@@ -107,12 +86,8 @@ def test_extreme_scores_stay_finite(size):
         assert float(got) == pytest.approx(loss)
         assert np.isfinite(bradley_terry_backward(1.0, cache)).all()
     for scores in ([[size, 0.0, -size]], [[-size, 0.0, size]]):
-        for forward, backward in [
-            (plackett_luce_forward, plackett_luce_backward),
-            (ranked_pairs_forward, ranked_pairs_backward),
-        ]:
-            loss, cache = forward(np.array(scores))
-            assert np.isfinite(loss) and np.isfinite(backward(1.0, cache)).all()
+        loss, cache = plackett_luce_forward(np.array(scores))
+        assert np.isfinite(loss) and np.isfinite(plackett_luce_backward(1.0, cache)).all()
     x = np.array([-size, 0.0, size])
     assert_close(log_sigmoid(x), [-size, -math.log(2), 0.0])
     assert_close(sigmoid(x), [0.0, 0.5, 1.0])
@@ -126,7 +101,6 @@ def test_preferences_refuse():
     for smoothing in (-0.1, 0.5, 1.0, math.nan):  # from a half on, the rejected one is preferred
         with pytest.raises(ValueError, match=rf"label_smoothing in \[0, 0.5\); got {smoothing}"):
             bradley_terry_forward(np.zeros(2), np.zeros(2), label_smoothing=smoothing)
-    for forward in (plackett_luce_forward, ranked_pairs_forward):
-        for shape in ((3, 1), (3,), (0, 3)):
-            with pytest.raises(ValueError, match=r"expected scores \(B, K\) with .* K >= 2; got"):
-                forward(np.zeros(shape))
+    for shape in ((3, 1), (3,), (0, 3)):
+        with pytest.raises(ValueError, match=r"expected scores \(B, K\) with .* K >= 2; got"):
+            plackett_luce_forward(np.zeros(shape))

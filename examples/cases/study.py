@@ -1,4 +1,4 @@
-"""What the case studies in examples/cases share: seeds, training side by side, tables, files.
+"""What the case studies beside this file share: seeds, training side by side, tables, files.
 
     case = Case("03_omitted_reference", __doc__)       reads --seeds, --out, --fast
     runs = case.train({"beta 0.5": Arm(), "beta 0": Arm({"kl_coef": 0.0})})

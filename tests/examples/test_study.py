@@ -2,7 +2,7 @@
 
 import pytest
 
-from minirlhf.app import study
+import study
 
 
 def test_rows_hold_what_the_arm_is_paid(monkeypatch, tmp_path):
