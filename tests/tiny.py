@@ -10,6 +10,7 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.metrics import mean_of_updates, rollout_metrics
 from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import make_experience, ppo_update
 from minirlhf.train.rollout import score_rollout
 from minirlhf.train.sampler import sample_responses
@@ -126,7 +127,8 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
     def on_device(tree):
         return tree_map(lambda array: to_device(array, device), tree)
 
-    policy = on_device(make_params(seed=1, dtype=dtype))
+    heads = ("value_head",) if settings.has_critic else ()
+    policy = on_device(make_params(seed=1, dtype=dtype, heads=heads))
     reference = on_device(make_params(seed=2, dtype=dtype, heads=()))
     optimizer = Optimizer(policy, settings.optimizer, total_steps=8)
     samples = sampled(
@@ -138,6 +140,10 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
         device=device,
     )
     samples = samples._replace(batch=samples.batch._replace(mask=samples.batch.mask.astype(dtype)))
+    if settings.importance != "none":  # another policy has sampled
+        other = on_device(make_params(seed=5, dtype=dtype))
+        out, _ = policy_forward(other, batch=samples.batch, config=CONFIG)
+        samples = samples._replace(hidden=None, sampler_logp=out.logp)
     rollout = score_rollout(
         optimizer.params,
         reference,

@@ -7,16 +7,27 @@ passes here has a good chance on a GPU; test_gpu.py is the proof.
 import numpy as np
 import pytest
 from fakegpu import FakeArray, fakegpu, numpy_as_on_a_gpu
-from tiny import CONFIG, Letters, generated, make_batch, make_ids, make_params, moved, ppo_step
+from tiny import (
+    CONFIG,
+    Letters,
+    generated,
+    make_batch,
+    make_ids,
+    make_params,
+    moved,
+    ppo_step,
+    sampled,
+)
 from tolerances import STAND_IN, assert_close, assert_trees_close
 
 from minirlhf import backend
 from minirlhf.app.check import TABLE, Draw
-from minirlhf.backend import to_host
+from minirlhf.backend import to_device, to_host
 from minirlhf.nn.adam import adamw_step, clip_global_norm, init_adamw
 from minirlhf.nn.transformer import transformer_forward
-from minirlhf.rlhf.advantages import gae, masked_whiten
+from minirlhf.rlhf.advantages import ADVANTAGES, gae, masked_whiten
 from minirlhf.rlhf.kl import KL_MODES, summed_penalty
+from minirlhf.rlhf.objectives import SURROGATES
 from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
 from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
@@ -24,6 +35,7 @@ from minirlhf.runs.config import TrainConfig
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
 from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.sampler import sample_as_set
 from minirlhf.train.settings import ModelConfig, OptimizerConfig, PPOConfig
 from minirlhf.train.sft import SFTConfig, sft_loss_and_gradients
 from minirlhf.tree import tree_items, tree_map
@@ -146,6 +158,42 @@ def test_the_same_ids_are_sampled(settings, dtype):
         assert_close(a, b, 0.0)
         assert a.dtype == b.dtype
     assert len({tuple(row) for row in expected.tokens[:, -6:]}) > 3  # or equality says little
+
+
+@pytest.mark.parametrize("advantages", ADVANTAGES[1:])
+@pytest.mark.parametrize("ratio", SURROGATES)
+def test_one_whole_update_without_a_critic(advantages, ratio, cuda_is_the_stand_in):
+    settings = PPOConfig(
+        batch_size=6,
+        samples_per_prompt=3,
+        epochs=2,
+        minibatches=2,
+        advantages=advantages,
+        ratio=ratio,
+        kl_mode="loss_k3_tok",
+        sampler_bits=5,
+        importance="mis" if ratio == "token" else "tis",
+    )
+    results = [ppo_step(device, settings=settings) for device in ("cpu", "cuda")]
+    (_, _, flat, metrics), (_, _, device_flat, device_metrics) = results
+    assert_close(device_flat, flat, STAND_IN)
+    assert device_metrics == metrics
+
+
+@pytest.mark.parametrize("bits", [2, 7])
+def test_a_rounded_sampler(bits, cuda_is_the_stand_in):
+    settings, policy = PPOConfig(sampler_bits=bits), make_params(seed=1)
+    logp = {}
+    for device in ("cpu", "cuda"):
+        params = tree_map(lambda array, where=device: to_device(array, where), policy)
+        samples = sample_as_set(
+            lambda rounded, where=device: sampled(rounded, ["abc", "d"], seed=3, device=where),
+            params,
+            config=CONFIG,
+            settings=settings,
+        )
+        logp[device] = to_host(samples.sampler_logp)
+    assert_close(logp["cuda"], logp["cpu"], STAND_IN)
 
 
 @pytest.mark.parametrize("kl_mode", KL_MODES)

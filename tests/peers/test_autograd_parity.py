@@ -204,12 +204,21 @@ def ppo_loss(p, experience, settings, *, constant):
     logits = logits / s.temperature
     logp = F.log_softmax(logits, dim=-1).gather(-1, tokens[:, P:, None]).squeeze(-1)
     old_logp, ref_logp, advantages = fixed(e.old_logp), fixed(e.ref_logp), fixed(e.advantages)
-    ratio = torch.where(kept, logp - old_logp, 0.0).clamp(-20, 20).exp()
+    log_ratio = torch.where(kept, logp - old_logp, 0.0)
+    if s.ratio == "sequence":  # GSPO: the mean of the tokens' log-ratios, for each of them
+        whole = log_ratio.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True)
+        log_ratio = whole.expand_as(log_ratio)
+    ratio = log_ratio.clamp(-20, 20).exp()
 
     def mean(losses):
         return aggregate(losses, kept, s.aggregation, constant)
 
-    loss = -mean(clipped_objective(ratio, advantages, s))
+    objective = clipped_objective(ratio, advantages, s)
+    if s.ratio == "clipped-weight":  # CISPO: a weight without a gradient
+        edges = {"none": (None, None), "book": (None, 1.2), "ppo": (0.8, 1.2)}[s.clip]
+        weight = ratio if s.clip == "none" else ratio.clamp(*edges)
+        objective = weight.detach() * advantages * torch.where(kept, logp, 0.0)
+    loss = -mean(objective)
     errors = value_errors(values, fixed(e.old_values), fixed(e.returns), s.value_clip_eps)
     loss = loss + s.vf_coef * mean(errors)
     if KL_MODES[s.kl_mode].in_loss:
@@ -354,6 +363,17 @@ def test_ppo_loss_with_every_clip(clip, aggregation):
     if settings.clip == "ppo" or settings.dual_clip:
         assert (~follows[~positive]).any()
     assert 0 < (cache.value.slope[real] == 0).sum() < real.sum()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("clip", ["ppo", "book", "none"])
+@pytest.mark.parametrize("ratio", ["sequence", "clipped-weight"])
+def test_ppo_loss_with_every_ratio(ratio, clip, aggregation):
+    settings = PPOConfig(ratio=ratio, clip=clip, aggregation=aggregation, **EVERYTHING_ON)
+    experience, cache = assert_ppo_parity(settings)
+    real = experience.weights > 0
+    clipped = cache.surrogate.clipped[real]
+    assert clip == "none" or (clipped.any() and not clipped.all())
 
 
 @pytest.mark.parametrize("kl_mode", KL_IN_LOSS)

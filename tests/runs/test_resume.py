@@ -33,6 +33,7 @@ from minirlhf.runs import lock as lock_module
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.lock import locked
+from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import no_progress
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.tree import tree_leaves
@@ -343,6 +344,21 @@ def test_ppo_goes_on_for_longer(tmp_path, names):
     with pytest.raises(InputError, match="expected at least the 5 that are done; got 4"):
         pipeline.resume(tmp_path / "run", iterations=4)
     assert files_under(tmp_path / "run") == before
+
+
+def test_a_reference_that_moves_goes_on_where_it_was(tmp_path, names):
+    """With K = 2 and a checkpoint after each iteration: also in the middle of a stretch."""
+    config = {"ppo__iterations": 5, "ppo__reset_reference_every": 2, "ppo__kl_coef": 5.0}
+    config |= {"corpus": names, "reward": VOWELS, "ppo__advantages": "batch"}
+    pipeline.train(tiny_config(tmp_path / "straight", **config))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(tiny_config(tmp_path / "run", **config), track=interrupted_after("PPO", 3))
+    pipeline.resume(tmp_path / "run")
+    assert differences(outcome(tmp_path / "straight"), outcome(tmp_path / "run")) == []
+    rows = [row for row in read_metrics(tmp_path / "run") if row["stage"] == "ppo"]
+    from_start = rows[3]["eval/kl_seq"]  # measured every second iteration
+    assert abs(rows[2]["objective/kl"]) < 1e-4 < abs(from_start)  # after a reset it begins at 0
+    assert abs(rows[3]["objective/kl"]) > 1e-4
 
 
 def test_a_run_that_was_stopped_on_its_way_to_more_goes_on(run, names, tmp_path):
