@@ -41,6 +41,8 @@ from minirlhf.exact.enumeration import (
     prompt_of_leaf,
     response_logprobs,
 )
+from minirlhf.exact.expected import gather_nodes, penalty_dlogits, policy_gradient_dlogits
+from minirlhf.exact.experiments import make_random_world
 from minirlhf.exact.optimum import (
     GaoFit,
     best_of_n,
@@ -48,6 +50,7 @@ from minirlhf.exact.optimum import (
     evaluate_exactly,
     fit_gao,
     frontier_reward,
+    grpo_rest,
     objective_gradient,
     optimality_gap,
     policy_values,
@@ -933,3 +936,40 @@ def test_the_tables_of_these_tests_differ():
     """The two policies are far from each other, so an identity between them says something."""
     value = evaluate_exactly(*make_world(HERE.tree).args, kl_coef=1.0)
     assert value.kl_seq > 10 * DIFFERENT and value.flatness > DIFFERENT
+
+
+# --- where GRPO comes to rest
+
+
+@pytest.mark.parametrize("by_sd", [True, False])
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize("kl_coef", [0.1, 0.5, 20.0])
+def test_grpo_rests_where_its_expected_gradient_is_0(kl_coef, by_length, by_sd):
+    """By enumeration, through the package's own losses: advantages of the whole group, k3 a token."""
+    world = make_random_world(seed=1)
+    tree, responses, log_ref = world.tree, world.responses, world.log_probs("ref")
+    of = {"by_length": by_length, "by_sd": by_sd}
+    log_pi = grpo_rest(tree, log_ref, world.rewards, kl_coef=kl_coef, **of)
+    p = np.exp(response_logprobs(tree, log_pi))
+    assert p.sum() == pytest.approx(1.0, abs=1e-12)
+    mean = p @ world.rewards
+    sd = np.sqrt(p @ (world.rewards - mean) ** 2) if by_sd else 1.0
+    lengths = responses.mask.sum(axis=1) if by_length else 1.0
+    advantages = ((world.rewards - mean) / sd)[:, None] * responses.mask
+    policy = policy_gradient_dlogits(responses, log_pi, advantages)
+    same = {"old_logits": log_pi, "ref_logits": log_ref, "kl_mode": "loss_k3_tok"}
+    penalty = penalty_dlogits(responses, log_pi, **same)
+    both = (gather_nodes(tree, responses, g, weights=p / lengths) for g in (policy, penalty))
+    gain, cost = both
+    assert np.abs(gain - kl_coef * cost).max() < 1e-12 * max(1.0, kl_coef)
+    assert np.abs(gain).max() > 1e-4  # each of the two alone is not 0
+
+
+def test_grpo_rests_at_the_reference_at_a_large_beta_and_not_at_the_optimum():
+    world = make_random_world(seed=1)
+    args = world.tree, world.log_probs("ref"), world.rewards
+    assert_close(grpo_rest(*args, kl_coef=1e9), world.log_probs("ref"), 1e-6)
+    best = soft_optimum(*args, kl_coef=0.5)
+    rest = grpo_rest(*args, kl_coef=0.5, by_length=False, by_sd=False)
+    value = evaluate_exactly(args[0], rest, *args[1:], kl_coef=0.5)
+    assert value.objective < best.objective - 0.01 and value.reward > 0
