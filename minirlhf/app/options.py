@@ -41,6 +41,9 @@ SHOWN = {  # what `train --help` shows; all others are in --help-all
         *("ppo.iterations", "ppo.batch-size", "ppo.temperature", "ppo.kl-coef", "ppo.kl-target"),
         "ppo.optimizer.learning-rate",
     ),
+    "DPO, with --stages sft,dpo": (
+        *("dpo.kl-coef", "dpo.loss", "dpo.epochs", "dpo.optimizer.learning-rate"),
+    ),
 }
 
 

@@ -104,7 +104,8 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
 CURVES = {  # title -> unit, what is measured while a stage learns, and of what was held out
     "fine-tuning: its loss": ("nats per token", "loss/sft", "heldout/loss_sft"),
     "reward model: its loss": ("nats per pair", "loss/reward_model", "heldout/loss_reward_model"),
-    "reward model: right order": ("share of pairs", "accuracy", "heldout/accuracy"),
+    "pairs in the right order": ("share", "accuracy", "heldout/accuracy", "rewards/accuracies"),
+    "DPO: its loss": ("per pair", "loss/dpo", "heldout/loss_dpo"),
     "score: what PPO raises": ("sd of the reference's", "objective/scores", "eval/proxy"),
     "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
     "your reward": ("its own units", "objective/reward", "eval/reward"),
@@ -119,7 +120,8 @@ def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
     panels = []
     if last and metrics and "eval/kl_seq" not in metrics[-1]:
         of_last = {f"eval/{name}": x for name, x in last.items() if x == x}
-        metrics = [*metrics, {"stage": "ppo", "step": metrics[-1]["step"], **of_last}]
+        end = {name: metrics[-1][name] for name in ("stage", "step")}
+        metrics = [*metrics, end | of_last]
     for title, (unit, *names) in CURVES.items():
         rows = [[row for row in metrics if isinstance(row.get(n), int | float)] for n in names]
         if any(rows):

@@ -22,10 +22,12 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.advantages import masked_whiten, rloo_advantages
 from minirlhf.rlhf.logprobs import log_softmax, response_sum
 from minirlhf.train import ppo
+from minirlhf.train.dpo import train_dpo
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.reward_model import Pair, n_updates
 from minirlhf.train.rollout import Rollout, Samples, sample_responses
-from minirlhf.train.settings import OptimizerConfig, PPOConfig, SFTConfig
+from minirlhf.train.settings import DPOConfig, OptimizerConfig, PPOConfig, SFTConfig
 from minirlhf.train.sft import train_sft
 from minirlhf.tree import Tree, tree_copy, tree_pack
 
@@ -192,6 +194,21 @@ def ppo_on_world(
     same["advantages_of"] = None if baseline == "critic" else leave_one_out
     for turn in ppo.train_ppo(optimizer, reference, task, **same):
         yield optimizer.params, turn
+
+
+def dpo_on_world(
+    world: TokenWorld, reference: Tree, pairs: list[Pair], *, settings: DPOConfig, seed: int, **same
+) -> Iterator[tuple[Tree, dict[str, float]]]:
+    """DPO on a world of tokens: the policy, which is written to, and metrics at every update.
+
+    Args:     pairs: of the reference's samples, as from `Desk.draw_pairs` and `as_pairs`.
+              same: config, the transformer's.
+    """
+    updates, rng = n_updates(len(pairs), settings), np.random.default_rng([seed, 1])
+    optimizer = Optimizer(reference, settings.optimizer, total_steps=updates)
+    same |= {"settings": settings, "rng": rng, "pad_id": world.stop_id}
+    for metrics in train_dpo(optimizer, reference, pairs, **same):
+        yield optimizer.params, metrics
 
 
 def _check_settings(truth: GroundTruth, settings: PPOConfig, baseline: str) -> None:

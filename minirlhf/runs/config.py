@@ -18,7 +18,7 @@ from minirlhf.train import settings
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Supervised fine-tuning, reward model, PPO."""
+    """Supervised fine-tuning, reward model, PPO; or fine-tuning and DPO."""
 
     out: Path | None = None  # Run folder, a new one; default: runs/WORLD-N with the next free N
     seed: int = 0  # Of every random stream
@@ -45,13 +45,15 @@ class TrainConfig:
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
-    stages: Literal["sft", "sft,reward", "all"] = "all"  # What to run; `resume` does the rest
+    # What to run; `resume` does the rest. sft,dpo: DPO from pairs, no reward model and no PPO
+    stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
     # The policy's transformer
     model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
     sft: settings.SFTConfig = field(default_factory=settings.SFTConfig)  # Stage 1
     # Stage 2
     reward_model: settings.RewardModelConfig = field(default_factory=settings.RewardModelConfig)
     ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
+    dpo: settings.DPOConfig = field(default_factory=settings.DPOConfig)  # Of --stages sft,dpo
 
     def __post_init__(self):
         settings.check_fields(
@@ -72,6 +74,20 @@ class TrainConfig:
                     f"{name}: expected at least {least} ({why}), or 0; got {getattr(self, name)}: "
                     "choose such a number"
                 )
+
+    @property
+    def is_dpo(self) -> bool:
+        """Does DPO stand in the place of reward model and PPO?"""
+        return self.stages == "sft,dpo"
+
+    def refuse_reward_in_dpo(self, reward: Any) -> None:
+        """Raise InputError where DPO is to learn without pairs, or beside a reward."""
+        if self.is_dpo and (reward or (self.corpus and not self.pairs)):
+            raise InputError(
+                "--stages sft,dpo: expected pairs (--pairs, or the support world's) and no reward, "
+                f"which DPO never asks; got {'a reward' if reward else 'a corpus alone'}: "
+                "give --pairs FILE alone, or take --stages all"
+            )
 
 
 _CLASS = re.compile(r"^class (\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)

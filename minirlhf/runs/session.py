@@ -52,7 +52,7 @@ from minirlhf.worlds.world import World
 
 STREAMS = (
     "world", "init", "sft", "pairs", "annotator", "reward_init", "reward_model", "normalize",
-    "prompts", "rollout", "shuffle",
+    "prompts", "rollout", "shuffle", "dpo",
 )  # fmt: skip
 # what world.json keeps of a world: enough to sample from a run and to score with it
 KEPT = {"name": str, "joiner": str, "max_prompt_tokens": int, "max_response_tokens": int}
@@ -207,6 +207,8 @@ class Score(NamedTuple):
     def __call__(self, samples: Samples) -> np.ndarray:
         if self.world.reward is None:
             ids = samples.prompt_ids, samples.response_ids
+            if not self.model.params:  # DPO learns no scores
+                return np.full(len(ids[1]), np.nan)
             return score_responses(self.model, *ids, **self.padding)
         try:
             rewards = self.world.rewards(samples.prompts, samples.responses)
@@ -226,6 +228,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     array_module(config.device)  # refuse a device that is not there before anything is written
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
+    config.refuse_reward_in_dpo(reward)
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     notes = [*(try_reward(world) if world.reward else ()), *unused_options(config)]
     named = config.corpus or config.pairs or "support"
@@ -303,7 +306,11 @@ def reopen_session(
         )
     stored = load_config(folder / "config.toml")
     ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
-    config = replace(stored, out=folder, device=device or stored.device, stages="all", ppo=ppo)
+    if stored.is_dpo and iterations:
+        raise InputError(f"--ppo.iterations: expected none in DPO; got {iterations}: leave it out")
+    stored.refuse_reward_in_dpo(reward or stored.reward)
+    stages = stored.stages if stored.is_dpo else "all"
+    config = replace(stored, out=folder, device=device or stored.device, stages=stages, ppo=ppo)
     array_module(config.device)
     ended = not (look or reward or accept_changed_reward or ppo != stored.ppo)
     ended = ended and (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
@@ -449,6 +456,14 @@ def unused_options(config: TrainConfig) -> list[str]:
         return {name for name in values if values[name] != default[name]}
 
     of_run, of_model, notes = turned(config), turned(config.reward_model), []
+    unread = of_model - {"n_pairs", "n_heldout_pairs"} | turned(config.ppo) - {"temperature"}
+    if config.is_dpo and unread | of_run & {"eval_every", "checkpoint_every"}:
+        notes.append(
+            "beside --stages sft,dpo nothing of --reward-model.* but n-pairs and n-heldout-pairs, "
+            "of --ppo.* but temperature, of --eval-every and --checkpoint-every changes anything"
+        )
+    elif "dpo" in of_run and not config.is_dpo:
+        notes.append("--dpo.* changes nothing without --stages sft,dpo")
     if "corpus_unit" in of_run and not config.corpus:
         notes.append("--corpus-unit changes nothing without --corpus")
     if config.columns and not (config.corpus or config.pairs):
@@ -472,6 +487,7 @@ def rate_notes(config: TrainConfig) -> list[str]:
     rates, flags = {"sft": "5e-5", "reward_model": "5e-5", "ppo": "1e-5"}, []
     if config.reward or config.reward_model.init == "scratch":  # of a model that is tiny
         del rates["reward_model"]
+    rates = {"sft": "5e-5", "dpo": "1e-5"} if config.is_dpo else rates
     for stage, rate in rates.items():
         given, default = (getattr(of, stage).optimizer for of in (config, TrainConfig()))
         if given.learning_rate == default.learning_rate:

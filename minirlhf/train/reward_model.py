@@ -21,7 +21,7 @@ from minirlhf.rlhf.preferences import (
 from minirlhf.train.batches import Ids, micro_batches, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import reward_backward, reward_forward
-from minirlhf.train.settings import RewardModelConfig
+from minirlhf.train.settings import DPOConfig, RewardModelConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, sum_over
 
@@ -78,17 +78,7 @@ def train_reward_model(
     Raises:   InputError: there are no pairs.
               NonFiniteError: the loss diverged.
     """
-    if not pairs:
-        raise InputError(
-            "reward model: expected preference pairs; got none: give --pairs a file, or train a "
-            "reference whose replies differ",
-            resume=None,
-        )
-    orders = (rng.permutation(len(pairs)) for _ in range(settings.epochs))
-    rows = row_slices(len(pairs), settings.batch_size)
-    # what has been done is drawn again: after a resume the stream is where it was
-    draws = (order[some] for order in orders for some in rows)
-    for chosen in itertools.islice(draws, optimizer.updates, None):
+    for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
         metrics, gradients = reward_model_loss_and_gradients(
             optimizer.params,
             [pairs[i] for i in chosen],
@@ -108,7 +98,27 @@ def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Ge
     return {"transformer": transformer, "reward_head": head}
 
 
-def n_updates(n_pairs: int, settings: RewardModelConfig) -> int:
+def shuffled(
+    n_pairs: int, settings: RewardModelConfig | DPOConfig, *, rng: np.random.Generator, done: int
+) -> Iterator[np.ndarray]:
+    """Numbers of the pairs of each update but the first `done`: epochs, in a new order each.
+
+    Raises:   InputError: there are no pairs.
+    """
+    if not n_pairs:
+        raise InputError(
+            "pairs: expected preference pairs; got none: give --pairs a file, or train a "
+            "reference whose replies differ",
+            resume=None,
+        )
+    orders = (rng.permutation(n_pairs) for _ in range(settings.epochs))
+    rows = row_slices(n_pairs, settings.batch_size)
+    # what has been done is drawn again: after a resume the stream is where it was
+    draws = (order[some] for order in orders for some in rows)
+    return itertools.islice(draws, done, None)
+
+
+def n_updates(n_pairs: int, settings: RewardModelConfig | DPOConfig) -> int:
     """How many updates the loop makes."""
     return settings.epochs * len(row_slices(n_pairs, settings.batch_size))
 
@@ -237,13 +247,7 @@ def pair_metrics(
     gold_difference: np.ndarray | None = None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """How well the model orders pairs it has not seen.
-
-    accuracy           share of pairs with score_chosen > score_rejected; of neighbours in a list
-    loss_reward_model  mean of -log sigma(raw margin); of neighbours in a list
-    calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(raw margin)
-    gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
-    """
+    """How well the model orders pairs it has not seen: `margin_metrics` of its raw scores."""
     rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
     score = [
@@ -251,9 +255,22 @@ def pair_metrics(
         for responses in both
     ]
     margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
+    loss = float(np.logaddexp(0.0, -margin).mean())
+    return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
+
+
+def margin_metrics(
+    margin: np.ndarray, gold_difference: np.ndarray | None = None
+) -> dict[str, float]:
+    """What the rewards of pairs say, of neighbours where there are lists: margin = better - worse.
+
+    accuracy           share of pairs with a margin above 0
+    calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(margin)
+    margin             mean
+    gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
+    """
     metrics = {
         "heldout/accuracy": float((margin > 0).mean()),
-        "heldout/loss_reward_model": float(np.logaddexp(0.0, -margin).mean()),
         "heldout/calibration_error": calibration_error(margin),
         "heldout/margin": float(margin.mean()),
     }

@@ -78,7 +78,7 @@ class Rollout(NamedTuple):
     old_logp: Array  # log pi_old [nats]
     ref_logp: Array  # log pi_ref [nats]
     ref_logits: Array | None  # (B, T, V), only where the loss needs the whole distribution
-    values: Array  # V(x, y_<t) [reward units]
+    values: Array  # V(x, y_<t) [reward units]; 0 of a policy without a value head
     entropy: Array  # of pi_old [nats]
     kl_full: Array  # KL(pi_old(.|s_t) || pi_ref(.|s_t)) over the whole vocabulary [nats]
     score: Array  # (B,) normalised reward of the whole response
@@ -143,7 +143,8 @@ def _score_part(
     ref, _ = policy_forward(reference, **same)
     entropy, _ = entropy_forward(old.logits, temperature=tau)
     kl_full, _ = full_kl_forward(old.logits, ref_logits=ref.logits, temperature=tau)
-    arrays = {"old_logp": old.logp, "ref_logp": ref.logp, "values": old.values}
+    values = get_xp(old.logp).zeros_like(old.logp) if old.values is None else old.values
+    arrays = {"old_logp": old.logp, "ref_logp": ref.logp, "values": values}
     arrays |= {"entropy": entropy, "kl_full": kl_full}
     if KL_MODES[settings.kl_mode].needs_ref_logits:
         arrays["ref_logits"] = ref.logits

@@ -1,4 +1,4 @@
-"""What can be set about the three stages: one frozen dataclass each, one field a line.
+"""What can be set about the stages: one frozen dataclass each, one field a line.
 
 A field says its symbol, unit and range; `runs/config.py` puts them together into one configuration
 and the command line makes a flag of each.
@@ -24,6 +24,8 @@ _RULES = {
     "above_0": (lambda x: 1e-37 <= x <= 1e37, "at least 1e-37 and at most 1e37"),
     "shares": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
     "decays": (lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    # of labels; from a half on a loss prefers what was rejected
+    "below_half": (lambda x: 0 <= x < 0.5, "at least 0 and less than 0.5"),
 }
 
 
@@ -184,13 +186,28 @@ class RewardModelConfig:
             "reward_model.",
             at_least_1=("n_layer", "n_pairs", "n_heldout_pairs", "epochs", "batch_size"),
             at_least_2=("n_normalize",),  # one sample has no sd
-            at_least_0=("margin", "label_smoothing"),
+            at_least_0=("margin",),
+            below_half=("label_smoothing",),
         )
-        if self.label_smoothing >= 0.5:  # from there on the loss prefers what was rejected
-            raise InputError(
-                "reward_model.label_smoothing: expected at least 0 and less than 0.5; "
-                f"got {self.label_smoothing}: choose such a number"
-            )
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """DPO: the policy from pairs, in the place of reward model and PPO."""
+
+    kl_coef: float = 0.5  # beta, weight of the penalty [units of the judge's reward per nat]
+    # DPO's -log sigma, or IPO's squared distance of a pair's log-ratios from 1 / (2 beta)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]: cDPO
+    epochs: int = 2  # Passes over the pairs
+    batch_size: int = 64  # Pairs an update
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, warmup=10, eps=1e-8)
+    )
+
+    def __post_init__(self):
+        counts, shares = ("epochs", "batch_size"), ("label_smoothing",)
+        check_fields(self, "dpo.", at_least_1=counts, above_0=("kl_coef",), below_half=shares)
 
 
 @dataclass(frozen=True)
