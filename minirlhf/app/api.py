@@ -196,10 +196,7 @@ class Run:
         missing = "reward model" if reward is None else "scale of your reward"
         no_score = f"the run has no {missing} yet"
         if self.config.is_dpo:
-            implicit = self.config.dpo.kl_coef * kl_seq
-            no_score = (
-                f"DPO has no reward model; its implicit reward, beta * Penalty, is {implicit:+.4f}"
-            )
+            no_score = "DPO has no reward model; its implicit reward is beta * log-ratio"
         if is_saved(session, "reward_model"):
             model, no_score = pipeline.reward_stage(session, self.reference), ""
             try:

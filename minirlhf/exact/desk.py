@@ -18,7 +18,6 @@ from minirlhf.exact import optimum
 from minirlhf.exact.enumeration import all_responses, response_logprobs
 from minirlhf.exact.tiny import ANS, EOS, MAX_TOKENS, TOKENS, make_tiny_world, token_counts
 from minirlhf.exact.token_world import TokenWorld
-from minirlhf.rlhf.preferences import dpo_backward, dpo_forward, sigmoid
 from minirlhf.train.reward_model import Pair
 
 
@@ -212,32 +211,6 @@ def tilted(p: np.ndarray, reward: np.ndarray, *, beta: float) -> np.ndarray:
     logp = np.where(p > 0, np.log(np.where(p > 0, p, 1.0)) + reward / beta, -np.inf)
     weights = np.exp(logp - logp.max())
     return weights / weights.sum()
-
-
-def preference_optimum(p: np.ndarray, reward: np.ndarray, *, beta: float, **of_loss) -> np.ndarray:
-    """(M,) where DPO rests on all pairs of p's replies, by Newton's method on their log-ratios.
-
-    Labels are Bradley-Terry's, Pr(a preferred to b) = sigma(r_a - r_b). The loss sigmoid rests at
-    `tilted`, ipo at p exp(Pr(y preferred to a reply of p) / beta) / Z.
-
-    Args:     p: (M,) the reference, > 0;  of_loss: `loss`, `label_smoothing` of `dpo_forward`.
-    Raises:   ValueError: it did not converge: raise beta.
-    """
-    M, log_ratio, both = p.size, np.zeros(p.size), np.outer(p, p)
-    labels = M * M * both * sigmoid(reward[:, None] - reward)  # dpo_forward's is a plain mean
-    for _ in range(100):
-        _, cache = dpo_forward(log_ratio.repeat(M), np.tile(log_ratio, M), kl_coef=beta, **of_loss)
-        up, down = (d.reshape(M, M) for d in dpo_backward(labels.reshape(-1), cache))
-        h = beta * (log_ratio[:, None] - log_ratio)
-        is_square = of_loss.get("loss") == "ipo"
-        bend = both * (2.0 if is_square else beta * beta * sigmoid(h) * sigmoid(-h))
-        # a shift of all log-ratios changes no pair: + both holds it
-        curvature = np.diag(bend.sum(axis=1)) - bend + both
-        step = np.linalg.solve(curvature / p[:, None], (up.sum(axis=1) + down.sum(axis=0)) / p)
-        log_ratio = log_ratio - step
-        if np.abs(step).max() < 1e-12:
-            return tilted(p, log_ratio, beta=1.0)
-    raise ValueError("preference_optimum: expected Newton's method to converge; raise beta")
 
 
 def fit_bradley_terry(features: np.ndarray, pairs: np.ndarray, *, l2: float = 1e-3) -> np.ndarray:

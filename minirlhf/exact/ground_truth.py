@@ -22,7 +22,7 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.advantages import masked_whiten, rloo_advantages
 from minirlhf.rlhf.logprobs import log_softmax, response_sum
 from minirlhf.train import ppo
-from minirlhf.train.dpo import train_dpo
+from minirlhf.train.dpo import train_dpo, with_reference
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import Pair, n_updates
@@ -204,10 +204,11 @@ def dpo_on_world(
     Args:     pairs: of the reference's samples, as from `Desk.draw_pairs` and `as_pairs`.
               same: config, the transformer's.
     """
+    same["pad_id"] = world.stop_id
     updates, rng = n_updates(len(pairs), settings), np.random.default_rng([seed, 1])
     optimizer = Optimizer(reference, settings.optimizer, total_steps=updates)
-    same |= {"settings": settings, "rng": rng, "pad_id": world.stop_id}
-    for metrics in train_dpo(optimizer, reference, pairs, **same):
+    pairs = with_reference(pairs, reference, **same)
+    for metrics in train_dpo(optimizer, pairs, settings=settings, rng=rng, **same):
         yield optimizer.params, metrics
 
 

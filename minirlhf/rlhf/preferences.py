@@ -70,14 +70,12 @@ def dpo_forward(
 ) -> tuple[Array, BradleyTerryCache]:
     """loss = mean_b [(1 - f) l(x_b) + f l(-x_b)],  x = log_ratio_chosen - log_ratio_rejected.
 
-    sigmoid  l(x) = -log sigma(beta x)       DPO: Bradley-Terry of the implicit reward beta log_ratio
-                                             (Rafailov et al. 2023, arXiv 2305.18290, equation 7);
-                                             with f > 0 cDPO (Mitchell 2023)
-    ipo      l(x) = (x - 1 / (2 beta))^2     IPO (Azar et al. 2023, arXiv 2310.12036, equation 17)
+    sigmoid  l(x) = -log sigma(beta x)    Bradley-Terry of the implicit reward beta log_ratio: DPO
+                                          (Rafailov et al. 2023, arXiv 2305.18290, equation 7),
+                                          with f > 0 cDPO (Mitchell 2023)
+    ipo      l(x) = (x - 1 / (2 beta))^2  IPO (Azar et al. 2023, arXiv 2310.12036, equation 17)
 
-    Args:     log_ratio_chosen: (B,) sum_t log pi - log pi_ref of the preferred responses [nats];
-                  the reference is a constant.
-              log_ratio_rejected: (B,) of the others.
+    Args:     log_ratio_chosen, log_ratio_rejected: (B,) each, sum_t log pi - log pi_ref [nats].
               kl_coef: beta > 0 [reward units per nat].
               loss: sigmoid or ipo.
               label_smoothing: f in [0, 0.5), the share of labels assumed to be flipped.

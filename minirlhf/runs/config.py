@@ -80,13 +80,14 @@ class TrainConfig:
         """Does DPO stand in the place of reward model and PPO?"""
         return self.stages == "sft,dpo"
 
-    def refuse_reward_in_dpo(self, reward: Any) -> None:
-        """Raise InputError where DPO is to learn without pairs, or beside a reward."""
-        if self.is_dpo and (reward or (self.corpus and not self.pairs)):
+    def refuse_in_dpo(self, reward: Any, iterations: int = 0) -> None:
+        """Raise InputError where DPO would get no pairs, or a reward or iterations of PPO."""
+        if self.is_dpo and (reward or iterations or (self.corpus and not self.pairs)):
+            came = "a reward" if reward else f"--ppo.iterations {iterations}"
             raise InputError(
-                "--stages sft,dpo: expected pairs (--pairs, or the support world's) and no reward, "
-                f"which DPO never asks; got {'a reward' if reward else 'a corpus alone'}: "
-                "give --pairs FILE alone, or take --stages all"
+                "--stages sft,dpo: expected pairs (--pairs, or the support world's), and neither a "
+                f"reward nor PPO; got {came if reward or iterations else 'a corpus alone'}: give "
+                "--pairs FILE alone, or take --stages all"
             )
 
 

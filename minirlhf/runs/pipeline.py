@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -316,41 +317,18 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
 
 
 def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> RewardModel:
-    """A reward model trained on pairs, not yet normalised; its held-out accuracy is logged."""
-    settings, rng = session.config.reward_model, session.rng["reward_model"]
-    pairs, heldout, gold_difference = preference_pairs(session, reference)
+    """A reward model trained on pairs, not yet normalised."""
     start = reference["transformer"]
-    if settings.init == "scratch":
+    if session.config.reward_model.init == "scratch":
         start = session.on_device(init_transformer(gpt, rng=session.rng["reward_init"]))
-    params = reward_model.init_reward_model(start, gpt, rng=rng)
-    updates = reward_model.n_updates(len(pairs), settings)
-    optimizer = Optimizer(params, settings.optimizer, total_steps=updates)
-    loop = reward_model.train_reward_model(
-        optimizer, pairs, config=gpt, settings=settings, rng=rng, **session.padding
-    )
-    model = RewardModel(optimizer.params, gpt)
+    params = reward_model.init_reward_model(start, gpt, rng=session.rng["reward_model"])
+    train = partial(reward_model.train_reward_model, config=gpt)
 
-    def measure(rows: slice) -> dict[str, float]:
-        gold = None if gold_difference is None else gold_difference[rows]
-        return reward_model.pair_metrics(
-            model, heldout[rows], gold_difference=gold, **session.padding
-        )
+    def measure(params: Tree, *pairs: Any) -> dict[str, float]:
+        return reward_model.pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
 
-    n = len(heldout)
-    if metrics := _learn(session, "reward_model", optimizer, loop, n, measure):
-        _say_accuracy(session, "reward_model", metrics, n)
-    return model
-
-
-def _say_accuracy(session: Session, stage: str, metrics: dict[str, float], n: int) -> None:
-    """How well what was learnt from pairs orders the n that were held out."""
-    gold = metrics.get("heldout/gold_accuracy")
-    session.say(
-        f"{TITLES[stage]}: accuracy {metrics['heldout/accuracy']:.3f} on {n} held-out pairs, "
-        f"loss {metrics[HELDOUT[stage]]:.3f}, "
-        f"calibration error {metrics['heldout/calibration_error']:.3f}"
-        + ("" if gold is None else f", {gold:.3f} against the gold order")
-    )
+    pairs = preference_pairs(session, reference)
+    return RewardModel(_learn_pairs(session, "reward_model", params, pairs, train, measure), gpt)
 
 
 def dpo_stage(session: Session, reference: Tree) -> Tree:
@@ -358,26 +336,42 @@ def dpo_stage(session: Session, reference: Tree) -> Tree:
     if folder.is_saved(session, "policy"):
         return folder.load_params(session, "policy", session.gpt)
     folder.begin_stage(session, "dpo")
-    settings, same = session.config.dpo, {"config": session.gpt, **session.padding}
-    pairs, heldout, gold_difference = preference_pairs(session, reference)
-    updates = reward_model.n_updates(len(pairs), settings)
-    optimizer = Optimizer(reference, settings.optimizer, total_steps=updates)
-    rng = session.rng["dpo"]
-    loop = dpo.train_dpo(optimizer, reference, pairs, settings=settings, rng=rng, **same)
-    ref_logp = heldout and dpo.reply_logps(reference, heldout, **same)
+    same = {"config": session.gpt, **session.padding}
+    *pairs, gold_difference = preference_pairs(session, reference)
+    pairs = [dpo.with_reference(some, reference, **same) for some in pairs]
+    measure = partial(dpo.heldout_metrics, settings=session.config.dpo, **same)
+    train = partial(dpo.train_dpo, config=session.gpt)
+    params = _learn_pairs(session, "dpo", reference, (*pairs, gold_difference), train, measure)
+    folder.save_params(session, "policy", params, session.gpt)
+    return params
 
-    def measure(rows: slice) -> dict[str, float]:
-        logps = dpo.reply_logps(optimizer.params, heldout[rows], **same), ref_logp[:, rows]
-        loss = dpo.dpo_metrics(*logps, settings)[0]["loss/dpo"]
-        ahead, behind = settings.kl_coef * (logps[0] - logps[1])
+
+def _learn_pairs(
+    session: Session, stage: str, start: Tree, pairs: tuple, train: Callable, measure: Callable
+) -> Tree:
+    """What `train` makes of a copy of `start`; its accuracy on held-out pairs is logged and said.
+
+    Args:     pairs: as `preference_pairs` gives them.
+              measure: metrics of (parameters, held-out pairs, their difference of gold or None).
+    """
+    settings, (pairs, heldout, gold_difference) = getattr(session.config, stage), pairs
+    updates, n = reward_model.n_updates(len(pairs), settings), len(heldout)
+    optimizer = Optimizer(start, settings.optimizer, total_steps=updates)
+    rng = session.rng[stage]
+    loop = train(optimizer, pairs, settings=settings, rng=rng, **session.padding)
+
+    def look(rows: slice) -> dict[str, float]:
         gold = None if gold_difference is None else gold_difference[rows]
-        found = reward_model.margin_metrics(ahead - behind, gold)
-        return {HELDOUT["dpo"]: float(loss), **found}
+        return measure(optimizer.params, heldout[rows], gold)
 
-    n = len(heldout)
-    if metrics := _learn(session, "dpo", optimizer, loop, n, measure):
-        _say_accuracy(session, "dpo", metrics, n)
-    folder.save_params(session, "policy", optimizer.params, session.gpt)
+    if metrics := _learn(session, stage, optimizer, loop, n, look):
+        gold = metrics.get("heldout/gold_accuracy")
+        session.say(
+            f"{TITLES[stage]}: accuracy {metrics['heldout/accuracy']:.3f} on {n} held-out pairs, "
+            f"loss {metrics[HELDOUT[stage]]:.3f}, "
+            f"calibration error {metrics['heldout/calibration_error']:.3f}"
+            + ("" if gold is None else f", {gold:.3f} against the gold order")
+        )
     return optimizer.params
 
 

@@ -228,7 +228,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     array_module(config.device)  # refuse a device that is not there before anything is written
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
-    config.refuse_reward_in_dpo(reward)
+    config.refuse_in_dpo(reward)
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     notes = [*(try_reward(world) if world.reward else ()), *unused_options(config)]
     named = config.corpus or config.pairs or "support"
@@ -292,11 +292,9 @@ def reopen_session(
     Args:     device: instead of the one it was trained on.
               iterations: of PPO, in all; 0: as config.toml says.
               reward, accept_changed_reward: `named` and `changed` of `own_reward`.
-              look: it is only sampled from and scored with, for which its texts are not read, and
-                  its reward not before it is asked. So is a finished run whose texts or reward
-                  have gone, or whose texts have changed.
-    Raises:   InputError: the folder holds no run, its files are damaged, or its texts or its reward
-                  have changed since it began.
+              look: to sample and score alone: reads no texts, and no reward before it is asked. So
+                  is a finished run whose texts or reward have gone, or whose texts have changed.
+    Raises:   InputError: no run, damaged files, or texts or a reward that have changed since.
     """
     folder = Path(folder)
     if not os.path.exists(folder / "config.toml"):
@@ -306,9 +304,7 @@ def reopen_session(
         )
     stored = load_config(folder / "config.toml")
     ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
-    if stored.is_dpo and iterations:
-        raise InputError(f"--ppo.iterations: expected none in DPO; got {iterations}: leave it out")
-    stored.refuse_reward_in_dpo(reward or stored.reward)
+    stored.refuse_in_dpo(reward or stored.reward, iterations)
     stages = stored.stages if stored.is_dpo else "all"
     config = replace(stored, out=folder, device=device or stored.device, stages=stages, ppo=ppo)
     array_module(config.device)
@@ -458,10 +454,8 @@ def unused_options(config: TrainConfig) -> list[str]:
     of_run, of_model, notes = turned(config), turned(config.reward_model), []
     unread = of_model - {"n_pairs", "n_heldout_pairs"} | turned(config.ppo) - {"temperature"}
     if config.is_dpo and unread | of_run & {"eval_every", "checkpoint_every"}:
-        notes.append(
-            "beside --stages sft,dpo nothing of --reward-model.* but n-pairs and n-heldout-pairs, "
-            "of --ppo.* but temperature, of --eval-every and --checkpoint-every changes anything"
-        )
+        of_use = "n-pairs, n-heldout-pairs and --ppo.temperature"
+        notes.append(f"of reward model and PPO DPO reads --reward-model.{of_use} alone")
     elif "dpo" in of_run and not config.is_dpo:
         notes.append("--dpo.* changes nothing without --stages sft,dpo")
     if "corpus_unit" in of_run and not config.corpus:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 
 from minirlhf.backend import Array, get_xp, to_host
 from minirlhf.nn.transformer import GPTConfig
@@ -17,83 +18,55 @@ from minirlhf.rlhf.preferences import BradleyTerryCache, dpo_backward, dpo_forwa
 from minirlhf.train.batches import micro_batches, pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.train.reward_model import Pair, shuffled
+from minirlhf.train.reward_model import Pair, margin_metrics, shuffled, sum_over_pairs
 from minirlhf.train.settings import DPOConfig
 from minirlhf.tree import Tree
-from minirlhf.workers import map_over, sum_over
+from minirlhf.workers import map_over
 
 
 def train_dpo(
-    optimizer: Optimizer,
-    reference: Tree,
-    pairs: list[Pair],
-    *,
-    config: GPTConfig,
-    settings: DPOConfig,
-    rng: np.random.Generator,
-    **padding: Any,
+    optimizer: Optimizer, pairs: list[Pair], *, settings: DPOConfig, rng: Generator, **same: Any
 ) -> Iterator[dict[str, float]]:
-    """The loop: epochs over the pairs in a new order each, against a reference that never moves.
+    """The loop: epochs over the pairs in a new order each. Arguments as of `train_reward_model`.
 
-    Args:     optimizer: of a copy of the reference; made for `reward_model.n_updates` updates.
-                  After a resume it says how many have been made.
-              rng: of the orders, at its beginning also after a resume.
-              padding: pad_id, and device if it is none of the CPU.
+    Args:     optimizer: of a copy of the reference.
+              pairs: `with_reference`, which never moves.
+              same: config, pad_id, device.
     Yields:
         `dpo_metrics` of each update's pairs, grad_norm and lr.
     Raises:   InputError: there are no pairs.
               NonFiniteError: the loss diverged.
     """
-    orders = shuffled(len(pairs), settings, rng=rng, done=optimizer.updates)
-    ref_logp = reply_logps(reference, pairs, config=config, **padding)
-    for chosen in orders:
-        part = [pairs[i] for i in chosen], ref_logp[:, chosen]
-        metrics, gradients = dpo_loss_and_gradients(
-            optimizer.params, *part, config=config, settings=settings, **padding
-        )
+    f = functools.partial(dpo_micro_batch, optimizer.params, settings=settings, **same)
+    for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
+        metrics, gradients = sum_over_pairs(f, [pairs[i] for i in chosen], **same)
         yield metrics | optimizer.step(gradients, loss=metrics["loss/dpo"])
 
 
-def dpo_loss_and_gradients(
-    params: Tree, pairs: list[Pair], ref_logp: np.ndarray, *, settings: DPOConfig, **same: Any
-) -> tuple[dict[str, float], Tree]:
-    """Metrics of the pairs, the loss among them, and its gradient: sums over micro-batches.
-
-    Args:     ref_logp: (2, B) `reply_logps` of the reference [nats].
-              same: config, and padding as of `train_dpo`.
-    """
-    parts = [
-        ([pairs[i] for i in rows], ref_logp[:, rows], len(rows) / len(pairs))
-        for rows in _groups(pairs, **same)
-    ]
-    total = sum_over(functools.partial(_micro_batch, params, settings=settings, **same), parts)
-    return {name: float(x) for name, x in total["metrics"].items()}, total["gradients"]
-
-
-def _micro_batch(
-    params: Tree, part: tuple[list[Pair], np.ndarray, float], *, settings: DPOConfig, **same: Any
+def dpo_micro_batch(
+    params: Tree, part: tuple[list[Pair], float], *, settings: DPOConfig, **same: Any
 ) -> Tree:
-    """Metrics and gradients of some pairs, times their share of all."""
-    pairs, ref_logp, share = part
+    """Metrics, the loss among them, and gradients of some pairs, times their share of all."""
+    pairs, share = part
     seq_logp, (cache, seq_cache) = _forward(params, pairs, **same)
-    xp = get_xp(seq_logp)
-    metrics, loss_cache = dpo_metrics(seq_logp, xp.asarray(ref_logp), settings)
-    dseq_logp = xp.concatenate(dpo_backward(share, loss_cache))
+    metrics, loss_cache = dpo_metrics(seq_logp, pairs, settings)
+    dseq_logp = get_xp(seq_logp).concatenate(dpo_backward(share, loss_cache))
     dlogp = sequence_logprob_backward(dseq_logp, seq_cache)
     metrics = {name: share * x for name, x in metrics.items()}
     return {"metrics": metrics, "gradients": policy_backward(None, dlogp, None, cache)}
 
 
 def dpo_metrics(
-    logp: Array, ref_logp: Array, settings: DPOConfig
+    logp: Array, pairs: list[Pair], settings: DPOConfig
 ) -> tuple[dict[str, Array], BradleyTerryCache]:
     """The loss of pairs and their implicit rewards beta (log pi - log pi_ref), by TRL's names.
 
-    Args:     logp, ref_logp: (2, B) of the chosen and of the rejected replies [nats].
+    Args:     logp: (2, B) log Pr(y|x) of the chosen and of the rejected replies [nats].
     Returns:  metrics, the cache of `dpo_forward`.
     """
-    of_loss = {"loss": settings.loss, "label_smoothing": settings.label_smoothing}
-    loss, cache = dpo_forward(*(logp - ref_logp), kl_coef=settings.kl_coef, **of_loss)
+    ref_logp = get_xp(logp).array([p.ref_logp for p in pairs], dtype=logp.dtype).T  # (2, B)
+    of_loss = {name: getattr(settings, name) for name in ("kl_coef", "loss", "label_smoothing")}
+    loss, cache = dpo_forward(*(logp - ref_logp), **of_loss)
     chosen, rejected = settings.kl_coef * (logp - ref_logp)
     metrics = {
         "loss/dpo": loss,
@@ -107,29 +80,38 @@ def dpo_metrics(
     return metrics, cache
 
 
-def reply_logps(params: Tree, pairs: list[Pair], **same: Any) -> np.ndarray:
-    """log Pr(y|x) of the chosen and of the rejected replies: (2, B) on the host [nats]."""
-    groups = _groups(pairs, **same)
-    f = functools.partial(_reply_logps, params, **same)
-    logps = map_over(f, [[pairs[i] for i in rows] for rows in groups])
-    return np.concatenate(logps, axis=1)[:, np.argsort(np.concatenate(groups))]
+def heldout_metrics(
+    params: Tree, pairs: list[Pair], gold: np.ndarray | None = None, *, settings: DPOConfig, **same
+) -> dict[str, float]:
+    """`margin_metrics` of the implicit rewards of pairs not learnt from; and the loss."""
+    logp = reply_logps(params, pairs, **same)
+    loss = dpo_metrics(logp, pairs, settings)[0]["loss/dpo"]
+    chosen, rejected = settings.kl_coef * (logp - np.array([p.ref_logp for p in pairs]).T)
+    return {"heldout/loss_dpo": float(loss), **margin_metrics(chosen - rejected, gold)}
 
 
-def _reply_logps(params: Tree, pairs: list[Pair], **same: Any) -> np.ndarray:
-    return to_host(_forward(params, pairs, keep=False, **same)[0])
+def with_reference(pairs: list[Pair], reference: Tree, **same: Any) -> list[Pair]:
+    """The pairs, of lists the best and the worst, with what the reference says of them."""
+    logps = zip(*reply_logps(reference, pairs, **same).tolist(), strict=True) if pairs else ()
+    ends = ((p.prompt, p.replies[0], p.replies[-1]) for p in pairs)
+    return [Pair(*texts, ref_logp=logp) for texts, logp in zip(ends, logps, strict=True)]
+
+
+def reply_logps(params: Tree, pairs: list[Pair], *, config: GPTConfig, **padding: Any) -> Array:
+    """log Pr(y|x) of the best and, in a second row, of the worst replies: (2, B) on the host."""
+    lengths = [2 * (len(p.prompt) + max(map(len, p.replies))) for p in pairs]
+    groups = micro_batches(lengths, config=config, device=padding.get("device", "cpu"))
+    f = functools.partial(_forward, params, config=config, keep=False, **padding)
+    found = map_over(f, [[pairs[i] for i in rows] for rows in groups])
+    logps = np.concatenate([to_host(seq_logp) for seq_logp, _ in found], axis=1)
+    return logps[:, np.argsort(np.concatenate(groups))]
 
 
 def _forward(
     params: Tree, pairs: list[Pair], *, config: GPTConfig, keep: bool = True, **padding: Any
 ) -> tuple[Array, tuple]:
-    """log Pr(y|x) of the chosen replies and, in a second row, of the rejected ones; caches."""
     replies = [p.replies[0] for p in pairs] + [p.replies[-1] for p in pairs]
     batch = pad_batch([p.prompt for p in pairs] * 2, replies, config=config, **padding)
     out, cache = policy_forward(params, batch=batch, config=config, keep=keep)
     seq_logp, seq_cache = sequence_logprob_forward(out.logp, mask=batch.response_mask)
     return seq_logp.reshape(2, -1), (cache, seq_cache)
-
-
-def _groups(pairs: list[Pair], *, config: GPTConfig, device="cpu", **_: Any) -> list[np.ndarray]:
-    lengths = [2 * (len(p.prompt) + max(map(len, p.replies))) for p in pairs]
-    return micro_batches(lengths, config=config, device=device)

@@ -3,8 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Pair(NamedTuple):
     chosen: Ids
     rejected: Ids
     worse: tuple[Ids, ...] = ()  # of a list: what was ranked below `rejected`, in this order
+    ref_logp: tuple[float, ...] = ()  # for DPO: log Pr_ref(y|x) of both [nats]
 
     @property
     def replies(self) -> tuple[Ids, ...]:
@@ -136,9 +137,15 @@ def reward_model_loss_and_gradients(
 
     Returns:  metrics (loss; accuracy and mean margin of neighbours in the order), gradients.
     """
-    f = functools.partial(
-        _micro_batch, params, config=config, settings=settings, pad_id=pad_id, device=device
-    )
+    same = {"config": config, "device": device}
+    f = functools.partial(_micro_batch, params, settings=settings, pad_id=pad_id, **same)
+    return sum_over_pairs(f, pairs, **same)
+
+
+def sum_over_pairs(
+    f: Callable, pairs: list[Pair], *, config: GPTConfig, device: str = "cpu", **_: Any
+) -> tuple[dict[str, float], Tree]:
+    """Metrics and gradients: f((pairs, their share of all)) of micro-batches, added up."""
     parts = []
     for K in sorted({len(p.replies) for p in pairs}):  # lists of one length are one array
         alike = [p for p in pairs if len(p.replies) == K]
@@ -242,12 +249,12 @@ def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
 def pair_metrics(
     model: RewardModel,
     pairs: list[Pair],
+    gold_difference: np.ndarray | None = None,
     *,
     pad_id: int,
-    gold_difference: np.ndarray | None = None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """How well the model orders pairs it has not seen: `margin_metrics` of its raw scores."""
+    """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
     rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
     score = [
@@ -259,14 +266,11 @@ def pair_metrics(
     return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
 
 
-def margin_metrics(
-    margin: np.ndarray, gold_difference: np.ndarray | None = None
-) -> dict[str, float]:
-    """What the rewards of pairs say, of neighbours where there are lists: margin = better - worse.
+def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> dict[str, float]:
+    """What is to be known of the margins, reward of the better - reward of the worse, of pairs.
 
     accuracy           share of pairs with a margin above 0
     calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(margin)
-    margin             mean
     gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
     """
     metrics = {

@@ -6,6 +6,7 @@ token weights. All in float64, at places away from the ties of min, max and clip
 splits the gradient between its two arguments and we give it to the unclipped one.
 """
 
+import functools
 from collections import OrderedDict
 
 import numpy as np
@@ -29,7 +30,7 @@ from minirlhf.rlhf.preferences import (
     ranked_pairs_forward,
 )
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.dpo import dpo_loss_and_gradients, reply_logps
+from minirlhf.train.dpo import dpo_micro_batch, with_reference
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
@@ -41,7 +42,7 @@ from minirlhf.train.ppo import (
     ppo_loss_forward,
     ppo_update,
 )
-from minirlhf.train.reward_model import Pair
+from minirlhf.train.reward_model import Pair, sum_over_pairs
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import DPOConfig, OptimizerConfig, PPOConfig
 from minirlhf.train.sft import sft_loss_and_gradients
@@ -669,9 +670,10 @@ def test_dpo_through_the_policy(loss, smoothing):
     ids = [[rng.integers(0, CONFIG.vocab_size, n).tolist() for n in some] for some in (x, y)]
     pairs = [Pair(*row) for row in zip(ids[0], ids[1][:4], ids[1][4:], strict=True)]
     same = {"config": CONFIG, "pad_id": 0}
-    ref_logp = reply_logps(reference, pairs, **same)
+    pairs = with_reference(pairs, reference, **same)
     settings = DPOConfig(kl_coef=beta, loss=loss, label_smoothing=smoothing)
-    metrics, gradients = dpo_loss_and_gradients(params, pairs, ref_logp, settings=settings, **same)
+    f = functools.partial(dpo_micro_batch, params, settings=settings, **same)
+    metrics, gradients = sum_over_pairs(f, pairs, **same)
 
     def seq_logp(p, prompt, reply):
         tokens = torch.tensor([[*prompt, *reply]])
@@ -680,7 +682,7 @@ def test_dpo_through_the_policy(loss, smoothing):
         return F.log_softmax(logits, -1)[torch.arange(len(reply)), torch.tensor(reply)].sum()
 
     p, frozen, losses = leaves_of(params), leaves_of(reference), []
-    for prompt, *replies, _ in pairs:
+    for prompt, *replies, _, _ in pairs:
         with torch.no_grad():
             ref = [seq_logp(frozen, prompt, reply) for reply in replies]
         chosen, rejected = (seq_logp(p, prompt, y) - r for y, r in zip(replies, ref, strict=True))

@@ -64,7 +64,7 @@ def test_a_run_leaves_a_policy_and_no_reward_model(finished):
     assert any(line.endswith("stages to run: sft, dpo") for line in said)
     assert any(line.startswith("DPO: accuracy ") and "gold order" in line for line in said)
     assert result.policy_samples.responses != result.reference_samples.responses
-    assert result.reference["kl_seq"] == 0 < result.policy["kl_seq"]
+    assert result.reference["kl_seq"] == 0 < result.policy["kl_full_seq"]
     assert math.isnan(result.policy["proxy"]) and np.isfinite(result.policy["gold"])
     assert result.seconds.keys() == {"sft", "dpo", "evaluation"}
     assert json.loads((out / "result.json").read_text())["policy"]["proxy"] is None
@@ -94,9 +94,8 @@ def test_its_table_its_replies_and_its_numbers(finished, capsys):
     assert status == 0 and "policy" in shown and "reference" in shown
     status, shown, _ = call(capsys, "score", out, "--prompt", PROMPT, "--response", "Sorry.")
     scores = minirlhf.open_run(out).score(PROMPT, "Sorry.")
-    implicit = TrainConfig().dpo.kl_coef * scores.kl_seq
     assert scores.kl_coef == 0.5 and scores.kl_seq != 0 and math.isnan(scores.score)
-    assert status == 0 and f"its implicit reward, beta * Penalty, is {implicit:+.4f}" in shown
+    assert status == 0 and "no score: DPO has no reward model; its implicit reward is" in shown
 
 
 def test_given_pairs_are_learnt(tmp_path):
@@ -181,16 +180,18 @@ def test_what_a_finished_stage_was_made_with_stays(finished, tmp_path):
 def test_a_reward_beside_it_is_refused_and_so_are_iterations_of_ppo(finished, tmp_path, capsys):
     names, pairs = write_names(tmp_path / "n.txt"), write_pairs(tmp_path / "p.jsonl")
     dpo = ("train", "--stages", "sft,dpo", "--out", tmp_path / "run")
-    said = "--stages sft,dpo: expected pairs (--pairs, or the support world's) and no reward"
+    said = (
+        "--stages sft,dpo: expected pairs (--pairs, or the support world's), and neither a reward "
+    )
     assert said in refusal(capsys, *dpo, "--corpus", names, "--reward", VOWELS)
     assert said in refusal(capsys, *dpo, "--pairs", pairs, "--reward", VOWELS)
     assert "got a corpus alone: give --pairs" in refusal(capsys, *dpo, "--corpus", names)
-    with pytest.raises(InputError, match="got a reward: give --pairs FILE alone"):
+    with pytest.raises(InputError, match="got a reward: give --pairs FILE"):
         minirlhf.train(dpo_config(tmp_path / "run"), reward=len, progress=False)
     assert not os.path.exists(tmp_path / "run")
     before = files_under(finished[0])
     assert said in refusal(capsys, "resume", finished[0], "--reward", VOWELS)
-    said = "--ppo.iterations: expected none in DPO; got 9: leave it out"
+    said = "got --ppo.iterations 9: give"
     assert said in refusal(capsys, "resume", finished[0], "--ppo.iterations", 9)
     assert files_under(finished[0]) == before
 
@@ -213,7 +214,7 @@ def test_options_of_the_other_way_are_said(tmp_path):
         ({"reward_model.n_pairs": 9, "ppo.temperature": 0.7, "dpo.epochs": 9}, 0),
     ):
         notes = unused_options(changed(dpo, changes))
-        assert len(notes) == said and all("beside --stages sft,dpo nothing" in n for n in notes)
+        assert len(notes) == said and all("DPO reads --reward-model.n-pairs" in n for n in notes)
     (note,) = unused_options(changed(TrainConfig(), {"dpo.epochs": 9}))
     assert note == "--dpo.* changes nothing without --stages sft,dpo"
     (note,) = rate_notes(dpo)

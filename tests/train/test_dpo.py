@@ -1,5 +1,6 @@
 """DPO's loop: the policy learns an order against a reference; parts and padding are moot."""
 
+import functools
 import itertools
 import math
 
@@ -11,15 +12,16 @@ from tolerances import BATCH_COMPOSITION, MICRO_BATCH, assert_close, assert_tree
 from minirlhf.errors import InputError
 from minirlhf.train import batches
 from minirlhf.train.dpo import (
-    dpo_loss_and_gradients,
     dpo_metrics,
+    dpo_micro_batch,
     heldout_metrics,
     reply_logps,
     train_dpo,
+    with_reference,
 )
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.reward_model import Pair, n_updates
+from minirlhf.train.reward_model import Pair, n_updates, sum_over_pairs
 from minirlhf.train.settings import DPOConfig, OptimizerConfig
 from minirlhf.tree import tree_copy, tree_items, tree_leaves, tree_map
 
@@ -37,8 +39,13 @@ def started(reference, pairs, **changes):
     settings = DPOConfig(**{**defaults, **changes})
     updates = n_updates(len(pairs), settings)
     optimizer = Optimizer(reference, settings.optimizer, total_steps=updates)
-    rng = np.random.default_rng(1)
-    return optimizer, train_dpo(optimizer, reference, pairs, settings=settings, rng=rng, **SAME)
+    pairs, rng = with_reference(pairs, reference, **SAME), np.random.default_rng(1)
+    return optimizer, train_dpo(optimizer, pairs, settings=settings, rng=rng, **SAME)
+
+
+def loss_and_gradients(params, pairs, settings):
+    f = functools.partial(dpo_micro_batch, params, settings=settings, **SAME)
+    return sum_over_pairs(f, pairs, **SAME)
 
 
 def test_it_learns_a_preference_and_the_reference_stays():
@@ -57,8 +64,9 @@ def test_it_learns_a_preference_and_the_reference_stays():
     assert rows[-1]["rewards/chosen"] - rows[-1]["rewards/rejected"] == pytest.approx(
         rows[-1]["rewards/margins"], rel=1e-4
     )
-    logps = [reply_logps(params, heldout, **SAME) for params in (optimizer.params, reference)]
-    found = heldout_metrics(*logps, settings=DPOConfig(), gold_difference=np.ones(64))
+    heldout = with_reference(heldout, reference, **SAME)
+    found = heldout_metrics(optimizer.params, heldout, np.ones(64), settings=DPOConfig(), **SAME)
+    assert found["heldout/loss_dpo"] < 0.6
     assert found["heldout/accuracy"] == found["heldout/gold_accuracy"] > 0.75
     for (path, a), (_, b) in zip(tree_items(reference), tree_items(kept), strict=True):
         assert np.array_equal(a, b), path
@@ -67,16 +75,14 @@ def test_it_learns_a_preference_and_the_reference_stays():
 @pytest.mark.parametrize("changes", LOSSES)
 def test_the_gradient_is_that_of_the_loss(changes):
     """Along one direction through all parameters, in float64."""
-    params, pairs, settings = model(), toy_pairs(5, seed=2), DPOConfig(**changes)
-    ref_logp = reply_logps(model(seed=1), pairs, **SAME)
+    params, settings = model(), DPOConfig(**changes)
+    pairs = with_reference(toy_pairs(5, seed=2), model(seed=1), **SAME)
     rng = np.random.default_rng(3)
     direction = tree_map(lambda a: rng.standard_normal(a.shape), params)
 
     def at(h):
         there = tree_map(lambda a, d: a + h * d, params, direction)
-        metrics, gradients = dpo_loss_and_gradients(
-            there, pairs, ref_logp, settings=settings, **SAME
-        )
+        metrics, gradients = loss_and_gradients(there, pairs, settings)
         return metrics["loss/dpo"], gradients
 
     leaves = zip(tree_leaves(at(0.0)[1]), tree_leaves(direction), strict=True)
@@ -97,16 +103,13 @@ def test_a_reply_alone_has_the_log_prob_that_it_has_among_others():
 
 @pytest.mark.parametrize("changes", LOSSES)
 def test_micro_batches_and_the_order_of_pairs_change_nothing(monkeypatch, changes):
-    params, pairs, settings = model(), toy_pairs(9, seed=5), DPOConfig(**changes)
-    ref_logp, order = (
-        reply_logps(model(seed=1), pairs, **SAME),
-        np.random.default_rng(0).permutation(9),
-    )
-    whole = dpo_loss_and_gradients(params, pairs, ref_logp, settings=settings, **SAME)
+    params, settings = model(), DPOConfig(**changes)
+    pairs = with_reference(toy_pairs(9, seed=5), model(seed=1), **SAME)
+    whole = loss_and_gradients(params, pairs, settings)
     monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 16)
     monkeypatch.setattr(batches, "MICRO_BATCH_FLOATS", 0)
-    shuffled = [pairs[i] for i in order]
-    parts = dpo_loss_and_gradients(params, shuffled, ref_logp[:, order], settings=settings, **SAME)
+    order = np.random.default_rng(0).permutation(9)
+    parts = loss_and_gradients(params, [pairs[i] for i in order], settings)
     tolerance = 100 * MICRO_BATCH[np.float64]
     for name, value in whole[0].items():
         assert_close(parts[0][name], value, tolerance)
@@ -116,7 +119,10 @@ def test_micro_batches_and_the_order_of_pairs_change_nothing(monkeypatch, change
 def test_of_a_ranked_list_the_best_and_the_worst_are_the_pair():
     lists = toy_rankings(6, seed=6)
     ends = [Pair(p.prompt, p.replies[0], p.replies[-1]) for p in lists]
-    assert np.array_equal(*(reply_logps(model(), some, **SAME) for some in (lists, ends)))
+    found, expected = (with_reference(some, model(), **SAME) for some in (lists, ends))
+    for pair, other in zip(found, expected, strict=True):
+        assert pair[:4] == other[:4]
+        assert_close(pair.ref_logp, other.ref_logp)
 
 
 def test_it_goes_on_where_the_optimiser_stands():
@@ -132,8 +138,9 @@ def test_it_goes_on_where_the_optimiser_stands():
 
 
 def test_metrics_by_hand():
-    logp, ref_logp = np.array([[-2.0, -1.0], [-4.0, -1.5]]), np.array([[-3.0, -2.0], [-3.0, -3.0]])
-    metrics, _ = dpo_metrics(logp, ref_logp, DPOConfig(kl_coef=0.5))
+    logp = np.array([[-2.0, -1.0], [-4.0, -1.5]])
+    pairs = [Pair([], [], [], ref_logp=both) for both in ((-3.0, -3.0), (-2.0, -3.0))]
+    metrics, _ = dpo_metrics(logp, pairs, DPOConfig(kl_coef=0.5))
     # log-ratios: chosen 1, 1; rejected -1, 1.5; times beta: 0.5, 0.5; -0.5, 0.75
     assert metrics["rewards/chosen"] == 0.5 and metrics["rewards/rejected"] == 0.125
     assert metrics["rewards/margins"] == 0.375 and metrics["rewards/accuracies"] == 0.5
