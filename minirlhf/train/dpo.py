@@ -18,7 +18,7 @@ from minirlhf.rlhf.preferences import BradleyTerryCache, dpo_backward, dpo_forwa
 from minirlhf.train.batches import micro_batches, pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.train.reward_model import Pair, margin_metrics, shuffled, sum_over_pairs
+from minirlhf.train.reward_model import Pair, margin_metrics, pairs_loss_and_gradients, shuffled
 from minirlhf.train.settings import DPOConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over
@@ -37,9 +37,10 @@ def train_dpo(
     Raises:   InputError: there are no pairs.
               NonFiniteError: the loss diverged.
     """
-    f = functools.partial(dpo_micro_batch, optimizer.params, settings=settings, **same)
+    same |= {"settings": settings, "micro_batch": dpo_micro_batch}
     for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
-        metrics, gradients = sum_over_pairs(f, [pairs[i] for i in chosen], **same)
+        some = [pairs[i] for i in chosen]
+        metrics, gradients = pairs_loss_and_gradients(optimizer.params, some, **same)
         yield metrics | optimizer.step(gradients, loss=metrics["loss/dpo"])
 
 

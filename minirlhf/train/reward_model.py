@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,14 +79,10 @@ def train_reward_model(
     Raises:   InputError: there are no pairs.
               NonFiniteError: the loss diverged.
     """
+    same = {"config": config, "pad_id": pad_id, "device": device}
     for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
-        metrics, gradients = reward_model_loss_and_gradients(
-            optimizer.params,
-            [pairs[i] for i in chosen],
-            config=config,
-            settings=settings,
-            pad_id=pad_id,
-            device=device,
+        metrics, gradients = pairs_loss_and_gradients(
+            optimizer.params, [pairs[i] for i in chosen], settings=settings, **same
         )
         yield metrics | optimizer.step(gradients, loss=metrics["loss/reward_model"])
 
@@ -124,35 +120,29 @@ def n_updates(n_pairs: int, settings: RewardModelConfig | DPOConfig) -> int:
     return settings.epochs * len(row_slices(n_pairs, settings.batch_size))
 
 
-def reward_model_loss_and_gradients(
+def pairs_loss_and_gradients(
     params: Tree,
     pairs: list[Pair],
     *,
     config: GPTConfig,
-    settings: RewardModelConfig,
+    settings: RewardModelConfig | DPOConfig,
     pad_id: int,
     device: str = "cpu",
+    micro_batch: Callable | None = None,
 ) -> tuple[dict[str, float], Tree]:
-    """Mean of -log sigma(score_chosen - score_rejected), and its gradient.
+    """Mean loss of pairs and its gradient, summed over micro-batches.
 
-    Returns:  metrics (loss; accuracy and mean margin of neighbours in the order), gradients.
+    Args:     micro_batch: of these; None: the reward model's -log sigma(chosen - rejected).
+    Returns:  metrics (the loss among them), gradients.
     """
-    same = {"config": config, "device": device}
-    f = functools.partial(_micro_batch, params, settings=settings, pad_id=pad_id, **same)
-    return sum_over_pairs(f, pairs, **same)
-
-
-def sum_over_pairs(
-    f: Callable, pairs: list[Pair], *, config: GPTConfig, device: str = "cpu", **_: Any
-) -> tuple[dict[str, float], Tree]:
-    """Metrics and gradients: f((pairs, their share of all)) of micro-batches, added up."""
+    same = {"config": config, "settings": settings, "pad_id": pad_id, "device": device}
     parts = []
     for K in sorted({len(p.replies) for p in pairs}):  # lists of one length are one array
         alike = [p for p in pairs if len(p.replies) == K]
         lengths = [K * (len(p.prompt) + max(map(len, p.replies))) for p in alike]
         for group in micro_batches(lengths, config=config, device=device):
             parts.append(([alike[i] for i in group], len(group) / len(pairs)))
-    total = sum_over(f, parts)
+    total = sum_over(functools.partial(micro_batch or _micro_batch, params, **same), parts)
     metrics = {name: float(value) for name, value in total["metrics"].items()}
     return metrics, total["gradients"]
 

@@ -6,7 +6,6 @@ token weights. All in float64, at places away from the ties of min, max and clip
 splits the gradient between its two arguments and we give it to the unclipped one.
 """
 
-import functools
 from collections import OrderedDict
 
 import numpy as np
@@ -42,7 +41,7 @@ from minirlhf.train.ppo import (
     ppo_loss_forward,
     ppo_update,
 )
-from minirlhf.train.reward_model import Pair, sum_over_pairs
+from minirlhf.train.reward_model import Pair, pairs_loss_and_gradients
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import DPOConfig, OptimizerConfig, PPOConfig
 from minirlhf.train.sft import sft_loss_and_gradients
@@ -672,8 +671,8 @@ def test_dpo_through_the_policy(loss, smoothing):
     same = {"config": CONFIG, "pad_id": 0}
     pairs = with_reference(pairs, reference, **same)
     settings = DPOConfig(kl_coef=beta, loss=loss, label_smoothing=smoothing)
-    f = functools.partial(dpo_micro_batch, params, settings=settings, **same)
-    metrics, gradients = sum_over_pairs(f, pairs, **same)
+    same |= {"settings": settings, "micro_batch": dpo_micro_batch}
+    metrics, gradients = pairs_loss_and_gradients(params, pairs, **same)
 
     def seq_logp(p, prompt, reply):
         tokens = torch.tensor([[*prompt, *reply]])

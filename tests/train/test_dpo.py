@@ -1,6 +1,5 @@
 """DPO's loop: the policy learns an order against a reference; parts and padding are moot."""
 
-import functools
 import itertools
 import math
 
@@ -21,7 +20,7 @@ from minirlhf.train.dpo import (
 )
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.reward_model import Pair, n_updates, sum_over_pairs
+from minirlhf.train.reward_model import Pair, n_updates, pairs_loss_and_gradients
 from minirlhf.train.settings import DPOConfig, OptimizerConfig
 from minirlhf.tree import tree_copy, tree_items, tree_leaves, tree_map
 
@@ -44,8 +43,8 @@ def started(reference, pairs, **changes):
 
 
 def loss_and_gradients(params, pairs, settings):
-    f = functools.partial(dpo_micro_batch, params, settings=settings, **SAME)
-    return sum_over_pairs(f, pairs, **SAME)
+    same = {"settings": settings, "micro_batch": dpo_micro_batch, **SAME}
+    return pairs_loss_and_gradients(params, pairs, **same)
 
 
 def test_it_learns_a_preference_and_the_reference_stays():

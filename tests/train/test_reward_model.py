@@ -25,7 +25,7 @@ from minirlhf.train.reward_model import (
     n_updates,
     normalized,
     pair_metrics,
-    reward_model_loss_and_gradients,
+    pairs_loss_and_gradients,
     score_responses,
     train_reward_model,
 )
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_loss(changes):
 
     def at(h):
         there = tree_map(lambda a, d: a + h * d, params, direction)
-        metrics, gradients = reward_model_loss_and_gradients(
+        metrics, gradients = pairs_loss_and_gradients(
             there, pairs, config=CONFIG, settings=settings, pad_id=PAD
         )
         return metrics["loss/reward_model"], gradients
@@ -112,8 +112,8 @@ def test_lists_of_several_lengths_and_pairs_share_a_batch():
     params, settings = make_params(heads=("reward_head",)), RewardModelConfig()
     same = {"config": CONFIG, "settings": settings, "pad_id": PAD}
     mixed = toy_pairs(3, seed=1) + toy_rankings(2, seed=2) + toy_rankings(3, seed=3, size=3)
-    metrics, gradients = reward_model_loss_and_gradients(params, mixed, **same)
-    alone = [reward_model_loss_and_gradients(params, [one], **same) for one in mixed]
+    metrics, gradients = pairs_loss_and_gradients(params, mixed, **same)
+    alone = [pairs_loss_and_gradients(params, [one], **same) for one in mixed]
     for name, value in metrics.items():
         assert value == pytest.approx(np.mean([m[name] for m, _ in alone]), abs=1e-12), name
     for leaves in zip(*map(tree_leaves, (gradients, *(g for _, g in alone))), strict=True):
