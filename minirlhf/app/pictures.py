@@ -116,12 +116,11 @@ CURVES = {  # title -> unit, what is measured while a stage learns, and of what 
 
 
 def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
-    """The panels of CURVES for which a run's metrics, or its policy's last table, have numbers."""
+    """The panels of CURVES for which a run's metrics, or the last table of PPO, have numbers."""
     panels = []
-    if last and metrics and "eval/kl_seq" not in metrics[-1]:
+    if last and metrics and metrics[-1]["stage"] == "ppo" and "eval/kl_seq" not in metrics[-1]:
         of_last = {f"eval/{name}": x for name, x in last.items() if x == x}
-        end = {name: metrics[-1][name] for name in ("stage", "step")}
-        metrics = [*metrics, end | of_last]
+        metrics = [*metrics, {"stage": "ppo", "step": metrics[-1]["step"], **of_last}]
     for title, (unit, *names) in CURVES.items():
         rows = [[row for row in metrics if isinstance(row.get(n), int | float)] for n in names]
         if any(rows):

@@ -45,7 +45,7 @@ class TrainConfig:
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
-    # What to run; `resume` does the rest. sft,dpo: DPO from pairs, no reward model and no PPO
+    # What to run; `resume` does the rest
     stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
     # The policy's transformer
     model: settings.ModelConfig = field(default_factory=settings.ModelConfig)

@@ -195,7 +195,7 @@ class RewardModelConfig:
 class DPOConfig:
     """DPO: the policy from pairs, in the place of reward model and PPO."""
 
-    kl_coef: float = 0.5  # beta, weight of the penalty [units of the judge's reward per nat]
+    kl_coef: float = 0.5  # beta [units of the judge's reward per nat]
     # DPO's -log sigma, or IPO's squared distance of a pair's log-ratios from 1 / (2 beta)
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]: cDPO
