@@ -45,9 +45,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     ours.add_argument("-h", "--help", action="store_true", help="Show what one needs")
     ours.add_argument("--help-all", action="store_true", help="Show every option")
     ours.add_argument("--config", metavar="FILE", help="TOML like a run's; flags overrule it")
-    ours.add_argument(
-        "--beta", metavar="X", help="Short for --ppo.kl-coef, or in DPO --dpo.kl-coef"
-    )
+    ours.add_argument("--beta", metavar="X", help="Short for --ppo.kl-coef; in DPO --dpo.kl-coef")
     try:
         named, rest = ours.parse_known_args(arguments)
     except argparse.ArgumentError as error:
