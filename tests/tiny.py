@@ -12,6 +12,7 @@ from minirlhf.train.metrics import mean_of_updates, rollout_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import make_experience, ppo_update
+from minirlhf.train.reward_model import Pair
 from minirlhf.train.rollout import score_rollout
 from minirlhf.train.sampler import sample_responses
 from minirlhf.tree import tree_map
@@ -86,6 +87,32 @@ def make_batch(prompts=(3, 1, 4, 2), responses=(2, 5, 1, 4), *, seed=0, dtype=np
     ids = make_ids([*prompts, *responses], seed=seed)
     n = len(prompts)
     return pad_batch(ids[:n], ids[n:], pad_id=Letters.pad, config=CONFIG, dtype=dtype)
+
+
+def toy_pairs(n, *, seed):
+    """Whoever says "a" is preferred; everything else is noise, the lengths too."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(n):
+        prompt, chosen, rejected = make_ids(
+            rng.integers(1, 5, size=3), seed=int(rng.integers(2**32)), low=1
+        )
+        chosen.insert(int(rng.integers(len(chosen) + 1)), 0)
+        pairs.append(Pair([Letters.bos, *prompt], [*chosen, Letters.eos], [*rejected, Letters.eos]))
+    return pairs
+
+
+def toy_rankings(n, *, seed, size=4):
+    """The more often a reply says "a", the better it is."""
+    rng = np.random.default_rng(seed)
+    rankings = []
+    for _ in range(n):
+        prompt, *rest = make_ids(
+            rng.integers(1, 4, size=size + 1), seed=int(rng.integers(2**32)), low=1
+        )
+        replies = [[*[0] * (size - 1 - i), *ids, Letters.eos] for i, ids in enumerate(rest)]
+        rankings.append(Pair([Letters.bos, *prompt], *replies[:2], tuple(replies[2:])))
+    return rankings
 
 
 @st.composite

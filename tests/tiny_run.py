@@ -168,7 +168,7 @@ def files_under(folder) -> dict[str, bytes]:
 def outcome(folder) -> dict:
     """All that a seed decides about a run: {what: value}, without times and without its name."""
     folder = Path(folder)
-    found = {f"metrics of {stage}": metrics(folder, stage) for stage in STAGES}
+    found = {f"metrics of {stage}": metrics(folder, stage) for stage in (*STAGES, "dpo")}
     found["metrics"] = metrics(folder)
     for name, content in files_under(folder).items():
         made = ("reference/", "reward_model/", "policy/", "checkpoint/")

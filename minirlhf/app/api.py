@@ -43,7 +43,7 @@ def train(
     progress: bool = True,
     **changes: Any,
 ) -> "Run":
-    """Supervised fine-tuning, reward model, PPO; what `minirlhf train` does.
+    """Supervised fine-tuning, reward model, PPO (or DPO); what `minirlhf train` does.
 
     Args:     config: settings to start from; None: the defaults.
               reward: of your own, in the place of a reward model: a function of the text, of
@@ -54,7 +54,7 @@ def train(
               changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
                   ppo={"kl_coef": 0.1}.
     Returns:  the Run; its folder is config.out, or runs/WORLD-N with the next free N. Where
-              `stages` leave out PPO its policy is the reference.
+              `stages` end before there is a policy, the reference stands for it.
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
@@ -203,6 +203,8 @@ class Run:
         score, reward = np.nan, None if session.world.reward is None else np.nan
         missing = "reward model" if reward is None else "scale of your reward"
         no_score = f"the run has no {missing} yet"
+        if self.config.is_dpo:
+            no_score = "DPO has no reward model; its implicit reward is beta * log-ratio"
         if is_saved(session, "reward_model"):
             model, no_score = pipeline.reward_stage(session, self.reference), ""
             try:

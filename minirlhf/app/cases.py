@@ -387,6 +387,7 @@ make_scores = functools.partial(make_arrays, scales=WIDE)
 make_far_tokens = functools.partial(make_of_tokens, far=True)
 CUT = {"estimator": "k3", "ratio": ["none", "differentiated"]}
 BRADLEY_TERRY = {"margin": [0.0, 0.5], "label_smoothing": [0.0, 0.1]}
+DPO = {"kl_coef": [0.1, 2.0], "label_smoothing": [0.0, 0.1]}
 AS_ONE_ARRAY = {"forward": policy_as_one_array, "backward": policy_from_one_array}
 TABLE = [
     row(layers, "linear", make_arrays, ".I,IO,O"),
@@ -422,6 +423,8 @@ TABLE = [
     row(objectives, "weighted_sum", make_of_tokens),
     row(imitation, "cross_entropy", make_of_tokens),
     row(preferences, "bradley_terry", make_scores, "B,B", **BRADLEY_TERRY),
+    row(preferences, "dpo", make_scores, "B,B", loss="sigmoid", mode="sigmoid", **DPO),
+    row(preferences, "dpo", make_scores, "B,B", loss="ipo", mode="ipo", **DPO),
     row(preferences, "plackett_luce", make_scores, "BK"),
     row(objectives, "ppo_clip", make_of_tokens, clip="ppo", mode="ppo"),
     row(objectives, "ppo_clip", make_of_tokens, clip_eps=(0.2, 0.4), mode="clip-higher"),

@@ -48,7 +48,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     ours.add_argument("--help-all", action="store_true", help="Show every option")
     ours.add_argument("--config", metavar="FILE", help="TOML like a run's; flags overrule it")
     ours.add_argument("--recipe", metavar="NAME", help=f"Settings of {', '.join(RECIPES)}")
-    ours.add_argument("--beta", metavar="X", help="Short for --ppo.kl-coef, the KL penalty's")
+    ours.add_argument("--beta", metavar="X", help="Short for --ppo.kl-coef; in DPO --dpo.kl-coef")
     try:
         named, rest = ours.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -65,7 +65,9 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     of_run = named.config and Path(named.config).with_name("world.json").exists()
     if of_run and not any(word.partition("=")[0] == "--reward" for word in rest):
         refuse_foreign_code(Path(named.config).parent, start.reward)
-    rest += [] if named.beta is None else ["--ppo.kl-coef", named.beta]
+    words = [start.stages, *(word for arg in rest for word in arg.split("="))]
+    of = "dpo" if "sft,dpo" in words else "ppo"
+    rest += [] if named.beta is None else [f"--{of}.kl-coef", named.beta]
     known = [name for names, *_ in options.options_of(start) for name in names]
     return options.read(
         TrainConfig, rest, "train", [*known, "config", "recipe", "beta"], default=start

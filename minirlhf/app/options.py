@@ -37,9 +37,9 @@ SHOWN = {  # what `train --help` shows; all others are in --help-all
     "the model": ("model.n-layer", "model.n-head", "model.d-model", "vocab-size"),
     "fine-tuning": ("sft.steps", "sft.batch-size", "sft.optimizer.learning-rate"),
     "the reward model": ("reward-model.epochs",),
-    "PPO": (
+    "PPO; or DPO, with --stages sft,dpo": (
         *("ppo.iterations", "ppo.batch-size", "ppo.temperature", "ppo.kl-coef", "ppo.kl-target"),
-        "ppo.optimizer.learning-rate",
+        *("ppo.optimizer.learning-rate", "dpo.kl-coef"),
     ),
 }
 

@@ -103,7 +103,8 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
 CURVES = {  # title -> unit, what is measured while a stage learns, and of what was held out
     "fine-tuning: its loss": ("nats per token", "loss/sft", "heldout/loss_sft"),
     "reward model: its loss": ("nats per pair", "loss/reward_model", "heldout/loss_reward_model"),
-    "reward model: right order": ("share of pairs", "accuracy", "heldout/accuracy"),
+    "pairs in the right order": ("share", "accuracy", "heldout/accuracy", "rewards/accuracies"),
+    "DPO: its loss": ("per pair", "loss/dpo", "heldout/loss_dpo"),
     "score: what PPO raises": ("sd of the reference's", "objective/scores", "eval/proxy"),
     "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
     "your reward": ("its own units", "objective/reward", "eval/reward"),
@@ -114,9 +115,9 @@ CURVES = {  # title -> unit, what is measured while a stage learns, and of what 
 
 
 def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
-    """The panels of CURVES for which a run's metrics, or its policy's last table, have numbers."""
+    """The panels of CURVES for which a run's metrics, or the last table of PPO, have numbers."""
     panels = []
-    if last and metrics and "eval/kl_seq" not in metrics[-1]:
+    if last and metrics and metrics[-1]["stage"] == "ppo" and "eval/kl_seq" not in metrics[-1]:
         of_last = {f"eval/{name}": x for name, x in last.items() if x == x}
         metrics = [*metrics, {"stage": "ppo", "step": metrics[-1]["step"], **of_last}]
     for title, (unit, *names) in CURVES.items():

@@ -18,6 +18,7 @@ from minirlhf.exact import optimum
 from minirlhf.exact.enumeration import all_responses, response_logprobs
 from minirlhf.exact.tiny import ANS, EOS, MAX_TOKENS, TOKENS, make_tiny_world, token_counts
 from minirlhf.exact.token_world import TokenWorld
+from minirlhf.train.reward_model import Pair
 
 
 class Desk:
@@ -171,6 +172,12 @@ class Desk:
         lead = gold[pairs[:, 0]] - gold[pairs[:, 1]]
         second = rng.random(n) >= 1 / (1 + np.exp(-lead))
         return np.where(second[:, None], pairs[:, ::-1], pairs)
+
+    def as_pairs(self, numbers: np.ndarray) -> list[Pair]:
+        """Pairs of numbers (n, 2) as ids, for `train.dpo`; without those of equal replies."""
+        rows = zip(self.responses.tokens, self.responses.mask > 0, strict=True)
+        ids = [tokens[kept].tolist() for tokens, kept in rows]
+        return [Pair(self.world.prompts[0], ids[a], ids[b]) for a, b in numbers if a != b]
 
     def standardised(self, reward: np.ndarray, p: np.ndarray | None = None) -> np.ndarray:
         """The reward with mean 0 and sd 1 under p; None: under the reference."""

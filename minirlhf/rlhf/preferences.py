@@ -1,11 +1,12 @@
-"""Stage 2: from ranked responses to a loss on their scores. Bradley-Terry, Plackett-Luce.
+"""From ranked responses to a loss: on their scores (stage 2), or on a policy's log-ratios (DPO).
 
-A reward model gives each response a score; only differences of scores to one prompt matter.
+A reward model gives each response a score; only differences of scores to one prompt matter. In DPO
+the policy is its own reward model: the score of a response is beta times its log-ratio.
 """
 
 from typing import NamedTuple
 
-from minirlhf.backend import Array, as_float, get_xp
+from minirlhf.backend import Array, as_float, check_positive, get_xp
 
 
 def log_sigmoid(x: Array) -> Array:
@@ -22,7 +23,7 @@ def sigmoid(x: Array) -> Array:
 
 
 class BradleyTerryCache(NamedTuple):
-    slope: Array  # (B,) d loss_b / d (difference of scores), divided by B
+    slope: Array  # (B,) d loss_b / d (difference of what is compared), divided by B
 
 
 def bradley_terry_forward(
@@ -41,15 +42,9 @@ def bradley_terry_forward(
     Raises:   ValueError: shapes differ, there is no pair, or f is out of range.
     Tested by: tests/rlhf/test_equations.py::test_bradley_terry_fixture
     """
-    if score_chosen.shape != score_rejected.shape or score_chosen.size == 0:
-        raise ValueError(
-            "bradley_terry: expected score_chosen and score_rejected of one shape (B,), B > 0; "
-            f"got {score_chosen.shape} and {score_rejected.shape}"
-        )
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"bradley_terry: expected label_smoothing in [0, 0.5); got {label_smoothing}"
-        )
+    _check_pairs(
+        "bradley_terry", label_smoothing, score_chosen=score_chosen, score_rejected=score_rejected
+    )
     get_xp(score_chosen, score_rejected)
     flipped = label_smoothing
     difference = as_float(score_chosen) - as_float(score_rejected) - margin  # (B,)
@@ -63,6 +58,48 @@ def bradley_terry_backward(dloss: Array, cache: BradleyTerryCache) -> tuple[Arra
     """dscore_chosen = -sigma(-d) / B,  dscore_rejected = +sigma(-d) / B   (f = 0, dloss = 1)."""
     dchosen = dloss * cache.slope
     return dchosen, -dchosen  # a shift of both changes nothing
+
+
+def dpo_forward(
+    log_ratio_chosen: Array,
+    log_ratio_rejected: Array,
+    *,
+    kl_coef: float,
+    loss: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[Array, BradleyTerryCache]:
+    """loss = mean_b [(1 - f) l(x_b) + f l(-x_b)],  x = log_ratio_chosen - log_ratio_rejected.
+
+    sigmoid  l(x) = -log sigma(beta x)    Bradley-Terry of the implicit reward beta log_ratio: DPO
+                                          (Rafailov et al. 2023, arXiv 2305.18290, equation 7),
+                                          with f > 0 cDPO (Mitchell 2023)
+    ipo      l(x) = (x - 1 / (2 beta))^2  IPO (Azar et al. 2023, arXiv 2310.12036, equation 17)
+
+    Args:     log_ratio_chosen, log_ratio_rejected: (B,) each, sum_t log pi - log pi_ref [nats].
+              kl_coef: beta > 0 [reward units per nat].
+              loss: sigmoid or ipo.
+              label_smoothing: f in [0, 0.5), the share of labels assumed to be flipped.
+    Returns:  loss () [nats per pair; of ipo nats^2], cache.
+    Raises:   ValueError: shapes differ, there is no pair, another loss, f or beta is out of range.
+    Tested by: tests/rlhf/test_equations.py::test_dpo_fixture
+    """
+    chosen, rejected, f = as_float(log_ratio_chosen), as_float(log_ratio_rejected), label_smoothing
+    _check_pairs("dpo", f, log_ratio_chosen=chosen, log_ratio_rejected=rejected)
+    check_positive("dpo", "kl_coef", kl_coef)
+    if loss == "sigmoid":
+        scores = kl_coef * chosen, kl_coef * rejected
+        value, cache = bradley_terry_forward(*scores, label_smoothing=f)
+        return value, BradleyTerryCache(kl_coef * cache.slope)
+    if loss != "ipo":
+        raise ValueError(f"dpo: expected the loss sigmoid or ipo; got {loss!r}")
+    x, lead, n = chosen - rejected, 1 / (2 * kl_coef), chosen.size
+    losses = (1 - f) * (x - lead) * (x - lead) + f * (x + lead) * (x + lead)
+    return losses.sum() / n, BradleyTerryCache(2 * (x - (1 - 2 * f) * lead) / n)
+
+
+def dpo_backward(dloss: Array, cache: BradleyTerryCache) -> tuple[Array, Array]:
+    """dlog_ratio_chosen = -beta sigma(-beta x) / B, rejected the opposite   (sigmoid, f = 0)."""
+    return bradley_terry_backward(dloss, cache)
 
 
 class PlackettLuceCache(NamedTuple):
@@ -100,3 +137,14 @@ def plackett_luce_backward(dloss: Array, cache: PlackettLuceCache) -> Array:
     """dscore_i = (sum_{k <= rank(i)} softmax_{>=k}(score)_i - 1) / B."""
     B = cache.choice.shape[0]
     return dloss * (cache.choice.sum(axis=1) - 1.0) / B
+
+
+def _check_pairs(where: str, label_smoothing: float, **arrays: Array) -> None:
+    (chosen, rejected), names = arrays.values(), " and ".join(arrays)
+    if chosen.shape != rejected.shape or chosen.size == 0:
+        raise ValueError(
+            f"{where}: expected {names} of one shape (B,), B > 0; "
+            f"got {chosen.shape} and {rejected.shape}"
+        )
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"{where}: expected label_smoothing in [0, 0.5); got {label_smoothing}")

@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 from minirlhf.disk import read_toml, write_whole
 from minirlhf.errors import InputError
-from minirlhf.train import reward_model, settings, sft
+from minirlhf.train import dpo, reward_model, settings, sft
+from minirlhf.train.dpo import DPOConfig
 from minirlhf.train.reward_model import RewardModelConfig
 from minirlhf.train.sft import SFTConfig
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Supervised fine-tuning, reward model, PPO."""
+    """Supervised fine-tuning, reward model, PPO; or fine-tuning and DPO."""
 
     out: Path | None = None  # Run folder, a new one; default: runs/WORLD-N with the next free N
     seed: int = 0  # Of every random stream
@@ -45,14 +46,16 @@ class TrainConfig:
     max_prompt_tokens: int = 0
     max_response_tokens: int = 0  # Longest response, at least 2, with its stop token; 0: likewise
     eval_prompts: int = 256  # Held-out prompts of the final table
-    eval_every: int = 10  # PPO iterations between two evaluations; 0: only at the end
+    eval_every: int = 10  # PPO iterations an evaluation; 0: at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
-    stages: Literal["sft", "sft,reward", "all"] = "all"  # What to run; `resume` does the rest
+    # What to run; `resume` does the rest
+    stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
     # The policy's transformer
     model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
     ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
+    dpo: DPOConfig = field(default_factory=DPOConfig)  # Of --stages sft,dpo
 
     def __post_init__(self):
         settings.check_fields(
@@ -74,6 +77,21 @@ class TrainConfig:
                     "choose such a number"
                 )
 
+    @property
+    def is_dpo(self) -> bool:
+        """Does DPO stand in the place of reward model and PPO?"""
+        return self.stages == "sft,dpo"
+
+    def refuse_in_dpo(self, reward: Any, iterations: int = 0) -> None:
+        """Raise InputError where DPO would get no pairs, or a reward or iterations of PPO."""
+        if self.is_dpo and (reward or iterations or (self.corpus and not self.pairs)):
+            came = "a reward" if reward else f"--ppo.iterations {iterations}"
+            raise InputError(
+                "--stages sft,dpo: expected pairs (--pairs, or the support world's), and neither a "
+                f"reward nor PPO; got {came if reward or iterations else 'a corpus alone'}: give "
+                "--pairs FILE alone, or take --stages all"
+            )
+
 
 _CLASS = re.compile(r"^class (\w+):\n((?:    .*\n|\n)*)", re.MULTILINE)
 _FIELD = re.compile(
@@ -91,7 +109,7 @@ def _document_fields(*modules: ModuleType) -> None:
             vars(module)[name].__doc__ = "\n".join([f"{said}\n\nAttributes:", *lines])
 
 
-_document_fields(settings, sft, reward_model, sys.modules[__name__])
+_document_fields(settings, sft, reward_model, dpo, sys.modules[__name__])
 
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ def response_metrics(
 ) -> dict[str, float]:
     """The columns of the final table, means over responses.
 
-    proxy      normalised score that training maximises [reward units]
+    proxy      normalised score that training maximises [reward units]; nan where there is none
     gold       the world's true reward, if it has one
     reward     the user's own reward, if there is one, before normalisation
     kl_seq     sum_t log pi - log pi_ref [nats per response]
@@ -72,7 +72,7 @@ def evaluate(
 ) -> tuple[dict[str, float], Samples]:
     """Held-out metrics, one response a prompt, always with the same coins: two calls compare.
 
-    Args:     policy, reference: {"transformer": ..., "value_head": ...} and {"transformer": ...}.
+    Args:     policy, reference: {"transformer": ...}; what else is in them is not read.
     """
     config = session.config
     prompts = list(islice(cycle(session.world.heldout_prompts), config.eval_prompts))

@@ -34,15 +34,21 @@ from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
 from minirlhf.tree import Tree, tree_items
 
-STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy"}  # what each leaves
+# what each stage leaves; a run has either the last one or the two before it
+STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy", "dpo": "policy"}
 # of each stage the streams that go on from a checkpoint; the others are drawn from their beginning
-GO_ON = {"sft": (), "reward_model": (), "ppo": ("prompts", "rollout", "shuffle")}
+GO_ON = {**dict.fromkeys(STAGES, ()), "ppo": ("prompts", "rollout", "shuffle")}
 FREE = {  # what may change between two sessions; other texts and rewards are refused elsewhere
     *("device", "workers", "threads", "stages", "init", "corpus", "pairs"),
     *("reward", "reward_timeout"),
     *("eval_prompts", "eval_every", "checkpoint_every", "ppo.iterations", "ppo.micro_batch_size"),
 }
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl
+
+
+def stages_of(session: Session) -> list[str]:
+    """The names of those stages that the run has, or will have, in order."""
+    return ["sft", "dpo"] if session.config.is_dpo else ["sft", "reward_model", "ppo"]
 
 
 def is_saved(session: Session, name: str) -> bool:
@@ -68,7 +74,7 @@ def begin_stage(session: Session, stage: str) -> None:
     Raises:   InputError: what was made from its result exists. So this stage was once finished and
                   its folder has been lost: to run it again would not fit.
     """
-    kept, names = has_state(session, stage), list(STAGES)
+    kept, names = has_state(session, stage), stages_of(session)
     for later in names[names.index(stage) + kept :]:  # a policy without its state cannot go on
         if is_saved(session, STAGES[later]) or has_state(session, later):
             lost = state_of(session, stage) if stage == "ppo" else session.folder / STAGES[stage]
@@ -202,12 +208,14 @@ def load_state(
 
 
 def drop_state(session: Session, stage: str) -> None:
-    """Remove the checkpoint of a stage, the first or the second, that has left its result."""
+    """Remove the checkpoint of a stage, any but PPO, that has left its result."""
     shutil.rmtree(state_of(session, stage), ignore_errors=True)
 
 
 def last_kl_coef(session: Session) -> float:
     """beta as training left it: where it is adaptive, not the configured one."""
+    if session.config.is_dpo:
+        return session.config.dpo.kl_coef
     if not has_state(session, "ppo"):
         return session.config.ppo.kl_coef
     return _read_state(session, "ppo")[1]["kl_coef"]
@@ -271,7 +279,7 @@ def settle_settings(session: Session) -> None:
         )
     was, now = dict(flat(load_config(session.folder / BEGAN))), dict(flat(session.config))
     changed = [name for name in now if now[name] != was[name] and name != "out"]
-    finished = {stage for stage, made in STAGES.items() if is_saved(session, made)}
+    finished = {stage for stage in stages_of(session) if is_saved(session, STAGES[stage])}
     begun = finished | {stage for stage in STAGES if has_state(session, stage)}
     longer = "ppo.iterations" in changed and "ppo" in begun
     for name in changed:
@@ -279,7 +287,9 @@ def settle_settings(session: Session) -> None:
         stage = "reward_model" if name == "ppo.temperature" else name.partition(".")[0]
         goes_on = stage not in finished or (longer and stage == "ppo")
         is_rate = name.endswith(".optimizer.learning_rate")
-        free = name in FREE or (stage in STAGES and stage not in begun) or (is_rate and goes_on)
+        other_way = name == "stages" and "sft,dpo" in (was[name], now[name])
+        free = name in FREE and not (other_way and begun & {"ppo", "dpo"})
+        free = free or (stage in STAGES and stage not in begun) or (is_rate and goes_on)
         if not free:
             raise InputError(
                 f"{path}: expected {name} = {was[name]!r}, as until now; got "

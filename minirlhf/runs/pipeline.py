@@ -1,4 +1,5 @@
-"""The whole way: text -> reference -> reward model -> policy, into one run folder.
+"""The whole way: text -> reference -> reward model -> policy, into one run folder; or without the
+reward model, by DPO.
 
 `run_stages` names the stages, which stand below it in this order. A stage hands its texts, a random
 stream and an optimiser to a loop of `train/`, follows it with a log, and leaves a folder; where the
@@ -11,6 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,29 +28,29 @@ from minirlhf.runs import folder, hugging_face
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
+from minirlhf.runs.pairs import draw_prompts, preference_pairs
 from minirlhf.runs.session import Score, Session, Title, open_session, reopen_session
-from minirlhf.train import reward_model
+from minirlhf.train import dpo, reward_model
 from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.ppo import Task, new_policy, train_ppo
-from minirlhf.train.reward_model import Pair, RewardModel
+from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set
 from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import sft_loss, train_sft
 from minirlhf.tree import Tree, tree_pack, tree_unpack
 from minirlhf.workers import side_by_side
-from minirlhf.worlds.examples import Texts
-from minirlhf.worlds.files import split_pairs
 
-TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model", "ppo": "PPO"}
-# Checkpoints of the first two stages: not more often, and of the time not more than this share
+TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model"}
+TITLES |= {"dpo": "DPO", "ppo": "PPO"}
+# Checkpoints of all stages but PPO: not more often, and of the time not more than this share
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 10.0, 0.02
 # Their held-out loss: measured so often before the end, on about so many rows, or this share of
 # those trained on (a sixth of the time in all), if that is less; what is noise
 LOOKS, LOOK_ROWS, LOOK_SHARE, NOISE = 10, 400, 0.05, 0.02
 _NUMBERS = {float, int, type(None)}  # in result.json
-HELDOUT = {"sft": "heldout/loss_sft", "reward_model": "heldout/loss_reward_model"}
+HELDOUT = {stage: f"heldout/loss_{stage}" for stage in ("sft", "reward_model", "dpo")}
 Measure = Callable[[slice], dict[str, float]]
 
 
@@ -90,7 +92,8 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
         )
     reference = reference_stage(session)
     if "policy" in saved:
-        heads = ["value_head"] * session.config.ppo.has_critic
+        has_critic = session.config.ppo.has_critic and not session.config.is_dpo
+        heads = ("value_head",) if has_critic else ()
         return folder.load_params(session, "policy", session.gpt, *heads), reference
     if not folder.has_state(session, "ppo"):
         session.note(f"{session.folder} has no policy yet: its reference stands for it")
@@ -106,7 +109,7 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
 def run_stages(session: Session) -> Result | None:
     """The stages in order; a stage whose result lies in the folder is not run again.
 
-    Returns:  the comparison; None where config.stages leave out PPO.
+    Returns:  the comparison; None where config.stages end before there is a policy.
     """
     if session.stored is None:
         session.say(
@@ -125,17 +128,22 @@ def run_stages(session: Session) -> Result | None:
         folder.drop_state(session, "sft")
         if config.stages == "sft":
             return None
-        with session.timed("reward_model"):
-            score = session.score_with(reward_stage(session, reference))
-        folder.drop_state(session, "reward_model")
-        if config.stages == "sft,reward":
-            return None
-        with session.timed("ppo"):
-            policy = ppo_stage(session, reference, score)
+        if config.is_dpo:
+            score = session.score_with(RewardModel({}, session.gpt))
+            with session.timed("dpo"):
+                policy = dpo_stage(session, reference)
+            folder.drop_state(session, "dpo")
+        else:
+            with session.timed("reward_model"):
+                score = session.score_with(reward_stage(session, reference))
+            folder.drop_state(session, "reward_model")
+            if config.stages == "sft,reward":
+                return None
+            with session.timed("ppo"):
+                policy = ppo_stage(session, reference, score)
         with session.timed("evaluation"):
             session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
-            valued = {**policy, **reference}
-            before, first = evaluate(session, valued, reference, score)
+            before, first = evaluate(session, reference, reference, score)
             after, last = evaluate(session, policy, reference, score)
         content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
         write_whole(session.folder / "result.json", content)
@@ -164,8 +172,9 @@ def banner(session: Session) -> str:
     pairs = pairs if world.pairs is None else f"{len(world.pairs):,} pairs in all"
     source = pairs if world.reward is None else f"the reward {session.config.reward}"
     done = {"sft": folder.is_saved(session, "reference")}
-    done |= {"reward": folder.is_saved(session, "reward_model")}
-    done |= {"ppo": (session.folder / "result.json").exists()}
+    if not session.config.is_dpo:
+        done["reward"] = folder.is_saved(session, "reward_model")
+    done["dpo" if session.config.is_dpo else "ppo"] = (session.folder / "result.json").exists()
     left = [name for name in done if not done[name] and (stages == "all" or name in stages)]
     to_run = ", ".join(left) or "none, all are done"
     return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
@@ -191,7 +200,7 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range, title: s
 def _learn(
     session: Session, stage: str, optimizer: Optimizer, loop: Iterable, n: int, measure: Measure
 ) -> dict[str, float]:
-    """Let the loop of the first or second stage run to its end, with log and checkpoints.
+    """Let the loop of any stage but PPO run to its end, with log and checkpoints.
 
     Args:     measure: metrics of some of the n held-out rows, as training leaves off.
     Returns:  those of all of them at the end; {} if there are none.
@@ -233,10 +242,11 @@ def _note_memorised(session: Session, stage: str, n_steps: int, last: dict, n: i
     share = low.get(right, 1.0)
     rose = last.get(right, 0.0) - share > 2 * math.sqrt(share * (1 - share) / n)
     if last[name] > (1 + NOISE) * low[name] and not rose:
-        fewer = session.config.reward_model.epochs * low["step"] // n_steps
-        slower = "a lower --reward-model.optimizer.learning-rate"
-        option = f"--reward-model.epochs {fewer}" if fewer else slower
-        option = f"--sft.steps {low['step']}" if stage == "sft" else option
+        flag, option = stage.replace("_", "-"), f"--sft.steps {low['step']}"
+        if stage != "sft":
+            fewer = getattr(session.config, stage).epochs * low["step"] // n_steps
+            slower = f"a lower --{flag}.optimizer.learning-rate"
+            option = f"--{flag}.epochs {fewer}" if fewer else slower
         session.note(
             f"{TITLES[stage]}: the held-out loss was lowest, {low[name]:.3f}, after {low['step']} "
             f"of {n_steps} steps and rose to {last[name]:.3f}, as texts are learnt by heart: set "
@@ -303,7 +313,7 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
     if session.world.reward is None:
         model = learn_preferences(session, reference, gpt)
     rng = session.rng["normalize"]
-    prompts = _draw(session.world.train_prompts, settings.n_normalize, rng)
+    prompts = draw_prompts(session.world.train_prompts, settings.n_normalize, rng)
     sampling = Sampling(session.config.ppo.temperature)
     session.say(f"scaling the reward on {len(prompts):,} samples of the reference")
     samples = session.sample(reference, prompts, rng, sampling)
@@ -313,100 +323,62 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
 
 
 def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> RewardModel:
-    """A reward model trained on pairs, not yet normalised; its held-out accuracy is logged."""
-    settings, rng = session.config.reward_model, session.rng["reward_model"]
-    pairs, heldout, gold_difference = preference_pairs(session, reference)
+    """A reward model trained on pairs, not yet normalised."""
     start = reference["transformer"]
-    if settings.init == "scratch":
+    if session.config.reward_model.init == "scratch":
         start = session.on_device(init_transformer(gpt, rng=session.rng["reward_init"]))
-    params = reward_model.init_reward_model(start, gpt, rng=rng)
-    updates = reward_model.n_updates(len(pairs), settings)
-    optimizer = Optimizer(params, settings.optimizer, total_steps=updates)
-    loop = reward_model.train_reward_model(
-        optimizer, pairs, config=gpt, settings=settings, rng=rng, **session.padding
-    )
-    model = RewardModel(optimizer.params, gpt)
+    params = reward_model.init_reward_model(start, gpt, rng=session.rng["reward_model"])
+    train = partial(reward_model.train_reward_model, config=gpt)
 
-    def measure(rows: slice) -> dict[str, float]:
+    def measure(params: Tree, *pairs: Any) -> dict[str, float]:
+        return reward_model.pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
+
+    pairs = preference_pairs(session, reference)
+    return RewardModel(_learn_pairs(session, "reward_model", params, pairs, train, measure), gpt)
+
+
+def dpo_stage(session: Session, reference: Tree) -> Tree:
+    """In the place of stages 2 and 3: the policy from pairs, against the reference."""
+    if folder.is_saved(session, "policy"):
+        return folder.load_params(session, "policy", session.gpt)
+    folder.begin_stage(session, "dpo")
+    same = {"config": session.gpt, **session.padding}
+    *pairs, gold_difference = preference_pairs(session, reference)
+    pairs = [dpo.with_reference(some, reference, **same) for some in pairs]
+    measure = partial(dpo.heldout_metrics, settings=session.config.dpo, **same)
+    train = partial(dpo.train_dpo, config=session.gpt)
+    params = _learn_pairs(session, "dpo", reference, (*pairs, gold_difference), train, measure)
+    folder.save_params(session, "policy", params, session.gpt)
+    return params
+
+
+def _learn_pairs(
+    session: Session, stage: str, start: Tree, pairs: tuple, train: Callable, measure: Callable
+) -> Tree:
+    """What `train` makes of a copy of `start`; its accuracy on held-out pairs is logged and said.
+
+    Args:     pairs: as `preference_pairs` gives them.
+              measure: metrics of (parameters, held-out pairs, their difference of gold or None).
+    """
+    settings, (pairs, heldout, gold_difference) = getattr(session.config, stage), pairs
+    updates, n = reward_model.n_updates(len(pairs), settings), len(heldout)
+    optimizer = Optimizer(start, settings.optimizer, total_steps=updates)
+    rng = session.rng[stage]
+    loop = train(optimizer, pairs, settings=settings, rng=rng, **session.padding)
+
+    def look(rows: slice) -> dict[str, float]:
         gold = None if gold_difference is None else gold_difference[rows]
-        return reward_model.pair_metrics(
-            model, heldout[rows], gold_difference=gold, **session.padding
-        )
+        return measure(optimizer.params, heldout[rows], gold)
 
-    n = len(heldout)
-    if metrics := _learn(session, "reward_model", optimizer, loop, n, measure):
+    if metrics := _learn(session, stage, optimizer, loop, n, look):
         gold = metrics.get("heldout/gold_accuracy")
         session.say(
-            f"reward model: accuracy {metrics['heldout/accuracy']:.3f} on {n} held-out "
-            f"pairs, loss {metrics[HELDOUT['reward_model']]:.3f}, "
+            f"{TITLES[stage]}: accuracy {metrics['heldout/accuracy']:.3f} on {n} held-out pairs, "
+            f"loss {metrics[HELDOUT[stage]]:.3f}, "
             f"calibration error {metrics['heldout/calibration_error']:.3f}"
             + ("" if gold is None else f", {gold:.3f} against the gold order")
         )
-    return model
-
-
-def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], list[Pair], Any]:
-    """Pairs to learn from, held-out pairs, and the held-out difference of gold (or None).
-
-    Given pairs are split by prompt; otherwise the annotator compares two reference samples.
-
-    Raises:   InputError: none are given, or none of a training prompt differs within the limit.
-    """
-    world, settings = session.world, session.config.reward_model
-    if world.pairs is None and world.annotate is None:
-        how = f"`minirlhf resume {shlex.quote(str(session.folder))} --reward ..` or train --pairs"
-        raise InputError(f"expected a reward or pairs; got none: go on with {how}", resume=None)
-    if world.pairs is None:
-        train, _ = annotated_pairs(session, reference, world.train_prompts, settings.n_pairs)
-        heldout, difference = annotated_pairs(
-            session, reference, world.heldout_prompts, settings.n_heldout_pairs
-        )
-        return train, heldout, difference
-    parts = split_pairs(world.pairs, train_prompts=world.train_prompts)
-    train, heldout = (_differing_pairs(session, part) for part in parts)
-    within = f"in their first {session.max_response_tokens} tokens"
-    if dropped := len(world.pairs) - len(train) - len(heldout):
-        session.note(f"dropped {dropped} of {len(world.pairs)} pairs that are equal {within}")
-    if not train:
-        raise InputError(
-            f"pairs: expected pairs to train on that differ {within}; got none: raise "
-            "--max-response-tokens",
-            resume=None,
-        )
-    return train, heldout, None
-
-
-def _differing_pairs(session: Session, pairs: list[Texts]) -> list[Pair]:
-    """The pairs as ids, without those that no longer differ where they are cut."""
-    differing = []
-    for texts in pairs:
-        prompt, *replies = session.example_ids(*texts)
-        if len(set(map(bytes, replies))) == len(replies):
-            differing.append(Pair(prompt, *replies[:2], tuple(replies[2:])))
-    return differing
-
-
-def annotated_pairs(
-    session: Session, reference: Tree, prompts: list[str], n: int
-) -> tuple[list[Pair], np.ndarray | None]:
-    """n pairs of reference samples in the annotator's order; equal replies are left out.
-
-    Returns:  pairs, gold(chosen) - gold(rejected) of each (None without a gold reward).
-    """
-    world, rng = session.world, session.rng
-    drawn = _draw(prompts, n, rng["pairs"])
-    first, second = (session.sample(reference, drawn, rng["pairs"]) for _ in range(2))
-    pairs, difference = [], []
-    for i, prompt in enumerate(drawn):
-        if first.response_ids[i] == second.response_ids[i]:
-            continue
-        a_wins = world.annotate(prompt, first.responses[i], second.responses[i], rng["annotator"])
-        winner, loser = (first, second) if a_wins else (second, first)
-        pairs.append(Pair(first.prompt_ids[i], winner.response_ids[i], loser.response_ids[i]))
-        if world.gold:
-            chosen, rejected = (world.gold(prompt, of.responses[i]) for of in (winner, loser))
-            difference.append(chosen - rejected)
-    return pairs, np.array(difference) if world.gold else None
+    return optimizer.params
 
 
 def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
@@ -466,7 +438,7 @@ def _sample_batch(session: Session, policy: Tree) -> Samples:
     """G responses to each of the next training prompts, those to one prompt together."""
     settings, rng = session.config.ppo, session.rng
     G = settings.samples_per_prompt
-    prompts = _draw(session.world.train_prompts, settings.batch_size // G, rng["prompts"])
+    prompts = draw_prompts(session.world.train_prompts, settings.batch_size // G, rng["prompts"])
     prompts = [prompt for prompt in prompts for _ in range(G)]
     sampling = Sampling(settings.temperature)
     return sample_as_set(
@@ -475,9 +447,3 @@ def _sample_batch(session: Session, policy: Tree) -> Samples:
         config=session.gpt,
         settings=settings,
     )
-
-
-def _draw(items: list[str], n: int, rng: np.random.Generator) -> list[str]:
-    """n items without repetition, or in whole shuffled rounds if there are fewer than n."""
-    rounds = [rng.permutation(len(items)) for _ in range(-(-n // len(items)))]
-    return [items[i] for i in np.concatenate(rounds)[:n]]

@@ -53,7 +53,7 @@ from minirlhf.worlds.world import World
 
 STREAMS = (
     "world", "init", "sft", "pairs", "annotator", "reward_init", "reward_model", "normalize",
-    "prompts", "rollout", "shuffle",
+    "prompts", "rollout", "shuffle", "dpo",
 )  # fmt: skip
 # what world.json keeps of a world: enough to sample from a run and to score with it
 KEPT = {"name": str, "joiner": str, "max_prompt_tokens": int, "max_response_tokens": int}
@@ -208,6 +208,8 @@ class Score(NamedTuple):
     def __call__(self, samples: Samples) -> np.ndarray:
         if self.world.reward is None:
             ids = samples.prompt_ids, samples.response_ids
+            if not self.model.params:  # DPO learns no scores
+                return np.full(len(ids[1]), np.nan)
             return score_responses(self.model, *ids, **self.padding)
         try:
             rewards = self.world.rewards(samples.prompts, samples.responses)
@@ -227,6 +229,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     array_module(config.device)  # refuse a device that is not there before anything is written
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
+    config.refuse_in_dpo(reward)
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     notes = [*(try_reward(world) if world.reward else ()), *unused_options(config)]
     named = config.corpus or config.pairs or "support"
@@ -290,11 +293,9 @@ def reopen_session(
     Args:     device: instead of the one it was trained on.
               iterations: of PPO, in all; 0: as config.toml says.
               reward, accept_changed_reward: `named` and `changed` of `own_reward`.
-              look: it is only sampled from and scored with, for which its texts are not read, and
-                  its reward not before it is asked. So is a finished run whose texts or reward
-                  have gone, or whose texts have changed.
-    Raises:   InputError: the folder holds no run, its files are damaged, or its texts or its reward
-                  have changed since it began.
+              look: to sample and score alone: reads no texts, and no reward before it is asked. So
+                  is a finished run whose texts or reward have gone, or whose texts have changed.
+    Raises:   InputError: no run, damaged files, or texts or a reward that have changed since.
     """
     folder = Path(folder)
     if not os.path.exists(folder / "config.toml"):
@@ -304,7 +305,9 @@ def reopen_session(
         )
     stored = load_config(folder / "config.toml")
     ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
-    config = replace(stored, out=folder, device=device or stored.device, stages="all", ppo=ppo)
+    stored.refuse_in_dpo(reward or stored.reward, iterations)
+    stages = stored.stages if stored.is_dpo else "all"
+    config = replace(stored, out=folder, device=device or stored.device, stages=stages, ppo=ppo)
     array_module(config.device)
     ended = not (look or reward or accept_changed_reward or ppo != stored.ppo)
     ended = ended and (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
@@ -450,6 +453,12 @@ def unused_options(config: TrainConfig) -> list[str]:
         return {name for name in values if values[name] != default[name]}
 
     of_run, of_model, notes = turned(config), turned(config.reward_model), []
+    unread = of_model - {"n_pairs", "n_heldout_pairs"} | turned(config.ppo) - {"temperature"}
+    if config.is_dpo and unread | of_run & {"eval_every", "checkpoint_every"}:
+        of_use = "n-pairs, n-heldout-pairs and --ppo.temperature"
+        notes.append(f"of reward model and PPO DPO reads --reward-model.{of_use} alone")
+    elif "dpo" in of_run and not config.is_dpo:
+        notes.append("--dpo.* changes nothing without --stages sft,dpo")
     if "corpus_unit" in of_run and not config.corpus:
         notes.append("--corpus-unit changes nothing without --corpus")
     if config.columns and not (config.corpus or config.pairs):
@@ -473,6 +482,7 @@ def rate_notes(config: TrainConfig) -> list[str]:
     rates, flags = {"sft": "5e-5", "reward_model": "5e-5", "ppo": "1e-5"}, []
     if config.reward or config.reward_model.init == "scratch":  # of a model that is tiny
         del rates["reward_model"]
+    rates = {"sft": "5e-5", "dpo": "1e-5"} if config.is_dpo else rates
     for stage, rate in rates.items():
         given, default = (getattr(of, stage).optimizer for of in (config, TrainConfig()))
         if given.learning_rate == default.learning_rate:

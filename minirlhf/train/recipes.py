@@ -50,6 +50,8 @@ _PPO: dict[str, dict[str, Any]] = {
     },
 }
 RECIPES = {name: {"ppo": changes} for name, changes in _PPO.items()}  # fields of TrainConfig
+# Rafailov et al. 2023, arXiv 2305.18290: from pairs, in the place of reward model and PPO
+RECIPES["dpo"] = {"stages": "sft,dpo"}
 
 
 def recipe(name: str) -> dict[str, Any]:

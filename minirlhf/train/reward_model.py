@@ -3,9 +3,9 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -52,13 +52,9 @@ class RewardModelConfig:
             "reward_model.",
             at_least_1=("n_layer", "n_pairs", "n_heldout_pairs", "epochs", "batch_size"),
             at_least_2=("n_normalize",),  # one sample has no sd
-            at_least_0=("margin", "label_smoothing"),
+            at_least_0=("margin",),
+            below_half=("label_smoothing",),
         )
-        if self.label_smoothing >= 0.5:  # from there on the loss prefers what was rejected
-            raise InputError(
-                "reward_model.label_smoothing: expected at least 0 and less than 0.5; "
-                f"got {self.label_smoothing}: choose such a number"
-            )
 
 
 class Pair(NamedTuple):
@@ -68,6 +64,7 @@ class Pair(NamedTuple):
     chosen: Ids
     rejected: Ids
     worse: tuple[Ids, ...] = ()  # of a list: what was ranked below `rejected`, in this order
+    ref_logp: tuple[float, ...] = ()  # for DPO: log Pr_ref(y|x) of both [nats]
 
     @property
     def replies(self) -> tuple[Ids, ...]:
@@ -111,24 +108,10 @@ def train_reward_model(
     Raises:   InputError: there are no pairs.
               NonFiniteError: the loss diverged.
     """
-    if not pairs:
-        raise InputError(
-            "reward model: expected preference pairs; got none: give --pairs a file, or train a "
-            "reference whose replies differ",
-            resume=None,
-        )
-    orders = (rng.permutation(len(pairs)) for _ in range(settings.epochs))
-    rows = row_slices(len(pairs), settings.batch_size)
-    # what has been done is drawn again: after a resume the stream is where it was
-    draws = (order[some] for order in orders for some in rows)
-    for chosen in itertools.islice(draws, optimizer.updates, None):
-        metrics, gradients = reward_model_loss_and_gradients(
-            optimizer.params,
-            [pairs[i] for i in chosen],
-            config=config,
-            settings=settings,
-            pad_id=pad_id,
-            device=device,
+    same = {"config": config, "pad_id": pad_id, "device": device}
+    for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
+        metrics, gradients = pairs_loss_and_gradients(
+            optimizer.params, [pairs[i] for i in chosen], settings=settings, **same
         )
         yield metrics | optimizer.step(gradients, loss=metrics["loss/reward_model"])
 
@@ -141,34 +124,54 @@ def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Ge
     return {"transformer": transformer, "reward_head": head}
 
 
-def n_updates(n_pairs: int, settings: RewardModelConfig) -> int:
+def shuffled(
+    n_pairs: int, settings: Any, *, rng: np.random.Generator, done: int
+) -> Iterator[np.ndarray]:
+    """Numbers of the pairs of each update but the first `done`: epochs, in a new order each.
+
+    Raises:   InputError: there are no pairs.
+    """
+    if not n_pairs:
+        raise InputError(
+            "pairs: expected preference pairs; got none: give --pairs a file, or train a "
+            "reference whose replies differ",
+            resume=None,
+        )
+    orders = (rng.permutation(n_pairs) for _ in range(settings.epochs))
+    rows = row_slices(n_pairs, settings.batch_size)
+    # what has been done is drawn again: after a resume the stream is where it was
+    draws = (order[some] for order in orders for some in rows)
+    return itertools.islice(draws, done, None)
+
+
+def n_updates(n_pairs: int, settings: Any) -> int:
     """How many updates the loop makes."""
     return settings.epochs * len(row_slices(n_pairs, settings.batch_size))
 
 
-def reward_model_loss_and_gradients(
+def pairs_loss_and_gradients(
     params: Tree,
     pairs: list[Pair],
     *,
     config: GPTConfig,
-    settings: RewardModelConfig,
+    settings: Any,
     pad_id: int,
     device: str = "cpu",
+    micro_batch: Callable | None = None,
 ) -> tuple[dict[str, float], Tree]:
-    """Mean of -log sigma(score_chosen - score_rejected), and its gradient.
+    """Mean loss of pairs and its gradient, summed over micro-batches.
 
-    Returns:  metrics (loss; accuracy and mean margin of neighbours in the order), gradients.
+    Args:     micro_batch: of these; None: the reward model's -log sigma(chosen - rejected).
+    Returns:  metrics (the loss among them), gradients.
     """
-    f = functools.partial(
-        _micro_batch, params, config=config, settings=settings, pad_id=pad_id, device=device
-    )
+    same = {"config": config, "settings": settings, "pad_id": pad_id, "device": device}
     parts = []
     for K in sorted({len(p.replies) for p in pairs}):  # lists of one length are one array
         alike = [p for p in pairs if len(p.replies) == K]
         lengths = [K * (len(p.prompt) + max(map(len, p.replies))) for p in alike]
         for group in micro_batches(lengths, config=config, device=device):
             parts.append(([alike[i] for i in group], len(group) / len(pairs)))
-    total = sum_over(f, parts)
+    total = sum_over(functools.partial(micro_batch or _micro_batch, params, **same), parts)
     metrics = {name: float(value) for name, value in total["metrics"].items()}
     return metrics, total["gradients"]
 
@@ -265,18 +268,12 @@ def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
 def pair_metrics(
     model: RewardModel,
     pairs: list[Pair],
+    gold_difference: np.ndarray | None = None,
     *,
     pad_id: int,
-    gold_difference: np.ndarray | None = None,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """How well the model orders pairs it has not seen.
-
-    accuracy           share of pairs with score_chosen > score_rejected; of neighbours in a list
-    loss_reward_model  mean of -log sigma(raw margin); of neighbours in a list
-    calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(raw margin)
-    gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
-    """
+    """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
     rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
     score = [
@@ -284,9 +281,19 @@ def pair_metrics(
         for responses in both
     ]
     margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
+    loss = float(np.logaddexp(0.0, -margin).mean())
+    return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
+
+
+def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> dict[str, float]:
+    """What is to be known of the margins, reward of the better - reward of the worse, of pairs.
+
+    accuracy           share of pairs with a margin above 0
+    calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(margin)
+    gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
+    """
     metrics = {
         "heldout/accuracy": float((margin > 0).mean()),
-        "heldout/loss_reward_model": float(np.logaddexp(0.0, -margin).mean()),
         "heldout/calibration_error": calibration_error(margin),
         "heldout/margin": float(margin.mean()),
     }

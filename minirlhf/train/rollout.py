@@ -39,7 +39,7 @@ class Rollout(NamedTuple):
     old_logp: Array  # log pi_old [nats]
     ref_logp: Array  # log pi_ref [nats]
     ref_logits: Array | None  # (B, T, V), only where the loss needs the whole distribution
-    values: Array  # V(x, y_<t) [reward units]
+    values: Array  # V(x, y_<t) [reward units]; 0 of a policy without a value head
     entropy: Array  # of pi_old [nats]
     kl_full: Array  # KL(pi_old(.|s_t) || pi_ref(.|s_t)) over the whole vocabulary [nats]
     score: Array  # (B,) normalised reward of the whole response

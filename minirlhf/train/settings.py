@@ -25,6 +25,8 @@ _RULES = {
     "above_0": (lambda x: 1e-37 <= x <= 1e37, "at least 1e-37 and at most 1e37"),
     "shares": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
     "decays": (lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+    # of labels; from a half on a loss prefers what was rejected
+    "below_half": (lambda x: 0 <= x < 0.5, "at least 0 and less than 0.5"),
 }
 
 

@@ -191,7 +191,7 @@ def test_the_installed_program_is_this_one():
         ("train --seed 1 2", "expected an option of train; got '2'"),
         ("train --seed 1 --seed two", "--seed: expected a whole number; got 'two'"),  # the last
         ("train --device gpu", "--device: expected one of 'cpu', 'cuda'; got 'gpu'"),
-        ("train --stages ppo", "--stages: expected one of 'sft', 'sft,reward', 'all'; got 'ppo'"),
+        ("train --stages ppo", "--stages: expected one of 'sft', 'sft,reward', 'sft,dpo', 'all'"),
         ("train --ppo.batch-size 0", "ppo.batch_size: expected at least 1; got 0"),
         ("train --ppo.kl-mode k4", "--ppo.kl-mode: expected one of 'reward_k1', "),
         ("train --ppo.whiten-rewards maybe", "expected an option of train; got 'maybe'"),

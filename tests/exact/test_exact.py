@@ -945,7 +945,7 @@ def test_the_tables_of_these_tests_differ():
 @pytest.mark.parametrize("by_length", [True, False])
 @pytest.mark.parametrize("kl_coef", [0.1, 0.5, 20.0])
 def test_grpo_rests_where_its_expected_gradient_is_0(kl_coef, by_length, by_sd):
-    """By enumeration, through the package's own losses: advantages of the whole group, k3 a token."""
+    """By enumeration, through the package's own losses: a large group, k3 of each token."""
     world = make_random_world(seed=1)
     tree, responses, log_ref = world.tree, world.responses, world.log_probs("ref")
     of = {"by_length": by_length, "by_sd": by_sd}

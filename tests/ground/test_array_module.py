@@ -223,7 +223,8 @@ def test_one_whole_ppo_update(kl_mode, cuda_is_the_stand_in):
     assert np.abs(flat - start).max() > 1e-5  # something was learnt
 
 
-def test_a_whole_run(cuda_is_the_stand_in, tmp_path):
+@pytest.mark.parametrize("stages", ["all", "sft,dpo"])
+def test_a_whole_run(cuda_is_the_stand_in, tmp_path, stages):
     """Text to policy, all stages with their files, smallest of all: the same table at the end."""
 
     def run(device):
@@ -231,6 +232,7 @@ def test_a_whole_run(cuda_is_the_stand_in, tmp_path):
             TrainConfig(
                 out=tmp_path / device,
                 device=device,
+                stages=stages,
                 workers=1,  # or a CPU samples in two halves, which round otherwise
                 vocab_size=300,
                 eval_prompts=4,

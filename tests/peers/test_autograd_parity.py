@@ -27,6 +27,7 @@ from minirlhf.rlhf.preferences import (
     plackett_luce_forward,
 )
 from minirlhf.train.batches import pad_batch
+from minirlhf.train.dpo import DPOConfig, dpo_micro_batch, with_reference
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
@@ -38,6 +39,7 @@ from minirlhf.train.ppo import (
     ppo_loss_forward,
     ppo_update,
 )
+from minirlhf.train.reward_model import Pair, pairs_loss_and_gradients
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.train.sft import sft_loss_and_gradients
@@ -653,3 +655,37 @@ def test_the_losses_at_extreme_scores():
     assert_close(ours, theirs.detach(), LOSS_RTOL, "loss")
     (dscores,) = torch.autograd.grad(theirs, [peer])
     assert_close(plackett_luce_backward(1.0, cache), dscores, LOSS_RTOL, "dscores")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo_through_the_policy(loss, smoothing):
+    """As one writes it in PyTorch: log-probs of both replies, minus the reference's."""
+    params, reference, beta = model(8, head="value_head"), model(9, head="value_head"), 0.3
+    del params["value_head"]
+    rng, (x, y) = np.random.default_rng(8), (PROMPTS[:4], RESPONSES)
+    ids = [[rng.integers(0, CONFIG.vocab_size, n).tolist() for n in some] for some in (x, y)]
+    pairs = [Pair(*row) for row in zip(ids[0], ids[1][:4], ids[1][4:], strict=True)]
+    same = {"config": CONFIG, "pad_id": 0}
+    pairs = with_reference(pairs, reference, **same)
+    settings = DPOConfig(kl_coef=beta, loss=loss, label_smoothing=smoothing)
+    same |= {"settings": settings, "micro_batch": dpo_micro_batch}
+    metrics, gradients = pairs_loss_and_gradients(params, pairs, **same)
+
+    def seq_logp(p, prompt, reply):
+        tokens = torch.tensor([[*prompt, *reply]])
+        h = hidden_states(p, tokens, torch.ones_like(tokens))
+        logits = F.linear(h, p["transformer.wte"])[0, len(prompt) - 1 : -1]
+        return F.log_softmax(logits, -1)[torch.arange(len(reply)), torch.tensor(reply)].sum()
+
+    p, frozen, losses = leaves_of(params), leaves_of(reference), []
+    for prompt, *replies, _, _ in pairs:
+        with torch.no_grad():
+            ref = [seq_logp(frozen, prompt, reply) for reply in replies]
+        chosen, rejected = (seq_logp(p, prompt, y) - r for y, r in zip(replies, ref, strict=True))
+        for share, lead in ((1 - smoothing, chosen - rejected), (smoothing, rejected - chosen)):
+            square = (lead - 1 / (2 * beta)).square()
+            losses.append(share * (-F.logsigmoid(beta * lead) if loss == "sigmoid" else square))
+    theirs = torch.stack(losses).sum() / len(pairs)
+    assert_close(metrics["loss/dpo"], theirs.detach(), LOSS_RTOL, "loss")
+    assert_gradients_agree(gradients, p, theirs)

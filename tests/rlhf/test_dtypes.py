@@ -119,6 +119,8 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "bradley_terry": lambda a: pair(preferences, "bradley_terry")(
         a.x[:, 0], a.y[:, 0], margin=0.5, label_smoothing=0.1
     ),
+    "dpo": lambda a: pair(preferences, "dpo")(a.x[:, 0], a.x[:, 1], kl_coef=0.1),
+    "ipo": lambda a: pair(preferences, "dpo")(a.x[:, 0], a.x[:, 1], kl_coef=0.1, loss="ipo"),
     "plackett_luce": lambda a: pair(preferences, "plackett_luce")(a.x[:, :5]),
     # of nn/ what takes anything but activations
     "gelu": lambda a: [gelu_forward(a.x)[0], gelu_forward(a.x, keep=False)[0]],

@@ -69,6 +69,8 @@ from minirlhf.rlhf.objectives import (
 )
 from minirlhf.rlhf.preferences import (
     bradley_terry_forward,
+    dpo_backward,
+    dpo_forward,
     plackett_luce_backward,
     plackett_luce_forward,
 )
@@ -735,6 +737,37 @@ def test_clipped_value_fixture():
     assert loss_and_slope(0.5, 0.0, -1.0) == (pytest.approx(1.125), pytest.approx(1.5))
     # Inside the range both errors are the same.
     assert loss_and_slope(0.1, 0.0, 1.0) == (pytest.approx(0.405), pytest.approx(-0.9))
+
+
+@given(sizes(1), st.sampled_from([0.1, 2.0]), st.sampled_from([0.0, 0.1]))
+def test_dpo(case, beta, smoothing):
+    B, rng = case
+    chosen, rejected = 2 * rng.standard_normal((2, B))
+    dpo = ipo = 0.0
+    for b in range(B):
+        x = chosen[b] - rejected[b]
+        for share, lead in ((1 - smoothing, x), (smoothing, -x)):
+            dpo -= share * math.log(sigma(beta * lead)) / B
+            ipo += share * (lead - 1 / (2 * beta)) ** 2 / B
+    same = {"kl_coef": beta, "label_smoothing": smoothing}
+    assert_close(dpo_forward(chosen, rejected, **same)[0], dpo)
+    assert_close(dpo_forward(chosen, rejected, loss="ipo", **same)[0], ipo)
+
+
+def test_dpo_fixture():
+    # 'Good day' gained 2.4 nats, the other reply lost 0.6: x = 3, h = 0.5 * 3 = 1.5.
+    chosen, rejected = np.array([2.4]), np.array([-0.6])
+    loss, cache = dpo_forward(chosen, rejected, kl_coef=0.5)
+    assert float(loss) == pytest.approx(0.2014, abs=5e-5)  # -log sigma(1.5) = log(1 + e^-1.5)
+    dchosen, drejected = dpo_backward(1.0, cache)
+    assert float(dchosen[0]) == pytest.approx(-0.0912, abs=5e-5)  # -0.5 sigma(-1.5)
+    assert float(drejected[0]) == -float(dchosen[0])
+    loss, cache = dpo_forward(chosen, rejected, kl_coef=0.5, loss="ipo")
+    assert float(loss) == pytest.approx(4.0)  # (3 - 1 / (2 * 0.5))^2
+    assert float(dpo_backward(1.0, cache)[0][0]) == pytest.approx(4.0)  # 2 (3 - 1): x falls
+    # 10 % of labels flipped: .9 * 0.2014 + .1 * 1.7014
+    loss, _ = dpo_forward(chosen, rejected, kl_coef=0.5, label_smoothing=0.1)
+    assert float(loss) == pytest.approx(0.3514, abs=5e-5)
 
 
 def test_bradley_terry_fixture():

@@ -11,6 +11,8 @@ from tolerances import LOOPS, assert_close
 from minirlhf.rlhf.preferences import (
     bradley_terry_backward,
     bradley_terry_forward,
+    dpo_backward,
+    dpo_forward,
     log_sigmoid,
     plackett_luce_backward,
     plackett_luce_forward,
@@ -72,6 +74,31 @@ def test_label_smoothing_stops_at_the_odds_it_believes_in(smoothing):
     assert slope(best - 0.1) < 0 < slope(best + 0.1)
 
 
+@given(score_lists(lo=2, hi=2), st.sampled_from([0.1, 2.0]), st.sampled_from([0.0, 0.1]))
+def test_dpo_is_bradley_terry_of_the_implicit_reward(scores, beta, smoothing):
+    chosen, rejected = scores[:, 0].copy(), scores[:, 1].copy()
+    loss, cache = dpo_forward(chosen, rejected, kl_coef=beta, label_smoothing=smoothing)
+    other, other_cache = bradley_terry_forward(
+        beta * chosen, beta * rejected, label_smoothing=smoothing
+    )
+    assert loss == other
+    for ours, theirs in zip(
+        dpo_backward(1.0, cache), bradley_terry_backward(beta, other_cache), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_ipo_stops_where_the_labels_it_believes_in_lead(beta, smoothing):
+    """However sure the labels are, a pair's log-ratios are to differ by (1 - 2 f) / (2 beta)."""
+    same = {"kl_coef": beta, "loss": "ipo", "label_smoothing": smoothing}
+    for offset, sign in ((-0.1, -1), (0.0, 0), (0.1, 1)):
+        x = np.array([(1 - 2 * smoothing) / (2 * beta) + offset])
+        slope = dpo_backward(1.0, dpo_forward(x, np.zeros(1), **same)[1])[0][0]
+        assert slope == pytest.approx(0.2 * sign, abs=1e-9)
+
+
 def test_a_margin_asks_for_that_much_more():
     with_margin, _ = bradley_terry_forward(np.array([3.0]), np.array([1.0]), margin=0.5)
     without, _ = bradley_terry_forward(np.array([2.5]), np.array([1.0]))
@@ -101,6 +128,16 @@ def test_preferences_refuse():
     for smoothing in (-0.1, 0.5, 1.0, math.nan):  # from a half on, the rejected one is preferred
         with pytest.raises(ValueError, match=rf"label_smoothing in \[0, 0.5\); got {smoothing}"):
             bradley_terry_forward(np.zeros(2), np.zeros(2), label_smoothing=smoothing)
+    for loss in ("sigmoid", "ipo"):
+        same = {"kl_coef": 0.1, "loss": loss}
+        with pytest.raises(ValueError, match=r"dpo: expected log_ratio_chosen and .* and \(3,\)"):
+            dpo_forward(np.zeros(2), np.zeros(3), **same)
+        with pytest.raises(ValueError, match=r"dpo: expected label_smoothing in \[0, 0.5\); got 1"):
+            dpo_forward(np.zeros(2), np.zeros(2), label_smoothing=1, **same)
+    with pytest.raises(ValueError, match="dpo: expected kl_coef > 0.*; got 0"):
+        dpo_forward(np.zeros(2), np.zeros(2), kl_coef=0.0)
+    with pytest.raises(ValueError, match="dpo: expected the loss sigmoid or ipo; got 'hinge'"):
+        dpo_forward(np.zeros(2), np.zeros(2), kl_coef=0.1, loss="hinge")
     for shape in ((3, 1), (3,), (0, 3)):
         with pytest.raises(ValueError, match=r"expected scores \(B, K\) with .* K >= 2; got"):
             plackett_luce_forward(np.zeros(shape))

@@ -208,6 +208,10 @@ IMPOSSIBLE = {
     "reward_model.batch_size": 0,
     "reward_model.margin": math.inf,
     "reward_model.label_smoothing": 0.5,
+    "dpo.kl_coef": 0.0,
+    "dpo.label_smoothing": 0.5,
+    "dpo.epochs": 0,
+    "dpo.batch_size": 0,
     "ppo.iterations": 0,
     "ppo.batch_size": 0,
     "ppo.epochs": 0,
@@ -234,7 +238,7 @@ IMPOSSIBLE = {
     "ppo.score_clip": -1.0,
     **{
         f"{stage}.optimizer.{name}": value
-        for stage in ("sft", "reward_model", "ppo")
+        for stage in ("sft", "reward_model", "dpo", "ppo")
         for name, value in {
             "learning_rate": -1e-3,
             "warmup": -1,

@@ -1,6 +1,7 @@
 """T12: no option is dead. Every field of TrainConfig is turned, and the run must change.
 
 MUTATIONS has a row for each field, found with dataclasses.fields: a new field without a row fails.
+(Those of DPO are turned in test_dpo.py.)
 A row also says where the change must show, and so where it must not: an option of PPO that changes
 the reference would be as wrong as one that changes nothing.
 """
@@ -245,7 +246,7 @@ def default_value(path):
 
 
 def test_every_field_is_turned():
-    fields = {path for path, _ in leaves(TrainConfig())}
+    fields = {path for path, _ in leaves(TrainConfig()) if not path.startswith("dpo.")}
     tested = MUTATIONS.keys() | ELSEWHERE.keys()
     assert fields == tested, "a new option needs a row in MUTATIONS"
     assert not MUTATIONS.keys() & ELSEWHERE.keys()

@@ -16,6 +16,7 @@ from minirlhf.errors import InputError
 from minirlhf.runs import limits, pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.limits import most_tokens
+from minirlhf.runs.pairs import preference_pairs
 from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.settings import ModelConfig
 from minirlhf.worlds.tokens import Tokenizer
@@ -264,13 +265,13 @@ def test_pairs_that_differ_late_train_and_advice_names_an_option(tmp_path, capsy
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tiny_config(tmp_path / "run", pairs=str(path), max_response_tokens=0)
     session = open_session(config)
-    train, heldout, _ = pipeline.preference_pairs(session, {})
+    train, heldout, _ = preference_pairs(session, {})
     assert len(train) + len(heldout) == 20
     config = tiny_config(tmp_path / "short", pairs=str(path), max_response_tokens=5)
     with pytest.raises(
         InputError, match="differ in their first 5 tokens; .* raise --max-response-"
     ):
-        pipeline.preference_pairs(open_session(config), {})
+        preference_pairs(open_session(config), {})
 
 
 def test_a_folder_of_another_name_for_packed_files(tmp_path, monkeypatch):

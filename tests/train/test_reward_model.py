@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CONFIG, Letters, make_ids, make_params
+from tiny import CONFIG, Letters, make_ids, make_params, toy_pairs, toy_rankings
 from tiny_run import metrics, tiny_config, write_pairs
 from tolerances import BATCH_COMPOSITION
 
@@ -26,7 +26,7 @@ from minirlhf.train.reward_model import (
     n_updates,
     normalized,
     pair_metrics,
-    reward_model_loss_and_gradients,
+    pairs_loss_and_gradients,
     score_responses,
     train_reward_model,
 )
@@ -34,20 +34,7 @@ from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import tree_copy, tree_items, tree_leaves, tree_map
 
 PAD = Letters.pad
-A, EOS = 0, Letters.eos
-
-
-def toy_pairs(n, *, seed):
-    """Whoever says "a" is preferred; everything else is noise, the lengths too."""
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for _ in range(n):
-        prompt, chosen, rejected = make_ids(
-            rng.integers(1, 5, size=3), seed=int(rng.integers(2**32)), low=1
-        )
-        chosen.insert(int(rng.integers(len(chosen) + 1)), A)
-        pairs.append(Pair([Letters.bos, *prompt], [*chosen, EOS], [*rejected, EOS]))
-    return pairs
+EOS = Letters.eos
 
 
 def trained(pairs, *, transformer=None, **changes):
@@ -102,7 +89,7 @@ def test_the_gradient_is_that_of_the_loss(changes):
 
     def at(h):
         there = tree_map(lambda a, d: a + h * d, params, direction)
-        metrics, gradients = reward_model_loss_and_gradients(
+        metrics, gradients = pairs_loss_and_gradients(
             there, pairs, config=CONFIG, settings=settings, pad_id=PAD
         )
         return metrics["loss/reward_model"], gradients
@@ -111,19 +98,6 @@ def test_the_gradient_is_that_of_the_loss(changes):
     slope = sum(float((gradient * move).sum()) for gradient, move in leaves)
     rise = at(1e-5)[0] - at(-1e-5)[0]
     assert abs(slope) > 0.01 and rise / 2e-5 == pytest.approx(slope, rel=1e-6)
-
-
-def toy_rankings(n, *, seed, size=4):
-    """The more often a reply says "a", the better it is."""
-    rng = np.random.default_rng(seed)
-    rankings = []
-    for _ in range(n):
-        prompt, *rest = make_ids(
-            rng.integers(1, 4, size=size + 1), seed=int(rng.integers(2**32)), low=1
-        )
-        replies = [[*[A] * (size - 1 - i), *ids, EOS] for i, ids in enumerate(rest)]
-        rankings.append(Pair([Letters.bos, *prompt], *replies[:2], tuple(replies[2:])))
-    return rankings
 
 
 def test_ranked_lists_are_learned_by_plackett_luce():
@@ -139,8 +113,8 @@ def test_lists_of_several_lengths_and_pairs_share_a_batch():
     params, settings = make_params(heads=("reward_head",)), RewardModelConfig()
     same = {"config": CONFIG, "settings": settings, "pad_id": PAD}
     mixed = toy_pairs(3, seed=1) + toy_rankings(2, seed=2) + toy_rankings(3, seed=3, size=3)
-    metrics, gradients = reward_model_loss_and_gradients(params, mixed, **same)
-    alone = [reward_model_loss_and_gradients(params, [one], **same) for one in mixed]
+    metrics, gradients = pairs_loss_and_gradients(params, mixed, **same)
+    alone = [pairs_loss_and_gradients(params, [one], **same) for one in mixed]
     for name, value in metrics.items():
         assert value == pytest.approx(np.mean([m[name] for m, _ in alone]), abs=1e-12), name
     for leaves in zip(*map(tree_leaves, (gradients, *(g for _, g in alone))), strict=True):
