@@ -1,319 +1,396 @@
-"""`minirlhf judge`: a KL term of your own, or of a library, against the exact answer.
+"""`minirlhf judge`: a KL term, a loss or advantages of anybody's, against the exact answer.
 
     judge(lambda logp, ref_logp, mask: (mask * 0.5 * (logp - ref_logp) ** 2).sum()).descends
                                                      "token_kl": a part of the penalty's gradient
-    assert_descends(my_loss, "kl")                   for a test, in one line
+    assert_descends(my_loss, "0.04 x kl")            for a test, in one line
 
-A term is a function of one sampled response, arrays (1, T): it takes those of NAMES that it asks
-for by name, and returns a number, or a number for each token, which are then summed over the mask.
-In NumPy it is differentiated by complex step, or by central differences where it does not take
-complex numbers; in PyTorch and JAX as they differentiate it, so that a detach or a stop_gradient
-counts.
+A function is asked of one sampled response, arrays (1, T), and takes those of NAMES that it asks
+for by name: which they are says what it is. A penalty; with advantages, a loss; with rewards, an
+estimator of advantages, of a group of responses (3, T) or (3,) if it asks for the group or for
+rewards alone. A loss is a number, or one a token, summed over the mask; of a tuple the first. In
+NumPy it is differentiated by central differences, or returns (number, its own gradient).
 """
 
+import contextlib
 import importlib
 import inspect
 import json
-import sys
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.text import Text
 
-from minirlhf.app.tables import BAD, GOOD, number_table
+from minirlhf.app.tables import BAD, GOOD, rows_table
+from minirlhf.disk import shorten
 from minirlhf.errors import InputError
-from minirlhf.exact.judge import MEANS, NONE, NOTHING, SAMPLERS, Slopes, Verdict, judge_slopes
+from minirlhf.exact import judge as exact
+from minirlhf.exact.judge import Answer, Arrays, Verdict
+from minirlhf.exact.libraries import LIBRARIES
 from minirlhf.worlds import rewards
 
-Framework = Literal["auto", "numpy", "torch", "jax"]
-Form = Literal["loss", "reward"]
-NAMES = {  # what a term may ask for -> how libraries call it
-    "logp": "logp logps logprobs log_probs log_prob new_logps new_logprobs per_token_logps "
-    "policy_logps pi_logps lp",
-    "ref_logp": "ref_logp ref_logps ref_logprobs ref_log_probs ref_log_prob ref_per_token_logps "
-    "reference_logps reference_logprobs log_probs_base ref_lp",
-    "old_logp": "old_logp old_logps old_logprobs old_log_probs old_log_prob old_per_token_logps",
-    "mask": "mask response_mask completion_mask action_mask loss_mask masks",
-    "advantages": "advantages advantage adv",
-    "log_ratio": "log_ratio logratio log_ratios kl lr",
+Framework = Literal["auto", "numpy", "own", "torch", "jax"]
+Placement = Literal["loss", "reward"]
+NAMES = {  # what a function may ask for -> how libraries call it
+    "logp": "logps logprob logprobs log_prob log_probs new_logp new_logps new_logprobs pi_logps lp "
+    "per_token_logps policy_logps curr_logprobs action_log_probs",
+    "ref_logp": "ref_logps ref_logprob ref_logprobs ref_log_prob ref_log_probs reference_logps "
+    "reference_logprobs ref_per_token_logps logprobs_reference log_probs_ref log_probs_base "
+    "base_action_log_probs reference_policy_logprobs",
+    "old_logp": "old_logps old_logprob old_logprobs old_log_prob old_log_probs log_probs_old "
+    "old_per_token_logps old_action_log_probs prev_logprobs rollout_log_probs generation_logprobs",
+    "mask": "response_mask completion_mask action_mask loss_mask token_mask masks",
+    "advantages": "advantage adv",
+    "rewards": "reward scores token_level_rewards",
+    "values": "value old_values",
+    "gamma": "discount",
+    "lam": "lambd lambda_ gae_lambda",
+    "group": "index group_ids uid",
+    "group_size": "num_generations",
 }
+GROUP = 3  # responses
+SETTINGS = {"gamma": 1.0, "lam": 0.95, "group_size": GROUP, "group": np.zeros(GROUP, dtype=int)}
+KINDS = [{"logp", "old_logp", "ref_logp", "advantages", "mask"}, {"rewards", "values", "mask"}]
+PARTS = {"kl": "the penalty", "reward": "the advantages"}
+CLAIMS = [*exact.KL_MEANS, *exact.REWARD_MEANS]
 STEP = 1e-5  # of central differences: extrapolated, their error is STEP^4 and rounding
 
 
 class Report(NamedTuple):
-    """What the term does, on-policy and on the samples of an old policy."""
+    """What a function does: first of all on the policy's own samples, or with exact values."""
 
-    on_policy: Verdict
-    off_policy: Verdict
+    verdicts: list[Verdict]
     reads_padding: bool  # what stands where the mask is 0 changes it
 
     @property
     def descends(self) -> str:
-        """On-policy: a name of MEANS, "nothing" or "none of these"."""
-        return self.on_policy.descends
+        """A name of KL_MEANS or REWARD_MEANS of exact/judge.py, "nothing" or "none of these"."""
+        return self.verdicts[0].descends
 
     @property
     def right(self) -> bool:
-        """On-policy it is the gradient of the penalty, and nothing else."""
-        return self.on_policy.right and not self.reads_padding
+        """It is the gradient of the penalty, or of the reward, and nothing else."""
+        return self.verdicts[0].claim == self.verdicts[0].part and not self.reads_padding
+
+    def holds(self, claim: str) -> bool:
+        """Does it descend this, as it is printed: "kl", "0.04 x kl", "nothing"?"""
+        name = claim.rpartition(" x ")[2].removeprefix(exact.MEAN)
+        if name not in (*CLAIMS, exact.NOTHING):
+            raise InputError(
+                f"judge: expected a claim like kl, mean_kl or '0.04 x kl', of one of "
+                f"{', '.join(CLAIMS)}, {exact.NOTHING}; got {shorten(claim)!r}: name one"
+            )
+        first = {verdict.part: verdict.claim for verdict in reversed(self.verdicts)}
+        return claim in first.values() and not self.reads_padding
 
 
 def judge(
     f: Callable[..., Any] | str,
     *,
-    form: Form = "loss",
+    placement: Placement = "loss",
     framework: Framework = "auto",
     names: dict[str, str] | None = None,
+    size: tuple[int, int] = (4, 4),
     seed: int = 0,
 ) -> Report:
-    """What the expected gradient of a KL term is the gradient of.
+    """What the expected gradient of a function is the gradient of.
 
-    Args:     f: the term; or its name, file.py:function or module:function.
-              form: "loss": it is differentiated. "reward": it is a number for each token that is
-                  taken off the reward, a constant, as in PPO; logp is then that of who sampled.
-              framework: who differentiates; "auto": the one that the function's module imports.
+    Args:     f: the function; or file.py:function, module:function, or a name of LIBRARIES.
+              placement: "loss": it is differentiated. "reward": it is a number for each token that
+                  is taken off the reward, a constant, as in PPO; logp is then the sampler's.
+              framework: who differentiates; "auto": the one that the function uses; "own": it
+                  returns (number, gradient (1, T) at logp) itself.
               names: {a parameter of f: one of NAMES} where its own name does not say it.
+              size: tokens of the world's vocabulary, and of its longest response.
               seed: of the world's transformers.
-    Raises:   InputError: it cannot be called, or returns no numbers of the right shape.
+    Raises:   InputError: it cannot be called, or does not return finite numbers that fit.
     """
+    if isinstance(f, str) and f in LIBRARIES:
+        row = LIBRARIES[f]
+        f, placement, framework = row.f, row.placement, row.framework
     f = rewards.load_function(f, "judge") if isinstance(f, str) else f
-    slopes = slopes_of(f, form=form, framework=framework, names=names)
-    reads_padding = False
+    call, asked = _by_name(f, names or {})
+    if min(size) < 2 or (size[0] - 1) ** size[1] > 2000:
+        raise InputError(
+            "judge: expected at least 2 tokens, and at most 2000 responses of the greatest length; "
+            f"got --size {size[0]} {size[1]}: choose smaller ones, like 4 4"
+        )
+    adapt = _numbers if placement == "reward" or "rewards" in asked else _slopes
+    seen: list[bool] = []
+    answer = _watched(adapt(call, _used_by(f) if framework == "auto" else framework), seen)
+    if "rewards" not in asked:
+        about = {"placement": placement, "with_reward": "advantages" in asked}
+        found = exact.judge_loss(answer, exact.make_settings(seed, *size), **about)
+    elif asked & {"group", "group_size"} or asked == {"rewards"}:
+        found = exact.judge_advantages(answer, exact.make_settings(seed, 3, 3), group_size=GROUP)
+    else:
+        found = exact.judge_advantages(answer, exact.make_settings(seed, *size))
+    verdicts = list(found)
+    alive = {v.part for v in verdicts if any(row["noise"] or row["cosine"] for row in v.rows)}
+    if not alive:
+        raise InputError(
+            "judge: expected a loss that depends on logp; its gradient is 0 at every response: is "
+            "it detached? What is a constant in the reward is judged with --placement reward"
+        )
+    return Report([v for v in verdicts if v.part in alive], any(seen))
 
-    def watched(arrays: dict[str, np.ndarray]) -> tuple[float, np.ndarray]:
-        nonlocal reads_padding
-        found, real = slopes(arrays), arrays["mask"][0] > 0
-        if not (reads_padding or real.all()):
-            moved = {k: np.where(real, a, 2 + i) for i, (k, a) in enumerate(arrays.items())}
-            again = slopes({**moved, "mask": arrays["mask"]})
-            pairs = [(found[1][real], again[1][real])] + [found[:1] + again[:1]] * (form == "loss")
-            reads_padding = not all(np.allclose(*pair, rtol=1e-5, atol=1e-7) for pair in pairs)
-        return found
 
-    verdicts = judge_slopes(watched, form=form, seed=seed)
-    return Report(*verdicts, reads_padding)
-
-
-def assert_descends(
-    f: Callable[..., Any] | str, what: str, *, factor: float = 1.0, **about
-) -> None:
-    """Raise AssertionError unless f descends factor times this one of MEANS, or "nothing".
+def assert_descends(f: Callable[..., Any] | str, claim: str, **about: Any) -> None:
+    """Raise AssertionError unless f descends what is claimed: "kl", "0.04 x kl", "nothing".
 
     Args:     about: of `judge`.
     """
-    if what not in (*MEANS, NOTHING):
-        raise InputError(f"judge: expected one of {', '.join(MEANS)} or nothing; got {what!r}")
     report = judge(f, **about)
-    found = report.on_policy
-    scaled = what == NOTHING or abs(found.factor - factor) <= 1e-6 * abs(factor)
-    if found.descends != what or not scaled or report.reads_padding:
-        raise AssertionError(f"expected {factor:g} x {what}; {sentence(report)}")
+    if not report.holds(claim):
+        raise AssertionError(f"expected {claim}; {'; '.join(sentences(report))}")
 
 
-def sentence(report: Report) -> str:
-    """The verdict in words."""
-    verdict = report.on_policy
-    if verdict.descends == NONE:
-        said = f"it descends {NONE} (nearest: {verdict.nearest})"
-    elif verdict.descends == NOTHING:
-        said = "its expected gradient is 0: it descends nothing and adds noise"
-    else:
-        way = "descends" if verdict.factor > 0 else "ascends"
-        size = abs(verdict.factor)
-        times = "" if abs(size - 1) < 1e-6 else f"{size:.4g} x "
-        said = f"it {way} {times}{MEANS[verdict.descends]}"
-    return said + ("; and it reads what stands at padding" if report.reads_padding else "")
+def sentences(report: Report) -> list[str]:
+    """The verdicts in words."""
+    said = []
+    for v in report.verdicts:
+        words = exact.meaning(v.descends if v.factor else f"nearest is {v.nearest}")
+        said.append(f"{PARTS[v.part]}, {v.given}: descends {v.claim} ({words})")
+        if v.value_is != exact.NONE:
+            said.append(f"its value is on average {v.value_is}")
+    return said + ["it reads what stands at padding"] * report.reads_padding
 
 
-# -- a function as slopes ------------------------------------------------------------------------
-def slopes_of(
-    f: Callable[..., Any], *, form: str = "loss", framework: str = "auto", names=None
-) -> Slopes:
-    """Value and slopes of a term at one response, as `exact.judge.judge_slopes` wants them."""
-    call = _by_name(f, names or {})
-    framework = _imported_by(f) if framework == "auto" else framework
-    if form == "reward":
-        return _terms(call, framework)
-    return {"numpy": _numpy, "torch": _torch, "jax": _jax}[framework](call)
-
-
-def _by_name(f: Callable[..., Any], names: dict[str, str]) -> Callable[..., Any]:
-    """f as a function of the arrays by our names."""
-    meanings = {theirs: ours for ours, known in NAMES.items() for theirs in known.split()}
+# -- a function as an answer ---------------------------------------------------------------------
+def _by_name(f: Callable[..., Any], names: dict[str, str]) -> tuple[Callable, set[str]]:
+    """f as a function of the arrays by our names, and which of them it asks for."""
+    meanings = {theirs: ours for ours, known in NAMES.items() for theirs in (ours, *known.split())}
+    try:
+        parameters = inspect.signature(f).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"judge: expected a function; got {shorten(repr(f))}: name one") from error
     asked = {}
-    for parameter in inspect.signature(f).parameters.values():
+    for parameter in parameters:
         ours = names.get(parameter.name) or meanings.get(parameter.name)
-        if ours in NAMES:
+        is_set = parameter.default is not parameter.empty or parameter.kind == 4  # **others
+        if ours in NAMES and parameter.kind in (1, 3) and not (is_set and ours in ("gamma", "lam")):
             asked[parameter.name] = ours
-        elif parameter.default is parameter.empty and parameter.kind not in (2, 4):  # *a, **k
+        elif not is_set:
             raise InputError(
-                f"judge: expected parameters that say what they are, like {', '.join(NAMES)}; got "
-                f"{parameter.name!r}: name it, as in names={{{parameter.name!r}: 'logp'}}"
+                f"judge: expected parameters called {', '.join(NAMES)} or alike; got "
+                f"{str(parameter)!r}: say what it is, as in --names {parameter.name}=logp"
             )
+    wanted = set(asked.values())
+    if not any(wanted & {"logp", "rewards"} and wanted <= {*kind, *SETTINGS} for kind in KINDS):
+        raise InputError(
+            "judge: expected a function of logp, old_logp, ref_logp, advantages, mask, or one of "
+            f"rewards, values, mask; got one of {', '.join(sorted(wanted)) or 'nothing'}: write a "
+            "function around it"
+        )
 
     def call(arrays: dict[str, Any]) -> Any:
-        arrays = {**arrays, "log_ratio": arrays["logp"] - arrays["ref_logp"]}
-        arrays["advantages"] = 0 * arrays["old_logp"]
-        return f(**{theirs: arrays[ours] for theirs, ours in asked.items()})
-
-    return call
-
-
-def _imported_by(f: Callable[..., Any]) -> str:
-    """Which of torch and jax the module of a function has imported; numpy if neither."""
-    values = getattr(inspect.unwrap(f), "__globals__", {}).values()
-    roots = {
-        getattr(value, "__name__", "").partition(".")[0]
-        for value in values
-        if inspect.ismodule(value)
-    }
-    found = [name for name in ("torch", "jax") if name in roots]
-    if len(found) > 1:
-        raise InputError("judge: expected torch or jax; its module imports both: say framework=")
-    return found[0] if found else "numpy"
-
-
-def _total(out: Any, mask: Any) -> Any:
-    """A number: terms of tokens are summed over the mask."""
-    shape = tuple(getattr(out, "shape", ()))
-    if shape in ((), (1,)):
-        return out if shape == () else out[0]
-    if shape not in (tuple(mask.shape), tuple(mask.shape)[1:]):
-        raise InputError(
-            f"judge: expected a number, or one for each token, {tuple(mask.shape)}; got {shape}"
-        )
-    return (mask.reshape(shape) * out).sum()
-
-
-def _numpy(call: Callable) -> Slopes:
-    def value(logp: np.ndarray, arrays: dict) -> Any:
-        return _total(np.asarray(call({**arrays, "logp": logp})), arrays["mask"])
-
-    def central(arrays: dict, t: int) -> float:
-        def difference(h: float) -> float:
-            step = np.zeros_like(arrays["logp"])
-            step[0, t] = h
-            up, down = (value(arrays["logp"] + s * step, arrays) for s in (1, -1))
-            return float(np.real(up - down)) / (2 * h)
-
-        return (4 * difference(STEP) - difference(2 * STEP)) / 3
-
-    def complex_step(arrays: dict, t: int) -> float:
-        logp = arrays["logp"].astype(np.complex128)
-        logp[0, t] += 1e-30j
-        return float(np.imag(value(logp, arrays))) * 1e30
-
-    def slopes(arrays: dict) -> tuple[float, np.ndarray]:
-        T = arrays["logp"].shape[1]
-        numbers = np.array([central(arrays, t) for t in range(T)])
+        if len(arrays["mask"]) > 1 and "mask" not in asked.values():
+            arrays = {**arrays, "rewards": arrays["rewards"].sum(-1)}
+        given = SETTINGS | arrays
         try:
-            exact = np.array([complex_step(arrays, t) for t in range(T)])
-        except TypeError:  # it compares, or takes no complex numbers
-            exact = numbers
-        same = np.allclose(exact, numbers, rtol=1e-4, atol=1e-6)  # abs() and .real are not analytic
-        return float(np.real(value(arrays["logp"], arrays))), exact if same else numbers
-
-    return slopes
-
-
-def _torch(call: Callable) -> Slopes:
-    torch = importlib.import_module("torch")
-
-    def slopes(arrays: dict) -> tuple[float, np.ndarray]:
-        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-        logp = tensors["logp"].requires_grad_()
-        total = _total(call(tensors), tensors["mask"])
-        if not getattr(total, "requires_grad", False):
-            return float(total), np.zeros(logp.shape[1])
-        (slope,) = torch.autograd.grad(total, logp)
-        return float(total.detach()), slope.numpy()[0]
-
-    return slopes
-
-
-def _jax(call: Callable) -> Slopes:
-    jax = importlib.import_module("jax")
-    jax.config.update("jax_enable_x64", True)
-
-    def loss(logp: Any, others: dict) -> Any:
-        return _total(call({**others, "logp": logp}), others["mask"])
-
-    both = jax.jit(jax.value_and_grad(loss))
-
-    def slopes(arrays: dict) -> tuple[float, np.ndarray]:
-        others = {name: array for name, array in arrays.items() if name != "logp"}
-        value, slope = both(arrays["logp"], others)
-        return float(value), np.asarray(slope)[0]
-
-    return slopes
-
-
-def _terms(call: Callable, framework: str) -> Slopes:
-    """The number of each token, in the place of slopes."""
-
-    def terms(arrays: dict) -> tuple[float, np.ndarray]:
-        made = {n: sys.modules["torch"].tensor(a) for n, a in arrays.items()}
-        out = np.asarray(call(made if framework == "torch" else arrays), dtype=np.float64)
-        if out.size != arrays["mask"].size:
+            return f(**{theirs: given[ours] for theirs, ours in asked.items()})
+        except Exception as error:  # the user's code may raise anything
             raise InputError(
-                f"judge: expected a number for each token in the reward, {arrays['mask'].shape}; "
-                f"got {out.shape}: return it before it is summed"
-            )
-        out = out.reshape(-1)
-        return float((out * arrays["mask"][0]).sum()), out
+                f"judge: expected it to take arrays {tuple(arrays['mask'].shape)}; it raised "
+                f"{type(error).__name__}: {shorten(str(error), 200)}: correct it, or say with "
+                "--framework whose arrays it takes"
+            ) from error
 
-    return terms
+    return call, wanted
+
+
+def _used_by(f: Callable[..., Any]) -> str:
+    """The framework that a function's code names; or else its module, if that is one."""
+    while hasattr(f, "func") or hasattr(f, "__wrapped__"):  # partial, decorated
+        f = getattr(f, "func", None) or f.__wrapped__
+    f = f if hasattr(f, "__code__") else type(f).__call__
+    of_module, code = getattr(f, "__globals__", {}), getattr(f, "__code__", None)
+    for words in (code.co_names if code else (), of_module):
+        modules = filter(inspect.ismodule, map(of_module.get, words))
+        roots = {module.__name__.partition(".")[0] for module in modules}
+        if {"torch", "jax"} <= roots:
+            raise InputError("judge: expected torch or jax; it uses both: say --framework")
+        if found := [name for name in ("torch", "jax", "numpy") if name in roots]:
+            return found[0]
+    return "numpy"
+
+
+def _watched(answer: Answer, seen: list[bool]) -> Answer:
+    """The same answer, finite; `seen` gets whether what stands at padding changes it."""
+
+    def watched(arrays: Arrays) -> tuple[float, np.ndarray]:
+        def counted(arrays: Arrays) -> np.ndarray:
+            value, of_tokens = answer(arrays)
+            return np.append(value, of_tokens[real])
+
+        real = arrays["mask"] > 0
+        found = counted(arrays)
+        if not np.isfinite(found).all():
+            raise InputError(f"judge: expected finite numbers; got {found}: guard its divisions")
+        if not (any(seen) or real.all()):
+            moved = arrays.keys() & {"logp", "old_logp", "ref_logp", "values"}
+            other = {name: np.where(real, arrays[name], 2.0 + len(name)) for name in moved}
+            same = np.allclose(found, counted(arrays | other), rtol=1e-5, atol=1e-7)
+            seen.append(not same)
+        of_tokens = np.zeros(real.shape)
+        of_tokens[real] = found[1:]
+        return float(found[0]), of_tokens
+
+    return watched
+
+
+def _real(out: Any, *shapes: tuple[int, ...]) -> Any:
+    """What counts of (loss, metrics), if it is of real numbers and one of these shapes."""
+    out = out[0] if isinstance(out, (tuple, list)) and out else out
+    kind, shape = getattr(out, "dtype", type(out).__name__), tuple(getattr(out, "shape", ()))
+    if "float" not in str(kind) or shape not in shapes:
+        raise InputError(
+            f"judge: expected real numbers of shape {' or '.join(map(str, shapes))}; got {kind} of "
+            f"shape {shape}: return a loss, or its terms for each token"
+        )
+    return out
+
+
+def _framework(name: str) -> tuple[Any, Callable, Callable]:
+    """The module, what makes its arrays, and a context in which they are float64."""
+    try:
+        module = importlib.import_module("numpy" if name == "own" else name)
+    except ImportError as error:
+        raise InputError(
+            f"judge: expected {name}; {error}: install it, or another --framework"
+        ) from error
+    if name == "jax":
+        return module, module.numpy.asarray, lambda: module.enable_x64(True)
+    return module, module.tensor if name == "torch" else np.asarray, contextlib.nullcontext
+
+
+def _numbers(call: Callable, framework: str) -> Answer:
+    """Its numbers for tokens, or for the responses of a group, as constants."""
+    _, to, context = _framework(framework)
+
+    def numbers(arrays: Arrays) -> tuple[float, np.ndarray]:
+        shape = arrays["mask"].shape
+        with context():
+            out = call({name: to(array) for name, array in arrays.items()})
+            out = _real(out, shape, shape[:1] if shape[0] > 1 else shape[1:])
+            out = np.array(out.detach() if hasattr(out, "detach") else out, dtype=np.float64)
+        of_tokens = out.reshape(shape[0], -1) + np.zeros(shape)
+        return float((of_tokens * arrays["mask"]).sum()), of_tokens
+
+    return numbers
+
+
+def _slopes(call: Callable, framework: str) -> Answer:
+    """The value of a loss, and its slopes at logp."""
+    module, to, context = _framework(framework)
+
+    def total(logp: Any, arrays: dict[str, Any]) -> Any:
+        mask = arrays["mask"]
+        shapes = (), (1,), (1, 1), tuple(mask.shape), tuple(mask.shape[1:])
+        terms = _real(call({**arrays, "logp": logp}), *shapes)
+        if mask.shape[1] not in getattr(terms, "shape", ()):
+            return terms.sum() if hasattr(terms, "sum") else terms
+        return (mask.reshape(terms.shape) * terms).sum()
+
+    def by_differences(logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
+        slope = np.zeros_like(logp)
+        for t in np.flatnonzero(arrays["mask"]):
+            step = STEP * (np.arange(logp.size) == t)
+            ends = [total(logp + k * step, arrays) for k in (1, -1, 2, -2)]
+            near, far = (ends[0] - ends[1]) / (2 * STEP), (ends[2] - ends[3]) / (4 * STEP)
+            if abs(near - far) > 1e-6 + 1e-4 * abs(near):
+                raise InputError(
+                    f"judge: expected a smooth function in float64; over steps of {STEP} its slope "
+                    f"is {near:.6g}, over twice that {far:.6g}: is it float32, or rounded?"
+                )
+            slope[0, t] = (4 * near - far) / 3
+        return total(logp, arrays), slope
+
+    def by_itself(logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
+        out = call(arrays)
+        is_pair = isinstance(out, tuple) and len(out) == 2
+        return total(logp, arrays), _real(out[1] if is_pair else out, logp.shape)
+
+    def by_torch(logp: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
+        value = total(logp.requires_grad_(), arrays)
+        if not getattr(value, "requires_grad", False):
+            return value, 0 * logp.detach()
+        return value.detach(), module.autograd.grad(value, logp, materialize_grads=True)[0]
+
+    by = {"numpy": by_differences, "own": by_itself, "torch": by_torch}.get(framework)
+    by = by or module.jit(module.value_and_grad(total))
+
+    def slopes(arrays: Arrays) -> tuple[float, np.ndarray]:
+        with context():
+            value, slope = by(to(arrays["logp"]), {name: to(a) for name, a in arrays.items()})
+            return float(value), np.asarray(slope, dtype=np.float64)
+
+    return slopes
 
 
 # -- the command ---------------------------------------------------------------------------------
 def judge_command(
-    function: str,
+    function: tyro.conf.Positional[str],
     *,
-    form: Form = "loss",
+    placement: Placement = "loss",
     framework: Framework = "auto",
-    claim: str = "",
+    names: tuple[str, ...] = (),
+    expect: str = "",
+    size: tuple[int, int] = (4, 4),
     seed: int = 0,
-    json_: bool = False,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
-    """What the expected gradient of a KL term descends, by enumeration.
+    """What the expected gradient of a KL term, a loss or advantages descends, by enumeration.
 
     Args:
-        function: file.py:function or module:function, of logp, ref_logp, old_logp, mask.
-        form: loss: it is differentiated; reward: it is a constant taken off each token's reward.
-        framework: Who differentiates; auto: what the function's module imports.
-        claim: What it should descend, like kl; exit status 1 if it does not.
+        function: file.py:function, module:function, the name of a library's, or libraries: all.
+        placement: loss: it is differentiated; reward: it is a constant taken off each token's.
+        framework: Who differentiates; auto: what it uses; own: it returns (number, gradient).
+        names: What its parameters are where their names do not say it, like x=logp y=ref_logp.
+        expect: What it should descend, like kl or "0.04 x kl"; exit status 1 if it does not.
+        size: Tokens of the world's vocabulary, and of its longest response.
         seed: Of the world's transformers.
         json_: Print the numbers as JSON.
     Returns:
         exit status: 0, or 1 if the claim fails.
     """
-    if claim and claim not in (*MEANS, NOTHING):
-        raise InputError(f"--claim: expected one of {', '.join(MEANS)}; got {claim!r}")
-    report = judge(function, form=form, framework=framework, seed=seed)
-    holds = not claim or (report.descends == claim and abs(report.on_policy.factor - 1) < 1e-6)
-    holds = holds and not report.reads_padding if claim else True
+    about = {"size": size, "seed": seed}
+    if function == "libraries":
+        return _show_libraries({name: judge(name, **about) for name in LIBRARIES}, json_)
+    named = dict(word.partition("=")[::2] for word in names)
+    report = judge(function, placement=placement, framework=framework, names=named, **about)
+    holds, said = not expect or report.holds(expect), sentences(report)
+    rows = [{**v._asdict(), **row, "of": PARTS[v.part]} for v in report.verdicts for row in v.rows]
     if json_:
-        kept = {"function": function, "form": form, "sentence": sentence(report), "holds": holds}
-        kept |= {"reads_padding": report.reads_padding}
-        kept |= {s: v._asdict() for s, v in zip(SAMPLERS, report[:2], strict=True)}
-        print(json.dumps(kept, indent=1))
+        found = {"function": function, "holds": holds, "said": said, **report._asdict()}
+        print(json.dumps({**found, "verdicts": [v._asdict() for v in report.verdicts]}))
         return 0 if holds else 1
-    show(report, function)
+    columns = {"": "{of}", "given": "{given}", "KL": "{kl_seq:.2f}", "value": "{value:+.3f}"}
+    table = rows_table(shorten(function), columns | NUMBERS, rows, texts=(0, 1))
+    table.caption = "error |mean - g| / |g|, noise of one sample / |g|, where g would be right"
+    said += [f"not as expected: {expect}"] * (not holds)
+    style = GOOD if holds and (expect or report.right) else BAD
+    Console().print(table, *(Text(sentence, style) for sentence in said), sep="\n")
     return 0 if holds else 1
 
 
-def show(report: Report, title: str) -> None:
-    """The report as a table and a sentence."""
-    console = Console()
-    table = number_table(title, "samples of", "KL", "value", "error", "cosine", "noise", texts=(0,))
-    for verdict, who in zip(report[:2], ("the policy", "an old policy"), strict=True):
-        for row in verdict.rows:
-            cells = (f"{row['kl_seq']:.2f}", f"{row['value']:+.3f}", f"{row['error']:.1e}")
-            table.add_row(who, *cells, f"{row['cosine']:+.3f}", f"{row['noise']:.2f}")
-    table.caption = "error: |mean - g| / |g|, g = grad KL(pi || ref); noise of one sample / |g|"
-    console.print(table)
-    off = report.off_policy
-    console.print(Text(f"on-policy {sentence(report)}", GOOD if report.right else BAD))
-    console.print(f"on the samples of an old policy: {MEANS.get(off.descends, off.descends)}")
+NUMBERS = {"error": "{error:.2g}", "cosine": "{cosine:+.3f}", "noise": "{noise:.2f}"}
+
+
+def _show_libraries(reports: dict[str, Report], as_json: bool) -> int:
+    """A row for each of LIBRARIES, at the largest distance from the reference."""
+    rows = []
+    for name, report in reports.items():
+        on, off = report.verdicts[:2]
+        row = {"name": name, **LIBRARIES[name]._asdict(), "value_is": on.value_is, **on.rows[-1]}
+        said = [v.claim + f", near {v.nearest}" * (v.claim == exact.NONE) for v in (on, off)]
+        rows.append({**row, "descends": said[0], "off": said[1], "off_rows": off.rows[-1]})
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    title = f"what the libraries descend, KL(pi || ref) = {rows[0]['kl_seq']:.2f}"
+    columns = {"": "{name}", "term": "{term}", "descends": "{descends}", **NUMBERS}
+    Console().print(rows_table(title, columns, rows, texts=(0, 1, 2)))
+    return 0

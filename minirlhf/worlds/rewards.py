@@ -189,14 +189,14 @@ def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
 def load_function(place: str, what: str) -> Callable:
     """The function at "package.module:function" or "file.py:function".
 
-    Args:     what: the option that named it, which stands before a refusal.
+    Args:     what: stands before a refusal.
     Raises:   InputError: as `load_reward`.
     """
     source, _, name = place.rpartition(":")
     if source.endswith(".py") and not Path(source).is_file():
         raise InputError(
-            f"{what}: expected a Python file {source}; found none: check the path, or say where it "
-            "is now"
+            f"{what}: expected a Python file {source}; found none: check the path"
+            + ", or say with --reward where it is now" * (what == "reward")
         )
     try:
         module = _import(source)
