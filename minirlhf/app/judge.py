@@ -110,6 +110,11 @@ def judge(
     if isinstance(f, str) and f in LIBRARIES:
         row = LIBRARIES[f]
         f, placement, framework = row.f, row.placement, row.framework
+    elif isinstance(f, str) and ":" not in f:
+        raise InputError(
+            f"judge: expected file.py:function, module:function or one of {', '.join(LIBRARIES)}; "
+            f"got {shorten(f)!r}: name one"
+        )
     f = rewards.load_function(f, "judge") if isinstance(f, str) else f
     call, asked = _by_name(f, names or {})
     if min(size) < 2 or (size[0] - 1) ** size[1] > 2000:
@@ -205,10 +210,12 @@ def _used_by(f: Callable[..., Any]) -> str:
     """The framework that a function's code names; or else its module, if that is one."""
     while hasattr(f, "func") or hasattr(f, "__wrapped__"):  # partial, decorated
         f = getattr(f, "func", None) or f.__wrapped__
-    f = f if hasattr(f, "__code__") else type(f).__call__
-    of_module, code = getattr(f, "__globals__", {}), getattr(f, "__code__", None)
-    for words in (code.co_names if code else (), of_module):
-        modules = filter(inspect.ismodule, map(of_module.get, words))
+    f = f if inspect.isroutine(f) else type(f).__call__
+    if not hasattr(f, "__code__"):
+        return "numpy"
+    named = inspect.getclosurevars(f)
+    for values in ({**named.globals, **named.nonlocals}, f.__globals__):
+        modules = filter(inspect.ismodule, values.values())
         roots = {module.__name__.partition(".")[0] for module in modules}
         if {"torch", "jax"} <= roots:
             raise InputError("judge: expected torch or jax; it uses both: say --framework")
@@ -275,7 +282,7 @@ def _numbers(call: Callable, framework: str) -> Answer:
         with context():
             out = call({name: to(array) for name, array in arrays.items()})
             out = _real(out, shape, shape[:1] if shape[0] > 1 else shape[1:])
-            out = np.array(out.detach() if hasattr(out, "detach") else out, dtype=np.float64)
+            out = out.detach().numpy() if framework == "torch" else np.asarray(out)
         of_tokens = out.reshape(shape[0], -1) + np.zeros(shape)
         return float((of_tokens * arrays["mask"]).sum()), of_tokens
 

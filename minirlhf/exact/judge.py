@@ -5,12 +5,11 @@ summed with the probabilities: its expected gradient, which is then looked up am
 gradients of what it may descend. At three distances from the reference; on the policy's own
 samples, and on those of an old one. `app/judge.py` makes the functions asked here of anybody's.
 
-A gradient is kept as coefficients c, (N V,): one a prefix s and token a,
+A gradient in the transformer's P parameters comes from coefficients c, one a prefix s and token a,
 
     sum over s, a of c(s, a) grad log pi(a|s)
 
-A loss adds to c(s_t, y_t) its slope at log pi(y_t|s_t). The inner product of two gradients in the
-transformer's parameters is c K c', with K (N V, N V) from one backward for each logit.
+A loss adds to c(s_t, y_t) its slope at log pi(y_t|s_t).
 """
 
 import functools
@@ -72,7 +71,7 @@ class Setting(NamedTuple):
     """One distance from the reference: a world whose policies are theta, old and ref."""
 
     world: RandomWorld
-    metric: np.ndarray  # (N V, N V): inner products, in the parameters, of coefficients
+    score: np.ndarray  # (N V, P) grad log pi(a|s) of theta
     logp: Arrays  # theta, old, ref -> (M, T) of the sampled tokens; anything at padding
     log_ratio: np.ndarray  # (M, T) log theta - log ref; 0 at padding
     ratio: np.ndarray  # (M, T) theta / old; 1 at padding
@@ -85,9 +84,6 @@ class Setting(NamedTuple):
         rows, weights = np.arange(len(y))[:, None, None], mask / y.shape[1]
         np.add.at(c, (rows, nodes, tokens), slopes.reshape(mask.shape) * weights)
         return c.reshape(len(y), -1)
-
-    def dot(self, a: np.ndarray, b: np.ndarray) -> float:
-        return float(a @ self.metric @ b)
 
 
 @functools.lru_cache(maxsize=8)
@@ -113,7 +109,7 @@ def _setting(base: RandomWorld, share: float, rng: np.random.Generator) -> Setti
         values = world.log_probs(name)[responses.nodes, responses.tokens]
         logp[name] = np.where(responses.mask > 0, values, -1 - rng.random(values.shape))
     lr, moved = ((logp["theta"] - logp[name]) * responses.mask for name in ("ref", "old"))
-    return Setting(world, score @ score.T, logp, lr, np.exp(moved))
+    return Setting(world, score, logp, lr, np.exp(moved))
 
 
 def scaled(factor: float, name: str) -> str:
@@ -147,7 +143,7 @@ def kl_slopes(setting: Setting) -> Arrays:
 
 
 def exact_gradients(setting: Setting, slopes: Arrays, who: str) -> Arrays:
-    """Coefficients (N V,): the exact gradient of each, and what samples of old make of it.
+    """(P,) the exact gradient of each, and what samples of old make of it.
 
     name                     E_theta[c]: the gradient itself
     name on samples of old   E_old[c]: nothing corrects for who sampled
@@ -162,7 +158,10 @@ def exact_gradients(setting: Setting, slopes: Arrays, who: str) -> Arrays:
         means |= {name + STALE: ("old", c) for name, c in slopes.items()}
         means |= {name + BY_TOKEN: ("old", c * setting.ratio) for name, c in slopes.items()}
         means |= {"minus_kl_old": ("old", one)} if "kl" in slopes else {}
-    return {n: world.probs(p) @ setting.coefficients(c) for n, (p, c) in means.items()}
+    return {
+        name: world.probs(p) @ setting.coefficients(c) @ setting.score
+        for name, (p, c) in means.items()
+    }
 
 
 def exact_values(setting: Setting) -> dict[str, float]:
@@ -195,7 +194,7 @@ class Verdict(NamedTuple):
         return scaled(self.factor, self.descends) if self.factor else self.descends
 
 
-# Setting, what the mean may be: name -> (N V,); of M samples the probs, the values, and c (M, N V)
+# Setting, what the mean may be: name -> (P,); of M samples the probs, the values, and c (M, N V)
 Estimate = tuple[Setting, Arrays, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -273,13 +272,13 @@ def _ask(answer: Answer, arrays: Arrays, y: np.ndarray) -> tuple[np.ndarray, np.
 def _verdict(part: str, given: str, estimates: list[Estimate]) -> Verdict:
     rows, means = [], []
     for setting, known, probs, values, c in estimates:
-        g, mean, dot = known[part], probs @ c, setting.dot
-        size, square = np.sqrt(dot(g, g)), dot(mean, mean)
-        second = probs @ ((c @ setting.metric) * c).sum(axis=1)
+        g, mean = known[part], probs @ c @ setting.score
+        size, square = np.linalg.norm(g), mean @ mean
+        second = probs @ ((c @ (setting.score @ setting.score.T)) * c).sum(axis=1)
         zero = square <= SAME * SAME * second
         row = {"kl_seq": setting.world.probs("theta") @ setting.log_ratio.sum(axis=1)}
-        row |= {"value": probs @ values, "error": np.sqrt(max(0.0, dot(mean - g, mean - g))) / size}
-        row["cosine"] = 0.0 if zero else dot(mean, g) / (np.sqrt(square) * size)
+        row |= {"value": probs @ values, "error": np.linalg.norm(mean - g) / size}
+        row["cosine"] = 0.0 if zero else mean @ g / (np.sqrt(square) * size)
         row["noise"] = np.sqrt(max(0.0, second - square)) / size
         rows.append({name: float(x) for name, x in row.items()})
         means.append(mean * (not zero))
@@ -300,14 +299,14 @@ def _look_up(estimates: list[Estimate], means: list[np.ndarray]) -> tuple[str, f
     nearest = {}
     for name in estimates[0][1]:
         factors, fits, off = [], [], []
-        for (setting, known, *_), mean in zip(estimates, means, strict=True):
-            dot, d = setting.dot, known[name]
-            dd, mm, md = dot(d, d), dot(mean, mean), dot(mean, d)
+        for (_, known, *_), mean in zip(estimates, means, strict=True):
+            d = known[name]
+            dd, mm, md = d @ d, mean @ mean, mean @ d
             if not (dd > 0 and mm > 0):  # nowhere near: it is 0 here, and not there
                 break
             rest = mean - md / dd * d
             factors.append(md / dd)
-            off.append(np.sqrt(max(0.0, dot(rest, rest)) / mm))
+            off.append(np.sqrt(rest @ rest / mm))
             fits.append((off[-1] < SAME) + abs(md) / np.sqrt(dd * mm))
         else:
             if max(off) < SAME and np.ptp(factors) < SAME * abs(factors[0]):

@@ -87,8 +87,8 @@ CH07 = f"{SCRIPTS}/7_5_plus_kl.py", "5182d71"
 CH07_V32 = f"{SCRIPTS}/7_7_improvements/deepseek_v32_style.py", "5144af5"
 
 LIBRARIES = {
-    "trl-grpo": Library("k3", *TRL),
-    "trl-grpo-corrected": Library("token ratio x k3", *TRL),  # use_bias_correction_kl
+    "trl-grpo": Library("token ratio x k3", *TRL),  # use_bias_correction_kl, its default
+    "trl-grpo-uncorrected": Library("k3", *TRL),
     "trl-rloo": Library("response's k1, in the reward", *RLOO),
     "verl-reward-k1": Library("k1", *VERL, "reward"),
     "verl-k1": Library("k1", *VERL),

@@ -120,6 +120,19 @@ def test_kl_and_its_four_rows(tmp_path):
     assert [row[0] for row in cells(tables.kl4(tmp_path))[1:]] == ["`reward_k1`", "`loss_k1`"]
 
 
+def test_libraries(tmp_path):
+    row = {"name": "a-k1", "term": "|k1|", "placement": "loss", "descends": "nothing", "error": 1.0,
+           "cosine": 0.0, "noise": 0.69, "off": "none of these, near kl", "where": "a/b: c.py",
+           "as_of": "1234567"}  # fmt: skip
+    rows = [row, {**row, "name": "a-k1-reward", "term": "k1", "placement": "reward"}]
+    write(tmp_path, "output.txt", rows)
+    text = tables.libraries(tmp_path)
+    _, first, second = cells(text)
+    assert first == ["`a-k1`", "&#124;k1&#124;", "nothing", "1.00", "0.00", "0.7", "none of these"]
+    assert second[1] == "k1, in the reward"
+    assert text.endswith("\n\n- `a-k1`, `a-k1-reward`: a/b: c.py, 1234567")
+
+
 def test_flatness_and_overoptimisation(tmp_path):
     steps = [{"gap": g, "k1": 1.4475, "full": 1e-31} for g in (0.556, 9, 3.4e-3, 9, 0.0946)]
     fit = {"of": "tilt", "law": "log", "r_squared": 0.9617, "peak": 0.451}
