@@ -19,7 +19,7 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf score RUN --prompt .. --response ..    log pi_theta - log pi_ref, token by token
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
   minirlhf exact                  the exact optimum, KL and gradients beside every estimate
-  minirlhf judge FUNCTION         what the gradient of your own KL term descends
+  minirlhf judge FUNCTION         what your own KL term, loss or advantages descend
   minirlhf check                  check every gradient of the package
 
 minirlhf COMMAND --help shows the options of a command. With MINIRLHF_TRACEBACK=1 in the environment

@@ -12,9 +12,12 @@ NumPy it is differentiated by central differences, or returns (number, its own g
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import json
+import operator
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -33,22 +36,19 @@ from minirlhf.worlds import rewards
 
 Framework = Literal["auto", "numpy", "own", "torch", "jax"]
 Placement = Literal["loss", "reward"]
-NAMES = {  # what a function may ask for -> how libraries call it
-    "logp": "logps logprob logprobs log_prob log_probs new_logp new_logps new_logprobs pi_logps lp "
-    "per_token_logps policy_logps curr_logprobs action_log_probs",
-    "ref_logp": "ref_logps ref_logprob ref_logprobs ref_log_prob ref_log_probs reference_logps "
-    "reference_logprobs ref_per_token_logps logprobs_reference log_probs_ref log_probs_base "
-    "base_action_log_probs reference_policy_logprobs",
-    "old_logp": "old_logps old_logprob old_logprobs old_log_prob old_log_probs log_probs_old "
-    "old_per_token_logps old_action_log_probs prev_logprobs rollout_log_probs generation_logprobs",
-    "mask": "response_mask completion_mask action_mask loss_mask token_mask masks",
-    "advantages": "advantage adv",
-    "rewards": "reward scores token_level_rewards",
-    "values": "value old_values",
-    "gamma": "discount",
-    "lam": "lambd lambda_ gae_lambda",
-    "group": "index group_ids uid",
-    "group_size": "num_generations",
+LOGP = "(per_token_|action_)?log_?p(s|robs?)?"
+NAMES = {  # what a function may ask for -> how libraries spell it
+    "logp": f"((new|curr|pi|policy)_)?{LOGP}",
+    "old_logp": f"(old|prev|rollout|generation|sampling)_{LOGP}|{LOGP}_old",
+    "ref_logp": f"(ref|reference|reference_policy|base)_{LOGP}|{LOGP}_(ref|reference|base)",
+    "mask": "((response|completion|action|loss|token|attention)_)?masks?",
+    "advantages": "adv|advantages?",
+    "rewards": "(token_level_)?(rewards?|scores)",
+    "values": "(old_)?values?",
+    "gamma": "gamma|discount",
+    "lam": "(gae_)?(lam|lambd|lambda_?)",
+    "group": "group|group_ids|index|uid",
+    "group_size": "group_size|num_generations",
 }
 GROUP = 3  # responses
 SETTINGS = {"gamma": 1.0, "lam": 0.95, "group_size": GROUP, "group": np.zeros(GROUP, dtype=int)}
@@ -62,7 +62,7 @@ class Report(NamedTuple):
     """What a function does: first of all on the policy's own samples, or with exact values."""
 
     verdicts: list[Verdict]
-    reads_padding: bool  # what stands where the mask is 0 changes it
+    reads_padding: bool  # it has a slope where the mask is 0
 
     @property
     def descends(self) -> str:
@@ -91,7 +91,6 @@ def judge(
     *,
     placement: Placement = "loss",
     framework: Framework = "auto",
-    names: dict[str, str] | None = None,
     size: tuple[int, int] = (4, 4),
     seed: int = 0,
 ) -> Report:
@@ -102,29 +101,28 @@ def judge(
                   is taken off the reward, a constant, as in PPO; logp is then the sampler's.
               framework: who differentiates; "auto": the one that the function uses; "own": it
                   returns (number, gradient (1, T) at logp) itself.
-              names: {a parameter of f: one of NAMES} where its own name does not say it.
               size: tokens of the world's vocabulary, and of its longest response.
               seed: of the world's transformers.
     Raises:   InputError: it cannot be called, or does not return finite numbers that fit.
     """
-    if isinstance(f, str) and f in LIBRARIES:
-        row = LIBRARIES[f]
-        f, placement, framework = row.f, row.placement, row.framework
-    elif isinstance(f, str) and ":" not in f:
-        raise InputError(
-            f"judge: expected file.py:function, module:function or one of {', '.join(LIBRARIES)}; "
-            f"got {shorten(f)!r}: name one"
-        )
-    f = rewards.load_function(f, "judge") if isinstance(f, str) else f
-    call, asked = _by_name(f, names or {})
+    if isinstance(f, str) and ":" in f:
+        f = rewards.load_function(f, "judge")
+    elif isinstance(f, str):
+        if f not in LIBRARIES:
+            raise InputError(
+                f"judge: expected file.py:function, module:function, or one of "
+                f"{', '.join(LIBRARIES)}; got {shorten(f)!r}: name one"
+            )
+        f, placement, framework = LIBRARIES[f].f, LIBRARIES[f].placement, LIBRARIES[f].framework
+    call, asked = _by_name(f)
     if min(size) < 2 or (size[0] - 1) ** size[1] > 2000:
         raise InputError(
             "judge: expected at least 2 tokens, and at most 2000 responses of the greatest length; "
             f"got --size {size[0]} {size[1]}: choose smaller ones, like 4 4"
         )
-    adapt = _numbers if placement == "reward" or "rewards" in asked else _slopes
-    seen: list[bool] = []
-    answer = _watched(adapt(call, _used_by(f) if framework == "auto" else framework), seen)
+    framework = _used_by(f) if framework == "auto" else framework
+    is_constant, seen = placement == "reward" or "rewards" in asked, []
+    answer = _answer(call, framework, is_constant=is_constant, seen=seen)
     if "rewards" not in asked:
         about = {"placement": placement, "with_reward": "advantages" in asked}
         found = exact.judge_loss(answer, exact.make_settings(seed, *size), **about)
@@ -164,30 +162,23 @@ def sentences(report: Report) -> list[str]:
 
 
 # -- a function as an answer ---------------------------------------------------------------------
-def _by_name(f: Callable[..., Any], names: dict[str, str]) -> tuple[Callable, set[str]]:
+def _by_name(f: Callable[..., Any]) -> tuple[Callable, set[str]]:
     """f as a function of the arrays by our names, and which of them it asks for."""
-    meanings = {theirs: ours for ours, known in NAMES.items() for theirs in (ours, *known.split())}
     try:
-        parameters = inspect.signature(f).parameters.values()
+        signature = inspect.signature(f)
     except (TypeError, ValueError) as error:
         raise InputError(f"judge: expected a function; got {shorten(repr(f))}: name one") from error
     asked = {}
-    for parameter in parameters:
-        ours = names.get(parameter.name) or meanings.get(parameter.name)
+    for name, parameter in signature.parameters.items():
+        ours = next((ours for ours, form in NAMES.items() if re.fullmatch(form, name)), name)
         is_set = parameter.default is not parameter.empty or parameter.kind == 4  # **others
-        if ours in NAMES and parameter.kind in (1, 3) and not (is_set and ours in ("gamma", "lam")):
-            asked[parameter.name] = ours
-        elif not is_set:
-            raise InputError(
-                f"judge: expected parameters called {', '.join(NAMES)} or alike; got "
-                f"{str(parameter)!r}: say what it is, as in --names {parameter.name}=logp"
-            )
+        if not (is_set and (ours in ("gamma", "lam") or ours not in NAMES)):
+            asked[name] = ours if parameter.kind in (1, 3) else None  # f(x, /), *x
     wanted = set(asked.values())
     if not any(wanted & {"logp", "rewards"} and wanted <= {*kind, *SETTINGS} for kind in KINDS):
         raise InputError(
-            "judge: expected a function of logp, old_logp, ref_logp, advantages, mask, or one of "
-            f"rewards, values, mask; got one of {', '.join(sorted(wanted)) or 'nothing'}: write a "
-            "function around it"
+            "judge: expected parameters like logp, old_logp, ref_logp, advantages, mask, or like "
+            f"rewards, values, mask; got {shorten(str(signature))}: wrap it in such a function"
         )
 
     def call(arrays: dict[str, Any]) -> Any:
@@ -208,8 +199,7 @@ def _by_name(f: Callable[..., Any], names: dict[str, str]) -> tuple[Callable, se
 
 def _used_by(f: Callable[..., Any]) -> str:
     """The framework that a function's code names; or else its module, if that is one."""
-    while hasattr(f, "func") or hasattr(f, "__wrapped__"):  # partial, decorated
-        f = getattr(f, "func", None) or f.__wrapped__
+    f = inspect.unwrap(getattr(f, "func", f))  # of a partial
     f = f if inspect.isroutine(f) else type(f).__call__
     if not hasattr(f, "__code__"):
         return "numpy"
@@ -224,33 +214,9 @@ def _used_by(f: Callable[..., Any]) -> str:
     return "numpy"
 
 
-def _watched(answer: Answer, seen: list[bool]) -> Answer:
-    """The same answer, finite; `seen` gets whether what stands at padding changes it."""
-
-    def watched(arrays: Arrays) -> tuple[float, np.ndarray]:
-        def counted(arrays: Arrays) -> np.ndarray:
-            value, of_tokens = answer(arrays)
-            return np.append(value, of_tokens[real])
-
-        real = arrays["mask"] > 0
-        found = counted(arrays)
-        if not np.isfinite(found).all():
-            raise InputError(f"judge: expected finite numbers; got {found}: guard its divisions")
-        if not (any(seen) or real.all()):
-            moved = arrays.keys() & {"logp", "old_logp", "ref_logp", "values"}
-            other = {name: np.where(real, arrays[name], 2.0 + len(name)) for name in moved}
-            same = np.allclose(found, counted(arrays | other), rtol=1e-5, atol=1e-7)
-            seen.append(not same)
-        of_tokens = np.zeros(real.shape)
-        of_tokens[real] = found[1:]
-        return float(found[0]), of_tokens
-
-    return watched
-
-
 def _real(out: Any, *shapes: tuple[int, ...]) -> Any:
     """What counts of (loss, metrics), if it is of real numbers and one of these shapes."""
-    out = out[0] if isinstance(out, (tuple, list)) and out else out
+    out = out[0] if isinstance(out, tuple) and out else out
     kind, shape = getattr(out, "dtype", type(out).__name__), tuple(getattr(out, "shape", ()))
     if "float" not in str(kind) or shape not in shapes:
         raise InputError(
@@ -260,81 +226,77 @@ def _real(out: Any, *shapes: tuple[int, ...]) -> Any:
     return out
 
 
-def _framework(name: str) -> tuple[Any, Callable, Callable]:
-    """The module, what makes its arrays, and a context in which they are float64."""
+def _answer(call: Callable, framework: str, *, is_constant: bool, seen: list[bool]) -> Answer:
+    """Value and slopes at logp; or the sum, and numbers. `seen` gets if padding has a slope."""
     try:
-        module = importlib.import_module("numpy" if name == "own" else name)
+        module = importlib.import_module("numpy" if framework == "own" else framework)
     except ImportError as error:
-        raise InputError(
-            f"judge: expected {name}; {error}: install it, or another --framework"
-        ) from error
-    if name == "jax":
-        return module, module.numpy.asarray, lambda: module.enable_x64(True)
-    return module, module.tensor if name == "torch" else np.asarray, contextlib.nullcontext
+        raise InputError(f"judge: {error}: install it, or choose another --framework") from error
+    make = {"torch": "tensor", "jax": "numpy.asarray"}.get(framework, "array")
+    to, total = operator.attrgetter(make)(module), functools.partial(_total, call)
+    by = {"numpy": _by_differences, "own": _by_itself, "torch": _by_torch}.get(framework)
+    by = functools.partial(by, total) if by else module.jit(module.value_and_grad(total))
+    by = functools.partial(_constant, call) if is_constant else by
+
+    def answer(arrays: Arrays) -> tuple[float, np.ndarray]:
+        with module.enable_x64(True) if framework == "jax" else contextlib.nullcontext():
+            made = {name: to(array) for name, array in arrays.items()}
+            value, slope = by(made.get("logp"), made)
+            value, slope = float(value), np.asarray(slope, dtype=np.float64)
+        if not np.isfinite([value, *slope.flat]).all():
+            raise InputError(f"judge: expected finite numbers; got {slope}: guard its divisions")
+        seen.append(bool((slope * (1 - arrays["mask"])).any()))
+        return value, slope
+
+    return answer
 
 
-def _numbers(call: Callable, framework: str) -> Answer:
-    """Its numbers for tokens, or for the responses of a group, as constants."""
-    _, to, context = _framework(framework)
-
-    def numbers(arrays: Arrays) -> tuple[float, np.ndarray]:
-        shape = arrays["mask"].shape
-        with context():
-            out = call({name: to(array) for name, array in arrays.items()})
-            out = _real(out, shape, shape[:1] if shape[0] > 1 else shape[1:])
-            out = out.detach().numpy() if framework == "torch" else np.asarray(out)
-        of_tokens = out.reshape(shape[0], -1) + np.zeros(shape)
-        return float((of_tokens * arrays["mask"]).sum()), of_tokens
-
-    return numbers
+def _constant(call: Callable, _, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """Numbers of tokens, or of the responses of a group: terms of the reward, or advantages."""
+    shape, real = tuple(arrays["mask"].shape), np.asarray(arrays["mask"]) > 0
+    out = _real(call(arrays), shape, shape[:1] if shape[0] > 1 else shape[1:])
+    out = np.asarray(out.detach() if hasattr(out, "detach") else out)
+    of_tokens = np.where(real, out.reshape(shape[0], -1), 0.0)
+    return of_tokens.sum(), of_tokens
 
 
-def _slopes(call: Callable, framework: str) -> Answer:
-    """The value of a loss, and its slopes at logp."""
-    module, to, context = _framework(framework)
+def _total(call: Callable, logp: Any, arrays: dict[str, Any]) -> Any:
+    """A loss; terms of tokens are summed over the mask."""
+    mask = arrays["mask"]
+    shapes = (), (1,), (1, 1), tuple(mask.shape), tuple(mask.shape[1:])
+    terms = _real(call({**arrays, "logp": logp}), *shapes)
+    if mask.shape[1] not in getattr(terms, "shape", ()):
+        return terms.sum() if hasattr(terms, "sum") else terms
+    return (mask.reshape(terms.shape) * terms).sum()
 
-    def total(logp: Any, arrays: dict[str, Any]) -> Any:
-        mask = arrays["mask"]
-        shapes = (), (1,), (1, 1), tuple(mask.shape), tuple(mask.shape[1:])
-        terms = _real(call({**arrays, "logp": logp}), *shapes)
-        if mask.shape[1] not in getattr(terms, "shape", ()):
-            return terms.sum() if hasattr(terms, "sum") else terms
-        return (mask.reshape(terms.shape) * terms).sum()
 
-    def by_differences(logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
-        slope = np.zeros_like(logp)
-        for t in np.flatnonzero(arrays["mask"]):
-            step = STEP * (np.arange(logp.size) == t)
-            ends = [total(logp + k * step, arrays) for k in (1, -1, 2, -2)]
-            near, far = (ends[0] - ends[1]) / (2 * STEP), (ends[2] - ends[3]) / (4 * STEP)
-            if abs(near - far) > 1e-6 + 1e-4 * abs(near):
-                raise InputError(
-                    f"judge: expected a smooth function in float64; over steps of {STEP} its slope "
-                    f"is {near:.6g}, over twice that {far:.6g}: is it float32, or rounded?"
-                )
-            slope[0, t] = (4 * near - far) / 3
-        return total(logp, arrays), slope
+def _by_differences(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
+    slope = np.zeros_like(logp)
+    for t in range(logp.size):
+        step = STEP * (np.arange(logp.size) == t)
+        ends = [total(logp + k * step, arrays) for k in (1, -1, 2, -2)]
+        near, far = (ends[0] - ends[1]) / (2 * STEP), (ends[2] - ends[3]) / (4 * STEP)
+        if abs(near - far) > 1e-6 + 1e-4 * abs(near):
+            raise InputError(
+                f"judge: expected a smooth function in float64; over steps of {STEP} its slope is "
+                f"{near:.6g}, over twice that {far:.6g}: is it float32, or rounded?"
+            )
+        slope[0, t] = (4 * near - far) / 3
+    return total(logp, arrays), slope
 
-    def by_itself(logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
-        out = call(arrays)
-        is_pair = isinstance(out, tuple) and len(out) == 2
-        return total(logp, arrays), _real(out[1] if is_pair else out, logp.shape)
 
-    def by_torch(logp: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
-        value = total(logp.requires_grad_(), arrays)
-        if not getattr(value, "requires_grad", False):
-            return value, 0 * logp.detach()
-        return value.detach(), module.autograd.grad(value, logp, materialize_grads=True)[0]
+def _by_itself(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
+    out = total.args[0](arrays)
+    is_pair = isinstance(out, tuple) and len(out) == 2
+    return total(logp, arrays), _real(out[1] if is_pair else out, logp.shape)
 
-    by = {"numpy": by_differences, "own": by_itself, "torch": by_torch}.get(framework)
-    by = by or module.jit(module.value_and_grad(total))
 
-    def slopes(arrays: Arrays) -> tuple[float, np.ndarray]:
-        with context():
-            value, slope = by(to(arrays["logp"]), {name: to(a) for name, a in arrays.items()})
-            return float(value), np.asarray(slope, dtype=np.float64)
-
-    return slopes
+def _by_torch(total: Callable, logp: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    value = total(logp.requires_grad_(), arrays)
+    if not getattr(value, "requires_grad", False):
+        return value, 0 * logp.detach()
+    value.backward()
+    return value.detach(), 0 * logp.detach() if logp.grad is None else logp.grad
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -343,19 +305,17 @@ def judge_command(
     *,
     placement: Placement = "loss",
     framework: Framework = "auto",
-    names: tuple[str, ...] = (),
     expect: str = "",
     size: tuple[int, int] = (4, 4),
     seed: int = 0,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
-    """What the expected gradient of a KL term, a loss or advantages descends, by enumeration.
+    """What a KL term, a loss or advantages of your own descend, by enumeration.
 
     Args:
         function: file.py:function, module:function, the name of a library's, or libraries: all.
         placement: loss: it is differentiated; reward: it is a constant taken off each token's.
         framework: Who differentiates; auto: what it uses; own: it returns (number, gradient).
-        names: What its parameters are where their names do not say it, like x=logp y=ref_logp.
         expect: What it should descend, like kl or "0.04 x kl"; exit status 1 if it does not.
         size: Tokens of the world's vocabulary, and of its longest response.
         seed: Of the world's transformers.
@@ -366,8 +326,7 @@ def judge_command(
     about = {"size": size, "seed": seed}
     if function == "libraries":
         return _show_libraries({name: judge(name, **about) for name in LIBRARIES}, json_)
-    named = dict(word.partition("=")[::2] for word in names)
-    report = judge(function, placement=placement, framework=framework, names=named, **about)
+    report = judge(function, placement=placement, framework=framework, **about)
     holds, said = not expect or report.holds(expect), sentences(report)
     rows = [{**v._asdict(), **row, "of": PARTS[v.part]} for v in report.verdicts for row in v.rows]
     if json_:

@@ -112,9 +112,9 @@ def _setting(base: RandomWorld, share: float, rng: np.random.Generator) -> Setti
     return Setting(world, score, logp, lr, np.exp(moved))
 
 
-def scaled(factor: float, name: str) -> str:
-    """As in "0.04 x kl", or "kl" if the factor is 1 in five digits."""
-    return name if f"{factor:.5g}" == "1" else f"{factor:.5g} x {name}"
+def times(factor: float, name: str) -> str:
+    """As in "0.04 x kl", or "kl" if the factor is 1 in five digits, or 0."""
+    return name if f"{factor:.5g}" in ("0", "1") else f"{factor:.5g} x {name}"
 
 
 # -- what a gradient may be the gradient of ------------------------------------------------------
@@ -191,7 +191,7 @@ class Verdict(NamedTuple):
     @property
     def claim(self) -> str:
         """What it descends, as `assert_descends` takes it."""
-        return scaled(self.factor, self.descends) if self.factor else self.descends
+        return times(self.factor, self.descends)
 
 
 # Setting, what the mean may be: name -> (P,); of M samples the probs, the values, and c (M, N V)
@@ -288,7 +288,7 @@ def _verdict(part: str, given: str, estimates: list[Estimate]) -> Verdict:
         for name in reversed(exact[0]):
             factors = [row["value"] / of[name] for row, of in zip(rows, exact, strict=True)]
             if SAME < abs(factors[0]) and np.ptp(factors) <= SAME * abs(factors[0]):
-                value_is = scaled(factors[0], name)
+                value_is = times(factors[0], name)
     return Verdict(part, given, *_look_up(estimates, means), value_is, rows)
 
 

@@ -97,12 +97,8 @@ LIBRARIES = {
     "verl-k3": Library("k3, at most 10", *VERL),  # low_var_kl
     "verl-k1+": Library("k1, gradient of k2", *VERL, framework="own"),
     "verl-k3+": Library("k3, gradient of k2", *VERL, framework="own"),
-    "openrlhf-reward-k1": Library("k1", *OPENRLHF, "reward"),
-    "openrlhf-reward-k2": Library("k2", *OPENRLHF, "reward"),
-    "openrlhf-reward-k3": Library("k3", *OPENRLHF, "reward"),
-    "openrlhf-k1": Library("k1", *OPENRLHF),  # use_kl_loss
-    "openrlhf-k2": Library("k2", *OPENRLHF),
-    "openrlhf-k3": Library("k3", *OPENRLHF),
+    **{f"openrlhf-reward-{k}": Library(k, *OPENRLHF, "reward") for k in ("k1", "k2", "k3")},
+    **{f"openrlhf-{k}": Library(k, *OPENRLHF) for k in ("k1", "k2", "k3")},  # use_kl_loss
     "nemo-rl-before-k1": Library("k1", *BEFORE),
     "nemo-rl-before": Library("k3, at most 10", *BEFORE),
     "nemo-rl-after": Library("k3 + score x k3", *AFTER, framework="own"),
