@@ -294,22 +294,16 @@ def _verdict(part: str, given: str, estimates: list[Estimate]) -> Verdict:
 
 def _look_up(estimates: list[Estimate], means: list[np.ndarray]) -> tuple[str, float, str]:
     """(name, factor, nearest): the exact gradient of which the mean is a multiple everywhere."""
-    if not any(mean.any() for mean in means):
+    m, nearest = np.stack(means), {}  # (3, P)
+    if not m.any():
         return NOTHING, 0.0, NOTHING
-    nearest = {}
     for name in estimates[0][1]:
-        factors, fits, off = [], [], []
-        for (_, known, *_), mean in zip(estimates, means, strict=True):
-            d = known[name]
-            dd, mm, md = d @ d, mean @ mean, mean @ d
-            if not (dd > 0 and mm > 0):  # nowhere near: it is 0 here, and not there
-                break
-            rest = mean - md / dd * d
-            factors.append(md / dd)
-            off.append(np.sqrt(rest @ rest / mm))
-            fits.append((off[-1] < SAME) + abs(md) / np.sqrt(dd * mm))
-        else:
-            if max(off) < SAME and np.ptp(factors) < SAME * abs(factors[0]):
-                return name, float(np.mean(factors)), name
-            nearest[name] = sum(fits)
+        d = np.stack([known[name] for _, known, *_ in estimates])
+        dd, mm, md = (d * d).sum(axis=1), (m * m).sum(axis=1), (m * d).sum(axis=1)
+        if dd.all() and mm.all():
+            factors = md / dd
+            off = np.linalg.norm(m - factors[:, None] * d, axis=1) / np.sqrt(mm)
+            if off.max() < SAME and np.ptp(factors) < SAME * abs(factors[0]):
+                return name, float(factors.mean()), name
+            nearest[name] = ((off < SAME) + abs(md) / np.sqrt(dd * mm)).sum()
     return NONE, 0.0, max(nearest, key=nearest.__getitem__, default=NOTHING)
