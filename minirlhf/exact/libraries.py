@@ -22,9 +22,14 @@ def k3(logp, ref_logp):
     return np.exp(ref_logp - logp) - 1 + logp - ref_logp
 
 
-def through_k2(term: Term) -> Term:
-    """The term's value, and k2's gradient k1; which is k3's gradient + k3 times the score, too."""
-    return lambda logp, ref_logp, mask: ((mask * term(logp, ref_logp)).sum(), logp - ref_logp)
+def through_k2(term: Term, most: float = np.inf) -> Term:
+    """The term's value and k2's gradient k1: which is k3's gradient + k3 times the score, too."""
+
+    def through(logp, ref_logp, mask):
+        value, slope = term(logp, ref_logp), mask * (logp - ref_logp)
+        return (mask * np.minimum(value, most)).sum(), np.where(value < most, slope, 0.0)
+
+    return through
 
 
 def mean(term: Term) -> Term:
@@ -50,7 +55,7 @@ TERMS: dict[str, Term] = {
     "k3, at most 10": lambda logp, ref_logp: np.minimum(k3(logp, ref_logp), 10.0),
     "k1, gradient of k2": through_k2(k1),
     "k3, gradient of k2": through_k2(k3),
-    "k3 + score x k3": through_k2(k3),
+    "k3 + score x k3, at most 10": through_k2(k3, most=10.0),
     "token ratio x k3": lambda logp, old_logp, ref_logp: (
         np.exp(logp - old_logp) * k3(logp, ref_logp)
     ),
@@ -101,7 +106,7 @@ LIBRARIES = {
     **{f"openrlhf-{k}": Library(k, *OPENRLHF) for k in ("k1", "k2", "k3")},  # use_kl_loss
     "nemo-rl-before-k1": Library("k1", *BEFORE),
     "nemo-rl-before": Library("k3, at most 10", *BEFORE),
-    "nemo-rl-after": Library("k3 + score x k3", *AFTER, framework="own"),
+    "nemo-rl-after": Library("k3 + score x k3, at most 10", *AFTER, framework="own"),
     "rlhf-book-kl1": Library("mean of -k1", *BOOK),
     "rlhf-book-kl3": Library("mean of k3 of 1/ratio", *BOOK),
     "reasoning-from-scratch": Library("k1", *CH07),

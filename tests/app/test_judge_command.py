@@ -377,7 +377,7 @@ LIBRARY_ROWS = {
     "verl-k3+": "token_kl",
     "openrlhf-reward-k3": "kl_minus_token_forward_kl",
     "nemo-rl-before-k1": "nothing",
-    "nemo-rl-after": "token_kl",
+    "nemo-rl-after": "none of these, near token_kl",
     "rlhf-book-kl1": "-1 x length",
     "rlhf-book-kl3": "mean_token_half_chi2",
     "reasoning-from-scratch": "nothing",
@@ -394,15 +394,16 @@ def test_what_the_libraries_do(capsys):
     for name, expected in LIBRARY_ROWS.items():
         assert rows[name]["descends"] == expected, name
     assert rows["reasoning-from-scratch-v32"]["off"] == "kl"
+    assert not any(judge(name, size=SMALL).reads_padding for name in ("verl-k3", "verl-k3+"))
 
 
 def test_the_table_of_the_libraries(capsys, monkeypatch):
-    few = {name: LIBRARIES[name] for name in ("trl-rloo", "verl-k3")}
+    few = {name: LIBRARIES[name] for name in ("trl-rloo", "verl-k3", "nemo-rl-after")}
     monkeypatch.setattr("minirlhf.app.judge.LIBRARIES", few)
     status, printed, _ = call(capsys, "judge", "libraries")
     words = " ".join(printed.split())
     assert status == 0 and "response's k1" in words and "KL(pi || ref) = 3.03" in words
-    assert "none of these" in words  # verl's clamp, far from the reference
+    assert words.count("none of these") == 2  # cut at 10, far from the reference
 
 
 def test_public_names():
