@@ -91,6 +91,23 @@ def test_wrong_by_2_per_cent_is_not_right():
             assert_descends(f, "kl", size=SMALL)
 
 
+def test_the_shapes_that_a_loss_may_have():
+    def term(logp, ref_logp):
+        return 0.5 * (logp - ref_logp) ** 2
+
+    def number(logp, ref_logp, mask):
+        return total(term(logp, ref_logp), mask)
+
+    for shape in ((), (1,), (1, 1)):
+        report = judge(
+            lambda logp, ref_logp, mask, s=shape: np.reshape(number(logp, ref_logp, mask), s),
+            size=SMALL,
+        )
+        assert report.verdicts[0].claim == "token_kl"
+    for of_tokens in (term, lambda logp, ref_logp: term(logp, ref_logp)[0]):
+        assert judge(of_tokens, size=SMALL).verdicts[0].claim == "token_kl"
+
+
 # --- what the value is
 
 VALUES = {

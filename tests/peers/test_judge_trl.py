@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", minversion="1.16")
 
 from minirlhf import judge
 from minirlhf.exact.judge import SAMPLERS
