@@ -91,6 +91,15 @@ def test_wrong_by_2_per_cent_is_not_right():
             assert_descends(f, "kl", size=SMALL)
 
 
+def test_a_slope_at_padding_is_wrong_even_where_all_else_is_right():
+    report = judge(
+        lambda logp, ref_logp, mask: k2(logp, ref_logp, mask) + total(logp, 1 - mask), size=SMALL
+    )
+    assert report.descends == "kl" and report.reads_padding
+    assert not report.right and not report.holds("kl")
+    assert sentences(report)[-1] == "it reads what stands at padding"
+
+
 def test_the_shapes_that_a_loss_may_have():
     def term(logp, ref_logp):
         return 0.5 * (logp - ref_logp) ** 2

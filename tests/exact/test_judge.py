@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from minirlhf.exact import judge
+from minirlhf.exact.expected import cosine, gather_nodes, penalty_dlogits, relative_error
 from minirlhf.exact.experiments import gae_table, kl_gradient_table
 from minirlhf.exact.libraries import LIBRARIES
+from minirlhf.exact.optimum import objective_gradient
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.rlhf.advantages import gae
 from minirlhf.rlhf.logprobs import log_softmax
@@ -84,6 +86,32 @@ def test_the_rows_are_those_of_the_table_of_placements():
         row = verdicts(slope, placement)[0].rows[-1]
         for number in ("error", "cosine", "noise"):
             assert row[number] == pytest.approx(table[mode][number], rel=1e-8, abs=1e-8), mode
+
+
+@pytest.mark.parametrize("mode", ["reward_k1", "reward_k3", "loss_k2_seq", "loss_k3_tok"])
+def test_the_rows_on_samples_of_old_are_those_of_the_losses_of_the_package(mode):
+    placement, slope = ROWS[mode]
+    world = judge.make_settings()[-1].world
+    theta, old, ref = (world.logits[name] for name in ("theta", "old", "ref"))
+    others = {"old_logits": old, "ref_logits": ref, "kl_mode": mode}
+    dlogits = penalty_dlogits(world.responses, theta, **others)  # (M, T, V)
+    mean = gather_nodes(world.tree, world.responses, dlogits, weights=world.probs("old"))
+    args = (world.tree, world.log_probs("theta"), world.log_probs("ref"), 0 * world.rewards)
+    g = world.pull_back(objective_gradient(*args, kl_coef=-1.0), world.policies["theta"])
+    off = world.pull_back(mean, world.policies["theta"])
+    row = verdicts(slope, placement)[1].rows[-1]
+    assert row["error"] == pytest.approx(relative_error(off, g), rel=1e-8)
+    assert row["cosine"] == pytest.approx(cosine(off, g), rel=1e-8)
+
+
+def test_a_factor_that_depends_on_the_distance_is_none():
+    calls = iter(range(10**6))
+
+    def slope(mask, logp, ref_logp, **_):  # 121 responses at each distance
+        return (1 + next(calls) // 121) * (mask * (logp - ref_logp)).sum()
+
+    on, _ = verdicts(slope)
+    assert on.claim == judge.NONE and on.nearest == "kl"
 
 
 def test_the_rows_of_an_estimator_are_those_of_the_table_of_gae():
