@@ -28,6 +28,8 @@ _HOME = {  # name -> where it is defined; imported at first use, so `import mini
     "soft_optimum": "exact.optimum",
     "optimality_gap": "exact.optimum",
     "tree_log_probs": "exact.tree_policy",
+    "judge": "app.judge",
+    "assert_descends": "app.judge",
     "check_pair": "gradcheck",
     "check_directions": "gradcheck",
 }

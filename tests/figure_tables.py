@@ -144,6 +144,21 @@ def kl4(folder: Path) -> str:
     return kl(folder, only=("reward_k1", "loss_k1", "loss_k3_tok", "loss_full"))
 
 
+def libraries(folder: Path) -> str:
+    """What the KL term of each library descends; then where it was read."""
+    rows = json.loads((folder / "output.txt").read_text(encoding="utf-8"))
+    lines, read_in = [], {}
+    for row in rows:
+        term = row["term"].replace("|", "&#124;")  # | ends a cell
+        reward = ", in the reward" * (row["placement"] == "reward")
+        off = row["off"].partition(",")[0]
+        lines.append([f"`{row['name']}`", term + reward, row["descends"], *_error(row), off])
+        read_in.setdefault((row["where"], row["as_of"]), []).append(f"`{row['name']}`")
+    head = ["", "term", "descends, y ~ π_θ", "error", "cosine", "noise", "y ~ old"]
+    sources = (f"- {', '.join(names)}: {', '.join(place)}" for place, names in read_in.items())
+    return "\n".join([table(head, lines), "", *sources])
+
+
 def randomwalks(folder: Path) -> str:
     """Means over the model seeds, read off the tables that the example prints."""
     groups: dict[tuple[int, float], Rows] = {}

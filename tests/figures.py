@@ -64,6 +64,7 @@ SOURCES = {
     "gradients": Source(
         0.1, ("minirlhf exact --parts kl --out exact",), {"exact/kl.png": "exact_kl.png"}
     ),
+    "libraries": Source(0.2, ("minirlhf judge libraries --json",)),
     "optimum": Source(
         6,
         (f"minirlhf exact --parts optimum {SEEDS} --out exact",),
@@ -108,6 +109,7 @@ FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, it
     "cases": ("cases", tables.cases),
     "kl": ("gradients", tables.kl),
     "kl4": ("gradients", tables.kl4),
+    "libraries": ("libraries", tables.libraries),
     "optimum": ("optimum", tables.optimum),
     "randomwalks": ("randomwalks", tables.randomwalks),
     "exact-size": ("exact-size", tables.exact_size),

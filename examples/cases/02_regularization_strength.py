@@ -19,8 +19,8 @@ unless they are left as they are. To see it differently, fit to 200 pairs or to 
 # %% A reward model for each seed, from its own pairs
 import numpy as np
 
+from desk import fit_bradley_terry
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry
 from study import Arm, Case, spread
 
 case = Case("02_regularization_strength", __doc__)

@@ -15,8 +15,8 @@ scores, or beta in proportion to their sd, leave only the better ranking. Change
 # %% One reward model, stopped at six moments of its fit
 import numpy as np
 
+from desk import fit_bradley_terry, pair_accuracy
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry, pair_accuracy
 from study import Case, column, spread
 
 case = Case("04_instability", __doc__)

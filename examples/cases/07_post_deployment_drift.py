@@ -21,8 +21,8 @@ where one at beta / K does. To see it differently change PER_TOKEN or BETA.
 # %% A small preference, as arms of one experiment
 import numpy as np
 
+from desk import fit_bradley_terry, tilted
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry, tilted
 from minirlhf.exact.optimum import soft_optimum
 from minirlhf.exact.tiny import POL
 from study import Arm, Case, ends, mean_lines, spread, values

@@ -19,8 +19,8 @@ each (Coste et al. 2023, arXiv 2310.02743). Change BONUS, or the token that it i
 # %% Calm, then a change, then a remedy: three phases of 20 iterations
 import numpy as np
 
+from desk import fit_bradley_terry
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry
 from study import Arm, Case, column, mean_lines, spread, values
 
 case = Case("08_hacking_spike", __doc__)

@@ -22,8 +22,8 @@ find the rate that is wanted. To see it differently change LIKES.
 # %% Two kinds of judges
 import numpy as np
 
+from desk import fit_bradley_terry
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry
 from study import Case, spread
 
 LIKES, BETAS = 2.5, (4.0, 2.0, 1.0, 0.5, 0.25)

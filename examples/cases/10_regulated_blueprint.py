@@ -18,8 +18,8 @@ neither frontier nor gold: it trains at several betas and has replies judged.)
 # %% 20,000 judgements, and reward models
 import numpy as np
 
+from desk import fit_bradley_terry, pair_accuracy
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry, pair_accuracy
 from minirlhf.exact.tiny import ANS, REF
 from minirlhf.train.reward_model import calibration_error
 from study import Arm, Case, mean_lines, spread

@@ -20,9 +20,9 @@ it differently, fit to 20,000 pairs: more of the same pairs does not move the pe
 # %% A proxy of each seed's own, and one that can see saturation
 import numpy as np
 
+from desk import fit_bradley_terry
+from gao import fit_gao
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry
-from minirlhf.exact.optimum import fit_gao
 from study import Arm, Case, spread
 
 case = Case("12_best_of_n_and_frontier", __doc__)

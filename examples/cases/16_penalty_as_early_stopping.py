@@ -20,8 +20,8 @@ learning rate of SMALL_STEPS.
 # %% A proxy for each seed, beta > 0 to its rest, beta = 0 step by step
 import numpy as np
 
+from desk import fit_bradley_terry
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry
 from minirlhf.exact.optimum import objective_gradient, policy_values
 from minirlhf.rlhf.logprobs import log_softmax
 from study import Arm, Case, spread

@@ -20,8 +20,8 @@ NS or the settings of the second table.
 # %% The exact KL of the best of n, beside the bound
 import numpy as np
 
+from desk import Desk, fit_bradley_terry
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import Desk, fit_bradley_terry
 from minirlhf.exact.optimum import best_of_n
 from minirlhf.rlhf.logprobs import log_softmax
 from study import Case, spread

@@ -20,8 +20,8 @@ is one number and both rules are one. To see it differently change EPS, DELTAS o
 # %% One batch of all replies of up to four tokens, followed as far as a rule lets it
 import numpy as np
 
+from desk import Desk, fit_bradley_terry
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import Desk, fit_bradley_terry
 from minirlhf.exact.enumeration import prefix_logprobs
 from minirlhf.exact.ground_truth import small_transformer
 from minirlhf.exact.optimum import policy_values

@@ -20,8 +20,8 @@ agreeing and within correcting replies unchanged. Control: unbiased raters. To c
 # %% The replies, the reference, and raters with different tastes
 import numpy as np
 
+from desk import fit_bradley_terry
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry
 from study import Case, spread
 
 case = Case("20_sycophancy_covariance", __doc__)

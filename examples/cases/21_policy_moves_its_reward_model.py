@@ -23,8 +23,8 @@ bad. To see it differently change `beta`, or give the judges a blind spot (`draw
 # %% The rounds
 import numpy as np
 
+from desk import fit_bradley_terry, tilted
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import fit_bradley_terry, tilted
 from study import Case, spread
 
 case = Case("21_policy_moves_its_reward_model", __doc__)

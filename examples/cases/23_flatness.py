@@ -20,9 +20,9 @@ sum_t KL_t still varies from reply to reply. To see it differently change BETA o
 # %% The spring: six replies at the optimum
 import numpy as np
 
+from desk import Desk, fit_bradley_terry
+from gradients import flatness_table
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.desk import Desk, fit_bradley_terry
-from minirlhf.exact.experiments import flatness_table
 from minirlhf.exact.optimum import soft_optimum
 from study import Case, spread
 

@@ -17,7 +17,7 @@ import json
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,20 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from desk import Desk
 from minirlhf.app.pictures import save
 from minirlhf.app.progress import track
 from minirlhf.disk import write_whole
 from minirlhf.exact import ground_truth
-from minirlhf.exact.desk import Desk
 from minirlhf.exact.experiments import changed
 from minirlhf.exact.tiny import MAX_TOKENS
+from minirlhf.exact.token_world import TokenWorld
 from minirlhf.memory import keep_freed_memory
+from minirlhf.train.dpo import DPOConfig, train_dpo, with_reference
 from minirlhf.train.metrics import mean_of_updates
-from minirlhf.train.settings import PPOConfig
+from minirlhf.train.optimizer import Optimizer
+from minirlhf.train.reward_model import Pair, n_updates
+from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import Tree, tree_copy
 from minirlhf.workers import CAN_FORK, without_interrupts
 
@@ -58,6 +62,21 @@ class Arm(NamedTuple):
         size = small if fast else {"iterations": self.iterations}
         group = min(self.ppo.get("samples_per_prompt", 1), 32 if fast else math.inf)
         return changed(ground_truth.PPO, **{**size, **self.ppo, "samples_per_prompt": group})
+
+
+class PairsArm(NamedTuple):
+    """DPO from pairs of the reference's samples, which the proxy judges."""
+
+    dpo: dict[str, Any] = {}  # fields of DPOConfig
+    n_pairs: int = 12_800  # as many replies as 100 iterations of 256
+
+    def settings(self, fast: bool) -> DPOConfig:
+        rate = OptimizerConfig(learning_rate=3e-3, warmup=10, eps=1e-8)
+        own = {"kl_coef": 0.5, "epochs": 1 if fast else 4, "batch_size": 256, "optimizer": rate}
+        return DPOConfig(**{**own, **self.dpo})
+
+
+Arms = dict[str, Arm | PairsArm]
 
 
 class Run(NamedTuple):
@@ -106,7 +125,7 @@ class Case:
         return [_desk_of(reference, self.max_tokens) for reference in self.references]
 
     def train(
-        self, arms: dict[str, Arm] | Callable[[Desk, int], dict[str, Arm]], measure_every: int = 10
+        self, arms: Arms | Callable[[Desk, int], Arms], measure_every: int = 10
     ) -> dict[str, list[Run]]:
         """Every arm under every seed, side by side: {name: [a Run for each seed]}.
 
@@ -230,6 +249,8 @@ def _log_probs(params: Tree, desk: Desk) -> np.ndarray:
 def _train(job: tuple) -> Run:
     """All phases of an arm, one after the other, measured every few iterations."""
     arm, reference, seed, max_tokens, fast, measure_every = job
+    if isinstance(arm, PairsArm):
+        return _train_on_pairs(arm, reference, _desk_of(reference, max_tokens), seed, fast)
     desk, start, first = _desk_of(reference, max_tokens), None, 0
     paid = desk.proxy if arm.reward is None else arm.reward
     rows = [{"iteration": 0, **desk.describe(desk.ref), "paid": float(desk.ref @ paid)}]
@@ -250,3 +271,33 @@ def _train(job: tuple) -> Run:
                 rows.append({**row, "phase": number, "kl_coef": turn.kl_coef})
         start, first = tree_copy(params), first + settings.iterations
     return Run(rows, log_probs, desk.probs(log_probs))
+
+
+def _train_on_pairs(arm: PairsArm, reference: Tree, desk: Desk, seed: int, fast: bool) -> Run:
+    """One phase, measured at its end."""
+    rng, config = np.random.default_rng([seed, 3]), ground_truth.small_transformer(desk.world)
+    n = 200 if fast else arm.n_pairs
+    pairs = desk.as_pairs(desk.draw_pairs(desk.ref, n, rng=rng, gold=desk.proxy))
+    same = {"settings": arm.settings(fast), "seed": seed, "config": config}
+    *_, (params, metrics) = dpo_on_world(desk.world, reference, pairs, **same)
+    log_probs = _log_probs(params, desk)
+    probs = desk.probs(log_probs)
+    ends = (desk.describe(p) | {"paid": float(p @ desk.proxy)} for p in (desk.ref, probs))
+    rows = [{"iteration": i, **row} for i, row in enumerate(ends)]
+    return Run([rows[0], {**rows[1], **metrics, "phase": 0}], log_probs, probs)
+
+
+def dpo_on_world(
+    world: TokenWorld, reference: Tree, pairs: list[Pair], *, settings: DPOConfig, seed: int, **same
+) -> Iterator[tuple[Tree, dict[str, float]]]:
+    """DPO on a world of tokens: the policy, which is written to, and metrics at every update.
+
+    Args:     pairs: of the reference's samples, as from `Desk.draw_pairs` and `as_pairs`.
+              same: config, the transformer's.
+    """
+    same["pad_id"] = world.stop_id
+    updates, rng = n_updates(len(pairs), settings), np.random.default_rng([seed, 1])
+    optimizer = Optimizer(reference, settings.optimizer, total_steps=updates)
+    pairs = with_reference(pairs, reference, **same)
+    for metrics in train_dpo(optimizer, pairs, settings=settings, rng=rng, **same):
+        yield optimizer.params, metrics

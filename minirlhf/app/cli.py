@@ -1,4 +1,4 @@
-"""The command line: minirlhf train | resume | score | sample | exact | check.
+"""The command line: minirlhf train | resume | score | sample | exact | judge | check.
 
 Nothing but this file is imported until a command is known: `minirlhf --version` answers at once,
 and so does Ctrl-C.
@@ -19,6 +19,7 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf score RUN --prompt .. --response ..    log pi_theta - log pi_ref, token by token
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
   minirlhf exact                  the exact optimum, KL and gradients beside every estimate
+  minirlhf judge FUNCTION         what your own KL term, loss or advantages descend
   minirlhf check                  check every gradient of the package
 
 minirlhf COMMAND --help shows the options of a command. With MINIRLHF_TRACEBACK=1 in the environment
@@ -30,6 +31,7 @@ COMMANDS = {  # name -> module and function; its arguments are the options, its 
     "score": "commands:score",
     "sample": "commands:sample",
     "exact": "exact:exact_command",
+    "judge": "judge:judge_command",
     "check": "check:check_command",
 }
 

@@ -68,6 +68,14 @@ def number_table(title: str, *heads: str, texts: tuple[int, ...] = (0,), **look)
     return table
 
 
+def rows_table(title: str, columns: dict[str, str], rows: list[dict], **look) -> NumberTable:
+    """A line for each of `rows`; `columns` has the heads and how a row is shown, "{name:.3f}"."""
+    table = number_table(title, *columns, **look)
+    for row in rows:
+        table.add_row(*(form.format(**row) for form in columns.values()))
+    return table
+
+
 def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
     of_world = f"held-out prompts of the world {shorten(world.name)!r}"

@@ -17,8 +17,6 @@ from minirlhf.exact.ground_truth import PPO, RLOO
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.rlhf import kl
-from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_leaves, tree_map
@@ -134,13 +132,13 @@ def kl_gradient_table(*, seed: int = 0) -> list[Row]:
         mode = {"kl_mode": place.kl_mode, "gamma": place.gamma}
         theta = world.logits["theta"]
         dlogits = expected.penalty_dlogits(world.responses, theta, **others, **mode)
-        mean, row = _judged(world, dlogits, jacobian, g, world.probs(place.sampler))
+        mean, row = error_and_noise(world, dlogits, jacobian, g, world.probs(place.sampler))
         angle = 0.0 if mean @ mean < 1e-20 * (g @ g) else float(expected.cosine(mean, g))
         rows.append({**place._asdict(), "right": place.right, "cosine": angle, **row})
     return rows
 
 
-def _judged(
+def error_and_noise(
     world: RandomWorld, dlogits: np.ndarray, jacobian: np.ndarray, g: np.ndarray, probs: np.ndarray
 ) -> tuple[np.ndarray, Row]:
     """The expected gradient in the parameters (P,), and its error and noise as shares of |g|.
@@ -155,92 +153,6 @@ def _judged(
     mean, variance = expected.gradient_moments(estimates, probs)
     noise = float(np.sqrt(variance / (g @ g)))
     return mean, {"error": float(expected.relative_error(mean, g)), "noise": noise}
-
-
-# -- advantages ----------------------------------------------------------------------------------
-def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95, 1.0)) -> list[Row]:
-    """Bias and noise of the policy gradient by GAE, for a value that is exact, 0, or off.
-
-    bias   |E[sum_t A_t grad logp_t] - grad J| / |grad J| in the parameters of a transformer
-    noise  sqrt of the trace of the covariance of one response's gradient / |grad J|
-
-    Unbiased at lam = 1, and with an exact value (Schulman et al. 2016, arXiv 1506.02438).
-    """
-    world = make_random_world(seed=seed)
-    responses, log_pi, log_ref = world.responses, world.log_probs("theta"), world.log_probs("ref")
-    args = (world.tree, log_pi, log_ref, world.rewards)
-    jacobian, probs = world.jacobian("theta"), world.probs("theta")
-    g = optimum.objective_gradient(*args, kl_coef=kl_coef).reshape(-1) @ jacobian
-    exact = optimum.policy_values(*args, kl_coef=kl_coef).values
-    off = exact + 0.5 * np.random.default_rng(seed).standard_normal(exact.shape)
-    k1, mask = (log_pi - log_ref)[responses.nodes, responses.tokens], responses.mask
-    rewards, rows = token_rewards(world.rewards, k1, mask=mask, kl_coef=kl_coef), []
-    for name, values in (("exact", exact), ("zero", 0.0 * exact), ("exact + 0.5 noise", off)):
-        for lam in lams:
-            advantages, _ = gae(rewards, values[responses.nodes], mask=mask, lam=lam)
-            dlogits = expected.policy_gradient_dlogits(responses, world.logits["theta"], advantages)
-            _, row = _judged(world, dlogits, jacobian, g, probs)
-            rows.append({"value": name, "lam": lam, "bias": row["error"], "noise": row["noise"]})
-    return rows
-
-
-def logits_at_kl(world: RandomWorld, kl_seq: float) -> np.ndarray:
-    """Logits ref + x (theta - ref) with KL(pi || ref) = kl_seq, or x = 2^20 if none has: (N, V)."""
-    ref, log_ref, no_reward = world.logits["ref"], world.log_probs("ref"), 0.0 * world.rewards
-
-    def at(x: float) -> np.ndarray:
-        return ref + x * (world.logits["theta"] - ref)
-
-    def is_too_far(x: float) -> bool:
-        args = (world.tree, log_softmax(at(x)), log_ref, no_reward)
-        return optimum.evaluate_exactly(*args, kl_coef=0.0).kl_seq > kl_seq
-
-    low, high = 0.0, 1.0
-    while not is_too_far(high) and high < 2**20:
-        low, high = high, 2 * high
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if is_too_far(middle) else (middle, high)
-    return at(low)
-
-
-# -- the optimum ---------------------------------------------------------------------------------
-def flatness_table(world: TokenWorld, *, kl_coef: float, shares: tuple[float, ...]) -> list[Row]:
-    """The noise of one sample's policy gradient on the way to the optimum, exact values known.
-
-    The way is pi_s ~ ref exp(s r / beta): the reference at s = 0, the optimum at s = 1, where
-    r - beta log_ratio is the same for every response. With the sampled k1 in the reward the noise
-    then vanishes; with the KL over the whole vocabulary in the reward (and its own step in the
-    loss) it does not, because beta sum_t KL_t still varies from response to response.
-
-    gap                 J* - J [reward units]
-    k1, full            trace of the covariance of one response's gradient, in logits
-    """
-    tree, responses = world.tree, enumeration.all_responses(world.tree)
-    log_ref, mask, rows = world.demonstrator, responses.mask, []
-    best = optimum.soft_optimum(tree, log_ref, world.rewards, kl_coef=kl_coef)
-    for share in shares:
-        at_share = optimum.soft_optimum(tree, log_ref, share * world.rewards, kl_coef=kl_coef)
-        args = (tree, log_pi := at_share.log_probs, log_ref, world.rewards)
-        probs = np.exp(enumeration.response_logprobs(tree, log_pi))
-        value = optimum.evaluate_exactly(*args, kl_coef=kl_coef)
-        row = {"share": share, "gap": float(best.objective - value.objective)}
-        values = optimum.policy_values(*args, kl_coef=kl_coef).values[responses.nodes]
-        k1 = (log_pi - log_ref)[responses.nodes, responses.tokens]
-        full, full_cache = kl.full_kl_forward(log_pi, ref_logits=log_ref)
-        for name, kl_token in (("k1", k1), ("full", full[responses.nodes])):
-            rewards = token_rewards(world.rewards, kl_token, mask=mask, kl_coef=kl_coef)
-            advantages, _ = gae(rewards, values, mask=mask, lam=1.0)
-            dlogits = expected.policy_gradient_dlogits(responses, log_pi, advantages)
-            if name == "full":
-                own_step = kl.full_kl_backward(np.ones(tree.n_nodes), full_cache)  # (N, V)
-                dlogits = dlogits - kl_coef * own_step[responses.nodes]
-            mean = expected.gather_nodes(tree, responses, dlogits, weights=probs)
-            # the tokens of one response stand at different prefixes: their squares add up
-            second = probs @ ((dlogits * dlogits).sum(axis=-1) * mask).sum(axis=-1)
-            row[name] = float(second - (mean * mean).sum())
-        rows.append(row)
-    return rows
 
 
 # -- trained policies ----------------------------------------------------------------------------

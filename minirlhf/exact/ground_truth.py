@@ -20,10 +20,8 @@ from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train import ppo
-from minirlhf.train.dpo import DPOConfig, train_dpo, with_reference
 from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.reward_model import Pair, n_updates
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
@@ -194,22 +192,6 @@ def ppo_on_world(
     )
     for turn in ppo.train_ppo(optimizer, reference, task, rng=rng_shuffle, **same):
         yield optimizer.params, turn
-
-
-def dpo_on_world(
-    world: TokenWorld, reference: Tree, pairs: list[Pair], *, settings: DPOConfig, seed: int, **same
-) -> Iterator[tuple[Tree, dict[str, float]]]:
-    """DPO on a world of tokens: the policy, which is written to, and metrics at every update.
-
-    Args:     pairs: of the reference's samples, as from `Desk.draw_pairs` and `as_pairs`.
-              same: config, the transformer's.
-    """
-    same["pad_id"] = world.stop_id
-    updates, rng = n_updates(len(pairs), settings), np.random.default_rng([seed, 1])
-    optimizer = Optimizer(reference, settings.optimizer, total_steps=updates)
-    pairs = with_reference(pairs, reference, **same)
-    for metrics in train_dpo(optimizer, pairs, settings=settings, rng=rng, **same):
-        yield optimizer.params, metrics
 
 
 def sample_world(

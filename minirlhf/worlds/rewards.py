@@ -183,22 +183,32 @@ def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
             f"reward: expected file.py:function, module:function, {', '.join(READY_MADE)}; got "
             f"{shorten(reward)!r}: {advice}"
         )
+    return UserReward(load_function(reward, "reward"), reward, timeout)
+
+
+def load_function(place: str, what: str) -> Callable:
+    """The function at "package.module:function" or "file.py:function".
+
+    Args:     what: stands before a refusal.
+    Raises:   InputError: as `load_reward`.
+    """
+    source, _, name = place.rpartition(":")
     if source.endswith(".py") and not Path(source).is_file():
         raise InputError(
-            f"reward: expected a Python file {source}; found none: check the path, or say with "
-            "--reward where it is now"
+            f"{what}: expected a Python file {source}; found none: check the path"
+            + ", or say with --reward where it is now" * (what == "reward")
         )
     try:
         module = _import(source)
     except BaseException as error:  # the user's code may raise anything
         raise InputError(
-            f"reward: expected to import {source}; {_raised(error)}: check the name and the code"
+            f"{what}: expected to import {source}; {_raised(error)}: check the name and the code"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         came = "found none" if function is None else f"got {shorten(repr(function))}"
-        raise InputError(f"reward: expected a function {name} in {source}; {came}: check the name")
-    return UserReward(function, reward, timeout)
+        raise InputError(f"{what}: expected a function {name} in {source}; {came}: check the name")
+    return function
 
 
 def _import(source: str) -> ModuleType:

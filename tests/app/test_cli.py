@@ -47,7 +47,7 @@ from minirlhf.worlds.tokens import load_tokenizer
 
 ROOT = Path(minirlhf.__file__).parents[1]
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "score", "sample", "exact", "check")
+COMMANDS = ("train", "resume", "score", "sample", "exact", "judge", "check")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,7 @@ def test_help_of_each_command(capsys, monkeypatch, command):
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
+        "judge": ["--placement", "--framework", "--expect", "--size", "--json"],
         "check": ["--seed", "--cases"],
     }[command]
     for option in expected:

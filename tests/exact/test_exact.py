@@ -29,6 +29,7 @@ from tolerances import (
     assert_close,
 )
 
+from gao import GaoFit, fit_gao
 from minirlhf import backend
 from minirlhf.backend import to_host
 from minirlhf.exact import enumeration
@@ -44,11 +45,9 @@ from minirlhf.exact.enumeration import (
 from minirlhf.exact.expected import gather_nodes, penalty_dlogits, policy_gradient_dlogits
 from minirlhf.exact.experiments import make_random_world
 from minirlhf.exact.optimum import (
-    GaoFit,
     best_of_n,
     by_depth,
     evaluate_exactly,
-    fit_gao,
     frontier_reward,
     grpo_rest,
     objective_gradient,

@@ -8,10 +8,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from minirlhf.exact.desk import Desk, tilted
+from desk import Desk, tilted
 from minirlhf.exact.ground_truth import (
     SFT,
-    dpo_on_world,
     make_ground_truth,
     measure,
     small_transformer,
@@ -20,6 +19,7 @@ from minirlhf.exact.ground_truth import (
 from minirlhf.rlhf.preferences import dpo_backward, dpo_forward, sigmoid
 from minirlhf.train.dpo import DPOConfig
 from minirlhf.train.settings import OptimizerConfig
+from study import dpo_on_world
 
 
 @pytest.fixture(scope="module")

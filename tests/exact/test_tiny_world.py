@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 from tolerances import CHI_SQUARE_P, CHI_SQUARE_Z, LOOPS, PRINTED, assert_close
 
+from gao import fit_gao
 from minirlhf.exact.enumeration import all_responses, response_logprobs
-from minirlhf.exact.optimum import (
-    best_of_n,
-    evaluate_exactly,
-    fit_gao,
-    frontier_reward,
-    soft_optimum,
-)
+from minirlhf.exact.optimum import best_of_n, evaluate_exactly, frontier_reward, soft_optimum
 from minirlhf.exact.tiny import (
     ANS,
     CHAIN,

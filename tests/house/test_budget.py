@@ -80,7 +80,7 @@ MOST = {
     "lines of the package": 14_500,
     "lines of the reference": 4_500,
     "files to understand PPO": 20,
-    "lines to understand PPO": 3_820,
+    "lines to understand PPO": 3_800,
     "lines of the loop": 40,
     "longest file": 500,
     "longest function": 60,

@@ -105,6 +105,19 @@ def test_kl_and_its_four_rows(tmp_path):
     assert [row[0] for row in cells(tables.kl4(tmp_path))[1:]] == ["`reward_k1`", "`loss_k1`"]
 
 
+def test_libraries(tmp_path):
+    row = {"name": "a-k1", "term": "|k1|", "placement": "loss", "descends": "nothing", "error": 1.0,
+           "cosine": 0.0, "noise": 0.69, "off": "none of these, near kl", "where": "a/b: c.py",
+           "as_of": "1234567"}  # fmt: skip
+    rows = [row, {**row, "name": "a-k1-reward", "term": "k1", "placement": "reward"}]
+    write(tmp_path, "output.txt", rows)
+    text = tables.libraries(tmp_path)
+    _, first, second = cells(text)
+    assert first == ["`a-k1`", "&#124;k1&#124;", "nothing", "1.00", "0.00", "0.7", "none of these"]
+    assert second[1] == "k1, in the reward"
+    assert text.endswith("\n\n- `a-k1`, `a-k1-reward`: a/b: c.py, 1234567")
+
+
 PRINTED = """\
 graph 1002: 5 prefixes, 7 responses; the uniform walk: 0.7852
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from desk import Desk, fit_bradley_terry, pair_accuracy, tilted
 from minirlhf.exact import optimum
-from minirlhf.exact.desk import Desk, fit_bradley_terry, pair_accuracy, tilted
 from minirlhf.exact.tiny import EOS
 
 

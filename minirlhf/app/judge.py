@@ -1,0 +1,359 @@
+"""`minirlhf judge`: a KL term, a loss or advantages of anybody's, against the exact answer.
+
+    judge(lambda logp, ref_logp, mask: (mask * 0.5 * (logp - ref_logp) ** 2).sum()).descends
+                                                     "token_kl": a part of the penalty's gradient
+    assert_descends(my_loss, "0.04 x kl")            for a test, in one line
+
+A function is asked of one sampled response, arrays (1, T), and takes those of NAMES that it asks
+for by name: which they are says what it is. A penalty; with advantages, a loss; with rewards, an
+estimator of advantages, of a group of responses (3, T) or (3,) if it asks for the group or for
+rewards alone. A loss is a number, or one a token, summed over the mask; of a tuple the first. In
+NumPy it is differentiated by central differences, or returns (number, its own gradient).
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import json
+import operator
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from minirlhf.app.tables import BAD, GOOD, rows_table
+from minirlhf.disk import shorten
+from minirlhf.errors import InputError
+from minirlhf.exact import judge as exact
+from minirlhf.exact.judge import Answer, Arrays, Verdict
+from minirlhf.exact.libraries import LIBRARIES
+from minirlhf.worlds import rewards
+
+Framework = Literal["auto", "numpy", "own", "torch", "jax"]
+Placement = Literal["loss", "reward"]
+LOGP = "(per_token_|action_)?log_?p(s|robs?)?"
+NAMES = {  # what a function may ask for -> how libraries spell it
+    "logp": f"((new|curr|pi|policy)_)?{LOGP}",
+    "old_logp": f"(old|prev|rollout|generation|sampling)_{LOGP}|{LOGP}_old",
+    "ref_logp": f"(ref|reference|reference_policy|base)_{LOGP}|{LOGP}_(ref|reference|base)",
+    "mask": "((response|completion|action|loss|token|attention)_)?masks?",
+    "advantages": "adv|advantages?",
+    "rewards": "(token_level_)?(rewards?|scores)",
+    "values": "(old_)?values?",
+    "gamma": "gamma|discount",
+    "lam": "(gae_)?(lam|lambd|lambda_?)",
+    "group": "group|group_ids|index|uid",
+    "group_size": "group_size|num_generations",
+}
+GROUP = 3  # responses
+SETTINGS = {"gamma": 1.0, "lam": 0.95, "group_size": GROUP, "group": np.zeros(GROUP, dtype=int)}
+KINDS = [{"logp", "old_logp", "ref_logp", "advantages", "mask"}, {"rewards", "values", "mask"}]
+PARTS = {"kl": "the penalty", "reward": "the advantages"}
+CLAIMS = [*exact.KL_MEANS, *exact.REWARD_MEANS]
+STEP = 1e-5  # of central differences: their error is about 1e-10
+
+
+class Report(NamedTuple):
+    """What a function does: first of all on the policy's own samples, or with exact values."""
+
+    verdicts: list[Verdict]
+    reads_padding: bool  # it has a slope where the mask is 0
+
+    @property
+    def descends(self) -> str:
+        """A name of KL_MEANS or REWARD_MEANS of exact/judge.py, "nothing" or "none of these"."""
+        return self.verdicts[0].descends
+
+    @property
+    def right(self) -> bool:
+        """It is the gradient of the penalty, or of the reward, and nothing else."""
+        return self.verdicts[0].claim == self.verdicts[0].part and not self.reads_padding
+
+    def holds(self, claim: str) -> bool:
+        """Does it descend this, as it is printed: "kl", "0.04 x kl", "nothing"?"""
+        name = claim.rpartition(" x ")[2].removeprefix(exact.MEAN)
+        if name not in (*CLAIMS, exact.NOTHING):
+            raise InputError(
+                f"judge: expected a claim like kl, mean_kl or '0.04 x kl', of one of "
+                f"{', '.join(CLAIMS)}, {exact.NOTHING}; got {shorten(claim)!r}: name one"
+            )
+        first = {verdict.part: verdict.claim for verdict in reversed(self.verdicts)}
+        return claim in first.values() and not self.reads_padding
+
+
+def judge(
+    f: Callable[..., Any] | str,
+    *,
+    placement: Placement = "loss",
+    framework: Framework = "auto",
+    size: tuple[int, int] = (4, 4),
+    seed: int = 0,
+) -> Report:
+    """What the expected gradient of a function is the gradient of.
+
+    Args:     f: the function; or file.py:function, module:function, or a name of LIBRARIES.
+              placement: "loss": it is differentiated. "reward": it is a number for each token that
+                  is taken off the reward, a constant, as in PPO; logp is then the sampler's.
+              framework: who differentiates; "auto": the one that the function uses; "own": it
+                  returns (number, gradient (1, T) at logp) itself.
+              size: tokens of the world's vocabulary, and of its longest response.
+              seed: of the world's transformers.
+    Raises:   InputError: it cannot be called, or does not return finite numbers that fit.
+    """
+    if isinstance(f, str) and ":" in f:
+        f = rewards.load_function(f, "judge")
+    elif isinstance(f, str):
+        if f not in LIBRARIES:
+            raise InputError(
+                f"judge: expected file.py:function, module:function, or one of "
+                f"{', '.join(LIBRARIES)}; got {shorten(f)!r}: name one"
+            )
+        f, placement, framework = LIBRARIES[f].f, LIBRARIES[f].placement, LIBRARIES[f].framework
+    call, asked = _by_name(f)
+    if min(size) < 2 or (size[0] - 1) ** size[1] > 2000:
+        raise InputError(
+            "judge: expected at least 2 tokens, and at most 2000 responses of the greatest length; "
+            f"got --size {size[0]} {size[1]}: choose smaller ones, like 4 4"
+        )
+    framework = _used_by(f) if framework == "auto" else framework
+    is_constant, seen = placement == "reward" or "rewards" in asked, []
+    answer = _answer(call, framework, is_constant=is_constant, seen=seen)
+    if "rewards" not in asked:
+        about = {"placement": placement, "with_reward": "advantages" in asked}
+        found = exact.judge_loss(answer, exact.make_settings(seed, *size), **about)
+    elif asked & {"group", "group_size"} or asked == {"rewards"}:
+        found = exact.judge_advantages(answer, exact.make_settings(seed, 3, 3), group_size=GROUP)
+    else:
+        found = exact.judge_advantages(answer, exact.make_settings(seed, *size))
+    verdicts = list(found)
+    alive = {v.part for v in verdicts if any(row["noise"] or row["cosine"] for row in v.rows)}
+    if not alive:
+        raise InputError(
+            "judge: expected a loss that depends on logp; its gradient is 0 at every response: is "
+            "it detached? What is a constant in the reward is judged with --placement reward"
+        )
+    return Report([v for v in verdicts if v.part in alive], any(seen))
+
+
+def assert_descends(f: Callable[..., Any] | str, claim: str, **about: Any) -> None:
+    """Raise AssertionError unless f descends what is claimed, like "0.04 x kl"; about: of judge."""
+    report = judge(f, **about)
+    if not report.holds(claim):
+        raise AssertionError(f"expected {claim}; {'; '.join(sentences(report))}")
+
+
+def sentences(report: Report) -> list[str]:
+    """The verdicts in words."""
+    said = []
+    for v in report.verdicts:
+        words = exact.meaning(v.descends if v.factor else f"nearest is {v.nearest}")
+        said.append(f"{PARTS[v.part]}, {v.given}: descends {v.claim} ({words})")
+        if v.value_is != exact.NONE:
+            said.append(f"its value is on average {v.value_is}")
+    return said + ["it reads what stands at padding"] * report.reads_padding
+
+
+# -- a function as an answer ---------------------------------------------------------------------
+def _by_name(f: Callable[..., Any]) -> tuple[Callable, set[str]]:
+    """f as a function of the arrays by our names, and which of them it asks for."""
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"judge: expected a function; got {shorten(repr(f))}: name one") from error
+    asked = {}
+    for name, parameter in signature.parameters.items():
+        ours = next((ours for ours, form in NAMES.items() if re.fullmatch(form, name)), name)
+        is_set = parameter.default is not parameter.empty or parameter.kind == 4  # **others
+        if not (is_set and (ours in ("gamma", "lam") or ours not in NAMES)):
+            asked[name] = ours if parameter.kind in (1, 3) else None  # f(x, /), *x
+    wanted = set(asked.values())
+    if not any(wanted & {"logp", "rewards"} and wanted <= {*kind, *SETTINGS} for kind in KINDS):
+        raise InputError(
+            "judge: expected parameters like logp, old_logp, ref_logp, advantages, mask, or like "
+            f"rewards, values, mask; got {shorten(str(signature))}: wrap it in such a function"
+        )
+
+    def call(arrays: dict[str, Any]) -> Any:
+        if len(arrays["mask"]) > 1 and "mask" not in asked.values():
+            arrays = {**arrays, "rewards": arrays["rewards"].sum(-1)}
+        given = SETTINGS | arrays
+        try:
+            return f(**{theirs: given[ours] for theirs, ours in asked.items()})
+        except Exception as error:  # the user's code may raise anything
+            raise InputError(
+                f"judge: expected it to take arrays {tuple(arrays['mask'].shape)}; it raised "
+                f"{type(error).__name__}: {shorten(str(error), 200)}: correct it, or say with "
+                "--framework whose arrays it takes"
+            ) from error
+
+    return call, wanted
+
+
+def _used_by(f: Callable[..., Any]) -> str:
+    """The framework that a function's code names; or else its module, if that is one."""
+    f = inspect.unwrap(getattr(f, "func", f))  # of a partial
+    f = f if inspect.isroutine(f) else type(f).__call__
+    if not hasattr(f, "__code__"):
+        return "numpy"
+    named = inspect.getclosurevars(f)
+    for values in ({**named.globals, **named.nonlocals}, f.__globals__):
+        modules = filter(inspect.ismodule, values.values())
+        roots = {module.__name__.partition(".")[0] for module in modules}
+        if {"torch", "jax"} <= roots:
+            raise InputError("judge: expected torch or jax; it uses both: say --framework")
+        if found := [name for name in ("torch", "jax", "numpy") if name in roots]:
+            return found[0]
+    return "numpy"
+
+
+def _real(out: Any, *shapes: tuple[int, ...]) -> Any:
+    """What counts of (loss, metrics), if it is of real numbers and one of these shapes."""
+    out = out[0] if isinstance(out, tuple) and out else out
+    kind, shape = getattr(out, "dtype", type(out).__name__), tuple(getattr(out, "shape", ()))
+    if "float" not in str(kind) or shape not in shapes:
+        raise InputError(
+            f"judge: expected real numbers of shape {' or '.join(map(str, shapes))}; got {kind} of "
+            f"shape {shape}: return a loss, or its terms for each token"
+        )
+    return out
+
+
+def _answer(call: Callable, framework: str, *, is_constant: bool, seen: list[bool]) -> Answer:
+    """Value and slopes at logp; or the sum, and numbers. `seen` gets if padding has a slope."""
+    try:
+        module = importlib.import_module("numpy" if framework == "own" else framework)
+    except ImportError as error:
+        raise InputError(f"judge: {error}: install it, or choose another --framework") from error
+    make = {"torch": "tensor", "jax": "numpy.asarray"}.get(framework, "array")
+    to, total = operator.attrgetter(make)(module), functools.partial(_total, call)
+    by = {"numpy": _by_differences, "own": _by_itself, "torch": _by_torch}.get(framework)
+    by = functools.partial(by, total) if by else module.jit(module.value_and_grad(total))
+    by = functools.partial(_constant, call) if is_constant else by
+
+    def answer(arrays: Arrays) -> tuple[float, np.ndarray]:
+        with module.enable_x64(True) if framework == "jax" else contextlib.nullcontext():
+            made = {name: to(array) for name, array in arrays.items()}
+            value, slope = by(made.get("logp"), made)
+            value, slope = float(value), np.asarray(slope, dtype=np.float64)
+        if not np.isfinite([value, *slope.flat]).all():
+            raise InputError(f"judge: expected finite numbers; got {slope}: guard its divisions")
+        seen.append(bool((slope * (1 - arrays["mask"])).any()))
+        return value, slope
+
+    return answer
+
+
+def _constant(call: Callable, _, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """Numbers of tokens, or of the responses of a group: terms of the reward, or advantages."""
+    shape, real = tuple(arrays["mask"].shape), np.asarray(arrays["mask"]) > 0
+    out = _real(call(arrays), shape, shape[:1] if shape[0] > 1 else shape[1:])
+    out = np.asarray(out.detach() if hasattr(out, "detach") else out)
+    of_tokens = np.where(real, out.reshape(shape[0], -1), 0.0)
+    return of_tokens.sum(), of_tokens
+
+
+def _total(call: Callable, logp: Any, arrays: dict[str, Any]) -> Any:
+    """A loss; terms of tokens are summed over the mask."""
+    mask = arrays["mask"]
+    shapes = (), (1,), (1, 1), tuple(mask.shape), tuple(mask.shape[1:])
+    terms = _real(call({**arrays, "logp": logp}), *shapes)
+    if mask.shape[1] not in getattr(terms, "shape", ()):
+        return terms.sum() if hasattr(terms, "sum") else terms
+    return (mask.reshape(terms.shape) * terms).sum()
+
+
+def _by_differences(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
+    slope = np.zeros_like(logp)
+    for t in range(logp.size):
+        step = STEP * (np.arange(logp.size) == t)
+        ends = [total(logp + k * step, arrays) for k in (1, -1, 2, -2)]
+        near, far = (ends[0] - ends[1]) / (2 * STEP), (ends[2] - ends[3]) / (4 * STEP)
+        if abs(near - far) > 1e-6 + 1e-4 * abs(near):
+            raise InputError(
+                f"judge: expected a smooth function in float64; over steps of {STEP} its slope is "
+                f"{near:.6g}, over twice that {far:.6g}: is it float32, or rounded?"
+            )
+        slope[0, t] = near
+    return total(logp, arrays), slope
+
+
+def _by_itself(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
+    out = total.args[0](arrays)
+    is_pair = isinstance(out, tuple) and len(out) == 2
+    return total(logp, arrays), _real(out[1] if is_pair else out, logp.shape)
+
+
+def _by_torch(total: Callable, logp: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    value = total(logp.requires_grad_(), arrays)
+    if not getattr(value, "requires_grad", False):
+        return value, 0 * logp.detach()
+    value.backward()
+    return value.detach(), 0 * logp.detach() if logp.grad is None else logp.grad
+
+
+# -- the command ---------------------------------------------------------------------------------
+def judge_command(
+    function: tyro.conf.Positional[str],
+    *,
+    placement: Placement = "loss",
+    framework: Framework = "auto",
+    expect: str = "",
+    size: tuple[int, int] = (4, 4),
+    seed: int = 0,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> int:
+    """What a KL term, a loss or advantages of your own descend, by enumeration.
+
+    Args:
+        function: file.py:function, module:function, the name of a library's, or libraries: all.
+        placement: loss: it is differentiated; reward: it is a constant taken off each token's.
+        framework: Who differentiates; auto: what it uses; own: it returns (number, gradient).
+        expect: What it should descend, like kl or "0.04 x kl"; exit status 1 if it does not.
+        size: Tokens of the world's vocabulary, and of its longest response.
+        seed: Of the world's transformers.
+        json_: Print the numbers as JSON.
+    Returns:
+        exit status: 0, or 1 if the claim fails.
+    """
+    about = {"size": size, "seed": seed}
+    if function == "libraries":
+        return _show_libraries({name: judge(name, **about) for name in LIBRARIES}, json_)
+    report = judge(function, placement=placement, framework=framework, **about)
+    holds, said = not expect or report.holds(expect), sentences(report)
+    rows = [{**v._asdict(), **row, "of": PARTS[v.part]} for v in report.verdicts for row in v.rows]
+    if json_:
+        found = {"function": function, "holds": holds, "said": said, **report._asdict()}
+        print(json.dumps({**found, "verdicts": [v._asdict() for v in report.verdicts]}))
+        return 0 if holds else 1
+    columns = {"": "{of}", "given": "{given}", "KL": "{kl_seq:.2f}", "value": "{value:+.3f}"}
+    table = rows_table(shorten(function), columns | NUMBERS, rows, texts=(0, 1))
+    table.caption = "error |mean - g| / |g|, noise of one sample / |g|, where g would be right"
+    said += [f"not as expected: {expect}"] * (not holds)
+    style = GOOD if holds and (expect or report.right) else BAD
+    Console().print(table, *(Text(sentence, style) for sentence in said), sep="\n")
+    return 0 if holds else 1
+
+
+NUMBERS = {"error": "{error:.2g}", "cosine": "{cosine:+.3f}", "noise": "{noise:.2f}"}
+
+
+def _show_libraries(reports: dict[str, Report], as_json: bool) -> int:
+    """A row for each of LIBRARIES, at the largest distance from the reference."""
+    rows = []
+    for name, report in reports.items():
+        on, off = report.verdicts[:2]
+        row = {"name": name, **LIBRARIES[name]._asdict(), "value_is": on.value_is, **on.rows[-1]}
+        said = [v.claim + f", near {v.nearest}" * (v.claim == exact.NONE) for v in (on, off)]
+        rows.append({**row, "descends": said[0], "off": said[1], "off_rows": off.rows[-1]})
+    if as_json:
+        print(json.dumps(rows))
+        return 0
+    title = f"what the libraries descend, KL(pi || ref) = {rows[0]['kl_seq']:.2f}"
+    columns = {"": "{name}", "term": "{term}", "descends": "{descends}", **NUMBERS}
+    Console().print(rows_table(title, columns, rows, texts=(0, 1, 2)))
+    return 0
