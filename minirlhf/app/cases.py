@@ -354,7 +354,7 @@ def make_ppo_loss(draw: Draw) -> Case:
         kl_mode=draw.pick(tuple(KL_MODES)),
         ratio=ratio,
         clip=draw.pick(objectives.CLIPS),
-        dual_clip=0.0 if ratio == "clipped-weight" else draw.pick((0.0, 3.0)),
+        dual_clip=draw.pick((0.0, 3.0)) if ratio in ("token", "sequence") else 0.0,
         value_clip_eps=draw.pick((0.2, 0.0)),
         ent_coef=draw.pick((0.2, 0.0)),
         aggregation=draw.pick(objectives.AGGREGATIONS),

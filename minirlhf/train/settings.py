@@ -228,7 +228,7 @@ class PPOConfig:
                 f"at least batch_size = {s.batch_size} with kl_target, or one batch uses it up",
             ),
             ("dual_clip", not s.dual_clip or s.dual_clip > 1, "0 (off) or more than 1"),
-            ("dual_clip", not s.dual_clip or s.ratio != "clipped-weight", "0 with clipped-weight"),
+            ("dual_clip", not s.dual_clip or s.ratio in ("token", "sequence"), f"0 with {s.ratio}"),
             ("samples_per_prompt", s.batch_size % G == 0, f"a divisor of {s.batch_size}"),
             ("samples_per_prompt", not alone, f"at least 2 with advantages {s.advantages}"),
             ("gamma", critic or s.gamma == 1, f"1 with advantages {s.advantages}"),
