@@ -5,9 +5,11 @@ import numpy as np
 from minirlhf.exact import enumeration, expected, optimum
 from minirlhf.exact.experiments import RandomWorld, Row, error_and_noise, make_random_world
 from minirlhf.exact.token_world import TokenWorld
+from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.rlhf import kl
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.logprobs import log_softmax
+from minirlhf.tree import Tree, tree_map
 
 
 # -- advantages ----------------------------------------------------------------------------------
@@ -93,3 +95,41 @@ def flatness_table(world: TokenWorld, *, kl_coef: float, shares: tuple[float, ..
             row[name] = float(second - (mean * mean).sum())
         rows.append(row)
     return rows
+
+
+def scores(world: RandomWorld, log_pi: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """sum_t slope_t grad log pi(y_t|.) of each response, in logits: (M, N V) from (M, T)."""
+    responses, (N, V), rows = world.responses, log_pi.shape, np.arange(len(slopes))
+    found, pi, slopes = np.zeros((len(slopes), N, V)), np.exp(log_pi), slopes * responses.mask
+    for t in range(slopes.shape[1]):
+        node, token = responses.nodes[:, t], responses.tokens[:, t]
+        found[rows, node] -= slopes[:, t, None] * pi[node]
+        found[rows, node, token] += slopes[:, t]
+    return found.reshape(len(slopes), -1)
+
+
+def beside(mean: np.ndarray, g: np.ndarray) -> dict[str, float]:
+    """Error, cosine and length of a mean gradient beside g, in |g|."""
+    size, length = np.linalg.norm(g), np.linalg.norm(mean)
+    return {
+        "error": float(np.linalg.norm(mean - g) / size),
+        "cosine": float(mean @ g / (length * size)),
+        "length": float(length / size),
+    }
+
+
+def up_along_the_gradient(world: RandomWorld, kl_seq: float) -> tuple[Tree, np.ndarray]:
+    """theta = old + x grad E[r], x such that KL(old || theta) = c x^2 is about that.
+
+    Returns:  its parameters, and log pi (N, V).
+    """
+    tree, r, old, log_old = world.tree, world.rewards, world.policies["old"], world.log_probs("old")
+    slope = optimum.objective_gradient(tree, log_old, log_old, r, kl_coef=0.0)
+    uphill = tree_gradient(slope, old, **world.where)
+
+    def at(x: float) -> tuple[Tree, np.ndarray]:
+        params = tree_map(lambda a, d: a + x * d, old, uphill)
+        return params, log_softmax(tree_logits(params, **world.where))
+
+    near = optimum.evaluate_exactly(tree, log_old, at(1e-3)[1], r, kl_coef=0.0).kl_seq
+    return at(1e-3 * float(kl_seq / near) ** 0.5)
