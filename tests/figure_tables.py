@@ -4,6 +4,7 @@ Each takes the folder in which the commands of its source ran (figures.py) and r
 """
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -55,6 +56,24 @@ def support(folder: Path) -> str:
     held = [seed.get("claims", {}) for seed in seeds]
     lines = [f"- {claim}: {sum(h[claim] for h in held)} of {len(held)} seeds" for claim in held[0]]
     return "\n".join([text, "", *lines]) if lines else text
+
+
+def recipes(folder: Path) -> str:
+    """Means over the seeds of recipes_compared.py, and in how many of them gold rose."""
+    seeds = read(folder / "runs" / "results.json")
+    columns = {"proxy": "proxy reward", "gold": "gold reward", "kl_seq": "`kl_seq` [nats]"}
+    columns |= {"length": "length [tokens]", "repeated_bigrams": "repeated bigrams"}
+    rows = []
+    for name in seeds[0]:
+        values = {c: [seed[name][c] for seed in seeds] for c in columns}
+        digits = {"length": 1, "repeated_bigrams": 3}
+        cells = [  # without a reward model there is no proxy
+            "" if math.isnan(values[c][0]) else spread(values[c], digits.get(c, 2)) for c in columns
+        ]
+        rose = sum(seed[name]["gold"] > seed["reference"]["gold"] for seed in seeds)
+        of = "" if name == "reference" else f"{rose} of {len(seeds)}"
+        rows.append([name if name == "reference" else f"`{name}`", *cells, of])
+    return table(["", *columns.values(), "gold rose"], rows)
 
 
 def cases(folder: Path) -> str:

@@ -61,6 +61,7 @@ SOURCES = {
         tuple(f"python examples/cases/{case}.py --out {case}" for case in CASES),
         {f"{case}/{case}.png": f"{case}.png" for case in CASES},
     ),
+    "recipes": Source(9, ("python examples/recipes_compared.py --out runs",)),
     "gradients": Source(
         0.1, ("minirlhf exact --parts kl --out exact",), {"exact/kl.png": "exact_kl.png"}
     ),
@@ -107,6 +108,7 @@ FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, it
     "support": ("support", tables.support),
     "replies": ("support", tables.replies),
     "cases": ("cases", tables.cases),
+    "recipes": ("recipes", tables.recipes),
     "kl": ("gradients", tables.kl),
     "kl4": ("gradients", tables.kl4),
     "libraries": ("libraries", tables.libraries),

@@ -118,6 +118,18 @@ def test_libraries(tmp_path):
     assert text.endswith("\n\n- `a-k1`, `a-k1-reward`: a/b: c.py, 1234567")
 
 
+def test_recipes(tmp_path):
+    columns = ("proxy", "gold", "kl_seq", "length", "repeated_bigrams")
+    rows = {"reference": (0.0, 1.5, 0.0, 15.0, 0.01), "grpo": (0.9, 1.8, 3.0, 21.0, 0.08)}
+    rows["dpo"] = (float("nan"), 1.0, 0.5, 15.0, 0.01)
+    seed = {name: dict(zip(columns, row, strict=True)) for name, row in rows.items()}
+    write(tmp_path, "runs/results.json", [seed, seed])
+    _, reference, grpo, dpo = cells(tables.recipes(tmp_path))
+    assert reference[-1] == "" and grpo[0] == "`grpo`"
+    assert grpo[1:4] == ["0.90 ± 0.00", "1.80 ± 0.00", "3.00 ± 0.00"] and grpo[-1] == "2 of 2"
+    assert dpo[1] == "" and dpo[-1] == "0 of 2"
+
+
 PRINTED = """\
 graph 1002: 5 prefixes, 7 responses; the uniform walk: 0.7852
 
