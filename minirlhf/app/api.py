@@ -8,6 +8,7 @@
 The command line does its work through the same functions.
 """
 
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def train(
               reward: of your own, in the place of a reward model: a function of the text, of
                   (prompt, response), or of lists of them (texts, or prompts and responses); or the
                   name of one, file.py:function, or of a ready-made one, like length.
-              recipe: whose settings to take over: grpo, dr-grpo, dapo, rloo, gspo, cispo.
+              recipe: whose settings to change: grpo, dr-grpo, dapo, rloo, gspo, cispo, dpo.
               progress: show bars and notes on stderr.
               changes: fields of TrainConfig; a nested one as a dataclass or a dict, like
                   ppo={"kl_coef": 0.1}.
@@ -58,7 +59,15 @@ def train(
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
-    config = with_fields(config or TrainConfig(), recipes.recipe(recipe), "train")
+    settings = recipes.recipe(recipe)
+    whole = [name for name, part in changes.items() if is_dataclass(part) and name in settings]
+    if recipe != "ppo" and (config is not None or whole):
+        came = whole[0] if whole else "a config"
+        raise InputError(
+            f"train: expected a recipe with changes to it; got {came} too, which has all settings: "
+            "leave one out, or give a dict of changes"
+        )
+    config = with_fields(config or TrainConfig(), settings, "train")
     config = with_fields(config, changes | named, "train")
     function = reward if callable(reward) else ""
     return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)

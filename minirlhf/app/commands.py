@@ -19,7 +19,7 @@ from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import refuse_foreign_code
 from minirlhf.runs.session import Session, open_session, reopen_session
 from minirlhf.runs.sizes import samples_bytes
-from minirlhf.train.recipes import RECIPES, as_flags, recipe
+from minirlhf.train import recipes
 from minirlhf.train.settings import with_fields
 
 
@@ -29,9 +29,9 @@ def train(arguments: list[str]) -> int:
 
 
 def parse_config(arguments: list[str]) -> TrainConfig:
-    """The configuration from flags, which overrule the recipe, which overrules `--config`.
+    """The configuration from flags, which overrule `--config`, which overrules `--recipe`.
 
-    Raises:   InputError: a flag or the file is wrong.
+    Raises:   InputError: a flag, the file or the recipe is wrong.
               SystemExit: the help was asked for, and has been shown.
     """
     ours = argparse.ArgumentParser(
@@ -47,17 +47,17 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     ours.add_argument("-h", "--help", action="store_true", help="Show what one needs")
     ours.add_argument("--help-all", action="store_true", help="Show every option")
     ours.add_argument("--config", metavar="FILE", help="TOML like a run's; flags overrule it")
-    ours.add_argument("--recipe", metavar="NAME", help=f"Settings of {', '.join(RECIPES)}")
+    ours.add_argument("--recipe", metavar="NAME", help=f"Settings of {', '.join(recipes.RECIPES)}")
     ours.add_argument("--beta", metavar="X", help="Short for --ppo.kl-coef; in DPO --dpo.kl-coef")
     try:
         named, rest = ours.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(f"{error.argument_name}: {error.message}; got none: name one") from error
-    start = TrainConfig() if named.config is None else load_config(named.config)
+    start = TrainConfig()
     if named.recipe is not None:
-        changes = recipe(named.recipe)
-        start = with_fields(start, changes, "train")
-        say(f"recipe {named.recipe}: {as_flags(changes) or 'the defaults'}")
+        start = with_fields(start, recipes.recipe(named.recipe), "train")
+    if named.config is not None:
+        start = load_config(named.config, start)
     if named.help or named.help_all:
         options.add_help(ours, start, everything=named.help_all)
         print(ours.format_help(), end="")
@@ -65,13 +65,17 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     of_run = named.config and Path(named.config).with_name("world.json").exists()
     if of_run and not any(word.partition("=")[0] == "--reward" for word in rest):
         refuse_foreign_code(Path(named.config).parent, start.reward)
-    words = [start.stages, *(word for arg in rest for word in arg.split("="))]
-    of = "dpo" if "sft,dpo" in words else "ppo"
-    rest += [] if named.beta is None else [f"--{of}.kl-coef", named.beta]
     known = [name for names, *_ in options.options_of(start) for name in names]
-    return options.read(
-        TrainConfig, rest, "train", [*known, "config", "recipe", "beta"], default=start
-    )
+    known += ["config", "recipe", "beta"]
+    config = options.read(TrainConfig, rest, "train", known, default=start)
+    if named.beta is not None:
+        flag = f"--{'dpo' if config.is_dpo else 'ppo'}.kl-coef"
+        if any(word.partition("=")[0].replace("_", "-") == flag for word in rest):
+            raise InputError(f"expected --beta or {flag}, which is the same; got both: drop one")
+        config = options.read(TrainConfig, [flag, named.beta], "train", known, default=config)
+    if named.recipe is not None:
+        say(recipes.says(named.recipe, config))
+    return config
 
 
 def resume(

@@ -139,13 +139,13 @@ def save_config(path: Path, config: TrainConfig) -> None:
     write_whole(path, to_toml(config).encode())
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """Read a TOML file; what it leaves out has its default.
+def load_config(path: str | Path, start: TrainConfig = TrainConfig()) -> TrainConfig:
+    """Read a TOML file; what it leaves out is as in `start`.
 
     Raises:   InputError: no TOML, an unknown field, or a value of the wrong type.
     """
     values = read_toml(path)
     try:
-        return settings.with_fields(TrainConfig(), values, "")
+        return settings.with_fields(start, values, "")
     except InputError as error:
         raise InputError(f"{path}: {str(error).removeprefix(': ')}") from error

@@ -455,8 +455,10 @@ def unused_options(config: TrainConfig) -> list[str]:
     of_run, of_model, notes = turned(config), turned(config.reward_model), []
     unread = of_model - {"n_pairs", "n_heldout_pairs"} | turned(config.ppo) - {"temperature"}
     if config.is_dpo and unread | of_run & {"eval_every", "checkpoint_every"}:
-        of_use = "n-pairs, n-heldout-pairs and --ppo.temperature"
-        notes.append(f"of reward model and PPO DPO reads --reward-model.{of_use} alone")
+        notes.append(
+            "DPO has no use for options of reward model and PPO, but for the number of pairs "
+            "(--reward-model.n-pairs, n-heldout-pairs) and --ppo.temperature, of their samples"
+        )
     elif "dpo" in of_run and not config.is_dpo:
         notes.append("--dpo.* changes nothing without --stages sft,dpo")
     if "corpus_unit" in of_run and not config.corpus:

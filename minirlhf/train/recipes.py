@@ -64,15 +64,20 @@ def recipe(name: str) -> dict[str, Any]:
     return RECIPES[name]
 
 
-def as_flags(changes: dict[str, Any], stage: str = "--") -> str:
-    """Fields as one would type them: --ppo.advantages group --ppo.no-whiten-advantages."""
-    words = []
-    for name, value in changes.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, dict):
-            words.append(as_flags(value, f"{stage}{flag}."))
-        elif isinstance(value, bool):
-            words.append(f"{stage}{'' if value else 'no-'}{flag}")
-        else:
-            words.append(f"{stage}{flag} {value}")
-    return " ".join(words)
+def says(name: str, config: Any) -> str:
+    """What a recipe has set, as one would type it, and what something else overruled.
+
+    Args:     config: the TrainConfig that came of it.
+    """
+    lines: dict[bool, list[str]] = {True: [], False: []}
+    for stage, changes in recipe(name).items():
+        nested = isinstance(changes, dict)
+        of = getattr(config, stage) if nested else config
+        for field, value in (changes if nested else {stage: changes}).items():
+            switch = "no-" if value is False else ""
+            flag = f"--{f'{stage}.' if nested else ''}{switch}{field.replace('_', '-')}"
+            words = flag if isinstance(value, bool) else f"{flag} {value}"
+            lines[getattr(of, field) == value].append(words)
+    nothing = "nothing" if lines[False] else "the defaults"
+    said = f"recipe {name}: {' '.join(lines[True]) or nothing}"
+    return said + (f"; overruled: {' '.join(lines[False])}" if lines[False] else "")

@@ -243,7 +243,7 @@ class PPOConfig:
         ):
             if not fits:
                 raise InputError(
-                    f"ppo.{name}: expected {expected}; got {getattr(s, name)}: choose such a value"
+                    f"ppo.{name}: expected {expected}; got {getattr(s, name)}: change one of them"
                 )
 
     @property

@@ -36,6 +36,7 @@ from tiny_run import (
 
 import minirlhf
 from minirlhf.app import check, cli, commands, exact, options, progress
+from minirlhf.app.commands import parse_config
 from minirlhf.errors import LONGEST, InputError
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import transformer_forward
@@ -43,6 +44,8 @@ from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.session import Title
+from minirlhf.train.dpo import DPOConfig
+from minirlhf.train.settings import PPOConfig
 from minirlhf.worlds.tokens import load_tokenizer
 
 ROOT = Path(minirlhf.__file__).parents[1]
@@ -939,3 +942,34 @@ def test_the_held_out_loss_is_beside_the_progress(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert list(progress.track(range(2), title)) == [0, 1]
     assert "/s, held out 1.250" in terminal.text
+
+
+# --- recipes
+
+
+def test_a_recipe_is_overruled_by_a_file_and_by_flags(tmp_path, capsys):
+    """The nearer to the user the stronger: flags, then the file, then the recipe."""
+    file = tmp_path / "c.toml"
+    file.write_text('[ppo]\nkl_mode = "reward_k1"\n')
+    config = parse_config(
+        ["--recipe", "grpo", "--config", str(file), "--ppo.samples-per-prompt", "4"]
+    )
+    ppo = config.ppo
+    assert (ppo.advantages, ppo.kl_mode, ppo.samples_per_prompt) == ("group", "reward_k1", 4)
+    said = capsys.readouterr().err
+    assert "recipe grpo: --ppo.no-whiten-advantages --ppo.advantages group" in said
+    assert "; overruled: --ppo.samples-per-prompt 8 --ppo.kl-mode loss_k3_tok" in said
+
+
+def test_beta_is_that_of_the_stage_that_runs_and_is_said_once():
+    assert parse_config(["--recipe", "dpo", "--beta", "0.3"]).dpo.kl_coef == 0.3
+    config = parse_config(["--recipe", "dpo", "--stages", "all", "--beta", "0.3"])
+    assert (config.ppo.kl_coef, config.dpo.kl_coef) == (0.3, DPOConfig().kl_coef)
+    with pytest.raises(InputError, match="expected --beta or --ppo.kl-coef, .*; got both"):
+        parse_config(["--ppo.kl-coef", "0.7", "--beta", "0.3"])
+
+
+def test_a_recipe_beside_a_whole_configuration_is_refused_in_python():
+    for given in ({"config": TrainConfig()}, {"ppo": PPOConfig(iterations=3)}):
+        with pytest.raises(InputError, match="expected a recipe with changes to it; got"):
+            minirlhf.train(recipe="grpo", progress=False, **given)

@@ -436,7 +436,7 @@ def test_equal_rewards_of_a_group_teach_nothing():
     """Exactly: the sd of GRPO would make a rounding of 1e-16 a thousand times as large."""
     rewards, mask = np.full((6, 2), 0.1), np.ones((6, 2))
     rewards[:, 0] = np.repeat([0.7, 1e6], 3)
-    for form in ADVANTAGES[1:-1]:
+    for form in set(ADVANTAGES) - {"gae", "batch"}:
         got = advantages_without_critic(rewards, mask=mask, form=form, samples_per_prompt=3)
         assert (got == 0).all()
 

@@ -16,15 +16,16 @@ from minirlhf.rlhf.advantages import (
     token_rewards,
 )
 from minirlhf.rlhf.kl import summed_penalty
+from minirlhf.runs.config import TrainConfig
 from minirlhf.train import ppo
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.metrics import explained_variance, iteration_metrics, mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.ppo import Task, make_experience, next_kl_coef, ppo_update, train_ppo
-from minirlhf.train.recipes import RECIPES, as_flags, recipe
+from minirlhf.train.recipes import RECIPES, recipe, says
 from minirlhf.train.rollout import score_rollout
 from minirlhf.train.sampler import round_mantissa, sample_as_set
-from minirlhf.train.settings import PPOConfig
+from minirlhf.train.settings import PPOConfig, with_fields
 from minirlhf.tree import tree_copy, tree_map
 
 SETTINGS = PPOConfig(
@@ -165,9 +166,17 @@ def test_a_recipe_trains(name):
 def test_a_recipe_that_is_none_is_refused():
     with pytest.raises(InputError, match="expected one of ppo, grpo, .*; got 'trpo'"):
         recipe("trpo")
-    assert as_flags({"seed": 1, "ppo": {"whiten_advantages": False, "clip_eps": 0.1}}) == (
-        "--seed 1 --ppo.no-whiten-advantages --ppo.clip-eps 0.1"
-    )
+
+
+def test_a_recipe_says_what_it_sets_and_what_was_overruled():
+    config = with_fields(TrainConfig(), recipe("grpo"), "train")
+    said = says("grpo", config)
+    assert said.startswith("recipe grpo: --ppo.samples-per-prompt 8 --ppo.no-whiten-advantages ")
+    assert "overruled" not in said
+    config = with_fields(config, {"ppo": {"kl_mode": "reward_k1"}}, "train")
+    assert says("grpo", config).endswith("; overruled: --ppo.kl-mode loss_k3_tok")
+    assert says("ppo", TrainConfig()) == "recipe ppo: the defaults"
+    assert says("dpo", TrainConfig()) == "recipe dpo: nothing; overruled: --stages sft,dpo"
 
 
 def test_the_reference_becomes_the_policy_every_k_iterations():
