@@ -55,6 +55,7 @@ SETTINGS = {"gamma": 1.0, "lam": 0.95, "group_size": GROUP, "group": np.zeros(GR
 KINDS = [{"logp", "old_logp", "ref_logp", "advantages", "mask"}, {"rewards", "values", "mask"}]
 PARTS = {"kl": "the penalty", "reward": "the advantages"}
 CLAIMS = [*exact.KL_MEANS, *exact.REWARD_MEANS]
+NUMBER = r"(-?\d*\.?\d+(e[-+]?\d+)?)?"  # before the x of a claim
 STEP = 1e-5  # of central differences: their error is about 1e-10
 
 
@@ -81,14 +82,15 @@ class Report(NamedTuple):
         return parts_are_right and not self.reads_padding
 
     def holds(self, claim: str) -> bool:
-        """Does it descend this, as it is printed: "kl", "0.04 x kl", "nothing"?"""
-        name = claim.rpartition(" x ")[2].removeprefix(exact.MEAN)
-        if name not in (*CLAIMS, exact.NOTHING):
+        """Does it descend this, in five digits: "kl", "0.04 x kl", "nothing"?"""
+        factor, _, name = claim.rpartition(" x ")
+        factor = float(factor or 1) if re.fullmatch(NUMBER, factor) else 0.0
+        if not factor or name.removeprefix(exact.MEAN) not in (*CLAIMS, exact.NOTHING):
             raise InputError(
                 f"judge: expected a claim like kl, mean_kl or '0.04 x kl', of one of "
                 f"{', '.join(CLAIMS)}, {exact.NOTHING}; got {shorten(claim)!r}: name one"
             )
-        return claim in self.claims.values() and not self.reads_padding
+        return exact.times(factor, name) in self.claims.values() and not self.reads_padding
 
 
 def judge(

@@ -323,6 +323,20 @@ def test_who_writes_into_what_it_gets_is_judged_by_its_term_or_refused():
         judge(before_backward, framework="torch", size=SMALL)
 
 
+def test_a_factor_of_a_claim_may_be_written_as_any_number():
+    third = judge(lambda logp, ref_logp, mask: k2(logp, ref_logp, mask) / 3, size=SMALL)
+    for factor in (1 / 3, "0.333333", "3.3333e-1", ".33333"):
+        assert third.holds(f"{factor} x kl")
+    assert (
+        not third.holds("0.3333 x kl")
+        and not third.holds("kl")
+        and not third.holds("-0.33333 x kl")
+    )
+    for claim in ("0 x kl", "a third x kl", "1.2.3 x kl", "0.33333x kl"):
+        with pytest.raises(InputError, match="expected a claim like kl"):
+            third.holds(claim)
+
+
 def test_a_loss_is_right_where_both_of_its_parts_are():
     """A penalty that is there only without advantages is seen in what they add."""
 
