@@ -32,6 +32,7 @@ from minirlhf.errors import InputError
 from minirlhf.exact import judge as exact
 from minirlhf.exact.judge import Answer, Arrays, Verdict
 from minirlhf.exact.libraries import LIBRARIES
+from minirlhf.tree import tree_map
 from minirlhf.worlds import rewards
 
 Framework = Literal["auto", "numpy", "own", "torch", "jax"]
@@ -276,16 +277,11 @@ def _total(call: Callable, logp: Any, arrays: dict[str, Any]) -> Any:
     return (mask.reshape(terms.shape) * terms).sum()
 
 
-def _copies(arrays: Arrays) -> Arrays:
-    """For a function that is asked more than once and may write into what it gets."""
-    return {name: array.copy() for name, array in arrays.items()}
-
-
 def _by_differences(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
     slope = np.zeros_like(logp)
     for t in range(logp.size):
         step = STEP * (np.arange(logp.size) == t)
-        ends = [total(logp + k * step, _copies(arrays)) for k in (1, -1, 2, -2)]
+        ends = [total(logp + k * step, tree_map(np.copy, arrays)) for k in (1, -1, 2, -2)]
         near, far = (ends[0] - ends[1]) / (2 * STEP), (ends[2] - ends[3]) / (4 * STEP)
         if abs(near - far) > 1e-6 + 1e-4 * abs(near):
             raise InputError(
@@ -297,7 +293,7 @@ def _by_differences(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[
 
 
 def _by_itself(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
-    out = total.args[0](_copies(arrays))
+    out = total.args[0](tree_map(np.copy, arrays))  # it may write into what it gets
     is_pair = isinstance(out, tuple) and len(out) == 2
     return total(logp, arrays), _real(out[1] if is_pair else out, logp.shape)
 
