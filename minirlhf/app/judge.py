@@ -32,6 +32,7 @@ from minirlhf.errors import InputError
 from minirlhf.exact import judge as exact
 from minirlhf.exact.judge import Answer, Arrays, Verdict
 from minirlhf.exact.libraries import LIBRARIES
+from minirlhf.tree import tree_map
 from minirlhf.worlds import rewards
 
 Framework = Literal["auto", "numpy", "own", "torch", "jax"]
@@ -55,6 +56,7 @@ SETTINGS = {"gamma": 1.0, "lam": 0.95, "group_size": GROUP, "group": np.zeros(GR
 KINDS = [{"logp", "old_logp", "ref_logp", "advantages", "mask"}, {"rewards", "values", "mask"}]
 PARTS = {"kl": "the penalty", "reward": "the advantages"}
 CLAIMS = [*exact.KL_MEANS, *exact.REWARD_MEANS]
+NUMBER = r"(-?\d*\.?\d+(e[-+]?\d+)?)?"  # before the x of a claim
 STEP = 1e-5  # of central differences: their error is about 1e-10
 
 
@@ -70,20 +72,26 @@ class Report(NamedTuple):
         return self.verdicts[0].descends
 
     @property
+    def claims(self) -> dict[str, str]:
+        """What each part descends, first of all."""
+        return {verdict.part: verdict.claim for verdict in reversed(self.verdicts)}
+
+    @property
     def right(self) -> bool:
-        """It is the gradient of the penalty, or of the reward, and nothing else."""
-        return self.verdicts[0].claim == self.verdicts[0].part and not self.reads_padding
+        """It is the gradient of the penalty, or of the reward, or of both, and nothing else."""
+        parts_are_right = all(part == claim for part, claim in self.claims.items())
+        return parts_are_right and not self.reads_padding
 
     def holds(self, claim: str) -> bool:
-        """Does it descend this, as it is printed: "kl", "0.04 x kl", "nothing"?"""
-        name = claim.rpartition(" x ")[2].removeprefix(exact.MEAN)
-        if name not in (*CLAIMS, exact.NOTHING):
+        """Does it descend this, in five digits: "kl", "0.04 x kl", "nothing"?"""
+        factor, _, name = claim.rpartition(" x ")
+        factor = float(factor or 1) if re.fullmatch(NUMBER, factor) else 0.0
+        if not factor or name.removeprefix(exact.MEAN) not in (*CLAIMS, exact.NOTHING):
             raise InputError(
                 f"judge: expected a claim like kl, mean_kl or '0.04 x kl', of one of "
                 f"{', '.join(CLAIMS)}, {exact.NOTHING}; got {shorten(claim)!r}: name one"
             )
-        first = {verdict.part: verdict.claim for verdict in reversed(self.verdicts)}
-        return claim in first.values() and not self.reads_padding
+        return exact.times(factor, name) in self.claims.values() and not self.reads_padding
 
 
 def judge(
@@ -182,14 +190,7 @@ def _by_name(f: Callable[..., Any]) -> tuple[Callable, set[str]]:
         if len(arrays["mask"]) > 1 and "mask" not in asked.values():
             arrays = {**arrays, "rewards": arrays["rewards"].sum(-1)}
         given = SETTINGS | arrays
-        try:
-            return f(**{theirs: given[ours] for theirs, ours in asked.items()})
-        except Exception as error:  # the user's code may raise anything
-            raise InputError(
-                f"judge: expected it to take arrays {tuple(arrays['mask'].shape)}; it raised "
-                f"{type(error).__name__}: {shorten(str(error), 200)}: correct it, or say with "
-                "--framework whose arrays it takes"
-            ) from error
+        return f(**{theirs: given[ours] for theirs, ours in asked.items()})
 
     return call, wanted
 
@@ -238,9 +239,18 @@ def _answer(call: Callable, framework: str, *, is_constant: bool, seen: list[boo
     def answer(arrays: Arrays) -> tuple[float, np.ndarray]:
         with module.enable_x64(True) if framework == "jax" else contextlib.nullcontext():
             made = {name: to(array) for name, array in arrays.items()}
-            value, slope = by(made.get("logp"), made)
+            try:
+                value, slope = by(made.get("logp"), made)
+            except InputError:
+                raise
+            except Exception as error:  # the user's code may raise anything, its backward too
+                raise InputError(
+                    f"judge: expected it to take arrays {arrays['mask'].shape}; it raised "
+                    f"{type(error).__name__}: {shorten(str(error), 200)}: correct it, or say with "
+                    "--framework whose arrays it takes"
+                ) from error
             value, slope = float(value), np.asarray(slope, dtype=np.float64)
-        if not np.isfinite([value, *slope.flat]).all():
+        if not (np.abs([value, *slope.flat]) < 1e100).all():  # beyond, squares overflow
             raise InputError(f"judge: expected finite numbers; got {slope}: guard its divisions")
         seen.append(bool((slope * (1 - arrays["mask"])).any()))
         return value, slope
@@ -271,7 +281,7 @@ def _by_differences(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[
     slope = np.zeros_like(logp)
     for t in range(logp.size):
         step = STEP * (np.arange(logp.size) == t)
-        ends = [total(logp + k * step, arrays) for k in (1, -1, 2, -2)]
+        ends = [total(logp + k * step, tree_map(np.copy, arrays)) for k in (1, -1, 2, -2)]
         near, far = (ends[0] - ends[1]) / (2 * STEP), (ends[2] - ends[3]) / (4 * STEP)
         if abs(near - far) > 1e-6 + 1e-4 * abs(near):
             raise InputError(
@@ -283,7 +293,7 @@ def _by_differences(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[
 
 
 def _by_itself(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float, np.ndarray]:
-    out = total.args[0](arrays)
+    out = total.args[0](tree_map(np.copy, arrays))  # it may write into what it gets
     is_pair = isinstance(out, tuple) and len(out) == 2
     return total(logp, arrays), _real(out[1] if is_pair else out, logp.shape)
 

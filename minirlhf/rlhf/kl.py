@@ -193,18 +193,24 @@ def token_kl_loss_forward(
     check_same_shape(
         "token_kl_loss", logp=logp, old_logp=old_logp, ref_logp=ref_logp, weights=weights
     )
-    xp = get_xp(logp, old_logp, ref_logp, weights)
     logp, old_logp, ref_logp, weights = map(as_float, (logp, old_logp, ref_logp, weights))
-    log_ratio = logp - ref_logp  # (B, T)
-    value, slope = named(ESTIMATORS, "kl_loss", estimator)(log_ratio)
-    value, slope = _times_ratio(value, slope, logp - old_logp, ratio)
-    loss = (weights * xp.where(weights > 0, value, 0.0)).sum()  # padding may hold inf or nan
-    return loss, TokenKLCache(xp.where(weights > 0, slope, 0.0), weights)
+    return _kl_loss(logp - ref_logp, logp - old_logp, weights, estimator, ratio)
 
 
 def token_kl_loss_backward(dloss: Array, cache: TokenKLCache) -> Array:
     """dlogp_t = dloss w_t k'(log_ratio_t), or rho_t (k + k') with the ratio.  () -> (B, T)."""
     return dloss * cache.weights * cache.slope
+
+
+def _kl_loss(
+    log_ratio: Array, log_rho: Array, weights: Array, estimator: str, ratio: str
+) -> tuple[Array, TokenKLCache]:
+    """sum w rho k(log_ratio), of tokens (B, T) or of whole responses (B, 1)."""
+    xp = get_xp(log_ratio, log_rho, weights)
+    value, slope = named(ESTIMATORS, "kl_loss", estimator)(log_ratio)
+    value, slope = _times_ratio(value, slope, log_rho, ratio)
+    loss = (weights * xp.where(weights > 0, value, 0.0)).sum()  # padding may hold inf or nan
+    return loss, TokenKLCache(xp.where(weights > 0, slope, 0.0), weights)
 
 
 def _times_ratio(value: Array, slope: Array, log_rho: Array, ratio: str) -> tuple[Array, Array]:
@@ -248,16 +254,11 @@ def sequence_kl_loss_forward(
     check_same_shape(
         "sequence_kl_loss", logp=logp, old_logp=old_logp, ref_logp=ref_logp, weights=weights
     )
+    logp, old_logp, ref_logp, weights = map(as_float, (logp, old_logp, ref_logp, weights))
     mask = weights > 0  # (B, T)
-
-    def log_ratio(of: Array) -> Array:  # a response as one long token: (B, 1)
-        return response_sum(as_float(of) - as_float(ref_logp), mask=mask)[:, None]
-
-    kl_seq, old = log_ratio(logp), log_ratio(old_logp)
-    whole = {"weights": as_float(weights).max(axis=-1, keepdims=True), "estimator": estimator}
-    loss, cache = token_kl_loss_forward(
-        kl_seq, old_logp=old, ref_logp=0.0 * old, ratio=ratio, **whole
-    )
+    # log rho by itself: as a difference of two log-ratios it would lose digits far from ref
+    sums = [response_sum(logp - other, mask=mask)[:, None] for other in (ref_logp, old_logp)]
+    loss, cache = _kl_loss(*sums, weights.max(axis=-1, keepdims=True), estimator, ratio)
     return loss, SequenceKLCache(cache, mask)
 
 

@@ -461,6 +461,13 @@ def unused_options(config: TrainConfig) -> list[str]:
         )
     elif "dpo" in of_run and not config.is_dpo:
         notes.append("--dpo.* changes nothing without --stages sft,dpo")
+    for names, is_read, when in (
+        ({"lam", "vf_coef"}, config.ppo.has_critic, "without a critic"),
+        ({"clip_eps", "clip_eps_high"}, config.ppo.clip != "none", "with --ppo.clip none"),
+        ({"importance_cap"}, config.ppo.importance != "none", "without --ppo.importance"),
+    ):
+        for name in () if is_read or config.is_dpo else sorted(names & turned(config.ppo)):
+            notes.append(f"--ppo.{name.replace('_', '-')} changes nothing {when}")
     if "corpus_unit" in of_run and not config.corpus:
         notes.append("--corpus-unit changes nothing without --corpus")
     if config.columns and not (config.corpus or config.pairs):

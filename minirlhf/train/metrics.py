@@ -76,9 +76,7 @@ def rollout_metrics(
             "ppo/returns/mean": masked_mean(returns, mask=mask),
             "ppo/returns/var": masked_var(returns, mask=mask),
         }
-    if (
-        rollout.samples.sampler_logp is not None
-    ):  # an unbiased estimate: the samples are the sampler's
+    if rollout.samples.sampler_logp is not None:  # unbiased: the samples are the sampler's
         gap = rollout.samples.sampler_logp - rollout.old_logp
         metrics["policy/kl_sampler_k3_token"] = masked_mean(kl_estimate(gap, "k3"), mask=mask)
     return {name: float(value) for name, value in metrics.items()}

@@ -37,9 +37,11 @@ _PPO: dict[str, dict[str, Any]] = {
         "epochs": 1,
         "minibatches": 1,
     },
-    # Zheng et al. 2025, arXiv 2507.18071: one ratio a response, clipped very near to 1
+    # Zheng et al. 2025, arXiv 2507.18071: one ratio a response, clipped very near to 1. (They
+    # write no penalty out; here it is GRPO's.)
     "gspo": {**_GRPO, **_K3, "ratio": "sequence", "clip_eps": 3e-4, "clip_eps_high": 4e-4},
-    # MiniMax 2025, arXiv 2506.13585: the weight is cut at 5, from above alone; no penalty
+    # MiniMax 2025, arXiv 2506.13585: the weight is cut from above alone; no penalty. At 5 as in
+    # ScaleRL (Khatri et al. 2025, arXiv 2510.13786)
     "cispo": {
         **_GRPO,
         "ratio": "clipped-weight",

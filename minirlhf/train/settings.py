@@ -203,12 +203,11 @@ class PPOConfig:
     )
 
     def __post_init__(self):
+        counts = ("iterations", "batch_size", "samples_per_prompt", "epochs", "minibatches")
         check_fields(
             self,
             "ppo.",
-            at_least_1=(
-                *("iterations", "batch_size", "samples_per_prompt", "epochs", "minibatches"),
-            ),
+            at_least_1=counts,
             at_least_0=(
                 *("micro_batch_size", "kl_coef", "kl_target", "clip_eps", "clip_eps_high"),
                 *("dual_clip", "value_clip_eps", "vf_coef", "ent_coef", "target_kl"),
@@ -232,6 +231,7 @@ class PPOConfig:
             ("samples_per_prompt", s.batch_size % G == 0, f"a divisor of {s.batch_size}"),
             ("samples_per_prompt", not alone, f"at least 2 with advantages {s.advantages}"),
             ("gamma", critic or s.gamma == 1, f"1 with advantages {s.advantages}"),
+            ("whiten_rewards", not s.whiten_rewards or s.advantages != "group", "False with group"),
             ("value_clip_eps", critic or not s.value_clip_eps, "0 without a critic"),
             ("importance_cap", s.importance_cap > 1, "more than 1"),
             ("sampler_bits", s.sampler_bits < 24, "at most 23, as many as float32 has"),

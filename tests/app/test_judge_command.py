@@ -290,10 +290,62 @@ REFUSED = {
     "nothing": (lambda logp: None, "got NoneType"),
     "nan": (lambda logp, mask: np.log(-abs(total(logp, mask)) - 1), "expected finite numbers"),
     "raises": (lambda logp: logp.nonsense(), "raised AttributeError.*--framework"),
+    "beyond squares": (lambda logp, mask: 1e200 * total(logp, mask) ** 2, "expected finite"),
     "float32": (lambda logp: logp.astype(np.float32) ** 2, "expected a smooth function in float64"),
     "a step": (lambda logp: np.round(logp), "gradient is 0"),
     "a constant": (lambda logp, ref_logp: 0 * logp + ref_logp, "gradient is 0.*--placement reward"),
 }
+
+
+def test_who_writes_into_what_it_gets_is_judged_by_its_term_or_refused():
+    def in_place(logp, ref_logp, mask):
+        logp -= ref_logp
+        logp *= mask
+        ref_logp[:] = mask[:] = 0
+        return 0.5 * np.sum(logp) ** 2
+
+    def with_its_own(logp, ref_logp, mask):
+        kl = total(logp - ref_logp, mask)
+        found = 0.5 * kl * kl, kl * mask
+        ref_logp[:] = 0
+        return found
+
+    assert judge(in_place, framework="numpy", size=SMALL).right
+    assert judge(with_its_own, framework="own", size=SMALL).right
+    pytest.importorskip("torch")
+
+    def before_backward(logp, ref_logp, mask):
+        loss = k2(logp, ref_logp, mask)
+        mask[:] = 0
+        return loss
+
+    with pytest.raises(InputError, match="it raised RuntimeError: .*in.?place operation"):
+        judge(before_backward, framework="torch", size=SMALL)
+
+
+def test_a_factor_of_a_claim_may_be_written_as_any_number():
+    third = judge(lambda logp, ref_logp, mask: k2(logp, ref_logp, mask) / 3, size=SMALL)
+    for factor in (1 / 3, "0.333333", "3.3333e-1", ".33333"):
+        assert third.holds(f"{factor} x kl")
+    assert (
+        not third.holds("0.3333 x kl")
+        and not third.holds("kl")
+        and not third.holds("-0.33333 x kl")
+    )
+    for claim in ("0 x kl", "a third x kl", "1.2.3 x kl", "0.33333x kl"):
+        with pytest.raises(InputError, match="expected a claim like kl"):
+            third.holds(claim)
+
+
+def test_a_loss_is_right_where_both_of_its_parts_are():
+    """A penalty that is there only without advantages is seen in what they add."""
+
+    def loss(logp, old_logp, ref_logp, advantages, mask):
+        kl = 0.0 if advantages.any() else k2(logp, ref_logp, mask)
+        return kl - total(np.exp(logp - old_logp) * advantages, mask)
+
+    report = judge(loss, size=SMALL)
+    assert report.claims == {"kl": "kl", "reward": "none of these"} and not report.right
 
 
 @pytest.mark.parametrize("name", REFUSED)

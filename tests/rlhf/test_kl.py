@@ -565,3 +565,16 @@ def test_the_distance_that_ends_the_epochs_is_the_kl_from_old(old, new):
     assert (np.exp(old) * k3).sum() == pytest.approx(kl)
     inverted = kl_estimate(new - old, "k3")  # mean: chi-squared minus KL
     assert abs((np.exp(old) * inverted).sum() / kl - 1) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_ratio_of_a_response_keeps_its_digits_far_from_the_reference(estimator, dtype):
+    """log rho = 0.25 exactly; as a difference of log-ratios it would lose the digits of 1e5."""
+    old_logp = np.full((1, 2), -1.0, dtype=dtype)
+    logp = old_logp + dtype(0.125)
+    for ref_logp in (old_logp - dtype(1e5 / 3), np.full_like(old_logp, -np.inf)):
+        same = {"ref_logp": ref_logp, "weights": np.ones_like(logp), "estimator": estimator}
+        plain, _ = sequence_kl_loss_forward(logp, old_logp=old_logp, **same)
+        held, _ = sequence_kl_loss_forward(logp, old_logp=old_logp, **same, ratio="held")
+        assert plain > 0 and held == np.exp(dtype(0.25)) * plain

@@ -298,6 +298,10 @@ def test_more_minibatches_than_responses_are_refused():
         ({"advantages": "batch", "gamma": 0.9}, "gamma: expected 1 with advantages batch; got 0.9"),
         ({"advantages": "batch", "value_clip_eps": 0.2}, "value_clip_eps: expected 0 without"),
         ({"ratio": "clipped-weight", "dual_clip": 3.0}, "dual_clip: expected 0 with clipped-weig"),
+        (
+            {"advantages": "group", "samples_per_prompt": 2, "whiten_rewards": True},
+            "whiten_rewards: expected False with group; got True",
+        ),
         ({"importance": "mis"}, "importance: expected none, or sampler_bits with it: .*; got mis"),
     ],
 )
