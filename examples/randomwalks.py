@@ -37,11 +37,11 @@ from minirlhf.exact.ground_truth import (
     train_on_world,
 )
 from minirlhf.exact.optimum import evaluate_exactly
-from minirlhf.exact.randomwalks import make_graph, make_randomwalks, measure_leaves
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree
+from walks_on_a_graph import make_graph, make_randomwalks, measure_leaves
 
 SFT_HERE = dataclasses.replace(SFT, steps=300, batch_size=128)
 BETAS = (0.1, 0.02)

@@ -1,4 +1,4 @@
-"""What the tiny world and randomwalks are made of."""
+"""What the tiny world is made of, and trlX's randomwalks (examples/)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -11,15 +11,8 @@ from tolerances import assert_close
 
 from minirlhf.exact.enumeration import all_responses, prompt_of_leaf, response_logprobs
 from minirlhf.exact.optimum import evaluate_exactly, optimality_gap, soft_optimum
-from minirlhf.exact.randomwalks import (
-    GOAL,
-    LETTERS,
-    make_graph,
-    make_randomwalks,
-    measure,
-    measure_leaves,
-)
 from minirlhf.exact.token_world import rectangle
+from walks_on_a_graph import GOAL, LETTERS, make_graph, make_randomwalks, measure, measure_leaves
 
 KL_COEFS = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 
