@@ -26,6 +26,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, rows_table
 from minirlhf.disk import shorten
 from minirlhf.errors import InputError
@@ -123,10 +124,11 @@ def judge(
             )
         f, placement, framework = LIBRARIES[f].f, LIBRARIES[f].placement, LIBRARIES[f].framework
     call, asked = _by_name(f)
-    if min(size) < 2 or (size[0] - 1) ** size[1] > 2000:
+    fits = len(size) == 2 and min(size) > 1 and (size[0] - 1) ** size[1] <= 2000
+    if not fits or seed < 0:
         raise InputError(
-            "judge: expected at least 2 tokens, and at most 2000 responses of the greatest length; "
-            f"got --size {size[0]} {size[1]}: choose smaller ones, like 4 4"
+            "judge: expected --seed from 0 on, and --size of at least 2 tokens and at most 2000 "
+            f"responses of the greatest length; got {seed} and {size}: choose others, like 4 4"
         )
     framework = _used_by(f) if framework == "auto" else framework
     is_constant, seen = placement == "reward" or "rewards" in asked, []
@@ -159,7 +161,8 @@ def sentences(report: Report) -> list[str]:
     """The verdicts in words."""
     said = []
     for v in report.verdicts:
-        words = exact.meaning(v.descends if v.factor else f"nearest is {v.nearest}")
+        words = exact.meaning(v.descends) if v.factor else f"nearest is {v.nearest}"
+        words = "its expected gradient is 0: noise alone" if v.nearest == exact.NOTHING else words
         said.append(f"{PARTS[v.part]}, {v.given}: descends {v.claim} ({words})")
         if v.value_is != exact.NONE:
             said.append(f"its value is on average {v.value_is}")
@@ -236,14 +239,14 @@ def _answer(call: Callable, framework: str, *, is_constant: bool, seen: list[boo
     by = functools.partial(by, total) if by else module.jit(module.value_and_grad(total))
     by = functools.partial(_constant, call) if is_constant else by
 
-    def answer(arrays: Arrays) -> tuple[float, np.ndarray]:
+    def ask(arrays: Arrays) -> tuple[float, np.ndarray]:
         with module.enable_x64(True) if framework == "jax" else contextlib.nullcontext():
             made = {name: to(array) for name, array in arrays.items()}
             try:
                 value, slope = by(made.get("logp"), made)
             except InputError:
                 raise
-            except Exception as error:  # the user's code may raise anything, its backward too
+            except (Exception, SystemExit) as error:  # of the user's code, its backward too
                 raise InputError(
                     f"judge: expected it to take arrays {arrays['mask'].shape}; it raised "
                     f"{type(error).__name__}: {shorten(str(error), 200)}: correct it, or say with "
@@ -252,7 +255,16 @@ def _answer(call: Callable, framework: str, *, is_constant: bool, seen: list[boo
             value, slope = float(value), np.asarray(slope, dtype=np.float64)
         if not (np.abs([value, *slope.flat]) < 1e100).all():  # beyond, squares overflow
             raise InputError(f"judge: expected finite numbers; got {slope}: guard its divisions")
-        seen.append(bool((slope * (1 - arrays["mask"])).any()))
+        return value, slope
+
+    def answer(arrays: Arrays) -> tuple[float, np.ndarray]:
+        value, slope = ask(arrays)
+        padding = arrays["mask"] == 0
+        seen.append(bool(slope[padding].any()))
+        if is_constant and padding.any():  # numbers without a slope: with other junk there, too
+            junk = {name: np.where(padding, array - 1.7, array) for name, array in arrays.items()}
+            _, again = ask({**junk, "mask": arrays["mask"]})
+            seen.append(not np.allclose(again, slope, rtol=1e-6))
         return value, slope
 
     return answer
@@ -321,7 +333,7 @@ def judge_command(
 
     Args:
         function: file.py:function, module:function, the name of a library's, or libraries: all.
-        placement: loss: it is differentiated; reward: it is a constant taken off each token's.
+        placement: loss: it is differentiated; reward: a constant, taken off each token's reward.
         framework: Who differentiates; auto: what it uses; own: it returns (number, gradient).
         expect: What it should descend, like kl or "0.04 x kl"; exit status 1 if it does not.
         size: Tokens of the world's vocabulary, and of its longest response.
@@ -331,8 +343,15 @@ def judge_command(
         exit status: 0, or 1 if the claim fails.
     """
     about = {"size": size, "seed": seed}
+    named = function == "libraries" or function in LIBRARIES
+    if named and (placement, framework) != ("loss", "auto") or expect and function == "libraries":
+        raise InputError(
+            "judge: expected --placement and --framework beside a function of your own alone, and "
+            f"--expect not beside libraries; got {function}: leave them out"
+        )
     if function == "libraries":
-        return _show_libraries({name: judge(name, **about) for name in LIBRARIES}, json_)
+        reports = {name: judge(name, **about) for name in track(LIBRARIES, "judging")}
+        return _show_libraries(reports, json_)
     report = judge(function, placement=placement, framework=framework, **about)
     holds, said = not expect or report.holds(expect), sentences(report)
     rows = [{**v._asdict(), **row, "of": PARTS[v.part]} for v in report.verdicts for row in v.rows]
@@ -342,8 +361,9 @@ def judge_command(
         return 0 if holds else 1
     columns = {"": "{of}", "given": "{given}", "KL": "{kl_seq:.2f}", "value": "{value:+.3f}"}
     table = rows_table(shorten(function), columns | NUMBERS, rows, texts=(0, 1))
-    table.caption = "error |mean - g| / |g|, noise of one sample / |g|, where g would be right"
-    said += [f"not as expected: {expect}"] * (not holds)
+    table.caption = "error |mean - g| / |g|, noise of one sample / |g|, of three policies. g: what "
+    table.caption += "it should descend, the slope of KL(pi || ref), or of the expected reward."
+    said += [f"{'as' if holds else 'NOT as'} expected: {expect}"] * bool(expect)
     style = GOOD if holds and (expect or report.right) else BAD
     Console().print(table, *(Text(sentence, style) for sentence in said), sep="\n")
     return 0 if holds else 1
@@ -364,6 +384,8 @@ def _show_libraries(reports: dict[str, Report], as_json: bool) -> int:
         print(json.dumps(rows))
         return 0
     title = f"what the libraries descend, KL(pi || ref) = {rows[0]['kl_seq']:.2f}"
-    columns = {"": "{name}", "term": "{term}", "descends": "{descends}", **NUMBERS}
-    Console().print(rows_table(title, columns, rows, texts=(0, 1, 2)))
+    columns = {"": "{name}", "descends": "{descends}", **NUMBERS}  # formulas: --json, exact/README
+    table = rows_table(title, columns, rows, texts=(1,))
+    table.columns[0].justify = "left"
+    Console().print(table)
     return 0

@@ -17,6 +17,7 @@ from tiny_run import call, refusal
 
 import minirlhf
 from minirlhf import assert_descends, judge
+from minirlhf.app.cli import main
 from minirlhf.app.judge import sentences
 from minirlhf.errors import InputError
 from minirlhf.exact.libraries import LIBRARIES
@@ -425,7 +426,7 @@ def test_the_command(term, capsys):
     assert "its value is on average KL(pi || ref)" in " ".join(printed.split())
     assert call(capsys, "judge", f"{term}:k3", "--expect", "token_forward_kl")[0] == 0
     status, printed, _ = call(capsys, "judge", f"{term}:k3", "--expect", "kl")
-    assert status == 1 and "not as expected: kl" in printed
+    assert status == 1 and "NOT as expected: kl" in printed
 
 
 def test_the_command_prints_json(term, capsys):
@@ -482,10 +483,57 @@ def test_the_table_of_the_libraries(capsys, monkeypatch):
     monkeypatch.setattr("minirlhf.app.judge.LIBRARIES", few)
     status, printed, _ = call(capsys, "judge", "libraries")
     words = " ".join(printed.split())
-    assert status == 0 and "response's k1" in words and "KL(pi || ref) = 3.03" in words
+    assert status == 0 and "trl-rloo kl" in words and "KL(pi || ref) = 3.03" in words
     assert words.count("none of these") == 2  # cut at 10, far from the reference
 
 
 def test_public_names():
     assert {"judge", "assert_descends"} <= set(dir(minirlhf))
     assert "descends kl (KL(pi || ref): the penalty)" in sentences(judge("trl-rloo"))[0]
+
+
+# --- found by somebody who tried it
+
+
+def gae_without_a_mask(rewards, values, gamma=1.0, lam=0.95):
+    out, following, value = np.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        following = rewards[:, t] + gamma * value - values[:, t] + gamma * lam * following
+        value, out[:, t] = values[:, t], following
+    return out
+
+
+def test_an_estimator_that_reads_padding_is_told():
+    assert judge(gae_without_a_mask, size=SMALL).reads_padding
+    right = judge(lambda rewards, values, mask: gae(rewards, values, mask=mask)[0], size=SMALL)
+    assert not right.reads_padding
+
+
+def test_a_function_that_ends_the_program_is_a_sentence():
+    def leave(logp, mask):
+        raise SystemExit(3)
+
+    with pytest.raises(InputError, match="it raised SystemExit: 3"):
+        judge(leave, size=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("trl-grpo --seed -1", "expected --seed from 0 on"),
+        ("trl-grpo --placement reward", "beside a function of your own alone"),
+        ("libraries --expect kl", "--expect not beside libraries"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["judge", *arguments.split()])
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_what_holds_is_said_too(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["judge", "verl-k1", "--expect", "nothing", "--size", "3", "3"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "its expected gradient is 0: noise alone" in said
+    assert said.endswith("as expected: nothing")
