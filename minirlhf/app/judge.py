@@ -350,7 +350,8 @@ def judge_command(
             f"--expect not beside libraries; got {function}: leave them out"
         )
     if function == "libraries":
-        reports = {name: judge(name, **about) for name in track(LIBRARIES, "judging")}
+        names = LIBRARIES if json_ else track(LIBRARIES, "judging")
+        reports = {name: judge(name, **about) for name in names}
         return _show_libraries(reports, json_)
     report = judge(function, placement=placement, framework=framework, **about)
     holds, said = not expect or report.holds(expect), sentences(report)
