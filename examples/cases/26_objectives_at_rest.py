@@ -11,7 +11,7 @@ them. Control: GRPO with the penalty in its reward. CISPO as published (DAPO, to
 Expect whoever has k1 in the reward near the optimum, pi* = ref exp(r / beta) / Z, and so DPO, whose
 optimum over all pairs is pi* too. Expect GRPO where its mean gradient is 0,
     pi(a|s) = beta ref(a|s) / (beta + lambda(s) / c(s, a) - A(s, a)),
-further from the reference at the same beta and with less gold, Dr. GRPO further still, because its
+on this desk further from the reference and with less gold, Dr. GRPO further still, because its
 advantages are not divided by an sd above 1. GSPO has GRPO's rest, and with the clip of its authors
 (3e-4) moves slowly. Without a penalty nothing rests. To see it differently change BETA.
 """
