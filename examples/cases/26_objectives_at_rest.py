@@ -107,7 +107,7 @@ for axis, column in ((left, "proxy"), (right_axis, "gold")):
         at = of(name, "kl_seq").mean(), of(name, column).mean()
         axis.plot(*at, mark, color="black", markersize=9, fillstyle="none", label=name)
 say(left, "the proxy: each towards its own rest", "KL(pi || ref) [nats]")
-say(right_axis, "gold: past the optimum it falls", "KL(pi || ref) [nats]", legend={"fontsize": 7, "loc": "lower left"})
+say(right_axis, "gold: past the optimum it falls", "KL [nats]", legend={"loc": "lower left"})
 
 # %% The answer
 j = {name: spread(of(name)) for name in rows}
