@@ -59,6 +59,10 @@ def train(
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
+    if not isinstance(config, TrainConfig | None):
+        raise InputError(
+            f"train: expected a TrainConfig; got {config!r}: read it with runs.config.load_config"
+        )
     settings = recipes.recipe(recipe)
     whole = [name for name, part in changes.items() if is_dataclass(part) and name in settings]
     if recipe != "ppo" and (config is not None or whole):
@@ -104,7 +108,9 @@ def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
 
 def _finish(session: Session, reward: Reward) -> "Run":
     run_session(session)
-    return open_run(session.folder, reward=reward if callable(reward) else session.config.reward)
+    reward = reward if callable(reward) else session.config.reward
+    opened = {"device": "cpu", "reward": reward, "look": True, "say": session.say}
+    return Run(reopen_session(session.folder, **opened))
 
 
 def run_session(session: Session) -> pipeline.Result | None:

@@ -79,6 +79,17 @@ def test_the_configuration_takes_strings_and_dicts_and_nothing_else():
             TrainConfig(**bad)
 
 
+def test_a_configuration_that_is_none_is_refused():
+    with pytest.raises(InputError, match="expected a TrainConfig; got 'c.toml': read it with"):
+        minirlhf.train("c.toml", recipe="grpo")
+
+
+def test_a_part_without_progress_is_quiet(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run", stages="sft", corpus=write_names(tmp_path / "names.txt"))
+    minirlhf.train(config, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_progress_is_shown_unless_it_is_not_wanted(tmp_path, capsys):
     config = tiny_config(tmp_path / "loud", corpus=write_names(tmp_path / "names.txt"))
     minirlhf.train(config, reward=polite)
