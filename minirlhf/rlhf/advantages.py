@@ -8,6 +8,7 @@ no derivative passes through it. Arrays are (B, T) over response tokens, with ma
 import numpy as np
 
 from minirlhf.backend import Array, as_float, check_positive, check_same_shape, get_xp
+from minirlhf.rlhf.kl import clamp_log_ratio
 
 
 def token_rewards(score: Array, kl_token: Array, *, mask: Array, kl_coef: float) -> Array:
@@ -91,7 +92,8 @@ def advantages_without_critic(
     group-mean     A_i = R_i - mean                    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)
     leave-one-out  A_i = R_i - mean of the others      RLOO (Ahmadian et al. 2024, arXiv 2402.14740)
     batch          A_t = sum_{i >= t} reward_i         REINFORCE++ (Hu et al. 2025, arXiv
-                                                       2501.03262), whose baseline is whitening
+                                                       2501.03262), whose baseline is whitening;
+                                                       `gae` with V = 0 and lambda = 1
 
     Means and the sd (with G - 1) are over the G responses to one prompt, and A_i stands at every
     token of response i. R_i is in its own mean: E[A_i grad log pi] is (G-1)/G of the gradient for
@@ -115,7 +117,7 @@ def advantages_without_critic(
         )
     rewards = xp.where(mask > 0, as_float(rewards), 0.0)
     if form == "batch":
-        return xp.where(mask > 0, rewards[:, ::-1].cumsum(axis=1)[:, ::-1], 0.0)
+        return gae(rewards, xp.zeros_like(rewards), mask=mask, lam=1.0)[0]
     R = rewards.sum(axis=1).reshape(-1, G)
     R = R - R[:, :1]  # equal rewards are then exactly 0, as is their mean
     centred = R - R.mean(axis=1, keepdims=True)
@@ -134,7 +136,8 @@ def importance_weights(
 ) -> Array:
     """What corrects an advantage where the sampler is not quite the policy: w_t, constant.
 
-    ratio_t = pi_old(y_t|.) / sampler(y_t|.), as where a sampler rounds its weights to fewer bits.
+    ratio_t = pi_old(y_t|.) / sampler(y_t|.), as where a sampler rounds its weights to fewer bits;
+    |log ratio_t| is cut at 20.
 
     tis    min(ratio, C)                         truncated (Yao et al. 2025, a blog post)
     mis    ratio within [1/C, C], 0 elsewhere    masked (IcePop, Ling team 2025, arXiv 2510.18855)
@@ -151,7 +154,7 @@ def importance_weights(
         raise ValueError(f"importance: expected tis or mis, and cap > 1; got {form!r} and {cap}")
     xp = get_xp(logp, sampler_logp, mask)
     logp, sampler_logp = (xp.where(mask > 0, as_float(x), 0.0) for x in (logp, sampler_logp))
-    ratio = xp.exp(xp.clip(logp - sampler_logp, -20.0, 20.0))  # beyond, exp overflows
+    ratio = xp.exp(clamp_log_ratio(logp - sampler_logp)[0])
     cut = xp.minimum(ratio, cap)
     if form == "mis":
         cut = xp.where((ratio > cap) | (ratio < 1 / cap), 0.0, ratio)

@@ -52,7 +52,7 @@ class Iteration(NamedTuple):
     updates: list["Update"]
     kl_coef: float  # beta that was used [reward units per nat]
     next_kl_coef: float
-    next_reference: Tree
+    next_reference: Tree  # what the next turn is measured from
 
 
 def train_ppo(

@@ -157,7 +157,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """PPO with the summed KL penalty."""
+    """PPO and its kin with the summed KL penalty."""
 
     iterations: int = 30  # Batches of fresh samples
     batch_size: int = 128  # Responses an iteration
@@ -181,7 +181,7 @@ class PPOConfig:
     whiten_rewards: bool = False  # Token rewards to variance 1 (the mean stays)
     # What multiplies the advantage: a ratio a token, one a response (GSPO), a weight (CISPO)
     ratio: Literal[tuple(SURROGATES)] = "token"  # type: ignore[valid-type]
-    sampler_bits: int = 0  # Mantissa of the weights that sample, others than those trained. 0: all
+    sampler_bits: int = 0  # Bits of mantissa that the weights keep which sample. 0: all
     # What corrects for it: truncated or masked importance weights of the tokens
     importance: Literal[IMPORTANCE] = "none"  # type: ignore[valid-type]
     importance_cap: float = 2.0  # C > 1: the largest such weight
