@@ -46,7 +46,7 @@ class TrainConfig:
     max_prompt_tokens: int = 0
     max_response_tokens: int = 0  # Longest response, at least 2, with its stop token; 0: likewise
     eval_prompts: int = 256  # Held-out prompts of the final table
-    eval_every: int = 10  # PPO iterations an evaluation; 0: at the end
+    eval_every: int = 10  # Iterations between evaluations; 0: at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
     # What to run; `resume` does the rest
     stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
