@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ class RunLog:
     """Appends to the two files of a run folder; every line is in the file when the call returns.
 
     Goes on where an earlier run stopped: a line that it left unfinished is cut off.
+
+    Args:     watch: called with (step, stage, values) after their line has been written.
     """
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
+    def __init__(self, folder: str | Path, watch: Callable[..., None] = lambda *row: None):
+        folder, self.watch = Path(folder), watch
         self.metrics_path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
         self.paths = (self.metrics_path, self.samples_path)
         try:
@@ -44,6 +46,7 @@ class RunLog:
                       them.
         """
         _append(self.metrics_path, [_line({"step": step, "stage": stage}, values)])
+        self.watch(step, stage, values)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append {"step", **sample} to samples.jsonl for each sample.

@@ -66,7 +66,8 @@ class Result(NamedTuple):
 def train(config: TrainConfig, **shown: Any) -> Result | None:
     """SFT, reward model, PPO and the final comparison, from nothing.
 
-    Args:     shown: `track` (wraps a range of steps to show progress) and `say` (prints a line).
+    Args:     shown: `track` (wraps a range of steps to show progress), `say` (prints a line) and
+                  `watch` (sees each line of metrics.jsonl) of the Session.
     """
     return run_stages(open_session(config, **shown))
 

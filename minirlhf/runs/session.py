@@ -51,10 +51,8 @@ from minirlhf.worlds.readers import name_and_kind
 from minirlhf.worlds.rewards import Reward, load_reward, name_of
 from minirlhf.worlds.world import World
 
-STREAMS = (
-    "world", "init", "sft", "pairs", "annotator", "reward_init", "reward_model", "normalize",
-    "prompts", "rollout", "shuffle", "dpo",
-)  # fmt: skip
+STREAMS = "world init sft pairs annotator reward_init reward_model normalize".split()
+STREAMS += "prompts rollout shuffle dpo".split()
 # what world.json keeps of a world: enough to sample from a run and to score with it
 KEPT = {"name": str, "joiner": str, "max_prompt_tokens": int, "max_response_tokens": int}
 BEGAN = Path("checkpoint", "config.toml")  # the settings that what is in the folder was made with
@@ -82,6 +80,7 @@ class Session:
     rng: dict[str, Generator]
     track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
     say: Callable[[str], None] = lambda line: None  # prints a line
+    watch: Callable[[int, str, dict], None] = lambda *row: None  # sees each line of metrics.jsonl
     seconds: dict[str, float] = field(default_factory=dict)  # time of each stage
     stored: TrainConfig | None = None  # config.toml as it was then; None: opened to look
     stage: str = "sft"  # at work now
@@ -96,7 +95,7 @@ class Session:
     @cached_property
     def log(self) -> RunLog:
         """Opened by the first stage that writes: to look at a run changes nothing in its folder."""
-        return RunLog(self.folder)
+        return RunLog(self.folder, self.watch)
 
     @property
     def padding(self) -> dict[str, Any]:
@@ -223,7 +222,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     """A new run: its world, encoding and random streams, and a folder to open it from again.
 
     Args:     reward: a function in the place of config.reward, which names one.
-              shown: `track` and `say` of the Session.
+              shown: `track`, `say` and `watch` of the Session.
     Raises:   InputError: the folder holds a run already, or a setting or file cannot be used.
     """
     array_module(config.device)  # refuse a device that is not there before anything is written

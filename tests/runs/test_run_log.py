@@ -168,3 +168,16 @@ def test_a_disk_that_refuses_is_one_sentence(tmp_path, monkeypatch, call):
     acts["truncate"] = lambda: log.restart("ppo")
     with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written \(No space left"):
         acts[call]()
+
+
+def test_who_watches_sees_each_line_after_it_has_been_written(tmp_path):
+    seen = []
+
+    def watch(step, stage, values):
+        seen.append((step, stage, values))
+        assert read_metrics(tmp_path)[-1] == {"step": step, "stage": stage, **values}
+
+    log = RunLog(tmp_path, watch)
+    log.metrics(0, "sft", {"loss/sft": 2.0})
+    log.metrics(1, "sft", {"loss/sft": 1.0})
+    assert seen == [(0, "sft", {"loss/sft": 2.0}), (1, "sft", {"loss/sft": 1.0})]
