@@ -6,7 +6,7 @@ tiktoken.json                    the encoding
 reference/ reward_model/ policy/ models of transformers with their tokenizer
 checkpoint/                      the state of a stage, to go on from bit for bit, and the settings
                                  with which what is here was made
-metrics.jsonl samples.jsonl      one object a step
+metrics.jsonl samples.jsonl      one object a step; --log mirrors the first of them
 result.json                      the final table
 .lock                            the process that is at work here
 """
@@ -42,6 +42,7 @@ FREE = {  # what may change between two sessions; other texts and rewards are re
     *("device", "workers", "threads", "stages", "init", "corpus", "pairs"),
     *("reward", "reward_timeout"),
     *("eval_prompts", "eval_every", "checkpoint_every", "ppo.iterations", "ppo.micro_batch_size"),
+    "log",
 }
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl
 
