@@ -154,11 +154,11 @@ def test_samples_of_policy_and_reference(run):
 
 def test_the_score_of_a_reply(run):
     paid = run.score(PROMPT, REPLY)
-    assert len(paid.tokens) == len(paid.logp) == len(paid.ref_logp) == len(paid.kl_token)
+    assert len(paid.pieces) == len(paid.logp) == len(paid.ref_logp) == len(paid.kl_token)
     assert paid.kl_seq == pytest.approx(paid.kl_token.sum())
     assert paid.objective == pytest.approx(paid.score - run.config.ppo.kl_coef * paid.kl_seq)
     assert paid.gold is not None and run.score("Who are you?", REPLY).gold is None
-    assert "".join(paid.tokens).startswith("Your kettle")
+    assert "".join(paid.pieces).startswith("Your kettle")
 
 
 @pytest.mark.parametrize(
