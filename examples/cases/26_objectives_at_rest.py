@@ -20,8 +20,9 @@ advantages are not divided by an sd above 1. GSPO has GRPO's rest, and with the 
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.optimum import frontier_reward, grpo_rest
+from minirlhf.exact.optimum import frontier_reward
 from minirlhf.train.recipes import recipe
+from other_optima import grpo_rest
 from study import Arm, Case, PairsArm, ends, mean_lines, spread
 
 case = Case("26_objectives_at_rest", __doc__)

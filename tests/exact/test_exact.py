@@ -45,17 +45,16 @@ from minirlhf.exact.enumeration import (
 from minirlhf.exact.expected import gather_nodes, penalty_dlogits, policy_gradient_dlogits
 from minirlhf.exact.experiments import make_random_world
 from minirlhf.exact.optimum import (
-    best_of_n,
     by_depth,
     evaluate_exactly,
     frontier_reward,
-    grpo_rest,
     objective_gradient,
     optimality_gap,
     policy_values,
     soft_optimum,
 )
 from minirlhf.rlhf.logprobs import log_softmax
+from other_optima import best_of_n, grpo_rest
 
 FEWER = settings(max_examples=settings().max_examples // 5 or 1)  # where an example takes long
 
