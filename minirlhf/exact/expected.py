@@ -4,33 +4,17 @@ A sampled response y gives an estimate of a gradient. Here it is computed for *e
 small world and summed with the probabilities, so "unbiased" and "variance" are numbers and not
 estimates. Each estimate goes through the package's own losses and backward passes.
 
-Gradients are in logits: dz (M, T, V) is what response y contributes at the prefix of its token t;
-`gather_nodes` adds it up to (N, V). A network's backward is linear in dz, so the same mean holds in
-its parameters.
+Gradients are in logits: dz (M, T, V) is what response y contributes at the prefix of its token t.
+A network's backward is linear in dz, so the same mean holds in its parameters.
 """
 
 from typing import NamedTuple
 
 from minirlhf.backend import Array, get_xp
-from minirlhf.exact.enumeration import PrefixTree, Responses
+from minirlhf.exact.enumeration import Responses
 from minirlhf.rlhf import kl, objectives
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.logprobs import token_logprobs_backward, token_logprobs_forward
-
-
-def gather_nodes(
-    tree: PrefixTree, responses: Responses, dlogits: Array, *, weights: Array
-) -> Array:
-    """sum_y w(y) dz(y), each token's share at its own prefix: (N, V).
-
-    Args:     dlogits: (M, T, V).
-              weights: (M,) usually the probability of y.
-    """
-    xp = get_xp(dlogits, weights)
-    total = xp.zeros((tree.n_nodes, tree.vocab_size), dtype=dlogits.dtype)
-    kept = (weights[:, None] * responses.mask)[..., None]
-    xp.add.at(total, responses.nodes, xp.where(kept > 0, kept * dlogits, 0.0))
-    return total
 
 
 def policy_gradient_dlogits(

@@ -30,6 +30,7 @@ from tolerances import (
 )
 
 from gao import GaoFit, fit_gao
+from gradients import gather_nodes
 from minirlhf import backend
 from minirlhf.backend import to_host
 from minirlhf.exact import enumeration
@@ -42,7 +43,7 @@ from minirlhf.exact.enumeration import (
     prompt_of_leaf,
     response_logprobs,
 )
-from minirlhf.exact.expected import gather_nodes, penalty_dlogits, policy_gradient_dlogits
+from minirlhf.exact.expected import penalty_dlogits, policy_gradient_dlogits
 from minirlhf.exact.experiments import make_random_world
 from minirlhf.exact.optimum import (
     by_depth,

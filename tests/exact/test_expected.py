@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import DIFFERENT, ENUMERATION, LOOPS, assert_close
 
-from gradients import flatness_table, gae_table, logits_at_kl
+from gradients import flatness_table, gae_table, gather_nodes, logits_at_kl
 from minirlhf.exact.enumeration import PrefixTree, Responses, all_responses, enumerate_responses
 from minirlhf.exact.expected import (
     cosine,
-    gather_nodes,
     gradient_moments,
     penalty_dlogits,
     policy_gradient_dlogits,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gradients import gae_table
+from gradients import gae_table, gather_nodes
 from minirlhf.exact import judge
-from minirlhf.exact.expected import cosine, gather_nodes, penalty_dlogits, relative_error
+from minirlhf.exact.expected import cosine, penalty_dlogits, relative_error
 from minirlhf.exact.experiments import kl_gradient_table
 from minirlhf.exact.libraries import LIBRARIES
 from minirlhf.exact.optimum import objective_gradient
