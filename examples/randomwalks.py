@@ -26,10 +26,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app import pictures
-from minirlhf.exact.experiments import changed
 from minirlhf.exact.ground_truth import (
     PPO,
     SFT,
+    changed,
     fit_reference,
     make_ground_truth,
     sample_world,

@@ -24,8 +24,7 @@ import numpy as np
 from gradients import gather_nodes
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.exact.enumeration import all_responses, enumerate_responses, response_logprobs
-from minirlhf.exact.expected import penalty_dlogits
-from minirlhf.exact.experiments import kl_gradient_table
+from minirlhf.exact.expected import kl_gradient_table, penalty_dlogits
 from minirlhf.rlhf.logprobs import log_softmax
 from study import Arm, Case, ends, mean_lines, spread, values
 

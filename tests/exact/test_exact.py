@@ -43,8 +43,7 @@ from minirlhf.exact.enumeration import (
     prompt_of_leaf,
     response_logprobs,
 )
-from minirlhf.exact.expected import penalty_dlogits, policy_gradient_dlogits
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import make_random_world, penalty_dlogits, policy_gradient_dlogits
 from minirlhf.exact.optimum import (
     by_depth,
     evaluate_exactly,
