@@ -208,9 +208,7 @@ def sample_world(
     prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
     limits = {"max_tokens": world.max_response_tokens, "stop_id": world.stop_id}
     same = {"pad_id": world.stop_id, "config": config, "rng": rng}
-    samples = sample_responses(params, prompts, **limits, **same)
-    texts = [[world.text(ids) for ids in lists] for lists in (prompts, samples.response_ids)]
-    return samples._replace(prompts=texts[0], responses=texts[1])
+    return sample_responses(params, prompts, **limits, **same)
 
 
 # -- the runs of `minirlhf exact` ----------------------------------------------------------------

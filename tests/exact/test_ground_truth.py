@@ -130,7 +130,6 @@ def test_samples_follow_the_exact_distribution(reference, truth):
     rewards = WORLD.score(samples.prompt_ids, samples.response_ids)
     error = rewards.std() / np.sqrt(len(rewards))
     assert abs(rewards.mean() - truth.ref_reward) < 4 * error < 0.05
-    assert samples.responses[0] == WORLD.text(samples.response_ids[0])
     assert max(map(len, samples.response_ids)) == WORLD.max_response_tokens
 
 
