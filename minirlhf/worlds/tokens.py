@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 
 import tiktoken
@@ -152,45 +153,52 @@ def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
     """Ranks of at most n_ranks tokens, the 256 bytes first.
 
     A word is a string with one character a token, chr(rank), so that str.split finds a pair. A
-    merge changes only the counts beside it. The heap keeps outdated entries: what is popped is
-    compared with the true count. No token arises twice (as a+bc, then as ab+c): within its
-    bytes the earlier merges are the same wherever they stand.
+    merge changes only the counts beside it. A pair gains only while the later of its tokens is
+    made, so that one entry of the heap is enough: popped with an outdated count, it goes back. No
+    token arises twice (as a+bc, then as ab+c): within its bytes the earlier merges are the same
+    wherever they stand.
     """
     words = sorted(_cut(pieces).items())
+    tokens = [bytes([i]) for i in range(256)]
     pair_counts: Counter[str] = Counter()
     words_with: dict[str, set[int]] = defaultdict(set)
-    for w, (word, count) in enumerate(words):
-        for pair in map("".join, zip(word, word[1:], strict=False)):
-            pair_counts[pair] += count
-            words_with[pair].add(w)
 
-    tokens = [bytes([i]) for i in range(256)]
+    def pairs(word):
+        return map(add, word, word[1:])
 
     def entry(pair):  # smallest first: the most frequent, then the first in byte order
         return -pair_counts[pair], tokens[ord(pair[0])], tokens[ord(pair[1])], pair
 
+    for w, (word, times) in enumerate(words):
+        for pair in pairs(word):
+            pair_counts[pair] += times
+            words_with[pair].add(w)
     heap = [entry(pair) for pair in pair_counts]
     heapq.heapify(heap)
     while heap and len(tokens) < n_ranks:
         negative_count, a, b, best = heapq.heappop(heap)
         if -negative_count != pair_counts[best]:
+            heapq.heappush(heap, entry(best))
             continue
         if -negative_count < 2:
             break
         new = chr(len(tokens))
         tokens.append(a + b)
-        changed = set()
+        made = defaultdict(set)  # pairs with the new token
         for w in words_with.pop(best):
-            word, count = words[w]
-            merged, changes = _merge(word, best, new)
-            words[w] = merged, count
-            for pair, change in changes:
-                pair_counts[pair] += change * count
-                words_with[pair].add(w)
-                changed.add(pair)
-        for pair in changed:
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, entry(pair))
+            word, times = words[w]
+            parts = word.split(best)
+            words[w] = new.join(parts), times
+            ends = [part[:1] + part[1:][-1:] for part in parts]  # between them nothing changes
+            for pair in pairs(best.join(ends)):
+                pair_counts[pair] -= times
+            for pair in pairs(new.join(ends)):
+                pair_counts[pair] += times
+                if new in pair:
+                    made[pair].add(w)
+        words_with |= made
+        for pair in made:
+            heapq.heappush(heap, entry(pair))
     return {token: rank for rank, token in enumerate(tokens)}
 
 
@@ -202,22 +210,6 @@ def _cut(pieces: Counter[str]) -> Counter[str]:
         for start in range(0, len(data), _LONGEST_PIECE):
             parts[data[start : start + _LONGEST_PIECE]] += count
     return parts
-
-
-def _merge(word: str, pair: str, new: str) -> tuple[str, list[tuple[str, int]]]:
-    """The word with `new` for each `pair`, from the left; how that changes the counts of pairs."""
-    parts = word.split(pair)
-    changes = []
-    left = parts[0][-1:]
-    for j, part in enumerate(parts[1:], start=1):
-        right = part[:1] or (pair[0] if j < len(parts) - 1 else "")
-        changes.append((pair, -1))
-        if left:
-            changes += [(left + pair[0], -1), (left + new, 1)]
-        if right:
-            changes += [(pair[1] + right, -1), (new + right, 1)]
-        left = part[-1:] or new
-    return new.join(parts), changes
 
 
 def load_tokenizer_by_name(name: str) -> Tokenizer:
