@@ -73,7 +73,11 @@ class Tokenizer:
 
         Raises:   ValueError: an id outside the vocabulary.
         """
-        return [_printable(self._bytes(int(i))) for i in ids]
+        texts = (self._bytes(int(i)).decode("utf-8", errors="backslashreplace") for i in ids)
+        return [
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+            for text in texts
+        ]
 
     def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
@@ -119,11 +123,6 @@ class Tokenizer:
             return "\ufffd".encode()
 
 
-def _printable(data: bytes) -> str:
-    text = data.decode("utf-8", errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Byte-level BPE: give the most frequent adjacent pair the next rank, merge it, repeat.
 
@@ -141,16 +140,21 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
             f"vocab_size: expected at least {base}, 256 bytes and {len(SPECIALS)} special tokens; "
             f"got {vocab_size}: raise it"
         )
+    words: Counter[str] = Counter()  # pieces as bytes, one character a byte; long ones in parts
     pieces = Counter(piece for text in texts for piece in re.findall(PATTERN, text))
-    if not pieces:
+    for piece, times in pieces.items():
+        data = piece.encode("utf-8", errors="replace").decode("latin-1")
+        for start in range(0, len(data), _LONGEST_PIECE):
+            words[data[start : start + _LONGEST_PIECE]] += times
+    if not words:
         raise InputError("tokenizer: expected some text to train on; got none: give a corpus")
-    ranks = _train_ranks(pieces, n_ranks=vocab_size - len(SPECIALS))
+    ranks = _train_ranks(words, n_ranks=vocab_size - len(SPECIALS))
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
     return make_tokenizer("minirlhf", PATTERN, ranks, specials)
 
 
-def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
-    """Ranks of at most n_ranks tokens, the 256 bytes first.
+def _train_ranks(counts: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
+    """Ranks of at most n_ranks tokens, the 256 bytes first, from words and how often they occur.
 
     A word is a string with one character a token, chr(rank), so that str.split finds a pair. A
     merge changes only the counts beside it. A pair gains only while the later of its tokens is
@@ -158,7 +162,7 @@ def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
     token arises twice (as a+bc, then as ab+c): within its bytes the earlier merges are the same
     wherever they stand.
     """
-    words = sorted(_cut(pieces).items())
+    words = sorted(counts.items())
     tokens = [bytes([i]) for i in range(256)]
     pair_counts: Counter[str] = Counter()
     words_with: dict[str, set[int]] = defaultdict(set)
@@ -200,16 +204,6 @@ def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
         for pair in made:
             heapq.heappush(heap, entry(pair))
     return {token: rank for rank, token in enumerate(tokens)}
-
-
-def _cut(pieces: Counter[str]) -> Counter[str]:
-    """The pieces as bytes, one character a byte; those longer than _LONGEST_PIECE in parts."""
-    parts: Counter[str] = Counter()
-    for piece, count in pieces.items():
-        data = piece.encode("utf-8", errors="replace").decode("latin-1")
-        for start in range(0, len(data), _LONGEST_PIECE):
-            parts[data[start : start + _LONGEST_PIECE]] += count
-    return parts
 
 
 def load_tokenizer_by_name(name: str) -> Tokenizer:
