@@ -9,7 +9,7 @@ from tiny_run import call, refusal
 
 from minirlhf.app import exact
 from minirlhf.app.exact import check_claims, draw_pictures, exact_command, show_tables
-from minirlhf.exact.experiments import kl_gradient_table
+from minirlhf.exact.expected import kl_gradient_table
 
 
 def shown(results):
