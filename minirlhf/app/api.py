@@ -9,12 +9,13 @@ The command line does its work through the same functions.
 """
 
 from dataclasses import is_dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.app import coloured
+from minirlhf.app import coloured, tables
 from minirlhf.app.progress import say, track
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
@@ -31,6 +32,7 @@ from minirlhf.train.batches import pad_batch
 from minirlhf.train.rollout import Samples
 from minirlhf.train.settings import with_fields
 from minirlhf.worlds.rewards import Reward
+from minirlhf.worlds.world import World
 
 BARS = {"track": track, "say": say}
 
@@ -155,6 +157,19 @@ class TokenScores(NamedTuple):
         return coloured.html([self._asdict()])
 
 
+class Replies(list):
+    """Texts, one for each prompt; a notebook shows them beside it, with their gold reward."""
+
+    def __init__(self, replies: list[str], prompts: list[str], world: World):
+        super().__init__(replies)
+        self.prompts, self.world = prompts, world
+
+    def _repr_html_(self) -> str:
+        table = tables.replies_table("", self.world, self.prompts, self, with_prompts=True)
+        table.columns[1].header = "reply"
+        return tables.html(table)
+
+
 class Run:
     """A run: its settings, metrics and models. Made by `train` and `open_run`."""
 
@@ -182,7 +197,7 @@ class Run:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> list[str]:
+    ) -> Replies:
         """One reply to each prompt, of the policy or of the reference.
 
         Args:     prompts: repeat a prompt for several replies to it.
@@ -198,14 +213,15 @@ class Run:
                 f"seed >= 0; got {temperature}, {top_k}, {top_p} and {seed}: choose such numbers"
             )
         if not prompts:
-            return []
+            return Replies([], [], self.session.world)
         limit = self.session.max_prompt_tokens
         n = max(map(len, map(self.session.tokenizer.prompt_ids, prompts)))
         if n > limit and not (reference and self.is_trained):  # of two calls the first says so
             self.session.note(f"a prompt of {n} tokens is cut to its last {limit}, as in training")
         params = self.reference if reference else self.policy
         rng, sampling = np.random.default_rng(seed), Sampling(temperature, top_k, top_p)
-        return self.session.sample(params, prompts, rng, sampling).responses
+        samples = self.session.sample(params, prompts, rng, sampling)
+        return Replies(samples.responses, prompts, self.session.world)
 
     def score(self, prompt: str, response: str) -> TokenScores:
         """log pi_theta and log pi_ref of each token of a response, the penalty, and the reward.
@@ -264,3 +280,9 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        if not (self.folder / "result.json").exists():
+            return f"<p>{escape(repr(self))}, not finished</p>"
+        result = pipeline.read_result(self.folder)
+        return tables.html(tables.result_table(result, self.session.world))
