@@ -15,7 +15,7 @@ from minirlhf.disk import read_text, read_toml, shorten
 from minirlhf.errors import InputError
 from minirlhf.runs.folder import STAGES
 from minirlhf.runs.log import read_metrics
-from minirlhf.runs.mirrors import TENSORBOARD
+from minirlhf.runs.mirrors import TENSORBOARD, require
 
 # what counts the steps: the first of these that a log has; if it has none, its rows are counted
 STEPS = ("global_step", "training/global_step", "trainer/global_step", "step", "Step", "_step")
@@ -158,24 +158,20 @@ def _csv_rows(text: str) -> Rows:
 
 
 def _event_rows(path: Path) -> Rows:
-    """The scalars in event files of TensorBoard, of one run or of the stages of one."""
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        from tensorboard.util.tensor_util import make_ndarray
-    except ImportError as error:
-        raise InputError(
-            f"{path}: expected the package tensorboard, which reads event files; it is not "
-            "installed: pip install tensorboard, or export the log as CSV"
-        ) from error
+    """The scalars in event files of TensorBoard, of one run or of the stages of one of ours."""
+    require("tensorboard", str(path), "export the log as CSV")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
     parts, rows = sorted({file.parent for file in path.rglob("*tfevents*")}) or [path], []
-    ours = [part.resolve() if part.is_dir() else part.resolve().parent for part in parts]
-    ours = [of.name if of.parent.name == TENSORBOARD and of.name in STAGES else "" for of in ours]
-    if len(parts) > 1 and not all(ours):
-        raise InputError(
-            f"{path}: expected event files of one run; got {len(parts)} folders with some: name "
-            f"one, like {parts[0]}"
-        )
-    for part, stage in zip(parts, ours, strict=True):
+    for part in parts:
+        home = part.resolve() if part.is_dir() else part.resolve().parent
+        is_ours = home.parent.name == TENSORBOARD and home.name in STAGES
+        if len(parts) > 1 and not is_ours:
+            raise InputError(
+                f"{path}: expected event files of one run; got {len(parts)} folders with some: "
+                f"name one, like {part}"
+            )
         log = EventAccumulator(str(part), size_guidance={"scalars": 0, "tensors": 0}).Reload()
         found = [(tag, e.step, e.value) for tag in log.Tags()["scalars"] for e in log.Scalars(tag)]
         for tag in log.Tags()["tensors"]:
@@ -183,6 +179,6 @@ def _event_rows(path: Path) -> Rows:
             found += [(tag, step, x.item()) for step, x in tensors if x.size == 1]
         by_step = {}
         for tag, step, value in found:
-            by_step.setdefault(step, {"stage": stage} if stage else {})[tag] = value
+            by_step.setdefault(step, {"stage": home.name} if is_ours else {})[tag] = value
         rows += [{"step": step, **row} for step, row in by_step.items()]
     return rows

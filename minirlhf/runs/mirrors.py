@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minirlhf.disk import cannot_write, plain, refuse_link, write_whole
+from minirlhf.disk import plain, refuse_link, write_whole, writing
 from minirlhf.errors import InputError
 from minirlhf.runs.log import RunLog, read_metrics
 
@@ -34,8 +34,9 @@ def mirrored(log: RunLog, kind: str) -> Iterator[None]:
 
     def watch(step: int, stage: str, values: Row) -> None:
         nonlocal made
-        if not (made and mirror.add({"step": step, "stage": stage, **plain(values)})):
-            mirror.make(read_metrics(folder))
+        with writing(mirror.path):
+            if not (made and mirror.add({"step": step, "stage": stage, **plain(values)})):
+                mirror.make(read_metrics(folder))
         made = True
         see(step, stage, values)
 
@@ -44,24 +45,19 @@ def mirrored(log: RunLog, kind: str) -> Iterator[None]:
         yield
         if not made:  # there was no new line; the last one may have been killed on its way here
             mirror.make(read_metrics(folder))
-    except OSError as error:
-        raise cannot_write(mirror.path, error) from error
     finally:
         mirror.close()
 
 
-def require(kind: str) -> None:
-    """Refuse a mirror whose library is not there.
-
-    Raises:   InputError: it is not installed.
-    """
+def require(kind: str, where: str = "--log tensorboard", instead: str = "take --log csv") -> None:
+    """Raise InputError where the library of a format is not installed."""
     try:
         if kind == "tensorboard":
             import tensorboard.summary  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "--log tensorboard: expected the package tensorboard, which writes event files; it is "
-            "not installed: pip install tensorboard, or take --log csv"
+            f"{where}: expected the package tensorboard, which knows event files; it is not "
+            f"installed: pip install tensorboard, or {instead}"
         ) from error
 
 
@@ -72,8 +68,8 @@ class _Csv:
         self.path, self.names = folder / CSV, {}
 
     def make(self, rows: list[Row]) -> None:
-        self.names = dict.fromkeys(name for row in rows for name in row)
-        write_whole(self.path, self._lines([dict(zip(self.names, self.names, strict=True)), *rows]))
+        self.names = {name: name for row in rows for name in row}
+        write_whole(self.path, self._lines([self.names, *rows]))
 
     def add(self, row: Row) -> bool:
         """Append a line; False: it has a new name, so all lines need a new column."""
