@@ -8,7 +8,7 @@
 The command line does its work through the same functions.
 """
 
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +84,6 @@ def resume(
     reward: Reward = "",
     accept_changed_reward: bool = False,
     iterations: int = 0,
-    log: str = "",
     progress: bool = True,
 ) -> "Run":
     """Go on with an interrupted run; its result is that of a run that was never interrupted.
@@ -93,13 +92,10 @@ def resume(
                   moved, or the code of a run that came from somebody else, if you trust it.
               accept_changed_reward: go on with it though its source has changed.
               iterations: PPO goes on to so many in all; 0: as config.toml says.
-              log: "tensorboard" or "csv", the metrics there too; "": as config.toml says.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
     asked |= {"iterations": iterations, **(BARS if progress else {})}
-    session = reopen_session(folder, **asked)
-    session.config = replace(session.config, log=log or session.config.log)
-    return _finish(session, reward)
+    return _finish(reopen_session(folder, **asked), reward)
 
 
 def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":

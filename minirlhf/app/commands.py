@@ -3,9 +3,8 @@
 import argparse
 import functools
 import shlex
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -83,7 +82,6 @@ def resume(
     run: tyro.conf.Positional[Path],
     *,
     iterations: Annotated[int, tyro.conf.arg(name="ppo.iterations")] = 0,
-    log: Literal["", "tensorboard", "csv"] = "",
     reward: str = "",
     accept_changed_reward: bool = False,
 ) -> int:
@@ -94,14 +92,11 @@ def resume(
     Args:
         run: Run folder.
         iterations: PPO goes on to so many in all; 0: as in config.toml.
-        log: The metrics also in tensorboard/, or in metrics.csv; empty: as in config.toml.
         reward: Names the run's reward: where its file lies now, or as you trust its code.
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
-    session = reopen_session(run, iterations=iterations, track=track, say=say, **asked)
-    session.config = replace(session.config, log=log or session.config.log)
-    return _show(session)
+    return _show(reopen_session(run, iterations=iterations, track=track, say=say, **asked))
 
 
 def _show(session: Session) -> int:

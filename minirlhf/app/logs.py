@@ -4,7 +4,6 @@ logs.toml has the names of other programs, what they are here, and in which unit
 """
 
 import csv
-import functools
 import io
 import json
 import math
@@ -19,6 +18,7 @@ from minirlhf.runs.mirrors import TENSORBOARD, require
 
 # what counts the steps: the first of these that a log has; if it has none, its rows are counted
 STEPS = ("global_step", "training/global_step", "trainer/global_step", "step", "Step", "_step")
+TABLES = read_toml(Path(__file__).with_name("logs.toml"))  # program: its stage, its names: ours
 Rows = list[dict[str, Any]]
 
 
@@ -76,19 +76,13 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-@functools.cache
-def tables() -> dict[str, dict[str, Any]]:
-    """logs.toml: {program: {"stage": .., "names": {its name: ours}}}."""
-    return read_toml(Path(__file__).with_name("logs.toml"))
-
-
 def _recognised(rows: Rows, path: Path) -> tuple[str, str, dict[str, str]]:
     """(program, stage, its names): of the tables the first that explains most of the names."""
     names = dict.fromkeys(name for row in rows for name in row)
-    source = max(tables(), key=lambda name: len(names.keys() & tables()[name]["names"]))
-    table = tables()[source]
+    source = max(TABLES, key=lambda name: len(names.keys() & TABLES[name]["names"]))
+    table = TABLES[source]
     if not names.keys() & table["names"]:
-        known = ", ".join(next(iter(table["names"])) for table in tables().values())
+        known = ", ".join(next(iter(table["names"])) for table in TABLES.values())
         raise InputError(
             f"{path}: expected metrics of minirlhf, TRL, verl or OpenRLHF (like {known}); got "
             f"{shorten(', '.join(names)) or 'none'}: log under such names"

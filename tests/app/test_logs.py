@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_run import metrics, tiny_config, write_pairs
 
-from minirlhf.app.logs import read_log, tables
+from minirlhf.app.logs import TABLES, read_log
 from minirlhf.errors import InputError
 from minirlhf.runs import pipeline
 from minirlhf.runs.log import RunLog
@@ -168,10 +168,10 @@ def test_after_a_resume_the_last_numbers_count(tmp_path):
     assert got[2]["objective/kl_token"] == 0.5 and math.isnan(got[0]["objective/kl_token"])
 
 
-@pytest.mark.parametrize("table", tables())
+@pytest.mark.parametrize("table", TABLES)
 def test_a_log_is_known_by_its_names(tmp_path, table):
     """All names of a program, and the half that is logged without critic, penalty or entropy."""
-    names = list(tables()[table]["names"])
+    names = list(TABLES[table]["names"])
     for some in (names, names[::2] + names[:1]):
         log = read_log(written(tmp_path / "log.jsonl", [{"step": 1, **dict.fromkeys(some, 0.5)}]))
         assert log.source == table and log.unknown == []
@@ -194,15 +194,15 @@ NEW = """objective/kl_token policy/kl_old_token policy/kl_sampler_token policy/k
 def test_every_name_is_one_of_ours_or_a_known_addition(desk):
     """The metrics of a run, those of DPO and of options that are off, and what we do not log."""
     ours = {name for row in metrics(desk) for name in row} | set(NEW.split())
-    for table, content in tables().items():
+    for table, content in TABLES.items():
         assert content["names"] and set(content["names"].values()) <= ours, table
 
 
 def test_a_mean_over_tokens_is_never_the_sum():
     """Only TRL's PPO and its relatives log the KL summed over a response."""
-    sums = {t for t, c in tables().items() if "objective/kl" in c["names"].values()}
+    sums = {t for t, c in TABLES.items() if "objective/kl" in c["names"].values()}
     assert sums == {"trl-ppo", "trl-online-dpo"}
-    means = {t for t, c in tables().items() if "objective/kl_token" in c["names"].values()}
+    means = {t for t, c in TABLES.items() if "objective/kl_token" in c["names"].values()}
     assert means == {"trl-grpo", "verl", "openrlhf"}
 
 

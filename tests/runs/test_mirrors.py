@@ -3,14 +3,12 @@
 import csv
 import json
 import math
-import shutil
 import sys
 
 import numpy as np
 import pytest
-from tiny_run import STAGES, call, interrupted_after, tiny_config
+from tiny_run import STAGES, interrupted_after, tiny_config
 
-import minirlhf
 from minirlhf.app.logs import read_log
 from minirlhf.errors import InputError
 from minirlhf.runs import mirrors, pipeline
@@ -153,19 +151,15 @@ def test_a_mirror_that_was_killed_or_lost_is_made_again(whole, tmp_path):
     assert rows_of(folder, kind) == expected
 
 
-@pytest.mark.parametrize("whole", ["csv"], indirect=True)
-def test_resume_may_begin_with_it(whole, tmp_path, capsys):
-    kind, folder = whole
-    run = shutil.copytree(folder, tmp_path / "run")
-    other = next(other for other in KINDS if other != kind)
-    with pytest.raises(InputError, match="log: expected one of"):
-        minirlhf.resume(run, log="html")
-    status, out, err = call(capsys, "resume", run, "--log", other)
-    assert status == 0 and f"log {kind!r} -> {other!r} from here on" in err
-    assert rows_of(run, other) == logged(run, other)
-    shutil.rmtree(run / "tensorboard")
-    minirlhf.resume(run, log="tensorboard", progress=False)
-    assert rows_of(run, "tensorboard") == logged(run, "tensorboard")
+def test_a_resume_may_begin_with_it(tmp_path):
+    config = small(tmp_path / "run", "")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config, track=interrupted_after("PPO", 3))
+    said, path = [], config.out / "config.toml"
+    path.write_text(path.read_text().replace('log = ""', 'log = "csv"'))
+    pipeline.resume(config.out, say=said.append)
+    assert any("log '' -> 'csv' from here on" in line for line in said)
+    assert rows_of(config.out, "csv") == logged(config.out, "csv")
 
 
 def test_without_its_library_it_is_refused_before_anything_is_written(tmp_path, monkeypatch):
