@@ -33,7 +33,7 @@ class Log(NamedTuple):
 def read_log(path: str | Path) -> Log:
     """A run of ours, or a log of TRL, verl, OpenRLHF: what they, W&B or TensorBoard wrote.
 
-    Steps rise; of several rows with one step, as after a resume, the last number counts. A row has
+    Steps rise; of several rows with one step, as after a resume, what came last counts. A row has
     every name of its stage, nan where the log has no number.
 
     Raises:   InputError: there is no log, it is damaged, or none of its names is known.
@@ -53,7 +53,7 @@ def read_log(path: str | Path) -> Log:
     counter, stages = next(filter(names.__contains__, STEPS), None), {}
     for number, row in enumerate(rows):
         step = _number(row.get(counter)) if counter else number
-        known = {ours: _number(row[name]) for name, ours in table.items() if name in row}
+        known = {here: _number(row[there]) for there, here in table.items() if there in row}
         if known and math.isfinite(step):
             of_stage = stages.setdefault(stage or row["stage"], {})
             of_stage[int(step)] = of_stage.get(int(step), {}) | known
