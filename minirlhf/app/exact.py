@@ -21,7 +21,7 @@ from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.exact import expected, ground_truth
-from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.exact.tiny import make_tiny_world, tiny_reference
 from minirlhf.memory import keep_freed_memory
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
@@ -106,7 +106,7 @@ def _train_all(runs: list[tuple], seeds: tuple, *, processes: int) -> list[Row]:
             return [done.get() for done in track(pending, title)]
 
         of_seeds = [(seed,) for seed in seeds]
-        references = each(ground_truth.tiny_reference, of_seeds, "fitting the references")
+        references = each(tiny_reference, of_seeds, "fitting the references")
         fitted = list(zip(references, seeds, strict=True))
         jobs = [(*of_seed, *run) for run in runs for of_seed in fitted]
         return each(_train, jobs, "training policies")
