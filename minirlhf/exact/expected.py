@@ -136,20 +136,16 @@ def penalty_dlogits(
 
 
 # -- its mean and its noise ------------------------------------------------------------------------
-class Moments(NamedTuple):
-    mean: Array  # (P,) expected gradient
-    variance: Array  # () E |g|^2 - |E g|^2 of a single sample
-
-
-def gradient_moments(gradients: Array, probs: Array) -> Moments:
+def gradient_moments(gradients: Array, probs: Array) -> tuple[Array, Array]:
     """Mean, and trace of the covariance, of the gradient of one sampled response.
 
     Args:     gradients: (M, P) the estimate that each response gives.
               probs: (M,) how likely it is to be sampled.
+    Returns:  mean (P,), variance () E |g|^2 - |E g|^2 of a single sample.
     """
     mean = probs @ gradients
     second = (probs * (gradients * gradients).sum(axis=-1)).sum()
-    return Moments(mean, second - (mean * mean).sum())
+    return mean, second - (mean * mean).sum()
 
 
 def relative_error(estimate: Array, exact: Array) -> Array:
