@@ -26,9 +26,9 @@ from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import checkpoint, hugging_face
-from minirlhf.runs.config import flat, load_config, save_config
+from minirlhf.runs.config import flat, load_config
 from minirlhf.runs.evaluate import gold_of
-from minirlhf.runs.session import BEGAN, Session
+from minirlhf.runs.session import BEGAN, Session, save_settings
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
@@ -44,11 +44,6 @@ FREE = {  # what may change between two sessions; other texts and rewards are re
     *("eval_prompts", "eval_every", "checkpoint_every", "ppo.iterations", "ppo.micro_batch_size"),
 }
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl
-
-
-def stages_of(session: Session) -> list[str]:
-    """The names of those stages that the run has, or will have, in order."""
-    return ["sft", "dpo"] if session.config.is_dpo else ["sft", "reward_model", "ppo"]
 
 
 def is_saved(session: Session, name: str) -> bool:
@@ -74,7 +69,7 @@ def begin_stage(session: Session, stage: str) -> None:
     Raises:   InputError: what was made from its result exists. So this stage was once finished and
                   its folder has been lost: to run it again would not fit.
     """
-    kept, names = has_state(session, stage), stages_of(session)
+    kept, names = has_state(session, stage), session.config.order
     for later in names[names.index(stage) + kept :]:  # a policy without its state cannot go on
         if is_saved(session, STAGES[later]) or has_state(session, later):
             lost = state_of(session, stage) if stage == "ppo" else session.folder / STAGES[stage]
@@ -98,7 +93,7 @@ def save_params(
     heads = {head: tree for head, tree in params.items() if head != "transformer"}
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
     sampling["temperature"] = session.config.ppo.temperature if name == "policy" else 1.0
-    sampling["max_new_tokens"] = session.max_response_tokens
+    sampling["max_new_tokens"] = session.world.max_response_tokens
     # scores are read at the right end, replies are written there
     sides = {"padding_side": "right" if scale else "left", "model_max_length": config.n_ctx}
     files = hugging_face.companions(encoding, sides, ids | sampling)
@@ -279,7 +274,7 @@ def settle_settings(session: Session) -> None:
         )
     was, now = dict(flat(load_config(session.folder / BEGAN))), dict(flat(session.config))
     changed = [name for name in now if now[name] != was[name] and name != "out"]
-    finished = {stage for stage in stages_of(session) if is_saved(session, STAGES[stage])}
+    finished = {stage for stage in session.config.order if is_saved(session, STAGES[stage])}
     begun = finished | {stage for stage in STAGES if has_state(session, stage)}
     longer = "ppo.iterations" in changed and "ppo" in begun
     for name in changed:
@@ -310,8 +305,8 @@ def settle_settings(session: Session) -> None:
         session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
     if edited := [f"{n} {was[n]!r} -> {now[n]!r}" for n in changed if n != "stages"]:
         session.note(f"{path}: {', '.join(edited)} from here on")
-    for name in ("config.toml", BEGAN) if changed else ():
-        save_config(session.folder / name, session.config)
+    if changed:
+        save_settings(session.folder, session.config)
 
 
 def sample_rows(session: Session, rollout: Rollout) -> list[dict[str, Any]]:
