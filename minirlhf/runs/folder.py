@@ -26,13 +26,13 @@ from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import checkpoint, hugging_face
-from minirlhf.runs.config import flat, load_config
+from minirlhf.runs.config import flat, load_config, save_config
 from minirlhf.runs.evaluate import gold_of
-from minirlhf.runs.session import BEGAN, Session, save_settings
+from minirlhf.runs.session import BEGAN, Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
-from minirlhf.tree import Tree, tree_items
+from minirlhf.tree import Tree, tree_items, tree_pack
 
 # what each stage leaves; a run has either the last one or the two before it
 STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy", "dpo": "policy"}
@@ -59,8 +59,8 @@ def state_of(session: Session, stage: str) -> Path:
 
 
 def has_state(session: Session, stage: str) -> bool:
-    """Has the stage a checkpoint to go on from?"""
-    return checkpoint.has_state(state_of(session, stage))
+    """Has it a checkpoint to go on from? A first save that was interrupted leaves none in it."""
+    return (state_of(session, stage) / checkpoint.STATE).exists()
 
 
 def begin_stage(session: Session, stage: str) -> None:
@@ -202,6 +202,13 @@ def load_state(
     return done, meta.get("kl_coef"), {name: found[name] for name in arrays}
 
 
+def moved_reference(session: Session, reference: Tree) -> Tree:
+    """What PPO's checkpoint holds beside the optimiser, on the host: the reference, if it moves."""
+    if not session.config.ppo.reset_reference_every:
+        return {}
+    return {"reference": to_host(tree_pack(reference)[0])}
+
+
 def drop_state(session: Session, stage: str) -> None:
     """Remove the checkpoint of a stage, any but PPO, that has left its result."""
     shutil.rmtree(state_of(session, stage), ignore_errors=True)
@@ -219,14 +226,11 @@ def last_kl_coef(session: Session) -> float:
 def _read_state(session: Session, stage: str) -> tuple[Tree, dict[str, Any]]:
     """The arrays of a checkpoint, and its meta, whose entries are what they should be."""
     arrays, meta = checkpoint.load_state(state_of(session, stage))
-    names = {"done", "rng", "log"} | ({"kl_coef"} if stage == "ppo" else set())
-    if meta.keys() != names or not all(isinstance(meta[name], dict) for name in ("rng", "log")):
-        came = shorten(f"{sorted(meta)}")
-        raise _damaged(session, stage, f"expected {sorted(names)}; got {came}")
-    done, kl_coef = meta["done"], meta.get("kl_coef", 0.0)
-    if not (type(done) is int and done > 0 and type(kl_coef) is float and 0 <= kl_coef < math.inf):
-        came = shorten(f"{done!r} and {kl_coef!r}")
-        raise _damaged(session, stage, f"expected steps done > 0 and kl_coef >= 0; got {came}")
+    kinds = {"done": int, "rng": dict, "log": dict} | ({"kl_coef": float} if stage == "ppo" else {})
+    fits = {name: type(value) for name, value in meta.items()} == kinds
+    if not (fits and meta["done"] > 0 and 0 <= meta.get("kl_coef", 0.0) < math.inf):
+        came = shorten(str(meta), 120)
+        raise _damaged(session, stage, f"expected {', '.join(kinds)}, none below 0; got {came}")
     return arrays, meta
 
 
@@ -254,7 +258,7 @@ def _set_streams(rng: dict[str, Generator], states: dict[str, Any]) -> None:
 
 
 def _damaged(session: Session, stage: str, why: str) -> InputError:
-    path = state_of(session, stage) / "state.safetensors"
+    path = state_of(session, stage) / checkpoint.STATE
     return InputError(f"{path}: {why}: restore the file from a copy")
 
 
@@ -305,8 +309,8 @@ def settle_settings(session: Session) -> None:
         session.note(f"{name} is {now[name]} now: sums are rounded otherwise from here on")
     if edited := [f"{n} {was[n]!r} -> {now[n]!r}" for n in changed if n != "stages"]:
         session.note(f"{path}: {', '.join(edited)} from here on")
-    if changed:
-        save_settings(session.folder, session.config)
+    for name in ("config.toml", BEGAN) if changed else ():
+        save_config(session.folder / name, session.config)
 
 
 def sample_rows(session: Session, rollout: Rollout) -> list[dict[str, Any]]:

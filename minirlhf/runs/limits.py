@@ -31,10 +31,11 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
     if of_files := bool(config.corpus or config.pairs):
         world = _with_limits(world, prompts, list(chain(*replies)), tokenizer.vocab_size, config)
     else:
-        names = (
-            name for name in ("max_prompt_tokens", "max_response_tokens") if getattr(config, name)
+        world = replace(
+            world,
+            max_prompt_tokens=config.max_prompt_tokens or world.max_prompt_tokens,
+            max_response_tokens=config.max_response_tokens or world.max_response_tokens,
         )
-        world = replace(world, **{name: getattr(config, name) for name in names})
     most_prompt, most = world.max_prompt_tokens, world.max_response_tokens
     unended, n = "without a stop token; see --max-response-tokens", len(world.demonstrations)
     table = (

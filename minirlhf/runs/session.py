@@ -25,7 +25,7 @@ from minirlhf.backend import array_module, to_device
 from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
-from minirlhf.nn.transformer import GPTConfig
+from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs import hugging_face, own_reward, sizes
 from minirlhf.runs.config import TrainConfig, load_config, rate_notes, save_config, unused_options
 from minirlhf.runs.limits import fit_world
@@ -113,6 +113,21 @@ class Session:
                 "--max-response-tokens"
             )
         return GPTConfig(self.tokenizer.vocab_size, **asdict(replace(model, n_ctx=n_ctx)))
+
+    def first_weights(self) -> Tree:
+        """Of the policy, on the host: random ones, or those of --init.
+
+        Raises:   InputError: --init is no longer what the run began with.
+        """
+        if not self.config.init:
+            return init_transformer(self.gpt, rng=self.rng["init"])
+        start = hugging_face.read_gpt2(self.config.init)
+        if start.sha256 != read_object(self.folder / "world.json").get("init_sha256"):
+            raise InputError(
+                f"{self.config.init}: expected the weights that were there when the run began; "
+                "they have changed: restore the folder, or train in a new one"
+            )
+        return start.transformer
 
     def prompt_ids(self, text: str) -> list[int]:
         return self.tokenizer.prompt_ids(text, self.world.max_prompt_tokens)
@@ -240,7 +255,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         tokens.save_tokenizer(tokenizer, out)
         write_whole(out / "world.json", to_json(_outline(world) | digests))
         own_reward.remember(config.reward, digests.get("reward_sha256", ""))
-        save_settings(out, session.config)
+        _begin(out, session.config)
     session.stored = session.config
     return session
 
@@ -291,9 +306,7 @@ def reopen_session(
     look = look or (ended and own_reward.sources_gone(stored))
     rng, own, tokenizer = _streams(config), None, tokens.load_tokenizer(folder)
     if config.reward or reward:
-        own = cache(
-            partial(own_reward.reopened, folder, config, reward, changed=accept_changed_reward)
-        )
+        own = cache(partial(own_reward.reopened, folder, config, reward, accept_changed_reward))
     if look and (config.corpus or config.pairs):
         world = _stored_world(folder / "world.json")
     else:
@@ -345,13 +358,13 @@ def fork_run(
         copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
         copy(folder / name, out / name)
     every = config.eval_every if eval_every is None else eval_every
-    save_settings(out, replace(config, out=out, ppo=ppo, eval_every=every))
+    _begin(out, replace(config, out=out, ppo=ppo, eval_every=every))
     return out
 
 
-def save_settings(folder: Path, config: TrainConfig) -> None:
-    """Those that the folder has from here on, and with which what is in it was made."""
-    for name in ("config.toml", BEGAN):
+def _begin(folder: Path, config: TrainConfig) -> None:
+    """Make a run of the folder; it is one by its config.toml, so that comes last."""
+    for name in (BEGAN, "config.toml"):
         save_config(folder / name, config)
 
 
