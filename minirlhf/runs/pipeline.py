@@ -6,11 +6,11 @@ stream and an optimiser to a loop of `train/`, follows it with a log, and leaves
 folder is there already, the stage is read back from it (`folder.py` says what a run leaves where).
 """
 
-import functools
 import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -120,31 +120,38 @@ def run_stages(session: Session) -> Result | None:
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))
-        with session.timed("sft"):
+        with _at_stage(session, "sft"):
             reference = reference_stage(session)
-        folder.drop_state(session, "sft")
         if config.stages == "sft":
             return None
         if config.is_dpo:
             score = session.score_with(RewardModel({}, session.gpt))
-            with session.timed("dpo"):
+            with _at_stage(session, "dpo"):
                 policy = dpo_stage(session, reference)
-            folder.drop_state(session, "dpo")
         else:
-            with session.timed("reward_model"):
+            with _at_stage(session, "reward_model"):
                 score = session.score_with(reward_stage(session, reference))
-            folder.drop_state(session, "reward_model")
             if config.stages == "sft,reward":
                 return None
-            with session.timed("ppo"):
+            with _at_stage(session, "ppo"):
                 policy = ppo_stage(session, reference, score)
-        with session.timed("evaluation"):
+        with _at_stage(session, "evaluation"):
             session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
             before, first = evaluate(session, reference, reference, score)
             after, last = evaluate(session, policy, reference, score)
         content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
         write_whole(session.folder / "result.json", content)
     return Result(before, after, last.prompts, first, last, session.seconds)
+
+
+@contextmanager
+def _at_stage(session: Session, stage: str) -> Iterator[None]:
+    """Note how long the block takes; it leaves a result, so no checkpoint but PPO's is needed."""
+    session.stage, session.steps, started = stage, "", time.perf_counter()
+    yield
+    session.seconds[stage] = time.perf_counter() - started
+    if stage in HELDOUT:
+        folder.drop_state(session, stage)
 
 
 def read_result(run: Path) -> Result:
@@ -375,7 +382,7 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     loop = train_ppo(
         optimizer,
         moved[0] if moved else reference,
-        Task(functools.partial(_sample_batch, session), score, stop_id),
+        Task(partial(_sample_batch, session), score, stop_id),
         config=session.gpt,
         settings=settings,
         rng=session.rng["shuffle"],

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -186,13 +185,6 @@ class Session:
                 where = f"in stage {self.stage}{made if self.steps else ''}"
                 stop.args = (f"{where}; `{how}` goes on",)
                 raise
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Note how long the block takes."""
-        self.stage, self.steps, started = stage, "", time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - started
 
 
 class Score(NamedTuple):
