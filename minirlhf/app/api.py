@@ -214,7 +214,7 @@ class Run:
             )
         if not prompts:
             return Replies([], [], self.session.world)
-        limit = self.session.max_prompt_tokens
+        limit = self.session.world.max_prompt_tokens
         n = max(map(len, map(self.session.tokenizer.prompt_ids, prompts)))
         if n > limit and not (reference and self.is_trained):  # of two calls the first says so
             self.session.note(f"a prompt of {n} tokens is cut to its last {limit}, as in training")
@@ -267,10 +267,10 @@ class Run:
 
     def _refuse_to_cut(self, *, prompt: str, response: str = "") -> None:
         """Training cuts texts that are too long; numbers asked for here are of the whole."""
-        session = self.session
+        tokenizer, limits = self.session.tokenizer, self.session.longest
         for name, ids, limit in (
-            ("prompt", session.tokenizer.prompt_ids(prompt), session.max_prompt_tokens),
-            ("response", session.tokenizer.response_ids(response), session.max_response_tokens),
+            ("prompt", tokenizer.prompt_ids(prompt), limits[0]),
+            ("response", tokenizer.response_ids(response), limits[1]),
         ):
             if len(ids) > limit:
                 raise InputError(

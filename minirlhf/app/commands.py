@@ -197,7 +197,7 @@ def sample(
         raise InputError(f"sample: expected n >= 1; got {n}: choose such a number")
     opened = api.open_run(run)
     session = opened.session
-    require_memory({"--n": samples_bytes(session.gpt, n, (2, session.max_response_tokens))})
+    require_memory({"--n": samples_bytes(session.gpt, n, (2, session.longest[1]))})
     same = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     prompts = [prompt] * n
     shown = (True, False) if opened.is_trained else (True,)

@@ -30,6 +30,7 @@ from minirlhf.disk import read_object, write_whole
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import adaptive_kl_coef
 from minirlhf.runs import checkpoint, pipeline
+from minirlhf.runs import config as config_module
 from minirlhf.runs import folder as run_folder
 from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_model, load_state
@@ -510,7 +511,7 @@ def test_no_pairs_that_differ_are_refused(tmp_path):
 )
 def test_options_that_change_nothing_are_said(changes, said):
     base = TrainConfig(corpus="c.txt", reward=VOWELS, vocab_size=300)
-    notes = session_module.unused_options(changed(base, changes))
+    notes = config_module.unused_options(changed(base, changes))
     assert [said in note for note in notes] == ([True] if said else [])
 
 
