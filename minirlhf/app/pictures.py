@@ -142,6 +142,52 @@ def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
     return figure
 
 
+FRONTIER = {
+    "proxy": "proxy: what PPO sees",
+    "gold": "gold: what is wanted",
+    "reward": "your reward",
+}
+
+
+def shown(value: Any) -> str:
+    """A setting as one would type it."""
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def frontier_figure(rows: list[Row]) -> Any:
+    """What runs gained against how far they went: each run faint, the means over seeds joined.
+
+    Args:     rows: of each run kl_seq, proxy, gold, kl_coef; and `settings`, {what varies: its
+                  value}, where it is not beta alone: what varies besides gets lines of its own.
+    """
+    lines: dict[str, dict[str, list[Row]]] = {}
+    along = "kl_coef"
+    for row in sorted(rows, key=lambda row: row["kl_coef"]):
+        varied = dict(row.get("settings") or {"kl_coef": row["kl_coef"]})
+        along = "kl_coef" if "kl_coef" in varied else next(iter(varied))
+        point = shown(varied.pop(along))
+        line = ", ".join(f"{name} {shown(value)}" for name, value in varied.items())
+        lines.setdefault(line, {}).setdefault(point, []).append(row)
+    found = [n for n in FRONTIER if any(np.isfinite(row.get(n, np.nan)) for row in rows)]
+    panels = found or ["proxy"]
+    figure, (axes,) = new_figure(4.6 * len(panels), 3.6, 1, len(panels))
+    for axis, name in zip(axes, panels, strict=True):
+        for i, (label, points) in enumerate(lines.items()):
+            look = LOOKS[i % len(LOOKS)]
+            means = []
+            for point, same in points.items():
+                x, y = (np.array([row[column] for row in same]) for column in ("kl_seq", name))
+                x = np.sqrt(np.maximum(x, 0.0))
+                axis.scatter(x, y, s=12, alpha=0.35, color=look["color"])
+                means.append((x.mean(), y.mean()))
+                at = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(point, means[-1], **at)
+            draw_lines(axis, {label: tuple(zip(*means, strict=True))}, [look])
+        distance = "distance from the reference, √kl_seq [nats^½]"
+        say(axis, f"{FRONTIER[name]}; beside a point its {along}", distance)
+    return figure
+
+
 def draw_kl(rows: list[Row], path: Path) -> Path:
     """Left: error of the expected gradient of every placement. Right: noise of one sample."""
     names = list(dict.fromkeys(row["name"] for row in rows))

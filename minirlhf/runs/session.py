@@ -349,7 +349,7 @@ def fork_run(
     Raises:   InputError: `folder` has no reference and reward model yet, or `out` exists.
     """
     folder, out = Path(folder), Path(out)
-    shared = ("tiktoken.json", "world.json", "reference", "reward_model")
+    shared = ("tiktoken.json", "world.json", "reference", "reward_model", "metrics.jsonl")
     missing = [name for name in shared if not (folder / name).exists()]
     if missing or out.exists():
         came = f"{out}, which exists" if out.exists() else f"no {missing[0]} in {folder}"
@@ -364,6 +364,7 @@ def fork_run(
     for name in shared:
         copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
         copy(folder / name, out / name)
+    RunLog(out).restart("ppo")
     every = config.eval_every if eval_every is None else eval_every
     for name in (BEGAN, "config.toml"):
         save_config(out / name, replace(config, out=out, ppo=ppo, eval_every=every))
