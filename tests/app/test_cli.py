@@ -141,6 +141,7 @@ def test_help_of_each_command(capsys, monkeypatch, command):
             *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig())),
         ],
         "resume": ["Run folder", "--ppo.iterations", "last checkpoint"],
+        "sweep": ["--out", "--jobs", "--json", "--beta", "--seed"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
