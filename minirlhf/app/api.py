@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.app.progress import say, track
+from minirlhf.app.progress import say, track, watch
 from minirlhf.backend import to_host
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
@@ -33,7 +33,7 @@ from minirlhf.train.rollout import Samples
 from minirlhf.train.settings import with_fields
 from minirlhf.worlds.rewards import Reward
 
-BARS = {"track": track, "say": say}
+BARS = {"track": track, "say": say, "watch": watch}
 
 
 def train(

@@ -44,8 +44,6 @@ LISTS = {f"--{name}" for name, value in flat(TrainConfig()) if isinstance(value,
 COLUMNS = ("proxy", "gold", "reward", "kl_seq", "entropy", "length", "repeated_bigrams")
 SECONDS_BETWEEN_LOOKS = 0.1
 
-Choice = tuple[dict[str, Any], TrainConfig]  # what was chosen, by option or field; what it makes
-
 
 class Planned(NamedTuple):
     """A run that is to be."""
@@ -84,15 +82,15 @@ class Sweep(NamedTuple):
         names = [name for name in COLUMNS if any(row[name] == row[name] for row in self.rows)]
         groups: dict[tuple, list[dict]] = {}
         for row in self.rows:
-            varied = tuple((label, shown(value)) for label, value in row["settings"].items())
-            groups.setdefault(varied, []).append(row)
+            groups.setdefault(tuple(row["settings"].items()), []).append(row)
         lines = []
         for varied, same in groups.items():
-            lines.append({**dict(varied), "runs": str(len(same))})
+            line = {label: shown(value) for label, value in varied} | {"runs": str(len(same))}
             for name in names:
                 values = [row[name] for row in same]
                 sd = [np.std(values, ddof=1)] if len(same) > 1 else []
-                lines[-1][name] = " ± ".join(map(ROWS[name][1].format, [np.mean(values), *sd]))
+                line[name] = " ± ".join(map(ROWS[name][1].format, [np.mean(values), *sd]))
+            lines.append(line)
         return lines
 
     def figure(self) -> Any:
@@ -122,9 +120,7 @@ def sweep(
         (varied, api.configured(config, fields.pop("recipe", "ppo"), fields))
         for varied, fields in _choices(changes)
     )
-    planned = plan(choices)
-    out = new_numbered_folder("sweep") if out is None else Path(out)
-    return run_all(planned, out, jobs, progress=progress)
+    return run_all(plan(choices), out, jobs, progress=progress)
 
 
 def _choices(changes: dict[str, Any], prefix: str = "") -> Iterator[tuple[dict, dict]]:
@@ -150,14 +146,7 @@ def sweep_command(arguments: list[str]) -> int:
     """minirlhf sweep --OPTION VALUE VALUE .. [flags]."""
     mine, words = _own_options(arguments)
     to = [] if mine.out is None else ["--out", mine.out]
-    planned = plan(_typed_choices(words, to))
-    out = Path(mine.out) if to else new_numbered_folder("sweep")
-    try:
-        found = run_all(planned, out, mine.jobs)
-    except KeyboardInterrupt as stop:
-        again = [*arguments, *([] if to else ["--out", str(out)])]
-        stop.args = (f"`{shlex.join(['minirlhf', 'sweep', *again])}` goes on",)
-        raise
+    found = run_all(plan(_typed_choices(words, to)), mine.out, mine.jobs)
     if mine.json:
         print(to_json({"rows": found.rows, "failed": found.failed}).decode(), end="")
     console = Console(markup=False, emoji=False, highlight=False, stderr=mine.json)
@@ -166,11 +155,10 @@ def sweep_command(arguments: list[str]) -> int:
         table = number_table("means ± sd over seeds", *lines[0], texts=tuple(texts))
         for line in lines:
             table.add_row(*line.values())
-        picture = pictures.save(found.figure(), out / "frontier.png")
+        picture = pictures.save(found.figure(), found.folder / "frontier.png")
         console.print(table, f"frontier: {picture}", sep="\n")
-    for name, said in found.failed.items():
-        console.print(f"failed: {name}, {said}", soft_wrap=True)
-    console.print(f"runs: {out}", soft_wrap=True)
+    failed = f"; failed: {', '.join(found.failed)}" if found.failed else ""
+    console.print(f"runs: {found.folder}{failed}", soft_wrap=True)
     return int(bool(found.failed))
 
 
@@ -179,10 +167,9 @@ def _own_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     ours = argparse.ArgumentParser(
         prog="minirlhf sweep",
         usage="%(prog)s --OPTION VALUE VALUE .. [OPTIONS]",
-        description="A run for each choice among the values, side by side; then a table, and a "
-        "picture of what was gained against how far the policy went.",
-        epilog="OPTION is any of train, like --beta, --seed, --recipe, --config or --ppo.lam. The "
-        "same words with the same --out go on with what was interrupted.",
+        description="A run for each choice among the values of any options of train, like --beta, "
+        "--seed, --recipe, --config or --ppo.lam, side by side; then a table, and a picture of "
+        "what was gained against how far the policy went. Again with the same --out, it goes on.",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -196,8 +183,8 @@ def _own_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise InputError(said) from error
 
 
-def _typed_choices(words: list[str], once: list[str]) -> Iterator[Choice]:
-    """What `_choices` gives, of options of train; those of one value stand beside `once`."""
+def _typed_choices(words: list[str], once: list[str]) -> Iterator[tuple[dict, TrainConfig]]:
+    """({"ppo.kl_coef": a value}, its configuration) for each choice among values of options."""
     axes: dict[str, list[str]] = {}
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     for start, end in itertools.pairwise([0, *starts, len(words)]):
@@ -212,23 +199,20 @@ def _typed_choices(words: list[str], once: list[str]) -> Iterator[Choice]:
         yield {flag[2:].replace("-", "_"): value for flag, value in varied.items()}, config
 
 
-def plan(choices: Iterable[Choice]) -> list[Planned]:
+def plan(choices: Iterable[tuple[dict[str, Any], TrainConfig]]) -> list[Planned]:
     """The runs, each in a folder that is named by what varies.
 
+    Args:     choices: ({option or field: what was chosen}, the configuration that makes).
     Raises:   InputError: nothing varies, two choices are the same, or train would refuse one.
     """
     planned: dict[str, Planned] = {}
     for varied, config in choices:
         if not (config.is_dpo or config.stages == "all"):
             raise InputError(f"--stages: expected all of them; got {config.stages}: leave it out")
-        varied = {("kl_coef" if name == "beta" else name): x for name, x in varied.items()}
-        has = {**dict(flat(config)), "kl_coef": _kl_coef(config)}
-        last = [name.split(".")[-1] for name in varied]
-        settings = {
-            short if last.count(short) == 1 else name: has.get(name, value)
-            for short, (name, value) in zip(last, varied.items(), strict=True)
-            if name != "seed"
-        }
+        has = varied | dict(flat(config)) | {"beta": _kl_coef(config)}
+        settings = {name.removeprefix("ppo."): has[name] for name in varied if name != "seed"}
+        if "beta" in settings:
+            settings = {"kl_coef": settings.pop("beta"), **settings}
         parts = [f"{n}-{shown(value)}" for n, value in {**settings, "seed": config.seed}.items()]
         name = re.sub(r"[^\w.+-]+", "-", "_".join(parts))
         if name in planned:
@@ -249,42 +233,50 @@ def _kl_coef(config: TrainConfig) -> float:
     return (config.dpo if config.is_dpo else config.ppo).kl_coef
 
 
-def run_all(planned: list[Planned], out: Path, jobs: int, *, progress: bool = True) -> Sweep:
+def run_all(
+    planned: list[Planned], out: str | Path | None, jobs: int, *, progress: bool = True
+) -> Sweep:
     """Do what is not done yet, `jobs` runs at a time; interrupted, every run can go on.
 
     Raises:   InputError: the folder holds other runs, or somebody is at work in it.
     """
     if jobs < 0:
         raise InputError(f"--jobs: expected 0 or more; got {jobs}: choose such a number")
+    out = new_numbered_folder("sweep") if out is None else Path(out)
     runs = [run._replace(config=replace(run.config, out=out / run.config.out)) for run in planned]
     _refuse_others(runs, out)
     failed: dict[str, str] = {}
-    with locked(out):
+    with locked(out), contextlib.closing(_ended(runs, jobs or usable_cores())) as ended:
         for run in runs:
             save_config(run.beside(".toml"), run.config)
         steps = range(sum(run.has("result.json") for run in runs), len(runs))
         steps = track(steps, "runs") if progress else steps
-        for _, (run, status) in zip(steps, _ended(runs, jobs or usable_cores()), strict=False):
-            if status:
-                lines = run.beside(".log").read_text(errors="replace").split("\n")
-                last = next((line for line in reversed(lines) if line.strip()), "")
-                failed[run.config.out.name] = f"status {status}: {shorten(last, 600)}"
-                if progress:
-                    say(f"failed: {run.config.out}, {failed[run.config.out.name]}")
+        try:
+            for _, (run, status) in zip(steps, ended, strict=False):
+                if status:
+                    lines = run.beside(".log").read_text("utf-8", "replace").split("\n")
+                    last = next((line for line in reversed(lines) if line.strip()), "")
+                    failed[run.config.out.name] = f"status {status}: {shorten(last, 600)}"
+                    if progress:
+                        say(f"failed: {run.config.out}, {failed[run.config.out.name]}")
+        except KeyboardInterrupt as stop:
+            done = sum(run.has("result.json") for run in runs)
+            again = f"the same with --out {shlex.quote(str(out))} goes on"
+            stop.args = (f"{done} of {len(runs)} runs are finished; {again}",)
+            raise
     return Sweep(out, [run.row() for run in runs if run.has("result.json")], failed)
 
 
 def _refuse_others(runs: list[Planned], out: Path) -> None:
     """A folder may hold these runs, as they are planned, and no others."""
     files = {run.beside(".toml"): run.config for run in runs}
-    known = {path for path in files if path.exists() and load_config(path) == files[path]}
-    others = {path for path in out.glob("*.toml") if path not in known}
-    others |= {path for path in out.glob("*/") if path.with_name(f"{path.name}.toml") not in known}
-    if others:
-        raise InputError(
-            f"--out {out}: expected a new folder, or one with these runs; it holds another, "
-            f"{min(others).name}: choose another folder"
-        )
+    found = [path.with_name(f"{path.name}.toml") for path in out.glob("*/")]
+    for path in sorted([*found, *out.glob("*.toml")]):
+        if path not in files or not path.exists() or load_config(path) != files[path]:
+            raise InputError(
+                f"--out {out}: expected a new folder, or one with these runs; it holds another, "
+                f"{path.stem}: choose another folder"
+            )
 
 
 def _ended(runs: list[Planned], jobs: int) -> Iterator[tuple[Planned, int]]:

@@ -64,12 +64,6 @@ def no_progress(steps: Iterable, title: str) -> Iterable:
     return steps
 
 
-class Title(str):
-    """What a progress line begins with; `beside` is what it shows besides, as it is by then."""
-
-    beside = ""
-
-
 @dataclass
 class Session:
     """What the stages share. Arrays live on `config.device`."""

@@ -188,4 +188,3 @@ def test_what_varies_beside_beta_gets_a_line_of_its_own():
     axis = pictures.frontier_figure(rows).axes[0]
     assert [text.get_text() for text in axis.texts] == ["0.9", "0.5"]  # as they were named
     assert axis.get_title().endswith("its lam")
-    assert len(pictures.frontier_figure([]).axes) == 1
