@@ -85,6 +85,10 @@ def sparkline(history: list[float], blocks: str = BLOCKS) -> str:
     return "".join(blocks[round(height * (len(blocks) - 1))] for height in heights)
 
 
+def _speed(rate: float) -> str:
+    return f"{rate:.1f}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
+
+
 @contextlib.contextmanager
 def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, float], None]]:
     console = Console(stderr=True)
@@ -97,7 +101,7 @@ def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, f
     bar = progress.Progress(*columns, console=console)
     with Live(Group(bar, _Figures()), console=console, refresh_per_second=10):
         task = bar.add_task(title, completed=first, total=total, rate="")
-        yield lambda done, _, rate: bar.update(task, completed=done, rate=f"{rate:.1f}/s")
+        yield lambda done, _, rate: bar.update(task, completed=done, rate=_speed(rate))
 
 
 @contextlib.contextmanager
@@ -110,6 +114,6 @@ def _lines(title: str, _: int, total: int) -> Iterator[Callable[[int, float, flo
             last, left = spent, (total - done) / rate
             figures = [f"{label} {x[-1]:.3g}" for label, x in list(_figures.items())[:3]]
             times = f"{spent:.0f} s spent, {left:.0f} s left"
-            say(", ".join([f"{title}: {done}/{total}", f"{rate:.1f}/s", *figures, times]))
+            say(", ".join([f"{title}: {done}/{total}", _speed(rate), *figures, times]))
 
     yield show

@@ -269,10 +269,11 @@ def run_all(
 
 def _refuse_others(runs: list[Planned], out: Path) -> None:
     """A folder may hold these runs, as they are planned, and no others."""
-    files = {run.beside(".toml"): run.config for run in runs}
-    found = [path.with_name(f"{path.name}.toml") for path in out.glob("*/")]
-    for path in sorted([*found, *out.glob("*.toml")]):
-        if path not in files or not path.exists() or load_config(path) != files[path]:
+    files = {run.beside(".toml"): replace(run.config, out=None) for run in runs}
+    folders = [path.with_name(f"{path.name}.toml") for path in out.glob("*/")]
+    for path in sorted([*folders, *out.glob("*.toml")]):
+        known = path in files and path.exists()
+        if not known or replace(load_config(path), out=None) != files[path]:
             raise InputError(
                 f"--out {out}: expected a new folder, or one with these runs; it holds another, "
                 f"{path.stem}: choose another folder"

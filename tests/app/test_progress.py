@@ -111,6 +111,13 @@ def test_what_a_run_logs_is_what_is_shown(tmp_path):
     assert found["ppo"] == {"score", "kl_seq", "gold", "entropy", "length", "beta"}
 
 
+def test_slow_steps_say_how_long_each_takes(capsys, monkeypatch):
+    times = iter((0.0, 42.0, 84.0))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    list(progress.track(range(2), "runs"))
+    assert "runs: 2/2, 42 s each, 84 s spent" in capsys.readouterr().err
+
+
 # --- on a terminal
 
 

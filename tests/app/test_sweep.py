@@ -83,8 +83,9 @@ def test_an_interrupted_sweep_goes_on(capsys, monkeypatch, tiny, alone, tmp_path
     torn = out / "kl_coef-1_seed-0"  # as a fork that was ended while it was made
     shutil.rmtree(torn, ignore_errors=True)
     (torn / "reference").mkdir(parents=True)
-    status, said, _ = call(capsys, *words)
-    assert status == 0 and f"runs: {out}" in said
+    monkeypatch.chdir(tmp_path)
+    status, said, _ = call(capsys, *words[:-1], out.name)  # wherever it is called from
+    assert status == 0 and f"runs: {out.name}" in said
     assert all(path.stat().st_mtime_ns == before[path] for path in before)
     for beta in (0, 0.2, 1):
         found = outcome(out / f"kl_coef-{beta}_seed-0")
