@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from minirlhf.exact.enumeration import PrefixTree, all_responses, grow_tree
-from minirlhf.exact.token_world import TokenWorld, rectangle
+from minirlhf.exact.ground_truth import TokenWorld, rectangle
 
 LETTERS = tuple("abcdefghijklmnopqrstu")
 GOAL = 0  # a
@@ -22,6 +22,11 @@ STARTS = range(1, len(LETTERS))
 MAX_NODES = 10  # letters of a walk, the start included
 FAILED = 100  # the length of a walk that breaks an edge or does not arrive
 EDGE_PROBABILITY, N_WALKS = 0.1, 1000
+
+
+def letters(ids: list[int]) -> str:
+    """A walk, or a start, as its letters."""
+    return "".join(LETTERS[i] for i in ids)
 
 
 class Graph(NamedTuple):

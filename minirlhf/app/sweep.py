@@ -30,7 +30,7 @@ from minirlhf.app import api, pictures
 from minirlhf.app.commands import parse_config
 from minirlhf.app.pictures import shown
 from minirlhf.app.progress import say, track
-from minirlhf.app.tables import ROWS, number_table
+from minirlhf.app.tables import ROWS, NumberTable, number_table
 from minirlhf.disk import new_numbered_folder, shorten, to_json
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config, save_config
@@ -93,6 +93,14 @@ class Sweep(NamedTuple):
             lines.append(line)
         return lines
 
+    def table(self) -> NumberTable:
+        lines = self.means()
+        n_texts = len(self.rows[0]["settings"]) or 1  # of seeds alone: their number
+        table = number_table("means ± sd over seeds", *lines[0], texts=tuple(range(n_texts)))
+        for line in lines:
+            table.add_row(*line.values())
+        return table
+
     def figure(self) -> Any:
         """A matplotlib figure: what was gained against how far it went, each run a point."""
         return pictures.frontier_figure(self.rows)
@@ -151,12 +159,8 @@ def sweep_command(arguments: list[str]) -> int:
         print(to_json({"rows": found.rows, "failed": found.failed}).decode(), end="")
     console = Console(markup=False, emoji=False, highlight=False, stderr=mine.json)
     if found.rows:
-        lines, texts = found.means(), range(len(found.rows[0]["settings"]) or 1)
-        table = number_table("means ± sd over seeds", *lines[0], texts=tuple(texts))
-        for line in lines:
-            table.add_row(*line.values())
         picture = pictures.save(found.figure(), found.folder / "frontier.png")
-        console.print(table, f"frontier: {picture}", sep="\n")
+        console.print(found.table(), f"frontier: {picture}", sep="\n")
     failed = f"; failed: {', '.join(found.failed)}" if found.failed else ""
     console.print(f"runs: {found.folder}{failed}", soft_wrap=True)
     return int(bool(found.failed))

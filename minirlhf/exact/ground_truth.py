@@ -7,15 +7,15 @@ J, J*, the KL and the gradient noise are exact, and no evaluation has an error b
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minirlhf.exact import optimum
-from minirlhf.exact.tiny import make_tiny_world
-from minirlhf.exact.token_world import TokenWorld
+from minirlhf.exact.enumeration import PrefixTree
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.logprobs import log_softmax
@@ -27,6 +27,37 @@ from minirlhf.train.sampler import sample_as_set, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.train.sft import SFTConfig, train_sft
 from minirlhf.tree import Tree, tree_copy, tree_pack
+
+
+@dataclass(frozen=True)
+class TokenWorld:
+    """A world of few tokens and short responses, in ids: everything about it can be computed.
+
+    Its vocabulary has no special tokens: what the policy may say is what can be enumerated. N
+    prefixes and M responses as in `exact/enumeration.py`.
+    """
+
+    name: str
+    tokens: tuple[str, ...]  # the V tokens by name
+    stop_id: int  # the token that ends a response, and belongs to it
+    prompts: list[list[int]]  # ids of each prompt, all of one length, equally likely
+    max_response_tokens: int  # T
+    tree: PrefixTree
+    rewards: np.ndarray  # (M,) the proxy: what is maximised
+    gold: np.ndarray  # (M,) the true reward: what is wanted
+    score: Callable[[list[list[int]], list[list[int]]], np.ndarray]  # (prompts, responses) -> (B,)
+    demonstrator: np.ndarray  # (N, V) log-probs of who writes the demonstrations, -inf where never
+    demonstrations: list[tuple[list[int], list[int]]]  # (prompt, response), what SFT imitates
+
+
+def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of ids, at least one, as tokens (B, T) and mask (B, T), padded on the right."""
+    lengths = np.array([len(ids) for ids in responses])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.zeros(mask.shape, dtype=np.int64)
+    tokens[mask] = np.concatenate(responses)
+    return tokens, mask.astype(np.float64)
+
 
 # The settings of the tiny world; the reference comes close to the chain that it imitates.
 _ADAM = OptimizerConfig(learning_rate=3e-3, eps=1e-8, max_grad_norm=0.0)
@@ -60,15 +91,6 @@ def fit_reference(
     for _ in train_sft(optimizer, world.demonstrations, **same):
         pass
     return tree_copy(optimizer.params)
-
-
-def tiny_reference(seed: int, *, settings: SFTConfig = SFT, **sizes: int) -> Tree:
-    """The reference that belongs to a seed on the tiny desk: it has learned to imitate the chain.
-
-    Args:     sizes: max_tokens and n_demonstrations of `make_tiny_world`.
-    """
-    world = make_tiny_world(rng=np.random.default_rng([seed, 0]), **sizes)
-    return fit_reference(world, config=small_transformer(world), settings=settings, seed=seed)
 
 
 class GroundTruth(NamedTuple):
@@ -207,6 +229,36 @@ def sample_world(
     prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
     limits = {"max_tokens": world.max_response_tokens, "stop_id": world.stop_id}
     same = {"pad_id": world.stop_id, "config": config, "rng": rng}
-    samples = sample_responses(params, prompts, **limits, **same)
-    texts = [[world.text(ids) for ids in lists] for lists in (prompts, samples.response_ids)]
-    return samples._replace(prompts=texts[0], responses=texts[1])
+    return sample_responses(params, prompts, **limits, **same)
+
+
+# -- the runs of `minirlhf exact` ----------------------------------------------------------------
+def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
+    """The settings with other values of some fields, and of some fields of their optimiser."""
+    tuned = replace(settings.optimizer, **(optimizer or {}))
+    return replace(settings, optimizer=tuned, **fields)
+
+
+def optimum_runs(*, iterations: int = 150) -> Iterator[tuple[str, PPOConfig]]:
+    """Names and settings: PPO with two schedules, and one-step REINFORCE, for several beta."""
+    constant = {"learning_rate": 1e-3, "schedule": "constant"}
+    for beta in (1.0, 0.5, 0.25):
+        ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
+        yield "PPO, linear decay", ppo
+        yield "PPO, constant rate", changed(ppo, optimizer=constant)
+        yield "one-step RLOO", rloo
+
+
+def train_run(
+    name: str, settings: PPOConfig, world: TokenWorld, reference: Tree, *, seed: int
+) -> dict[str, Any]:
+    """Train one policy from the reference on; its history, and the frontier where it ended."""
+    started = time.perf_counter()
+    where = {"config": small_transformer(world), "kl_coef": settings.kl_coef}
+    truth = make_ground_truth(world, reference, **where)
+    trained = train_on_world(truth, settings=settings, seed=seed)
+    row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
+    row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
+    args, end = (world.tree, truth.ref_log_probs, world.rewards), trained.history[-1]
+    row["frontier"] = optimum.frontier_reward(*args, kl_seq=end["exact/kl_seq"])
+    return {**row, "history": trained.history}

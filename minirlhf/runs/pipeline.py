@@ -24,10 +24,11 @@ from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.runs import folder, hugging_face
+from minirlhf.runs import folder, hugging_face, snapshots
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
+from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
 from minirlhf.runs.session import Score, Session, open_session, reopen_session
 from minirlhf.train import dpo, reward_model
@@ -120,7 +121,12 @@ def run_stages(session: Session) -> Result | None:
     config = session.config
     n_workers = config.workers if config.device == "cpu" else 1
     threads = config.threads or None
-    with session.at_work(), threadpool_limits(limits=threads), side_by_side(n_workers):
+    with (
+        session.at_work(),
+        mirrored(session.log, config.log),
+        threadpool_limits(limits=threads),
+        side_by_side(n_workers),
+    ):
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))
@@ -400,6 +406,10 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         rng=session.rng["shuffle"],
         kl_coef=kl_coef,
     )
+    looks = snapshots.moments(session)
+    look = functools.partial(snapshots.take_snapshot, session, score=score)
+    if looks and not done:
+        look(optimizer.params, reference, done=0, kl_coef=settings.kl_coef)
     started, steps = time.perf_counter(), range(done, settings.iterations)
     for step, iteration in _follow(session, "ppo", loop, steps, TITLES["ppo"]):
         metrics = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
@@ -416,8 +426,10 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
             metrics |= {f"eval/{name}": value for name, value in heldout.items()}
         session.log.metrics(step, "ppo", metrics)
         session.log.samples(step, folder.sample_rows(session, iteration.rollout))
+        beta, moved = iteration.next_kl_coef, iteration.next_reference
+        if done in looks:
+            look(optimizer.params, moved, done=done, kl_coef=beta)
         if done % config.checkpoint_every == 0 or done == settings.iterations:
-            beta, moved = iteration.next_kl_coef, iteration.next_reference
             arrays = moved_reference(moved, settings)
             folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
         started = time.perf_counter()
