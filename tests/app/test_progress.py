@@ -6,6 +6,7 @@ import os
 import re
 import select
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -121,26 +122,28 @@ def test_slow_steps_say_how_long_each_takes(capsys, monkeypatch):
 # --- on a terminal
 
 
-def on_terminal(columns, arguments, interrupt_at=""):
-    """(exit status, all that `minirlhf` writes to a terminal); Ctrl-C once that text is there."""
+def on_terminal(columns, arguments, interrupt_at):
+    """(exit status, all that `minirlhf` writes to a terminal); SIGINT once that text is there."""
     pty = pytest.importorskip("pty")
-    child, terminal = pty.fork()
-    if not child:
-        os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "NO_COLOR": "1"}
-        os.execv(sys.executable, [sys.executable, "-m", "minirlhf", *arguments])
+    ours, theirs = pty.openpty()
+    looks = {"TERM": "xterm-256color", "COLUMNS": str(columns), "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "minirlhf", *arguments]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     written = b""
-    while select.select([terminal], [], [], 60)[0]:
-        try:
-            written += os.read(terminal, 1 << 16)
-        except OSError:  # it has ended
-            break
-        if interrupt_at and re.search(interrupt_at, written.decode(errors="ignore")):
-            os.write(terminal, b"\x03")
-            interrupt_at = ""
-    else:
-        os.kill(child, signal.SIGKILL)
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
+    with subprocess.Popen(command, env=os.environ | looks, **streams) as process:
+        os.close(theirs)
+        while select.select([ours], [], [], 60)[0]:
+            try:
+                written += os.read(ours, 1 << 16)
+            except OSError:  # it has ended
+                break
+            if interrupt_at and re.search(interrupt_at, written.decode(errors="ignore")):
+                process.send_signal(signal.SIGINT)
+                interrupt_at = ""
+        else:
+            process.kill()
+    os.close(ours)
+    return process.returncode, written.decode()
 
 
 def test_a_run_on_a_terminal_shows_them_and_ctrl_c_leaves_it_as_it_was(tmp_path):
