@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minirlhf.app import coloured, tables
-from minirlhf.app.progress import say, track
+from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
 from minirlhf.memory import keep_freed_memory
@@ -34,7 +34,7 @@ from minirlhf.train.settings import with_fields
 from minirlhf.worlds.rewards import Reward
 from minirlhf.worlds.world import World
 
-BARS = {"track": track, "say": say}
+BARS = {"track": track, "say": say, "watch": watch}
 
 
 def train(
@@ -60,6 +60,13 @@ def train(
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
+    config = configured(config, recipe, changes | named)
+    function = reward if callable(reward) else ""
+    return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
+
+
+def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any]) -> TrainConfig:
+    """The settings that `config`, None for the defaults, the recipe and the changes make."""
     if not isinstance(config, TrainConfig | None):
         raise InputError(
             f"train: expected a TrainConfig; got {config!r}: read it with runs.config.load_config"
@@ -72,10 +79,7 @@ def train(
             f"train: expected a recipe with changes to it; got {came} too, which has all settings: "
             "leave one out, or give a dict of changes"
         )
-    config = with_fields(config or TrainConfig(), settings, "train")
-    config = with_fields(config, changes | named, "train")
-    function = reward if callable(reward) else ""
-    return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
+    return with_fields(with_fields(config or TrainConfig(), settings, "train"), changes, "train")
 
 
 def resume(

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from minirlhf.app import api, coloured, options, pictures, tables
-from minirlhf.app.progress import say, track
+from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.memory import require_memory
@@ -25,7 +25,7 @@ from minirlhf.train.settings import with_fields
 
 def train(arguments: list[str]) -> int:
     """minirlhf train [--config FILE] [--recipe NAME] [flags]."""
-    return _show(open_session(parse_config(arguments), track=track, say=say))
+    return _show(open_session(parse_config(arguments), track=track, say=say, watch=watch))
 
 
 def parse_config(arguments: list[str]) -> TrainConfig:
@@ -96,7 +96,8 @@ def resume(
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
-    return _show(reopen_session(run, iterations=iterations, track=track, say=say, **asked))
+    asked |= {"iterations": iterations, "track": track, "say": say, "watch": watch}
+    return _show(reopen_session(run, **asked))
 
 
 def _show(session: Session) -> int:

@@ -29,7 +29,7 @@ from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
-from minirlhf.runs.session import Score, Session, Title, open_session, reopen_session
+from minirlhf.runs.session import Score, Session, open_session, reopen_session
 from minirlhf.train import dpo, reward_model
 from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
@@ -214,21 +214,18 @@ def _learn(
     Args:     measure: metrics of some of the n held-out rows, as training leaves off.
     Returns:  those of all of them at the end; {} if there are none.
     """
-    title, name, n_steps = Title(TITLES[stage]), HELDOUT[stage], optimizer.total_steps
+    n_steps = optimizer.total_steps
     trained = n_steps * getattr(session.config, stage).batch_size
     some = slice(None, None, round(n / min(LOOK_ROWS, LOOK_SHARE * trained + 1)) or 1)
     due = {n_steps * i // LOOKS for i in range(LOOKS + 1)} if n else ()
 
     def look(done: int) -> dict[str, float]:
-        metrics = measure(some if done < n_steps else slice(None)) if done in due else {}
-        if metrics:
-            title.beside = f", held out {metrics[name]:.3f}"
-        return metrics
+        return measure(some if done < n_steps else slice(None)) if done in due else {}
 
     done, *_ = folder.load_state(session, stage, optimizer, n_steps)
     saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
     last = look(done)
-    for step, metrics in _follow(session, stage, loop, range(done, n_steps), title):
+    for step, metrics in _follow(session, stage, loop, range(done, n_steps), TITLES[stage]):
         session.log.metrics(step, stage, metrics | last)  # held out: as it was before this step
         if (began := time.perf_counter()) - saved >= pause:
             folder.save_state(session, stage, optimizer, step + 1)

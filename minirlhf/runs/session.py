@@ -54,12 +54,6 @@ def no_progress(steps: Iterable, title: str) -> Iterable:
     return steps
 
 
-class Title(str):
-    """What a progress line begins with; `beside` is what it shows besides, as it is by then."""
-
-    beside = ""
-
-
 @dataclass
 class Session:
     """What the stages share. Arrays live on `config.device`."""
@@ -335,7 +329,7 @@ def fork_run(
     Raises:   InputError: `folder` has no reference and reward model yet, or `out` exists.
     """
     folder, out = Path(folder), Path(out)
-    shared = ("tiktoken.json", "world.json", "reference", "reward_model")
+    shared = ("tiktoken.json", "world.json", "reference", "reward_model", "metrics.jsonl")
     missing = [name for name in shared if not (folder / name).exists()]
     if missing or out.exists():
         came = f"{out}, which exists" if out.exists() else f"no {missing[0]} in {folder}"
@@ -350,6 +344,7 @@ def fork_run(
     for name in shared:
         copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
         copy(folder / name, out / name)
+    RunLog(out).restart("ppo")
     every = config.eval_every if eval_every is None else eval_every
     _begin(out, replace(config, out=out, ppo=ppo, eval_every=every))
     return out
