@@ -1,0 +1,304 @@
+"""A run, or several, as one page to look at and to hand on: report.html, complete in itself.
+
+`report` gathers what runs have left, page.html lays it out. What is drawn stands there as numbers
+too, as the run has logged them. Nothing is loaded when the page is opened.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minirlhf import __version__
+from minirlhf.app import charts, coloured, pictures
+from minirlhf.app.charts import Line, chart
+from minirlhf.app.known import known_world
+from minirlhf.app.tables import ROWS
+from minirlhf.disk import plain, read_toml, write_whole
+from minirlhf.errors import InputError
+from minirlhf.runs.config import TrainConfig, flat, load_config
+from minirlhf.runs.log import read_jsonl, read_metrics
+from minirlhf.runs.pipeline import read_result
+
+Row = dict[str, Any]
+MOST_RUNS, MOST_MOMENTS, PROMPTS = 5, 9, 4
+STAGES = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
+LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
+LOGGED = {  # a row of the final table -> its unit, and what PPO logs of it at each iteration
+    "proxy": ("sd of the reference's scores", "objective/scores"),
+    "gold": ("its own units", "objective/gold"),
+    "reward": ("units of your reward", "objective/reward"),
+    "kl_seq": ("nats a reply", "objective/kl"),
+    "length": ("tokens a reply", "response_length/mean"),
+}
+
+
+class Seen(NamedTuple):
+    """What a run folder says, without its models."""
+
+    folder: Path
+    config: Row  # {"ppo.kl_coef": 0.2, ..}
+    rows: list[Row]  # of metrics.jsonl
+    samples: list[Row]  # of samples.jsonl
+    ends: dict[str, Row]  # "reference" and "policy": the final table; {} before it
+    seconds: Row  # of each stage; {} before the end
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]] | None:
+        """After how many steps a metric was measured, and its numbers, None for nan; if it was."""
+        rows = [row for row in self.rows if row["stage"] == stage]
+        last = self.ends.get("policy", {}).get(name.removeprefix("eval/"))
+        if stage == "ppo" and name.startswith("eval/") and last is not None and rows:
+            rows += [{"step": rows[-1]["step"], name: last}] * (name not in rows[-1])
+        rows = [row for row in rows if isinstance(row.get(name, ""), int | float | None)]
+        held = name.startswith("heldout/")  # measured before the step of its line
+        found = [row["step"] + (not held) for row in rows], plain([row[name] for row in rows])
+        return found if any(y is not None for y in found[1]) else None
+
+    def logged(self, name: str) -> list[float | None]:
+        """What each iteration of PPO has logged of it."""
+        return (self.series("ppo", name) or ([], []))[1]
+
+    @property
+    def beta(self) -> str:
+        """The setting that is its beta."""
+        return "dpo.kl_coef" if self.config["stages"] == "sft,dpo" else "ppo.kl_coef"
+
+    @property
+    def story(self) -> dict[str, tuple[float, float]]:
+        """{row of LOGGED: (before, after)}, of the final table or as far as PPO has come."""
+        found = {}
+        for name, (_, logged) in LOGGED.items():
+            values = [
+                of[name] for of in self.ends.values() if math.isfinite(of.get(name, math.nan))
+            ]
+            values = values or [y for y in self.logged(logged) if y is not None]
+            if len(values) > 1:
+                found[name] = values[0], values[-1]
+        return found
+
+
+def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: bool = False) -> Path:
+    """Write the page of a run, or of several side by side; `exact`: with that of the tiny world.
+
+    Args:     out: the file; None: report.html in the folder of one run, else in the working one.
+    Raises:   InputError: no run or too many, or damaged files.
+    """
+    if len(folders) > MOST_RUNS or not (folders or exact):
+        raise InputError(
+            f"report: expected 1 to {MOST_RUNS} run folders, or --exact; got {len(folders)}: name "
+            "folders that `minirlhf train` wrote"
+        )
+    out = Path(out or Path(*folders[: len(folders) == 1]) / "report.html")
+    write_whole(out, page([seen(folder) for folder in folders], exact=exact).encode())
+    return out
+
+
+def seen(folder: str | Path) -> Seen:
+    """Read a run, ended or not.
+
+    Raises:   InputError: it is none, or its files are damaged.
+    """
+    folder, ends, seconds = Path(folder), {}, {}
+    config = dict(flat(load_config(folder / "config.toml")))
+    path = folder / "samples.jsonl"
+    samples = read_jsonl(path, {"step": int, "response": str}) if path.exists() else []
+    if (folder / "result.json").exists():
+        result = read_result(folder)
+        ends, seconds = {"reference": result.reference, "policy": result.policy}, result.seconds
+    return Seen(folder, config, read_metrics(folder), samples, ends, seconds)
+
+
+def page(runs: list[Seen], *, exact: bool = False) -> str:
+    """The HTML of what is known of the runs."""
+    parts = {"runs": runs, "version": __version__, "number": charts.number, "size": charts}
+    parts |= {"logged": LOGGED, "stages": [*stages(runs)], "table": end_table(runs)}
+    parts |= {"forms": ROWS, "settings": settings(runs)}
+    if len(runs) == 1:
+        parts["figures"] = [*paths(*runs), *histograms(*runs)]
+    else:
+        parts["figures"] = [*frontier(runs)]
+    parts |= {"partings": [*partings(runs)], "findings": findings(runs)}
+    parts["known"] = known_world() if exact else None
+    return coloured.template("page.html").render(parts)
+
+
+# -- curves --------------------------------------------------------------------------------------
+@cache
+def readings() -> dict[str, Row]:
+    """Each panel by its first metric: title, unit, metrics, and how it is read."""
+    found = read_toml(Path(__file__).with_name("readings.toml"))
+    for title, (unit, *metrics) in pictures.CURVES.items():
+        found[metrics[0]] |= {"title": title, "unit": unit, "metrics": metrics}
+    return found
+
+
+def stages(runs: list[Seen]) -> Iterator[tuple[str, list[Row]]]:
+    """Of each stage that has run its title and its charts."""
+    for stage, title in STAGES.items():
+        panels = [panel(runs, stage, of) for of in readings().values()]
+        if any(panels):
+            yield title, [one for one in panels if one]
+
+
+def panel(runs: list[Seen], stage: str, of: Row) -> Row | None:
+    """A chart with its sentences; of several runs one metric each, and no reading."""
+    lines, values, alone = [], {}, len(runs) == 1
+    for i, run in enumerate(runs):
+        names = sorted(of["metrics"], key=is_held)
+        found = {name: xy for name in names if (xy := run.series(stage, name))}
+        for j, (name, (x, y)) in enumerate([*found.items()][: None if alone else 1]):
+            held = is_held(name)
+            label = LABELS.get(name, "held out" if held else "training") if alone else run.name
+            dots = held and len(x) < 60
+            lines.append(Line(label, *charts.thinned(x, y), f"l{i + j}", dots=dots))
+            values.setdefault(held, [v for v in y if v is not None])
+    if not lines:
+        return None
+    ours, held = values.get(False) or values[True], values.get(True, [])
+    told = {"metric": of["metrics"][0], "healthy": of["healthy"]}
+    told["says"] = sentence(of["says"], numbers_of(ours, held)) if alone else []
+    x = "PPO iterations" if stage == "ppo" else "updates"
+    return chart(of["title"], of["unit"], x, lines, **told)
+
+
+def is_held(name: str) -> bool:
+    """Is a metric of texts that nobody trains on?"""
+    return name.startswith(("heldout/", "eval/"))
+
+
+def numbers_of(ours: list[float], held: list[float]) -> dict[str, float]:
+    """What sentences may speak of: readings.toml."""
+    first, last, most = ours[0], ours[-1], max(ours)
+    found = {"first": first, "last": last, "change": last - first, "most": most}
+    found |= {"span": most - min(ours), "fall": most - last, "exp": math.exp(min(last, 700.0))}
+    found["ratio"] = last / first if first > 0 else math.nan
+    found["held"] = held[-1] if held else math.nan
+    return found | {"rise": held[-1] - min(held) if held else math.nan}
+
+
+def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
+    """The first that fits, as texts and numbers in turn."""
+    text = next((text for of, least, text in says if numbers[of] >= least), "")
+    pairs = ((said, numbers.get(of)) for said, of, *_ in Formatter().parse(text))
+    return [part for pair in pairs for part in pair if part not in (None, "")]
+
+
+def paths(run: Seen) -> Iterator[Row]:
+    """PPO's way from the reference: score, and gold or reward, against the root of the KL."""
+    kl = run.logged(LOGGED["kl_seq"][1])
+    for name in ("proxy", "gold", "reward"):
+        unit, logged = LOGGED[name]
+        pairs = zip(kl, run.logged(logged), strict=False)
+        points = np.array([(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)])
+        if len(points) < 2:
+            continue
+        d, y = points.T
+        lines, law = [Line("PPO", d, y, "l0" if name == "proxy" else "l1", dots=True)], None
+        if len(points) >= 8 and d.max() > 0.3:
+            start = run.story[name][0]
+            law = fitted(d, y - start)
+            at = np.linspace(0, d.max(), 40)
+            gain = at * (law["alpha"] - law["beta"] * at)
+            lines.append(Line("fitted law", at, start + gain, "fit"))
+        yield chart(f"{name} on the way", unit, "√KL to the reference [√nats]", lines, law=law)
+
+
+def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
+    """gain = d (alpha - beta d) by least squares, d = sqrt(KL); and where it is largest.
+
+    The form that Gao et al. 2022, arXiv 2210.10760, have for best-of-n; theirs for RL, with log d
+    in the place of d, fits the optima of worlds that can be enumerated less well.
+    """
+    terms = np.stack([d, -d * d], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(terms, gain, rcond=None)
+    left, spread = gain - terms @ [alpha, beta], gain - gain.mean()
+    explained = 1 - left @ left / max(spread @ spread, 1e-30)
+    peak = (alpha / (2 * beta)) ** 2 if min(alpha, beta) > 0 else math.nan
+    return plain({"alpha": alpha, "beta": beta, "explained": explained, "peak": peak})
+
+
+def histograms(run: Seen) -> Iterator[Row]:
+    """Logged replies of the first and of the last fifth of the iterations."""
+    steps = sorted({row["step"] for row in run.samples})
+    n = len(steps) // 5 or 1
+    groups = [(f"first {n}", steps[:n]), (f"last {n}", steps[-n:])] if len(steps) > 1 else []
+    rows = [{**row, "length": len(row["response"])} for row in run.samples]
+    for name, unit in (("score", LOGGED["proxy"][0]), ("kl_seq", "nats"), ("length", "characters")):
+        values = {
+            label: [row[name] for row in rows if row["step"] in some and row.get(name) is not None]
+            for label, some in groups
+        }
+        if not values or not all(values.values()):
+            continue
+        edges, lines = np.histogram_bin_edges(sum(values.values(), []), 14), []
+        for look, (label, some) in zip(("l1", "l0"), values.items(), strict=True):
+            share = np.repeat(np.histogram(some, edges)[0] / len(some), 2)
+            stairs = np.repeat(edges, 2), np.concatenate([[0], share, [0]])
+            lines.append(Line(f"{label} iterations", *stairs, f"{look} area"))
+        yield chart(f"{name} of the logged replies", "share of replies", f"{name} [{unit}]", lines)
+
+
+def frontier(runs: list[Seen]) -> Iterator[Row]:
+    """Where several runs have ended: score, and gold or reward, against the KL that it took."""
+    ended = sorted((run for run in runs if run.ends), key=lambda run: run.ends["policy"]["kl_seq"])
+    for look, name in (("l0", "proxy"), ("l1", "gold"), ("l1", "reward")):
+        some = [run for run in ended if name in run.story]
+        if len(some) > 1:
+            kl, y = ([run.story[of][1] for run in some] for of in ("kl_seq", name))
+            tags = [f"{run.name}, β {run.config[run.beta]:g}" for run in some]
+            lines = [Line("where runs end", kl, y, look, dots=True, tags=tags)]
+            yield chart(f"{name} for its KL", LOGGED[name][0], "KL to the reference [nats]", lines)
+
+
+def findings(runs: list[Seen]) -> list[tuple[Seen, Any]]:
+    """What `diagnose` says of each run."""
+    try:
+        from minirlhf.app.diagnose import diagnose
+    except ImportError:
+        return []
+    return [(run, diagnose(run.folder)) for run in runs]
+
+
+# -- tables --------------------------------------------------------------------------------------
+def end_table(runs: list[Seen]) -> Row:
+    """The final tables in one: the reference of the first run that has one, and each policy."""
+    ended = [run for run in runs if run.ends]
+    columns = {"reference": ended[0].ends["reference"]} if ended else {}
+    columns |= {run.name if runs[1:] else "policy": run.ends["policy"] for run in ended}
+    rows = [
+        (name, *of, [end.get(name, math.nan) for end in columns.values()])
+        for name, of in ROWS.items()
+    ]
+    return {"heads": [*columns], "rows": [row for row in rows if any(map(math.isfinite, row[-1]))]}
+
+
+def settings(runs: list[Seen]) -> dict[str, list[tuple]]:
+    """(name, value in each run, default) of those that somebody has changed, and of the others."""
+    default = dict(flat(TrainConfig()))
+    rows = [(name, [run.config[name] for run in runs], value) for name, value in default.items()]
+    changed = {name for name, values, value in rows if any(of != value for of in values)} - {"out"}
+    parts = {"changed": [], "others": []}
+    for row in rows:
+        if row[0] != "out":
+            parts["changed" if row[0] in changed else "others"].append(row)
+    return parts
+
+
+def partings(runs: list[Seen]) -> Iterator[Row]:
+    """Where each further run leaves the first one: the first logged value that is another."""
+    for run in runs[1:]:
+        found = (
+            {"run": run.name, "at": a, "metric": name, "values": (a.get(name), b.get(name))}
+            for a, b in zip(runs[0].rows, run.rows, strict=False)
+            for name in a | b
+            if a.get(name) != b.get(name) and not name.startswith("time/")
+        )
+        yield next(found, {"run": run.name, "at": {}})
