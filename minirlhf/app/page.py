@@ -296,7 +296,7 @@ def partings(runs: list[Seen]) -> Iterator[Row]:
     """Where each further run leaves the first one: the first logged value that is another."""
     for run in runs[1:]:
         found = (
-            {"run": run.name, "at": a, "metric": name, "values": (a.get(name), b.get(name))}
+            {"run": run.name, "at": a, "metric": name, "pair": (a.get(name), b.get(name))}
             for a, b in zip(runs[0].rows, run.rows, strict=False)
             for name in a | b
             if a.get(name) != b.get(name) and not name.startswith("time/")
