@@ -64,7 +64,8 @@ def optimum_at(truth: exact.GroundTruth, replies: Responses, beta: float) -> Row
     row = {"kl_seq": value.kl_seq, "proxy": value.reward, "gold": p @ world.gold}
     row = {"beta": beta, **row, "objective": value.objective, "share": p.max()}
     said = replies.tokens[p.argmax()][replies.mask[p.argmax()] > 0]
-    return {name: float(x) for name, x in row.items()} | {"reply": world.text(said.tolist())}
+    row = {name: float(x) for name, x in row.items()}
+    return row | {"reply": " ".join(world.tokens[a] for a in said)}
 
 
 def frontier(truth: exact.GroundTruth, replies: Responses, end: Row) -> Row:

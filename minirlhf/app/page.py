@@ -15,6 +15,7 @@ import numpy as np
 
 from minirlhf import __version__
 from minirlhf.app import charts, coloured, pictures
+from minirlhf.app.api import open_run
 from minirlhf.app.charts import Line, chart
 from minirlhf.app.known import known_world
 from minirlhf.app.tables import ROWS
@@ -126,8 +127,55 @@ def page(runs: list[Seen], *, exact: bool = False) -> str:
     else:
         parts["figures"] = [*frontier(runs)]
     parts |= {"partings": [*partings(runs)], "findings": findings(runs)}
+    parts |= {"replies": replies(runs), "of": coloured.tools()}
     parts["known"] = known_world() if exact else None
     return coloured.template("page.html").render(parts)
+
+
+# -- replies -------------------------------------------------------------------------------------
+def replies(runs: list[Seen]) -> Row:
+    """The same prompts in several columns of token rows, from the reference to the last policy.
+
+    Of one run with snapshots these are its moments; else each policy is asked now.
+    """
+    why, columns = "", []
+    paths = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
+    kept = len(runs) == len(paths) == 1
+    try:
+        columns = moments(read_jsonl(paths[0], {"step": int})) if kept else asked(runs)
+    except InputError as error:
+        why = str(error)
+    rows = [row for _, some in columns for row in some]
+    found = {"why": why, "columns": columns, "moments": kept, "rows": rows}
+    return found | {"span": coloured.span(rows)}
+
+
+def moments(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """(label, replies) of the first moment, the last, and some between."""
+    steps = sorted({row["step"] for row in rows})
+    some = np.linspace(0, len(steps) - 1, min(len(steps), MOST_MOMENTS)).round().astype(int)
+    names = {step: f"after {step} iterations" if step else "the reference" for step in steps}
+    return [
+        (names[step], [row for row in rows if row["step"] == step])
+        for step in (steps[i] for i in some)
+    ]
+
+
+def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
+    """(label, replies) of the reference and of each run's policy, to held-out prompts if known.
+
+    Raises:   InputError: a run has no reference yet, or is damaged.
+    """
+    opened = [open_run(run.folder) for run in runs]
+    if not any(run.is_trained for run in opened):
+        return []
+    known = [*opened[0].session.world.heldout_prompts, *(row["prompt"] for row in runs[0].samples)]
+    same = {"prompts": [*dict.fromkeys(known)][:PROMPTS], "seed": opened[0].config.seed}
+    columns = [
+        (f"the reference, priced by {runs[0].name}", opened[0].replies(**same, reference=True))
+    ]
+    columns += [(run.name, of.replies(**same)) for run, of in zip(runs, opened, strict=True)]
+    return [(label, [row._asdict() for row in some]) for label, some in columns]
 
 
 # -- curves --------------------------------------------------------------------------------------
@@ -221,7 +269,8 @@ def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
     (alpha, beta), *_ = np.linalg.lstsq(terms, gain, rcond=None)
     left, spread = gain - terms @ [alpha, beta], gain - gain.mean()
     explained = 1 - left @ left / max(spread @ spread, 1e-30)
-    peak = (alpha / (2 * beta)) ** 2 if min(alpha, beta) > 0 else math.nan
+    top = alpha / (2 * beta) if beta > 0 else math.nan
+    peak = top * top if 0 < top <= d.max() else math.nan  # not beyond what was seen
     return plain({"alpha": alpha, "beta": beta, "explained": explained, "peak": peak})
 
 
