@@ -45,6 +45,13 @@ def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict
     return more | {"title": title, "unit": unit, "x": x, "lines": drawn} | axes
 
 
+def stairs(label: str, values: list[float], edges: np.ndarray, look: str) -> Line:
+    """A histogram as a line: the share of the values between each two edges."""
+    share = np.histogram(values, edges)[0] / len(values)
+    y = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
+    return Line(label, np.repeat(edges, 2), y, f"{look} area")
+
+
 def _range(values: Sequence[float | None], margin: float) -> tuple[float, float]:
     """From the least to the largest, and some room."""
     known = [v for v in values if v is not None]
@@ -77,6 +84,5 @@ def number(x: float | None) -> str:
     """Three digits, or whole thousands; what is rounding is 0."""
     if x is None or not math.isfinite(x):
         return "\N{EN DASH}"
-    whole = 1000 <= abs(x) < 1e9
-    text = "0" if abs(x) < 1e-6 else f"{x:,.0f}" if whole else f"{x:.3g}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    text = f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:#.3g}".rstrip(".")
+    return "0" if abs(x) < 1e-6 else text.replace("-", "\N{MINUS SIGN}")

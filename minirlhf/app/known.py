@@ -45,12 +45,19 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
     data = {"kl_coef": truth.kl_coef, "tokens": world.tokens, "shown": [*shown.values()]}
     data |= {name: of.round(5).tolist() for name, of in numbers.items()}
     replies = all_responses(tree)
+    rows = [optimum_at(truth, replies, beta) for beta in np.geomspace(20.0, 0.03, 40)]
+    root, d = end["exact/kl_seq"] ** 0.5, [row["kl_seq"] ** 0.5 for row in rows]
+    lines = [
+        Line("proxy of π*", d, [row["proxy"] for row in rows]),
+        Line("gold of π*", d, [row["gold"] for row in rows], "l1"),
+        Line("PPO", [root, root], [end["exact/reward"], end["exact/gold"]], "l4 loose", dots=True),
+    ]
     return {
         "data": data,
         "end": end,
         "iterations": iterations,
         "optima": [optimum_at(truth, replies, beta) for beta in BETAS],
-        "chart": frontier(truth, replies, end),
+        "chart": chart("the frontier", "reward units", "√KL to the reference [√nats]", lines),
         "replies": {name: [*priced(truth, replies, i, policy)] for name, i in shown.items()},
     }
 
@@ -66,17 +73,6 @@ def optimum_at(truth: exact.GroundTruth, replies: Responses, beta: float) -> Row
     said = replies.tokens[p.argmax()][replies.mask[p.argmax()] > 0]
     row = {name: float(x) for name, x in row.items()}
     return row | {"reply": " ".join(world.tokens[a] for a in said)}
-
-
-def frontier(truth: exact.GroundTruth, replies: Responses, end: Row) -> Row:
-    """Proxy and gold of the optima against the root of their KL, and where PPO has ended."""
-    rows = [optimum_at(truth, replies, beta) for beta in np.geomspace(20.0, 0.03, 40)]
-    d = [row["kl_seq"] ** 0.5 for row in rows]
-    lines = [Line("proxy of π*", d, [row["proxy"] for row in rows])]
-    lines.append(Line("gold of π*", d, [row["gold"] for row in rows], "l1"))
-    for name, key in (("proxy of PPO", "exact/reward"), ("gold of PPO", "exact/gold")):
-        lines.append(Line(name, [end["exact/kl_seq"] ** 0.5], [end[key]], "l4", dots=True))
-    return chart("the frontier", "reward units", "√KL to the reference [√nats]", lines)
 
 
 def priced(

@@ -52,37 +52,25 @@ class Seen(NamedTuple):
     def name(self) -> str:
         return self.folder.resolve().name
 
-    def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]] | None:
-        """After how many steps a metric was measured, and its numbers, None for nan; if it was."""
+    def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]]:
+        """After how many steps a metric was measured, and its numbers, None for nan."""
         rows = [row for row in self.rows if row["stage"] == stage]
         last = self.ends.get("policy", {}).get(name.removeprefix("eval/"))
         if stage == "ppo" and name.startswith("eval/") and last is not None and rows:
             rows += [{"step": rows[-1]["step"], name: last}] * (name not in rows[-1])
         rows = [row for row in rows if isinstance(row.get(name, ""), int | float | None)]
-        held = name.startswith("heldout/")  # measured before the step of its line
-        found = [row["step"] + (not held) for row in rows], plain([row[name] for row in rows])
-        return found if any(y is not None for y in found[1]) else None
-
-    def logged(self, name: str) -> list[float | None]:
-        """What each iteration of PPO has logged of it."""
-        return (self.series("ppo", name) or ([], []))[1]
-
-    @property
-    def beta(self) -> str:
-        """The setting that is its beta."""
-        return "dpo.kl_coef" if self.config["stages"] == "sft,dpo" else "ppo.kl_coef"
+        before = name.startswith("heldout/")  # measured before the step of its line
+        y = plain([row[name] for row in rows])
+        return ([row["step"] + (not before) for row in rows], y) if {*y} - {None} else ([], [])
 
     @property
     def story(self) -> dict[str, tuple[float, float]]:
         """{row of LOGGED: (before, after)}, of the final table or as far as PPO has come."""
-        found = {}
+        ends, found = self.ends.values(), {}
         for name, (_, logged) in LOGGED.items():
-            values = [
-                of[name] for of in self.ends.values() if math.isfinite(of.get(name, math.nan))
-            ]
-            values = values or [y for y in self.logged(logged) if y is not None]
-            if len(values) > 1:
-                found[name] = values[0], values[-1]
+            values = plain([of.get(name) for of in ends]) or self.series("ppo", logged)[1]
+            values = [x for x in values if x is not None]
+            found |= {name: (values[0], values[-1])} if len(values) > 1 else {}
         return found
 
 
@@ -119,17 +107,14 @@ def seen(folder: str | Path) -> Seen:
 
 def page(runs: list[Seen], *, exact: bool = False) -> str:
     """The HTML of what is known of the runs."""
+    alone = len(runs) == 1
     parts = {"runs": runs, "version": __version__, "number": charts.number, "size": charts}
-    parts |= {"logged": LOGGED, "stages": [*stages(runs)], "table": end_table(runs)}
-    parts |= {"forms": ROWS, "settings": settings(runs)}
-    if len(runs) == 1:
-        parts["figures"] = [*paths(*runs), *histograms(*runs)]
-    else:
-        parts["figures"] = [*frontier(runs)]
-    parts |= {"partings": [*partings(runs)], "findings": findings(runs)}
-    parts |= {"replies": replies(runs), "of": coloured.tools()}
-    parts["known"] = known_world() if exact else None
-    return coloured.template("page.html").render(parts)
+    parts["ROWS"] = ROWS
+    parts |= {"logged": LOGGED, "stages": [*stages(runs)], "ends": ends(runs)}
+    parts |= {"settings": settings(runs), "partings": [*partings(runs)]}
+    parts["figures"] = [*paths(*runs), *histograms(*runs)] if alone else [*frontier(runs)]
+    parts |= {"replies": replies(runs), "of": coloured.tools(), "findings": findings(runs)}
+    return coloured.template("page.html").render(parts, known=known_world() if exact else None)
 
 
 # -- replies -------------------------------------------------------------------------------------
@@ -154,11 +139,8 @@ def moments(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     """(label, replies) of the first moment, the last, and some between."""
     steps = sorted({row["step"] for row in rows})
     some = np.linspace(0, len(steps) - 1, min(len(steps), MOST_MOMENTS)).round().astype(int)
-    names = {step: f"after {step} iterations" if step else "the reference" for step in steps}
-    return [
-        (names[step], [row for row in rows if row["step"] == step])
-        for step in (steps[i] for i in some)
-    ]
+    labels = {steps[i]: f"after {steps[i]} iterations" if i else "the reference" for i in some}
+    return [(of, [row for row in rows if row["step"] == step]) for step, of in labels.items()]
 
 
 def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
@@ -171,11 +153,9 @@ def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
         return []
     known = [*opened[0].session.world.heldout_prompts, *(row["prompt"] for row in runs[0].samples)]
     same = {"prompts": [*dict.fromkeys(known)][:PROMPTS], "seed": opened[0].config.seed}
-    columns = [
-        (f"the reference, priced by {runs[0].name}", opened[0].replies(**same, reference=True))
-    ]
-    columns += [(run.name, of.replies(**same)) for run, of in zip(runs, opened, strict=True)]
-    return [(label, [row._asdict() for row in some]) for label, some in columns]
+    found = {f"the reference, priced by {runs[0].name}": opened[0].replies(**same, reference=True)}
+    found |= {run.name: of.replies(**same) for run, of in zip(runs, opened, strict=True)}
+    return [(label, [row._asdict() for row in some]) for label, some in found.items()]
 
 
 # -- curves --------------------------------------------------------------------------------------
@@ -201,7 +181,7 @@ def panel(runs: list[Seen], stage: str, of: Row) -> Row | None:
     lines, values, alone = [], {}, len(runs) == 1
     for i, run in enumerate(runs):
         names = sorted(of["metrics"], key=is_held)
-        found = {name: xy for name in names if (xy := run.series(stage, name))}
+        found = {name: xy for name in names if (xy := run.series(stage, name))[0]}
         for j, (name, (x, y)) in enumerate([*found.items()][: None if alone else 1]):
             held = is_held(name)
             label = LABELS.get(name, "held out" if held else "training") if alone else run.name
@@ -240,27 +220,25 @@ def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
 
 
 def paths(run: Seen) -> Iterator[Row]:
-    """PPO's way from the reference: score, and gold or reward, against the root of the KL."""
-    kl = run.logged(LOGGED["kl_seq"][1])
+    """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
+    kl = run.series("ppo", LOGGED["kl_seq"][1])[1]
     for name in ("proxy", "gold", "reward"):
         unit, logged = LOGGED[name]
-        pairs = zip(kl, run.logged(logged), strict=False)
-        points = np.array([(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)])
-        if len(points) < 2:
-            continue
-        d, y = points.T
-        lines, law = [Line("PPO", d, y, "l0" if name == "proxy" else "l1", dots=True)], None
-        if len(points) >= 8 and d.max() > 0.3:
-            start = run.story[name][0]
-            law = fitted(d, y - start)
-            at = np.linspace(0, d.max(), 40)
-            gain = at * (law["alpha"] - law["beta"] * at)
-            lines.append(Line("fitted law", at, start + gain, "fit"))
-        yield chart(f"{name} on the way", unit, "√KL to the reference [√nats]", lines, law=law)
+        pairs = zip(kl, run.series("ppo", logged)[1], strict=False)
+        points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
+        if len(points) > 1:
+            (d, y), law = np.array(points).T, None
+            lines = [Line("PPO", d, y, "l0" if name == "proxy" else "l1", dots=True)]
+            if len(points) >= 8 and d.max() > 0.3:
+                start, at = run.story[name][0], np.linspace(0, d.max(), 40)
+                law = fitted(d, y - start)
+                gain = at * (law["alpha"] - law["beta"] * at)
+                lines.append(Line("fitted law", at, start + gain, "fit"))
+            yield chart(f"{name} on the way", unit, "√KL to the reference [√nats]", lines, law=law)
 
 
 def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
-    """gain = d (alpha - beta d) by least squares, d = sqrt(KL); and where it is largest.
+    """gain = d (alpha - beta d) by least squares; and the KL of its top, if the path passes it.
 
     The form that Gao et al. 2022, arXiv 2210.10760, have for best-of-n; theirs for RL, with log d
     in the place of d, fits the optima of worlds that can be enumerated less well.
@@ -269,8 +247,7 @@ def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
     (alpha, beta), *_ = np.linalg.lstsq(terms, gain, rcond=None)
     left, spread = gain - terms @ [alpha, beta], gain - gain.mean()
     explained = 1 - left @ left / max(spread @ spread, 1e-30)
-    top = alpha / (2 * beta) if beta > 0 else math.nan
-    peak = top * top if 0 < top <= d.max() else math.nan  # not beyond what was seen
+    peak = (alpha / (2 * beta)) ** 2 if 0 < alpha <= 2 * beta * d.max() else math.nan
     return plain({"alpha": alpha, "beta": beta, "explained": explained, "peak": peak})
 
 
@@ -278,67 +255,53 @@ def histograms(run: Seen) -> Iterator[Row]:
     """Logged replies of the first and of the last fifth of the iterations."""
     steps = sorted({row["step"] for row in run.samples})
     n = len(steps) // 5 or 1
-    groups = [(f"first {n}", steps[:n]), (f"last {n}", steps[-n:])] if len(steps) > 1 else []
     rows = [{**row, "length": len(row["response"])} for row in run.samples]
     for name, unit in (("score", LOGGED["proxy"][0]), ("kl_seq", "nats"), ("length", "characters")):
-        values = {
-            label: [row[name] for row in rows if row["step"] in some and row.get(name) is not None]
-            for label, some in groups
-        }
-        if not values or not all(values.values()):
-            continue
-        edges, lines = np.histogram_bin_edges(sum(values.values(), []), 14), []
-        for look, (label, some) in zip(("l1", "l0"), values.items(), strict=True):
-            share = np.repeat(np.histogram(some, edges)[0] / len(some), 2)
-            stairs = np.repeat(edges, 2), np.concatenate([[0], share, [0]])
-            lines.append(Line(f"{label} iterations", *stairs, f"{look} area"))
-        yield chart(f"{name} of the logged replies", "share of replies", f"{name} [{unit}]", lines)
+        first, last = (
+            [row[name] for row in rows if row["step"] in some and row.get(name) is not None]
+            for some in (steps[:n], steps[-n:])
+        )
+        if steps[1:] and first and last:
+            edges = np.histogram_bin_edges(first + last, 14)
+            lines = [
+                charts.stairs(f"first {n} iterations", first, edges, "l1"),
+                charts.stairs(f"last {n} iterations", last, edges, "l0"),
+            ]
+            x = f"{name} [{unit}]"
+            yield chart(f"{name} of the logged replies", "share of replies", x, lines)
 
 
 def frontier(runs: list[Seen]) -> Iterator[Row]:
     """Where several runs have ended: score, and gold or reward, against the KL that it took."""
-    ended = sorted((run for run in runs if run.ends), key=lambda run: run.ends["policy"]["kl_seq"])
     for look, name in (("l0", "proxy"), ("l1", "gold"), ("l1", "reward")):
-        some = [run for run in ended if name in run.story]
-        if len(some) > 1:
-            kl, y = ([run.story[of][1] for run in some] for of in ("kl_seq", name))
-            tags = [f"{run.name}, β {run.config[run.beta]:g}" for run in some]
+        points = []
+        for run in runs:
+            beta = run.config["dpo.kl_coef" if "dpo" in run.config["stages"] else "ppo.kl_coef"]
+            if run.ends and name in run.story:
+                ended = run.story["kl_seq"][1], run.story[name][1]
+                points.append((*ended, f"{run.name}, β {beta:g}"))
+        if len(points) > 1:
+            kl, y, tags = zip(*sorted(points), strict=True)
             lines = [Line("where runs end", kl, y, look, dots=True, tags=tags)]
             yield chart(f"{name} for its KL", LOGGED[name][0], "KL to the reference [nats]", lines)
 
 
-def findings(runs: list[Seen]) -> list[tuple[Seen, Any]]:
-    """What `diagnose` says of each run."""
-    try:
-        from minirlhf.app.diagnose import diagnose
-    except ImportError:
-        return []
-    return [(run, diagnose(run.folder)) for run in runs]
-
-
 # -- tables --------------------------------------------------------------------------------------
-def end_table(runs: list[Seen]) -> Row:
-    """The final tables in one: the reference of the first run that has one, and each policy."""
-    ended = [run for run in runs if run.ends]
-    columns = {"reference": ended[0].ends["reference"]} if ended else {}
-    columns |= {run.name if runs[1:] else "policy": run.ends["policy"] for run in ended}
-    rows = [
-        (name, *of, [end.get(name, math.nan) for end in columns.values()])
-        for name, of in ROWS.items()
-    ]
-    return {"heads": [*columns], "rows": [row for row in rows if any(map(math.isfinite, row[-1]))]}
+def ends(runs: list[Seen]) -> list[tuple[str, str, str, list[float]]]:
+    """(name, what it is, its format, values of the reference and of each policy that has ended)."""
+    columns = [run.ends["policy"] for run in runs if run.ends]
+    columns = [run.ends["reference"] for run in runs if run.ends][:1] + columns
+    rows = ((name, *of, [end.get(name, math.nan) for end in columns]) for name, of in ROWS.items())
+    return [row for row in rows if any(map(math.isfinite, row[-1]))]
 
 
 def settings(runs: list[Seen]) -> dict[str, list[tuple]]:
     """(name, value in each run, default) of those that somebody has changed, and of the others."""
     default = dict(flat(TrainConfig()))
-    rows = [(name, [run.config[name] for run in runs], value) for name, value in default.items()]
-    changed = {name for name, values, value in rows if any(of != value for of in values)} - {"out"}
-    parts = {"changed": [], "others": []}
-    for row in rows:
-        if row[0] != "out":
-            parts["changed" if row[0] in changed else "others"].append(row)
-    return parts
+    default.pop("out")
+    rows = [(name, [run.config[name] for run in runs], x) for name, x in default.items()]
+    changed = [row for row in rows if any(value != row[2] for value in row[1])]
+    return {"changed": changed, "others": [row for row in rows if row not in changed]}
 
 
 def partings(runs: list[Seen]) -> Iterator[Row]:
@@ -351,3 +314,12 @@ def partings(runs: list[Seen]) -> Iterator[Row]:
             if a.get(name) != b.get(name) and not name.startswith("time/")
         )
         yield next(found, {"run": run.name, "at": {}})
+
+
+def findings(runs: list[Seen]) -> list[tuple[Seen, Any]]:
+    """What `diagnose` says of each run."""
+    try:
+        from minirlhf.app.diagnose import diagnose
+    except ImportError:
+        return []
+    return [(run, diagnose(run.folder)) for run in runs]

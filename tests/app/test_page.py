@@ -216,24 +216,23 @@ def said(metric, ours, held=()):
 @pytest.mark.parametrize(
     "metric, ours, held, words",
     [
-        ("objective/scores", [0.0, 1.5], [], "It rose by 1.5 standard deviations"),
-        ("objective/scores", [0.0, -0.5], [], "It fell, from 0 to \N{MINUS SIGN}0.5"),
-        ("objective/gold", [1.6, 2.1, 0.1], [], "It ends at 0.1, 2 below its best"),
-        ("objective/kl", [0.0, -0.3], [], "\N{MINUS SIGN}0.3 is below 0, as no KL can be"),
-        ("objective/kl", [0.0, np.log(4.0)], [], "typically 4 times as likely"),
-        ("objective/kl_coef", [0.2, 0.2], [], "Fixed: a nat costs 0.2"),
+        ("objective/scores", [0.0, 1.5], [], "It rose by 1.50 standard deviations"),
+        ("objective/scores", [0.0, -0.5], [], "It fell, from 0 to \N{MINUS SIGN}0.500"),
+        ("objective/gold", [1.6, 2.1, 0.1], [], "It ends at 0.100, 2.00 below its best"),
+        ("objective/kl", [0.0, -0.3], [], "\N{MINUS SIGN}0.300 is below 0, as no KL can be"),
+        ("objective/kl", [0.0, np.log(4.0)], [], "typically 4.00 times as likely"),
+        ("objective/kl_coef", [0.2, 0.2], [], "Fixed: a nat costs 0.200"),
         ("objective/kl_coef", [0.0, 0.0], [], "nothing holds the policy"),
-        ("policy/entropy_avg", [1.0, 0.05], [], "It collapsed, from 1 to 0.05"),
-        ("ppo/val/var_explained", [-0.1, 0.4], [], "It ends at 0.4: the advantages"),
-        ("loss/sft", [5.0, 0.0], [2.0, 1.0, 1.5], "Held out it ends 0.5 above its lowest"),
-        ("loss/sft", [5.0, 0.0], [], "0 nats are the doubt among 1 equally likely tokens"),
+        ("policy/entropy_avg", [1.0, 0.05], [], "It collapsed, from 1.00 to 0.0500"),
+        ("ppo/val/var_explained", [-0.1, 0.4], [], "It ends at 0.400: the advantages"),
+        ("loss/sft", [5.0, 0.0], [2.0, 1.0, 1.5], "Held out it ends 0.500 above its lowest"),
+        ("loss/sft", [5.0, 0.0], [], "0 nats are the doubt among 1.00 equally likely tokens"),
         ("loss/reward_model", [0.7, 0.2], [0.7, 0.69], "a judge that guesses"),
-        ("response_length/mean", [0.0, 5.0], [], "It shrank"),
+        ("response_length/mean", [20.0, 5.0], [], "It shrank from 20.0 to 5.00"),
+        ("response_length/mean", [20.0, 5000.0], [], "It grew from 20.0 to 5,000"),
     ],
 )
 def test_a_sentence_follows_from_the_numbers(metric, ours, held, words):
-    if metric == "response_length/mean":  # a ratio to 0 is no number, and fits the last alone
-        ours = [1.0, 0.5]
     assert words in said(metric, ours, held)
 
 
