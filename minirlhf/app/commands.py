@@ -211,9 +211,9 @@ def report(
     runs: tyro.conf.Positional[tuple[Path, ...]] = (),
     *,
     out: Path | None = None,
-    exact: bool = False,
+    exact: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """One page to look at and to hand on: replies token by token, curves and how to read them.
+    """One page to hand on: replies token by token, curves and how to read them.
 
     Several runs are laid over each other.
 
