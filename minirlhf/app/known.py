@@ -32,16 +32,19 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
     truth = exact.make_ground_truth(world, reference, **where)
     trained = exact.train_on_world(truth, settings=settings, seed=0)
     end, tree, policy = trained.history[-1], world.tree, truth.log_probs(trained.params)
-    logs = {"ref": truth.ref_log_probs, "policy": policy, "best": truth.optimum.log_probs}
-    logs = {name: response_logprobs(tree, of) for name, of in logs.items()}
+    numbers = {
+        "parent": np.concatenate([tree.parent, tree.leaf_node]),
+        "token": np.concatenate([tree.token, tree.leaf_token]),
+        "reward": world.rewards,
+        "gold": world.gold,
+        "ref": response_logprobs(tree, truth.ref_log_probs),
+        "policy": response_logprobs(tree, policy),
+    }
     shown = {
-        "likeliest under the reference": int(logs["ref"].argmax()),
+        "likeliest under the reference": int(numbers["ref"].argmax()),
         "best by gold": int(world.gold.argmax()),
         "best by proxy": int(world.rewards.argmax()),
     }
-    numbers = {"reward": world.rewards, "gold": world.gold, "ref": logs["ref"]}
-    numbers |= {"policy": logs["policy"], "parent": np.concatenate([tree.parent, tree.leaf_node])}
-    numbers["token"] = np.concatenate([tree.token, tree.leaf_token])
     data = {"kl_coef": truth.kl_coef, "tokens": world.tokens, "shown": [*shown.values()]}
     data |= {name: of.round(5).tolist() for name, of in numbers.items()}
     replies = all_responses(tree)

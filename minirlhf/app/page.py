@@ -127,7 +127,7 @@ def replies(runs: list[Seen]) -> Row:
     paths = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
     kept = len(runs) == len(paths) == 1
     try:
-        columns = moments(read_jsonl(paths[0], {"step": int})) if kept else asked(runs)
+        columns = moments(*paths) if kept else asked(runs)
     except InputError as error:
         why = str(error)
     rows = [row for _, some in columns for row in some]
@@ -135,12 +135,27 @@ def replies(runs: list[Seen]) -> Row:
     return found | {"span": coloured.span(rows)}
 
 
-def moments(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """(label, replies) of the first moment, the last, and some between."""
+def moments(path: Path) -> list[tuple[str, list[Row]]]:
+    """(label, replies) of the first snapshot of a run, of the last, and of some between.
+
+    Raises:   InputError: the file is damaged.
+    """
+    from jinja2 import UndefinedError
+
+    rows = read_jsonl(path, {"step": int})
     steps = sorted({row["step"] for row in rows})
     some = np.linspace(0, len(steps) - 1, min(len(steps), MOST_MOMENTS)).round().astype(int)
     labels = {steps[i]: f"after {steps[i]} iterations" if i else "the reference" for i in some}
-    return [(of, [row for row in rows if row["step"] == step]) for step, of in labels.items()]
+    found = [(of, [row for row in rows if row["step"] == step]) for step, of in labels.items()]
+    try:
+        coloured.html(rows)
+        tuple(zip(*(some for _, some in found), strict=True))
+    except (LookupError, TypeError, ValueError, UndefinedError) as error:
+        raise InputError(
+            f"{path}: expected the same replies at every moment, token by token; got others: "
+            "restore the file, or move it away"
+        ) from error
+    return found
 
 
 def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
@@ -255,10 +270,10 @@ def histograms(run: Seen) -> Iterator[Row]:
     """Logged replies of the first and of the last fifth of the iterations."""
     steps = sorted({row["step"] for row in run.samples})
     n = len(steps) // 5 or 1
-    rows = [{**row, "length": len(row["response"])} for row in run.samples]
+    rows = [{**row, "length": float(len(row["response"]))} for row in run.samples]
     for name, unit in (("score", LOGGED["proxy"][0]), ("kl_seq", "nats"), ("length", "characters")):
         first, last = (
-            [row[name] for row in rows if row["step"] in some and row.get(name) is not None]
+            [row[name] for row in rows if row["step"] in some and isinstance(row.get(name), float)]
             for some in (steps[:n], steps[-n:])
         )
         if steps[1:] and first and last:

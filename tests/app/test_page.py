@@ -347,6 +347,17 @@ def test_texts_are_text_wherever_they_stand(tmp_path, capsys):
         assert html.escape("<b>=x", quote=False) in found.text or given[1:]
 
 
+@pytest.mark.parametrize("key, value", [("logp", [0.0]), ("top", 3), ("kl_seq", "x"), ("gold", {})])
+def test_damaged_snapshots_are_named_and_hide_nothing_else(runs, tmp_path, key, value):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    rows = read_jsonl(run / "snapshots.jsonl")
+    rows[5][key] = value
+    (run / "snapshots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = Page(page.report([run]).read_text(encoding="utf-8"))
+    assert "Not shown:" in found.said and "snapshots.jsonl: expected" in found.said
+    assert found.lines("objective/kl")
+
+
 def test_a_page_is_small_and_complete_in_itself(shown):
     assert len(shown.text.encode()) < MOST_BYTES and shown.scripts == 1
     assert shown.references and all(to.startswith("#") for to in shown.references)
