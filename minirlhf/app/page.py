@@ -18,7 +18,7 @@ from minirlhf.app import charts, coloured, pictures
 from minirlhf.app.api import open_run
 from minirlhf.app.charts import Line, chart
 from minirlhf.app.known import known_world
-from minirlhf.app.tables import ROWS
+from minirlhf.app.tables import ROWS, WORDS
 from minirlhf.disk import plain, read_toml, write_whole
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config
@@ -28,6 +28,7 @@ from minirlhf.runs.pipeline import read_result
 Row = dict[str, Any]
 MOST_RUNS, MOST_MOMENTS, PROMPTS = 5, 9, 4
 STAGES = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
+ROOT = "√KL to the reference [√nats]"
 LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
 LOGGED = {  # a row of the final table -> its unit, and what PPO logs of it at each iteration
     "proxy": ("sd of the reference's scores", "objective/scores"),
@@ -109,7 +110,7 @@ def page(runs: list[Seen], *, exact: bool = False) -> str:
     """The HTML of what is known of the runs."""
     alone = len(runs) == 1
     parts = {"runs": runs, "version": __version__, "number": charts.number, "size": charts}
-    parts["ROWS"] = ROWS
+    parts |= {"ROWS": ROWS, "WORDS": WORDS}
     parts |= {"logged": LOGGED, "stages": [*stages(runs)], "ends": ends(runs)}
     parts |= {"settings": settings(runs), "partings": [*partings(runs)]}
     parts["figures"] = [*paths(*runs), *histograms(*runs)] if alone else [*frontier(runs)]
@@ -249,7 +250,7 @@ def paths(run: Seen) -> Iterator[Row]:
                 law = fitted(d, y - start)
                 gain = at * (law["alpha"] - law["beta"] * at)
                 lines.append(Line("fitted law", at, start + gain, "fit"))
-            yield chart(f"{name} on the way", unit, "√KL to the reference [√nats]", lines, law=law)
+            yield chart(f"{name} on the way", unit, ROOT, lines, law=law)
 
 
 def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
@@ -287,18 +288,21 @@ def histograms(run: Seen) -> Iterator[Row]:
 
 
 def frontier(runs: list[Seen]) -> Iterator[Row]:
-    """Where several runs have ended: score, and gold or reward, against the KL that it took."""
-    for look, name in (("l0", "proxy"), ("l1", "gold"), ("l1", "reward")):
-        points = []
-        for run in runs:
-            beta = run.config["dpo.kl_coef" if "dpo" in run.config["stages"] else "ppo.kl_coef"]
+    """Where several runs have ended: score, and gold or reward, against the root of their KL."""
+    for name in ("proxy", "gold", "reward"):
+        lines, points = [], []
+        for i, run in enumerate(runs):
             if run.ends and name in run.story:
-                ended = run.story["kl_seq"][1], run.story[name][1]
-                points.append((*ended, f"{run.name}, β {beta:g}"))
-        if len(points) > 1:
-            kl, y, tags = zip(*sorted(points), strict=True)
-            lines = [Line("where runs end", kl, y, look, dots=True, tags=tags)]
-            yield chart(f"{name} for its KL", LOGGED[name][0], "KL to the reference [nats]", lines)
+                beta = run.config["dpo.kl_coef" if "dpo" in run.config["stages"] else "ppo.kl_coef"]
+                before, after = run.story[name]
+                d = max(run.story["kl_seq"][1], 0.0) ** 0.5
+                points += [(0.0, before), (d, after)]
+                tags = [f"β {beta:g}"]
+                lines.append(Line(run.name, [d], [after], f"l{i} loose", dots=True, tags=tags))
+        if len(lines) > 1:
+            x, y = zip(*sorted(set(points)), strict=True)
+            lines.append(Line("from the reference on", x, y, "fit"))
+            yield chart(f"{name} for its KL", LOGGED[name][0], ROOT, lines)
 
 
 # -- tables --------------------------------------------------------------------------------------

@@ -267,12 +267,16 @@ def test_several_runs_are_laid_over_each_other(runs, tmp_path, capsys, monkeypat
         "none leaves some in ppo at step 0: objective/kl_coef is 0.2 in some and 0.0" in both.said
     )
     assert "ppo.kl_coef 0.2 0.0 0.2" in both.said  # of each run, and the default
-    ends = [json.loads((run / "result.json").read_text())["policy"] for run in runs]
-    frontier = [figure["lines"][0] for figure in both.figures if figure["metric"] is None]
-    assert {tuple(line["y"]) for line in frontier} == {
-        tuple(end[name] for end in sorted(ends, key=lambda end: end["kl_seq"]))
-        for name in ("proxy", "gold")
-    }
+    ends = {run.name: json.loads((run / "result.json").read_text()) for run in runs}
+    frontier = [figure["lines"] for figure in both.figures if figure["metric"] is None]
+    for name, lines in zip(("proxy", "gold"), frontier, strict=True):
+        *found, way = lines
+        points = [(0.0, end["reference"][name]) for end in ends.values()]
+        for line in found:
+            end = ends[line["label"]]["policy"]
+            points.append((max(end["kl_seq"], 0.0) ** 0.5, end[name]))
+            assert (line["x"], line["y"]) == ([points[-1][0]], [end[name]])
+        assert [*zip(way["x"], way["y"], strict=True)] == sorted(set(points))
     twins = text_of(capsys, runs[0], runs[0])
     assert "has logged the same as some" in twins.said
 
