@@ -369,6 +369,21 @@ def test_a_page_is_small_and_complete_in_itself(shown):
     assert "prefers-color-scheme: dark" in shown.text and "@media print" in shown.text
 
 
+def test_a_long_run_makes_no_large_page(runs, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(runs[0] / "config.toml", run)
+    rows, rng = metrics(runs[0], "ppo"), np.random.default_rng(0)
+    with open(run / "metrics.jsonl", "w") as file:
+        for step, noise in enumerate(rng.random(4000)):
+            row = {**rows[step % 3], "step": step, "objective/kl": noise}
+            file.write(json.dumps(row | {"objective/scores": 1 - noise}) + "\n")
+    found = Page(page.report([run]).read_text(encoding="utf-8"))
+    assert len(found.text.encode()) < 500_000
+    x, y = found.lines("objective/kl")[0]["training"]
+    assert (x[0], x[-1]) == (1, 4000) and set(y) < set(measured(run, "objective/kl")[1])
+
+
 # --- the world that is known
 
 
