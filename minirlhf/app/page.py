@@ -108,14 +108,24 @@ def seen(folder: str | Path) -> Seen:
 
 def page(runs: list[Seen], *, exact: bool = False) -> str:
     """The HTML of what is known of the runs."""
-    alone = len(runs) == 1
-    parts = {"runs": runs, "version": __version__, "number": charts.number, "size": charts}
-    parts |= {"ROWS": ROWS, "WORDS": WORDS}
-    parts |= {"logged": LOGGED, "stages": [*stages(runs)], "ends": ends(runs)}
-    parts |= {"settings": settings(runs), "partings": [*partings(runs)]}
-    parts["figures"] = [*paths(*runs), *histograms(*runs)] if alone else [*frontier(runs)]
-    parts |= {"replies": replies(runs), "of": coloured.tools(), "findings": findings(runs)}
-    return coloured.template("page.html").render(parts, known=known_world() if exact else None)
+    figures = [*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)]
+    return coloured.template("page.html").render(
+        runs=runs,
+        findings=findings(runs),
+        replies=replies(runs),
+        ends=ends(runs),
+        stages=[*stages(runs)],
+        known=known_world() if exact else None,
+        figures=figures,
+        partings=[*partings(runs)],
+        settings=settings(runs),
+        logged=LOGGED,
+        table={"rows": ROWS, "words": WORDS},
+        of=coloured.tools(),
+        size=charts,
+        number=charts.number,
+        version=__version__,
+    )
 
 
 # -- replies -------------------------------------------------------------------------------------
