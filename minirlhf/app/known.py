@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from minirlhf.app.charts import Line, chart
-from minirlhf.exact import ground_truth as exact
-from minirlhf.exact import optimum
+from minirlhf.exact import ground_truth, optimum, tiny
 from minirlhf.exact.enumeration import Responses, all_responses, response_logprobs
-from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.exact.ground_truth import GroundTruth
 
 Row = dict[str, Any]
 BETAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0)
@@ -25,12 +24,13 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
 
     Args:     max_tokens: 5 make 19,608 replies.
     """
-    world = make_tiny_world(max_tokens=max_tokens, n_demonstrations=1, rng=np.random.default_rng(0))
-    reference = exact.tiny_reference(0, max_tokens=max_tokens)
-    settings = replace(exact.PPO, iterations=iterations)
-    where = {"config": exact.small_transformer(world), "kl_coef": settings.kl_coef}
-    truth = exact.make_ground_truth(world, reference, **where)
-    trained = exact.train_on_world(truth, settings=settings, seed=0)
+    rng = np.random.default_rng(0)
+    world = tiny.make_tiny_world(max_tokens=max_tokens, n_demonstrations=1, rng=rng)
+    reference = tiny.tiny_reference(0, max_tokens=max_tokens)
+    settings = replace(ground_truth.PPO, iterations=iterations)
+    where = {"config": ground_truth.small_transformer(world), "kl_coef": settings.kl_coef}
+    truth = ground_truth.make_ground_truth(world, reference, **where)
+    trained = ground_truth.train_on_world(truth, settings=settings, seed=0)
     end, tree, policy = trained.history[-1], world.tree, truth.log_probs(trained.params)
     numbers = {
         "parent": np.concatenate([tree.parent, tree.leaf_node]),
@@ -65,7 +65,7 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
     }
 
 
-def optimum_at(truth: exact.GroundTruth, replies: Responses, beta: float) -> Row:
+def optimum_at(truth: GroundTruth, replies: Responses, beta: float) -> Row:
     """What pi* ~ pi_ref exp(r / beta) is worth, and what it says most often."""
     world, ref = truth.world, truth.ref_log_probs
     best = optimum.soft_optimum(world.tree, ref, world.rewards, kl_coef=beta).log_probs
@@ -78,9 +78,7 @@ def optimum_at(truth: exact.GroundTruth, replies: Responses, beta: float) -> Row
     return row | {"reply": " ".join(world.tokens[a] for a in said)}
 
 
-def priced(
-    truth: exact.GroundTruth, replies: Responses, leaf: int, policy: np.ndarray
-) -> Iterator[Row]:
+def priced(truth: GroundTruth, replies: Responses, leaf: int, policy: np.ndarray) -> Iterator[Row]:
     """Of each token of a reply log pi* - log pi_ref, and what is known of its prefix s.
 
     best is V*(s), value and q are V(s) and Q(s, a) of the policy, and lost is beta Pr(s)

@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from minirlhf.app.known import BETAS, known_world
 from minirlhf.app.pictures import CURVES
 from minirlhf.app.tables import ROWS
 from minirlhf.disk import parse_object
-from minirlhf.exact import ground_truth as exact
+from minirlhf.exact import ground_truth, tiny
 from minirlhf.runs import pipeline
 from minirlhf.runs.log import read_jsonl
 
@@ -369,6 +371,22 @@ def test_a_page_is_small_and_complete_in_itself(shown):
     assert "prefers-color-scheme: dark" in shown.text and "@media print" in shown.text
 
 
+class Found(NamedTuple):
+    findings: list
+    unseen: list
+
+
+def test_findings_come_first_and_are_text(runs, monkeypatch):
+    finding = SimpleNamespace(rule="r<b>", severity="warning", onset=7)
+    finding.evidence, finding.cause, finding.knob = "<i>", "c", "k"
+    found = Found([finding], ["a rule: without its metric"])
+    monkeypatch.setattr(page, "findings", lambda runs: [(runs[0], found)])
+    shown = Page(page.page([page.seen(runs[0])]))
+    assert "warning: r<b> , from step 7 on <i> c First: k" in shown.said
+    assert "a rule: without its metric" in shown.said and "<i>" not in shown.text
+    assert shown.text.index('id="findings"') < shown.text.index('id="replies"')
+
+
 def test_a_long_run_makes_no_large_page(runs, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -390,10 +408,10 @@ def test_a_long_run_makes_no_large_page(runs, tmp_path):
 @pytest.fixture(scope="module")
 def known():
     """A smaller one, with a reference that has hardly learnt."""
-    quick = replace(exact.SFT, steps=20, batch_size=64)
+    quick = replace(ground_truth.SFT, steps=20, batch_size=64)
     with pytest.MonkeyPatch.context() as patch:
-        less = functools.partial(exact.tiny_reference, settings=quick, n_demonstrations=500)
-        patch.setattr(exact, "tiny_reference", less)
+        less = functools.partial(tiny.tiny_reference, settings=quick, n_demonstrations=500)
+        patch.setattr(tiny, "tiny_reference", less)
         return known_world(iterations=1, max_tokens=3)
 
 
