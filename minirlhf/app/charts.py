@@ -27,16 +27,18 @@ def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict
     per_x = (WIDTH - LEFT - RIGHT) / (x_high - x_low)
     per_y = (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
 
-    def at(v: float, w: float) -> list[float]:
-        return [round(LEFT + (v - x_low) * per_x, 1), round(TOP + (y_high - w) * per_y, 1)]
+    def at(v: float, w: float) -> tuple[float, float]:
+        return round(LEFT + (v - x_low) * per_x, 1), round(TOP + (y_high - w) * per_y, 1)
 
     drawn = []
     for line in lines:
-        points = [(*at(v, w),) for v, w in zip(line.x, line.y, strict=True) if w is not None]
-        after_gap = [w is None for w in [None, *line.y]]
-        moves = [gap for gap, w in zip(after_gap, line.y, strict=False) if w is not None]
-        steps = (f"{'ML'[not m]}{px} {py}" for m, (px, py) in zip(moves, points, strict=True))
-        drawn.append(line._asdict() | {"points": points, "path": "".join(steps)})
+        points, path, pen = [], "", "M"
+        for v, w in zip(line.x, line.y, strict=True):
+            if w is not None:
+                points.append(at(v, w))
+                path += "{}{} {}".format(pen, *points[-1])
+            pen = "M" if w is None else "L"
+        drawn.append(line._asdict() | {"points": points, "path": path})
     axes = {"box": [x_low, x_high, y_low, y_high]}
     axes["numbers"] = [{"label": of.label, "x": [*of.x], "y": [*of.y]} for of in lines]
     axes["x_ticks"] = [(at(v, y_low)[0], text) for v, text in ticks(x_low, x_high)]
