@@ -99,7 +99,9 @@ def seen(folder: str | Path) -> Seen:
     folder, ends, seconds = Path(folder), {}, {}
     config = dict(flat(load_config(folder / "config.toml")))
     path = folder / "samples.jsonl"
-    samples = read_jsonl(path, {"step": int, "response": str}) if path.exists() else []
+    samples = (
+        read_jsonl(path, {"step": int, "prompt": str, "response": str}) if path.exists() else []
+    )
     if (folder / "result.json").exists():
         result = read_result(folder)
         ends, seconds = {"reference": result.reference, "policy": result.policy}, result.seconds
@@ -172,13 +174,16 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
 def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
     """(label, replies) of the reference and of each run's policy, to held-out prompts if known.
 
-    Raises:   InputError: a run has no reference yet, or is damaged.
+    Raises:   InputError: a run has no reference yet, there is nothing to ask, or it is damaged.
     """
     opened = [open_run(run.folder) for run in runs]
-    if not any(run.is_trained for run in opened):
-        return []
     known = [*opened[0].session.world.heldout_prompts, *(row["prompt"] for row in runs[0].samples)]
     same = {"prompts": [*dict.fromkeys(known)][:PROMPTS], "seed": opened[0].config.seed}
+    if not (known and any(run.is_trained for run in opened)):
+        raise InputError(
+            "replies: expected a policy, and held-out prompts or logged replies; found none: see "
+            "minirlhf score"
+        )
     found = {f"the reference, priced by {runs[0].name}": opened[0].replies(**same, reference=True)}
     found |= {run.name: of.replies(**same) for run, of in zip(runs, opened, strict=True)}
     return [(label, [row._asdict() for row in some]) for label, some in found.items()]

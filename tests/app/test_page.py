@@ -317,6 +317,15 @@ def test_dpo_has_its_own_curves(tmp_path, capsys):
     assert not found.lines("objective/kl") and "kl_seq" in found.said and paid(found.text)
 
 
+def test_where_there_is_nobody_to_ask_it_says_so(tmp_path, capsys):
+    """Pairs of one's own are not read again, and DPO logs no replies; or there is no policy yet."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    pipeline.train(tiny_config(tmp_path / "pairs", stages="sft,dpo", pairs=pairs, dpo__epochs=1))
+    pipeline.train(tiny_config(tmp_path / "sft", stages="sft"))
+    for name in ("pairs", "sft"):
+        assert "Not shown: replies: expected" in text_of(capsys, tmp_path / name).said
+
+
 def test_a_reward_of_ones_own_has_its_units_and_no_gold(tmp_path, capsys, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, eval_every=0)
     pipeline.train(config)
