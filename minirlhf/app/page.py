@@ -140,7 +140,8 @@ def replies(runs: list[Seen]) -> Row:
     paths = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
     kept = len(runs) == len(paths) == 1
     try:
-        columns = moments(*paths) if kept else asked(runs)
+        if runs:
+            columns = moments(*paths) if kept else asked(runs)
     except InputError as error:
         why = str(error)
     rows = [row for _, some in columns for row in some]
