@@ -239,27 +239,45 @@ class Run:
         ids = [session.prompt_ids(prompt)], [session.response_ids(response)]
         batch = pad_batch(*ids, pad_id=session.tokenizer.pad, config=session.gpt)
         samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
-        scores, reward = None, None if session.world.reward is None else np.nan
-        missing = "reward model" if reward is None else "scale of your reward"
-        no_score = f"the run has no {missing} yet"
+        return self._priced(samples)[0]
+
+    def replies(
+        self, prompts: list[str], *, reference: bool = False, seed: int = 0
+    ) -> list[TokenScores]:
+        """A reply to each prompt, sampled as in training, of policy or reference, and its score."""
+        params = self.reference if reference else self.policy
+        rng, sampling = np.random.default_rng(seed), Sampling(self.config.ppo.temperature)
+        samples = self.session.sample(params, prompts, rng, sampling)
+        return self._priced(samples._replace(hidden=None))
+
+    def _priced(self, samples: Samples) -> list[TokenScores]:
+        session, scores, model = self.session, None, None
+        own = session.world.reward is not None
+        no_score = f"the run has no {'scale of your reward' if own else 'reward model'} yet"
         if self.config.is_dpo:
             no_score = "DPO has no reward model; its implicit reward is beta * log-ratio"
         if is_saved(session, "reward_model"):
             model, no_score = pipeline.reward_stage(session, self.reference), ""
             try:
                 scores = session.score_with(model)(samples)
-                reward = None if reward is None else model.raw(float(scores[0]))
             except InputError as error:
-                if reward is None:
+                if not own:
                     raise
                 no_score = str(error)
-        (row,) = token_rows(
-            *(session, self.policy, self.reference, samples),
-            scores=scores,
-            kl_coef=last_kl_coef(session),
-        )
-        row["score"] = np.nan if row["score"] is None else row["score"]
-        return TokenScores(**row, reward=reward, no_score=no_score)
+        kl_coef = last_kl_coef(session)
+        both = self.policy, self.reference
+        found = []
+        for row in token_rows(session, *both, samples, scores=scores, kl_coef=kl_coef):
+            row["score"] = np.nan if scores is None else row["score"]
+            reward = model.raw(row["score"]) if own and model else np.nan if own else None
+            found.append(TokenScores(**row, reward=reward, no_score=no_score))
+        return found
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the page of `minirlhf report`, into the folder of the run if no file is named."""
+        from minirlhf.app import page
+
+        return page.report([self.folder], out=out)
 
     def curves(self) -> Any:
         """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""

@@ -1,4 +1,4 @@
-"""The command line: minirlhf train | resume | sweep | score | sample | exact | judge | check.
+"""The command line: the first word names what is done. See USAGE below, or `minirlhf --help`.
 
 Nothing but this file is imported until a command is known: `minirlhf --version` answers at once,
 and so does Ctrl-C.
@@ -19,6 +19,7 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf sweep --beta 0 0.2 --seed 1 2          a run for each choice, side by side; the frontier
   minirlhf score RUN --prompt .. --response ..    log pi_theta - log pi_ref, token by token
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
+  minirlhf report RUN..           one page: replies token by token, curves and how to read them
   minirlhf exact                  the exact optimum, KL and gradients beside every estimate
   minirlhf judge FUNCTION         what your own KL term, loss or advantages descend
   minirlhf check                  check every gradient of the package
@@ -32,6 +33,7 @@ COMMANDS = {  # name -> module and function; its arguments are the options, its 
     "sweep": "sweep:sweep_command",
     "score": "commands:score",
     "sample": "commands:sample",
+    "report": "commands:report",
     "exact": "exact:exact_command",
     "judge": "judge:judge_command",
     "check": "check:check_command",

@@ -1,4 +1,4 @@
-"""What `minirlhf train`, `resume`, `score` and `sample` do; their arguments are the options."""
+"""`minirlhf train`, `resume`, `score`, `sample` and `report`; their arguments are the options."""
 
 import argparse
 import functools
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from minirlhf.app import api, coloured, options, pictures, tables
+from minirlhf.app import api, coloured, options, page, pictures, tables
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
@@ -206,6 +206,26 @@ def sample(
     _print(
         tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies)
     )
+    return 0
+
+
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
+    *,
+    out: Path | None = None,
+    exact: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """One page to hand on: replies token by token, curves and how to read them.
+
+    Several runs are laid over each other.
+
+    Args:
+        runs: Run folders, up to five.
+        out: File; default: report.html in the folder of the run; of several runs, here.
+        exact: Add the world whose optimum is known, with a slider for beta; needs no run.
+    """
+    path = page.report(runs, out=out, exact=exact)
+    _print(f"page: {path}, {path.stat().st_size / 1e6:.2f} MB, complete in itself")
     return 0
 
 

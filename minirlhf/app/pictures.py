@@ -106,7 +106,7 @@ CURVES = {  # title -> unit, what is measured while a stage learns, and of what 
     "reward model: its loss": ("nats per pair", "loss/reward_model", "heldout/loss_reward_model"),
     "pairs in the right order": ("share", "accuracy", "heldout/accuracy", "rewards/accuracies"),
     "DPO: its loss": ("per pair", "loss/dpo", "heldout/loss_dpo"),
-    "score: what PPO raises": ("sd of the reference's", "objective/scores", "eval/proxy"),
+    "score: what PPO raises": ("sd of the reference's scores", "objective/scores", "eval/proxy"),
     "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
     "your reward": ("its own units", "objective/reward", "eval/reward"),
     "KL to the reference: how far it went": ("nats per reply", "objective/kl", "eval/kl_seq"),

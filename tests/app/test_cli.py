@@ -49,7 +49,7 @@ from minirlhf.worlds.tokens import load_tokenizer
 
 ROOT = Path(minirlhf.__file__).parents[1]
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "sweep", "score", "sample", "exact", "judge", "check")
+COMMANDS = ("train", "resume", "sweep", "score", "sample", "report", "exact", "judge", "check")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,7 @@ def test_help_of_each_command(capsys, monkeypatch, command):
         "sweep": ["--out", "--jobs", "--json", "--beta", "--seed"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
+        "report": ["Run folders", "--out", "--exact"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
         "judge": ["--placement", "--framework", "--expect", "--size", "--json"],
         "check": ["--seed", "--cases"],
