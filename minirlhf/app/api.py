@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minirlhf.app.diagnose import check_names, watched
 from minirlhf.app.progress import say, track
 from minirlhf.backend import to_host
 from minirlhf.disk import read_object
@@ -73,6 +74,7 @@ def train(
         )
     config = with_fields(config or TrainConfig(), settings, "train")
     config = with_fields(config, changes | named, "train")
+    check_names(config.halt_on)
     function = reward if callable(reward) else ""
     return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
 
@@ -115,6 +117,7 @@ def _finish(session: Session, reward: Reward) -> "Run":
 
 def run_session(session: Session) -> pipeline.Result | None:
     """The stages that are not done yet, and the final comparison."""
+    session.watch = watched(session)
     keep_freed_memory()
     with np.errstate(all="ignore"):  # what is not finite is looked for at every update
         return pipeline.run_stages(session)

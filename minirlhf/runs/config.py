@@ -48,6 +48,8 @@ class TrainConfig:
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # Iterations between evaluations; 0: at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
+    # Rules of `minirlhf diagnose` that stop PPO where they hold; any: each of them
+    halt_on: tuple[str, ...] = ()
     # What to run; `resume` does the rest
     stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
     # The policy's transformer

@@ -419,10 +419,13 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
             metrics |= {f"eval/{name}": value for name, value in heldout.items()}
         session.log.metrics(step, "ppo", metrics)
         session.log.samples(step, folder.sample_rows(session, iteration.rollout))
-        if done % config.checkpoint_every == 0 or done == settings.iterations:
+        last = session.stop or done == settings.iterations
+        if last or done % config.checkpoint_every == 0:
             beta, moved = iteration.next_kl_coef, iteration.next_reference
             arrays = moved_reference(moved, settings)
             folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
+        if session.stop:
+            raise session.stop
         started = time.perf_counter()
     folder.save_params(session, "policy", optimizer.params, session.gpt)
     return optimizer.params

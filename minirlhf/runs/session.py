@@ -81,6 +81,7 @@ class Session:
     track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
     say: Callable[[str], None] = lambda line: None  # prints a line
     watch: Callable[[int, str, dict], None] = lambda *row: None  # sees each line of metrics.jsonl
+    stop: InputError | None = None  # set by who watches: PPO stops after this iteration
     seconds: dict[str, float] = field(default_factory=dict)  # time of each stage
     stored: TrainConfig | None = None  # config.toml as it was then; None: opened to look
     stage: str = "sft"  # at work now
@@ -95,7 +96,7 @@ class Session:
     @cached_property
     def log(self) -> RunLog:
         """Opened by the first stage that writes: to look at a run changes nothing in its folder."""
-        return RunLog(self.folder, self.watch)
+        return RunLog(self.folder, lambda *row: self.watch(*row))  # who watches may change
 
     @property
     def padding(self) -> dict[str, Any]:

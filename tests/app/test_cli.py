@@ -50,7 +50,7 @@ from minirlhf.worlds.tokens import load_tokenizer
 
 ROOT = Path(minirlhf.__file__).parents[1]
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "score", "sample", "exact", "judge", "check")
+COMMANDS = ("train", "resume", "score", "sample", "diagnose", "exact", "judge", "check")
 
 
 @pytest.fixture(scope="module")

@@ -160,6 +160,7 @@ MUTATIONS = {
 }
 ELSEWHERE = {  # fields with a test of their own, below
     "out": "test_out_is_where_the_run_lies",
+    "halt_on": "test_a_run_stops_where_a_rule_of_halt_on_holds_and_goes_on",
     "device": "test_device_chooses_the_array_module",
     "stages": "test_a_part_of_the_stages_is_run_and_resume_does_the_rest",
     "workers": "test_workers_change_who_computes_and_no_result",
