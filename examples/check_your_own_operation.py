@@ -5,10 +5,10 @@
 Write the forward and, below it, the backward; give `check_pair` some numbers; print the report.
 Then see how an error of a thousandth is reported. In a test, let Hypothesis draw the shapes:
 
-    from hypothesis import given
-    from minirlhf.gradcheck import arrays, check_pair, shapes
+    from hypothesis import given, strategies as st
+    from hypothesis.extra.numpy import array_shapes, arrays
 
-    @given(arrays(shapes()))
+    @given(arrays(np.float64, array_shapes(), elements=st.floats(-3, 3)))
     def test_rmsnorm(x):
         check_pair(rmsnorm_forward, rmsnorm_backward, x, np.ones(x.shape[-1]))
 """

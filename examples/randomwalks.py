@@ -26,10 +26,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app import pictures
-from minirlhf.exact.experiments import changed
 from minirlhf.exact.ground_truth import (
     PPO,
     SFT,
+    changed,
     fit_reference,
     make_ground_truth,
     sample_world,
@@ -41,7 +41,7 @@ from minirlhf.exact.token_world import TokenWorld
 from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree
-from walks_on_a_graph import make_graph, make_randomwalks, measure_leaves
+from walks_on_a_graph import letters, make_graph, make_randomwalks, measure_leaves
 
 SFT_HERE = dataclasses.replace(SFT, steps=300, batch_size=128)
 BETAS = (0.1, 0.02)
@@ -93,8 +93,9 @@ def some_walks(params: Tree, world: TokenWorld, config: GPTConfig) -> list[str]:
         params, world, len(world.prompts), config=config, rng=np.random.default_rng(0)
     )
     optimality = world.score(drawn.prompt_ids, drawn.response_ids)
-    walks = zip(drawn.prompts, drawn.responses, optimality, strict=True)
-    return [f"{start}{walk} {r:.2f}" for start, walk, r in walks if start in SHOWN]
+    starts, ways = ([letters(ids) for ids in of] for of in (drawn.prompt_ids, drawn.response_ids))
+    walks = zip(starts, ways, optimality, strict=True)
+    return [f"{start}{way} {r:.2f}" for start, way, r in walks if start in SHOWN]
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -24,6 +24,11 @@ FAILED = 100  # the length of a walk that breaks an edge or does not arrive
 EDGE_PROBABILITY, N_WALKS = 0.1, 1000
 
 
+def letters(ids: list[int]) -> str:
+    """A walk, or a start, as its letters."""
+    return "".join(LETTERS[i] for i in ids)
+
+
 class Graph(NamedTuple):
     """Who may follow whom, and what was drawn from it. Letter i of a .. u is node i."""
 

@@ -94,11 +94,10 @@ def check_ids(where: str, ids: Array, size: int) -> None:
 
 def _adopt(array: Array) -> ModuleType:
     """Register cupy when the first of its arrays appears; refuse anything else."""
-    if type(array).__module__.partition(".")[0] == "cupy" and "cupy" in sys.modules:
-        cupy = sys.modules["cupy"]
-        if type(array) is cupy.ndarray:
-            register_array_module(cupy.ndarray, cupy)
-            return cupy
+    cupy = sys.modules.get("cupy")
+    if type(array) is getattr(cupy, "ndarray", None):
+        register_array_module(cupy.ndarray, cupy)
+        return cupy
     kind = f"{type(array).__module__}.{type(array).__qualname__}"
     raise TypeError(f"expected a numpy or cupy array; got {kind}: make it one with xp.asarray")
 
@@ -144,7 +143,6 @@ def array_module(device: str) -> ModuleType:
         )
     import cupy
 
-    register_array_module(cupy.ndarray, cupy)
     return cupy
 
 

@@ -12,7 +12,8 @@ import os
 import shutil
 import stat
 import tomllib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ def cannot_read(path: str | Path, error: OSError) -> InputError:
     """What a file that could not be read means for the person who named it."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path or repr(path)}: expected a file; found none: check it")
-    if isinstance(error, IsADirectoryError):
-        return InputError(f"{path}: expected a file; got a folder: name a file in it")
     return InputError(f"{path}: expected a readable file; got: {error.strerror or error}")
 
 
@@ -144,13 +143,9 @@ def new_numbered_folder(name: str) -> Path:
     """
     for n in itertools.count():
         folder = Path("runs") / f"{name}-{n}"
-        try:
+        with writing(folder), suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise cannot_write(folder, error) from error
 
 
 def new_folder(out: Path, *, holds: str) -> Path:
@@ -160,12 +155,8 @@ def new_folder(out: Path, *, holds: str) -> Path:
     """
     if (out / holds).exists():
         raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: expected a folder to write to; got {error.strerror}: choose another"
-        ) from error
     return out
 
 
@@ -175,22 +166,42 @@ def shorten(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """In the block what the disk or the permissions refuse is an InputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a place to write to; got {error.strerror or error}: free some space "
+            "or choose another folder"
+        ) from error
+
+
+@contextmanager
+def _new_beside(path: Path) -> Iterator[Path]:
+    """The neighbour `.NAME.new`, which the block writes and gives the name; removed if it fails."""
+    new = path.with_name(f".{path.name}.new")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(new)  # of a writer that crashed
+            yield new
+        except OSError:
+            _remove(new)
+            raise
+
+
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file so that a crash at any moment leaves the old file or the new one.
 
     Raises:   InputError: the disk or the permissions refuse.
     """
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)  # of a writer that crashed
-        _write_synced(temporary, data)
-        os.replace(temporary, path)
+    with _new_beside(path) as new:
+        _write_synced(new, data)
+        os.replace(new, path)
         _sync_folder(path.parent)
-    except OSError as error:
-        _remove(temporary)
-        raise cannot_write(path, error) from error
 
 
 def write_whole_folder(
@@ -205,9 +216,8 @@ def write_whole_folder(
     """
     refuse_link(folder)
     folder = Path(folder).absolute()
-    new, old = folder.with_name(f".{folder.name}.new"), _old_name(folder)
-    try:
-        _remove(new)  # of a writer that crashed
+    old = _old_name(folder)
+    with _new_beside(folder) as new:
         current = folder if folder.exists() else old
         if current.exists():
             replaced = files.keys() | drop
@@ -223,9 +233,6 @@ def write_whole_folder(
         os.replace(new, folder)
         _sync_folder(folder.parent)
         _remove(old)
-    except OSError as error:
-        _remove(new)
-        raise cannot_write(folder, error) from error
 
 
 def refuse_link(path: str | Path) -> None:
@@ -290,10 +297,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def cannot_write(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{path}: cannot be written ({error.strerror or error}): free some space or choose "
-        "another folder"
-    )

@@ -237,31 +237,6 @@ def argument_names(forward: Callable[..., Any], n: int) -> list[str]:
     return names + [f"argument {i}" for i in range(len(names), n)]
 
 
-# -- Hypothesis strategies -----------------------------------------------------------------------
-def shapes(*, min_rank: int = 1, max_rank: int = 3, min_side: int = 1, max_side: int = 4):
-    """Strategy: a tuple of `min_rank` to `max_rank` sides."""
-    from hypothesis import strategies as st
-
-    side = st.integers(min_side, max_side)
-    return st.lists(side, min_size=min_rank, max_size=max_rank).map(tuple)
-
-
-def arrays(shape, *, scales=(0.1, 1.0, 3.0), offsets=(0.0, 1.0)):
-    """Strategy: a float64 normal array; Hypothesis draws scale, offset and seed, not the entries.
-
-    Args:     shape: a tuple, or a strategy for one.
-    """
-    from hypothesis import strategies as st
-
-    shape = st.just(shape) if isinstance(shape, tuple) else shape
-
-    def draw_array(shape, scale, offset, seed):
-        return np.asarray(scale * np.random.default_rng(seed).standard_normal(shape) + offset)
-
-    seeds = st.integers(0, 2**32 - 1)
-    return st.builds(draw_array, shape, st.sampled_from(scales), st.sampled_from(offsets), seeds)
-
-
 # -- details -------------------------------------------------------------------------------------
 def _judged(report: Report, raises: bool) -> Report:
     if raises and not report.ok:

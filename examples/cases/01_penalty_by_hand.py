@@ -96,7 +96,7 @@ for name, pattern in said.items():
         sentences[name].append(row | {"penalty": "no price" if new else score.kl_seq})
     price = f"no price, {new[0]!r} is outside the language" if new else f"{score.kl_seq:+.2f} nats"
     numbers = np.where(bool(new), np.nan, score.kl_token)
-    boxes[f"{name}: {price}"] = [*score.tokens[:-1], "(end)"], numbers
+    boxes[f"{name}: {price}"] = [*score.pieces[:-1], "(end)"], numbers
 case.table(f"Sentences, one run, {len(ITEMS)} prompts; in nats", sentences, (*row, "penalty"))
 
 # %% The picture

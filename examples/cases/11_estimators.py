@@ -21,10 +21,10 @@ seeds. To see it differently, put another name of minirlhf.rlhf.kl.KL_MODES into
 # %% By hand: a table of logits, 3 tokens and 4 steps, all 81 replies
 import numpy as np
 
+from gradients import gather_nodes
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.exact.enumeration import all_responses, enumerate_responses, response_logprobs
-from minirlhf.exact.expected import gather_nodes, penalty_dlogits
-from minirlhf.exact.experiments import kl_gradient_table
+from minirlhf.exact.expected import kl_gradient_table, penalty_dlogits
 from minirlhf.rlhf.logprobs import log_softmax
 from study import Arm, Case, ends, mean_lines, spread, values
 

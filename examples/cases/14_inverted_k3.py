@@ -20,11 +20,10 @@ action is rare; the spikes go, but J does not come back: they need not be why it
 # %% Gradients, everything enumerated
 import numpy as np
 
-from gradients import logits_at_kl
+from gradients import gather_nodes, logits_at_kl
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
 from minirlhf.exact.enumeration import response_logprobs
-from minirlhf.exact.expected import gather_nodes, relative_error
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import make_random_world, relative_error
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.nn.adam import adamw_step, init_adamw
 from minirlhf.rlhf.kl import ESTIMATORS

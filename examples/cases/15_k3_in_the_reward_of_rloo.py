@@ -21,11 +21,10 @@ BETA to 2: as k3 is a price of at least 0 for every token, replies should become
 # %% The gradient and the value of both, everything enumerated
 import numpy as np
 
-from gradients import logits_at_kl
+from gradients import gather_nodes, logits_at_kl
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.exact.enumeration import response_logprobs
-from minirlhf.exact.expected import cosine, gather_nodes, penalty_dlogits, relative_error
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import cosine, make_random_world, penalty_dlogits, relative_error
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.rlhf.kl import kl_estimate
 from minirlhf.rlhf.logprobs import log_softmax

@@ -22,8 +22,8 @@ import numpy as np
 
 from desk import Desk, fit_bradley_terry
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.optimum import best_of_n
 from minirlhf.rlhf.logprobs import log_softmax
+from other_optima import best_of_n
 from study import Case, spread
 
 case = Case("17_best_of_n_bound", __doc__)

@@ -21,10 +21,9 @@ differently change BETA or KLS.
 # %% GAE: its bias, and the noise of one sample, in the parameters of a transformer
 import numpy as np
 
-from gradients import gae_table
+from gradients import gae_table, gather_nodes
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.expected import cosine, gather_nodes, policy_gradient_dlogits
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import cosine, make_random_world, policy_gradient_dlogits
 from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.rlhf.logprobs import log_softmax

@@ -21,7 +21,7 @@ import numpy as np
 
 from gradients import beside, scores
 from minirlhf.app.pictures import new_figure, say
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import make_random_world
 from minirlhf.rlhf.advantages import advantages_without_critic
 from study import Case, column, spread
 

@@ -20,8 +20,9 @@ advantages are not divided by an sd above 1. GSPO has GRPO's rest, and with the 
 import numpy as np
 
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.optimum import frontier_reward, grpo_rest
+from minirlhf.exact.optimum import frontier_reward
 from minirlhf.train.recipes import recipe
+from other_optima import grpo_rest
 from study import Arm, Case, PairsArm, ends, mean_lines, spread
 
 case = Case("26_objectives_at_rest", __doc__)
@@ -50,11 +51,9 @@ runs = case.train(arms, measure_every=15)
 rows = ends(runs)
 for name, of in (("GRPO", True), ("Dr. GRPO", False)):
     asked = {"kl_coef": BETA, "by_length": of, "by_sd": of}
-    rests = (grpo_rest(d.tree, d.ref_log_probs, d.proxy, **asked) for d in case.desks)
-    rows[f"rest of {name}"] = [
-        {**d.describe(d.probs(rest)), "log_probs": rest}
-        for d, rest in zip(case.desks, rests, strict=True)
-    ]
+    rests = [d.probs(grpo_rest(d.tree, d.ref_log_probs, d.proxy, **asked)) for d in case.desks]
+    pairs = zip(case.desks, rests, strict=True)
+    rows[f"rest of {name}"] = [{**d.describe(p), "probs": p} for d, p in pairs]
 rows["optimum"] = [d.describe(d.optimum(d.proxy, beta=BETA)) for d in case.desks]
 rows["reference"] = [d.describe(d.ref) for d in case.desks]
 for of_seeds in rows.values():
@@ -72,7 +71,7 @@ def nearer(name, to):
     """Is the end of an arm nearer to this rest than to the optimum, by KL(target || policy)?"""
     for run, desk, row in zip(runs[name], case.desks, rows[to], strict=True):
         logp = np.log(np.maximum(run.probs, 1e-300))
-        targets = desk.probs(row["log_probs"]), desk.optimum(desk.proxy, beta=BETA)
+        targets = row["probs"], desk.optimum(desk.proxy, beta=BETA)
         rest, best = (p @ (np.log(np.maximum(p, 1e-300)) - logp) for p in targets)
         yield rest < best
 

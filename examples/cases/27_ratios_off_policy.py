@@ -20,7 +20,7 @@ import numpy as np
 
 from gradients import beside, scores, up_along_the_gradient
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import make_random_world
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.rlhf.advantages import importance_weights
 from minirlhf.rlhf.logprobs import log_softmax

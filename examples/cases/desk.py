@@ -14,11 +14,11 @@ from functools import cached_property
 import numpy as np
 from numpy.random import Generator
 
-from minirlhf.exact import optimum
 from minirlhf.exact.enumeration import all_responses, response_logprobs
 from minirlhf.exact.tiny import ANS, EOS, MAX_TOKENS, TOKENS, make_tiny_world, token_counts
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.train.reward_model import Pair
+from other_optima import best_of_n
 
 
 class Desk:
@@ -95,7 +95,7 @@ class Desk:
 
     def best_of(self, reward: np.ndarray, *, n: int) -> np.ndarray:
         """(M,) the best of n draws from the reference by this reward."""
-        return np.exp(optimum.best_of_n(self.ref_logp, reward, n=n))
+        return np.exp(best_of_n(self.ref_logp, reward, n=n))
 
     def kl(self, p: np.ndarray) -> float:
         """KL(p || ref) [nats]."""

@@ -2,14 +2,31 @@
 
 import numpy as np
 
+from minirlhf.backend import Array, get_xp
 from minirlhf.exact import enumeration, expected, optimum
-from minirlhf.exact.experiments import RandomWorld, Row, error_and_noise, make_random_world
+from minirlhf.exact.enumeration import PrefixTree, Responses
+from minirlhf.exact.expected import RandomWorld, Row, error_and_noise, make_random_world
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.rlhf import kl
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.tree import Tree, tree_map
+
+
+def gather_nodes(
+    tree: PrefixTree, responses: Responses, dlogits: Array, *, weights: Array
+) -> Array:
+    """sum_y w(y) dz(y), each token's share at its own prefix: (N, V).
+
+    Args:     dlogits: (M, T, V).
+              weights: (M,) usually the probability of y.
+    """
+    xp = get_xp(dlogits, weights)
+    total = xp.zeros((tree.n_nodes, tree.vocab_size), dtype=dlogits.dtype)
+    kept = (weights[:, None] * responses.mask)[..., None]
+    xp.add.at(total, responses.nodes, xp.where(kept > 0, kept * dlogits, 0.0))
+    return total
 
 
 # -- advantages ----------------------------------------------------------------------------------
@@ -89,7 +106,7 @@ def flatness_table(world: TokenWorld, *, kl_coef: float, shares: tuple[float, ..
             if name == "full":
                 own_step = kl.full_kl_backward(np.ones(tree.n_nodes), full_cache)  # (N, V)
                 dlogits = dlogits - kl_coef * own_step[responses.nodes]
-            mean = expected.gather_nodes(tree, responses, dlogits, weights=probs)
+            mean = gather_nodes(tree, responses, dlogits, weights=probs)
             # the tokens of one response stand at different prefixes: their squares add up
             second = probs @ ((dlogits * dlogits).sum(axis=-1) * mask).sum(axis=-1)
             row[name] = float(second - (mean * mean).sum())

@@ -32,7 +32,7 @@ from minirlhf.app.pictures import save
 from minirlhf.app.progress import track
 from minirlhf.disk import write_whole
 from minirlhf.exact import ground_truth
-from minirlhf.exact.experiments import changed
+from minirlhf.exact.ground_truth import changed
 from minirlhf.exact.tiny import MAX_TOKENS
 from minirlhf.exact.token_world import TokenWorld
 from minirlhf.memory import keep_freed_memory

@@ -9,30 +9,31 @@ The command line does its work through the same functions.
 """
 
 from dataclasses import is_dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from minirlhf.app import coloured, tables
 from minirlhf.app.diagnose import check_names, watched
 from minirlhf.app.progress import say, track
-from minirlhf.backend import to_host
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
 from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.sampling import Sampling
-from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.folder import is_saved, last_kl_coef
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import Session, open_session, reopen_session
+from minirlhf.runs.snapshots import token_rows
 from minirlhf.train import recipes
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.policy import policy_forward
 from minirlhf.train.rollout import Samples
 from minirlhf.train.settings import with_fields
 from minirlhf.worlds.rewards import Reward
+from minirlhf.worlds.world import World
 
 BARS = {"track": track, "say": say}
 
@@ -124,15 +125,24 @@ def run_session(session: Session) -> pipeline.Result | None:
 
 
 class TokenScores(NamedTuple):
-    """What a response pays, token by token; T tokens, in nats."""
+    """What a response pays, token by token; T tokens, in nats. `runs.snapshots.token_rows`."""
 
-    tokens: list[str]  # T pieces of text
+    prompt: str
+    response: str
+    pieces: list[str]  # T pieces of text
+    ids: list[int]
     logp: np.ndarray  # (T,) log pi_theta(y_t|.)
     ref_logp: np.ndarray  # (T,) log pi_ref(y_t|.)
+    entropy: np.ndarray  # (T,) of pi_theta(.|x, y_<t)
+    value: np.ndarray | None  # (T,) V(x, y_<t) [reward units]; None without a critic
+    reward_token: np.ndarray | None  # (T,) -beta kl_token, and the score at the end
+    advantage: np.ndarray | None  # (T,) of GAE, not whitened [reward units]
+    top: list[list[list]]  # (T, 5) [piece, probability] of the policy's likeliest
+    ref_top: list[list[list]]  # and of the reference's
     kl_seq: float  # sum over t of logp - ref_logp: the penalty
     score: float  # normalised reward of the whole response
-    kl_coef: float  # beta, as training left it
     gold: float | None  # the world's true reward, where there is one
+    kl_coef: float  # beta, as training left it
     reward: float | None  # the user's own in its units, where there is one
     no_score: str  # why score and reward are nan: they are not there yet, or cannot be had
 
@@ -145,6 +155,22 @@ class TokenScores(NamedTuple):
     def objective(self) -> float:
         """score - beta Penalty: what training maximises the mean of."""
         return self.score - self.kl_coef * self.kl_seq
+
+    def _repr_html_(self) -> str:
+        return coloured.html([self._asdict()])
+
+
+class Replies(list):
+    """Texts, one for each prompt; a notebook shows them beside it, with their gold reward."""
+
+    def __init__(self, replies: list[str], prompts: list[str], world: World):
+        super().__init__(replies)
+        self.prompts, self.world = prompts, world
+
+    def _repr_html_(self) -> str:
+        table = tables.replies_table("", self.world, self.prompts, self, with_prompts=True)
+        table.columns[1].header = "reply"
+        return tables.html(table)
 
 
 class Run:
@@ -174,7 +200,7 @@ class Run:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> list[str]:
+    ) -> Replies:
         """One reply to each prompt, of the policy or of the reference.
 
         Args:     prompts: repeat a prompt for several replies to it.
@@ -190,14 +216,15 @@ class Run:
                 f"seed >= 0; got {temperature}, {top_k}, {top_p} and {seed}: choose such numbers"
             )
         if not prompts:
-            return []
+            return Replies([], [], self.session.world)
         limit = self.session.max_prompt_tokens
         n = max(map(len, map(self.session.tokenizer.prompt_ids, prompts)))
         if n > limit and not (reference and self.is_trained):  # of two calls the first says so
             self.session.note(f"a prompt of {n} tokens is cut to its last {limit}, as in training")
         params = self.reference if reference else self.policy
         rng, sampling = np.random.default_rng(seed), Sampling(temperature, top_k, top_p)
-        return self.session.sample(params, prompts, rng, sampling).responses
+        samples = self.session.sample(params, prompts, rng, sampling)
+        return Replies(samples.responses, prompts, self.session.world)
 
     def score(self, prompt: str, response: str) -> TokenScores:
         """log pi_theta and log pi_ref of each token of a response, the penalty, and the reward.
@@ -210,15 +237,8 @@ class Run:
         session = self.session
         ids = [session.prompt_ids(prompt)], [session.response_ids(response)]
         batch = pad_batch(*ids, pad_id=session.tokenizer.pad, config=session.gpt)
-        same = {"batch": batch, "config": session.gpt, "keep": False}
-        same["temperature"] = self.config.ppo.temperature
-        logp, ref_logp = (
-            to_host(policy_forward(params, **same)[0].logp).astype(np.float64)
-            for params in (self.policy, self.reference)
-        )
-        kl_seq = summed_penalty(logp, ref_logp, mask=np.ones_like(logp))[0]
         samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
-        score, reward = np.nan, None if session.world.reward is None else np.nan
+        scores, reward = None, None if session.world.reward is None else np.nan
         missing = "reward model" if reward is None else "scale of your reward"
         no_score = f"the run has no {missing} yet"
         if self.config.is_dpo:
@@ -226,16 +246,19 @@ class Run:
         if is_saved(session, "reward_model"):
             model, no_score = pipeline.reward_stage(session, self.reference), ""
             try:
-                score = float(session.score_with(model)(samples)[0])
-                reward = None if reward is None else model.raw(score)
+                scores = session.score_with(model)(samples)
+                reward = None if reward is None else model.raw(float(scores[0]))
             except InputError as error:
                 if reward is None:
                     raise
                 no_score = str(error)
-        gold = session.world.gold_or_none(prompt, response)
-        by_token = session.tokenizer.pieces(ids[1][0]), logp[0], ref_logp[0]
-        whole = float(kl_seq), score, last_kl_coef(session), gold, reward, no_score
-        return TokenScores(*by_token, *whole)
+        (row,) = token_rows(
+            *(session, self.policy, self.reference, samples),
+            scores=scores,
+            kl_coef=last_kl_coef(session),
+        )
+        row["score"] = np.nan if row["score"] is None else row["score"]
+        return TokenScores(**row, reward=reward, no_score=no_score)
 
     def curves(self) -> Any:
         """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""
@@ -260,3 +283,9 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        if not (self.folder / "result.json").exists():
+            return f"<p>{escape(repr(self))}, not finished</p>"
+        result = pipeline.read_result(self.folder)
+        return tables.html(tables.result_table(result, self.session.world))

@@ -238,20 +238,17 @@ def of_sequences(draw: Draw, log_ratio: np.ndarray, mask: np.ndarray) -> np.ndar
     return log_ratio[:, :1] + noise - noise.sum(axis=1, keepdims=True) / lengths
 
 
-@functools.wraps(objectives.cispo_forward)
-def cispo_held(logp, *, held_logp, old_logp, **constants):
-    """With the weight at held_logp: a constant, as its backward treats it."""
-    return objectives.cispo_forward(logp, old_logp=old_logp + (logp - held_logp), **constants)
+def hold_ratio(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward with its ratio at held_logp: a constant, as its backward treats it."""
+
+    @functools.wraps(forward)
+    def with_held_ratio(logp, *, held_logp, old_logp, **constants):
+        return forward(logp, old_logp=old_logp + (logp - held_logp), **constants)
+
+    return with_held_ratio
 
 
-HELD = {"clipped-weight": cispo_held}  # of the SURROGATES
-
-
-@functools.wraps(kl.sequence_kl_loss_forward)
-def sequence_kl_loss_held(logp, *, held_logp, old_logp, **constants):
-    """With the ratio exp(sum held_logp - old_logp): a constant, as its backward treats it."""
-    moving = old_logp + (logp - held_logp)
-    return kl.sequence_kl_loss_forward(logp, old_logp=moving, **constants)
+HELD = {"clipped-weight": hold_ratio(objectives.cispo_forward)}  # of the SURROGATES
 
 
 @functools.wraps(objectives.kl_loss_forward)
@@ -308,22 +305,18 @@ def policy_from_one_array(dout, cache):
 @functools.wraps(ppo.ppo_loss_forward)
 def ppo_loss_held(params, *, held, experience, config, settings):
     """ppo_loss, with `kl_loss_held` for its penalty, and one of HELD for its surrogate."""
-    e, tempered = experience, {"temperature": settings.temperature}
+    e, tau = experience, settings.temperature
     loss, cache = ppo.ppo_loss_forward(params, experience=e, config=config, settings=settings)
-    out, _ = policy.policy_forward(params, batch=e.batch, config=config, **tempered)
-    if settings.ratio in HELD:
-        constants = {name: getattr(e, name) for name in ("old_logp", "advantages", "weights")}
-        constants |= {"held_logp": held.logp, **settings.clipping}
-        policy_loss, _ = HELD[settings.ratio](out.logp, **constants)
+    out, _ = policy.policy_forward(params, batch=e.batch, config=config, temperature=tau)
+    constants = {**e._asdict(), **settings.clipping, "held": held, "held_logp": held.logp}
+    constants |= {"kl_mode": settings.kl_mode, "temperature": tau}
+    if surrogate := HELD.get(settings.ratio):
+        policy_loss, _ = surrogate(out.logp, **named_by(surrogate, constants))
         loss = loss + policy_loss - cache.parts["loss/policy_avg"]
-    if not KL_MODES[settings.kl_mode].in_loss:
-        return loss, cache
-    constants = {
-        name: getattr(e, name) for name in ("old_logp", "ref_logp", "ref_logits", "weights")
-    }
-    constants |= {"held": held, "kl_mode": settings.kl_mode, **tempered}
-    kl_loss, _ = kl_loss_held(out.logits, out.logp, **constants)
-    return loss + e.kl_loss_coef * (kl_loss - cache.parts["loss/kl_avg"]), cache
+    if KL_MODES[settings.kl_mode].in_loss:
+        kl_loss, _ = kl_loss_held(out.logits, out.logp, **named_by(kl_loss_held, constants))
+        loss = loss + e.kl_loss_coef * (kl_loss - cache.parts["loss/kl_avg"])
+    return loss, cache
 
 
 def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOConfig) -> Case:
@@ -364,21 +357,26 @@ def make_ppo_loss(draw: Draw) -> Case:
 
 
 # -- the table -----------------------------------------------------------------------------------
-def row(file, operation: str, make, *args, mode="", forward=None, backward=None, **settings) -> Row:
-    """The pair `operation` of a file, on what `make(draw, *args)` draws, with these settings.
+def named_by(forward: Callable[..., Any], constants: dict[str, Any]) -> dict[str, Any]:
+    """Those of the constants that a forward names; an adapter, that it or what it adapts names."""
+    signatures = (inspect.signature(forward, follow_wrapped=follow) for follow in (True, False))
+    names = {name for signature in signatures for name in signature.parameters}
+    return {name: value for name, value in constants.items() if name in names}
 
-    A list of settings: one of them. Another `forward` where the backward holds a constant.
+
+def row(forward, make, *args, mode="", backward=None, **settings) -> Row:
+    """A pair, on what `make(draw, *args)` draws, with these settings; a list: one of them.
+
+    Where the backward holds something for a constant the forward is an adapter that holds it too.
     """
-    forward = forward or getattr(file, f"{operation}_forward")
-    backward = backward or getattr(file, f"{operation}_backward")
-    names = inspect.signature(forward).parameters  # of what an adapter adapts, and of the adapter
-    names = {*names, *inspect.signature(forward, follow_wrapped=False).parameters}
+    name = forward.__name__.replace("_forward", "_backward")
+    backward = backward or getattr(sys.modules[forward.__module__], name)
 
     def case(draw: Draw) -> Case:
         arrays, constants = make(draw, *args)
         for name, value in settings.items():
             constants[name] = draw.pick(value) if isinstance(value, list) else value
-        return arrays, {name: value for name, value in constants.items() if name in names}
+        return arrays, named_by(forward, constants)
 
     return Row(forward, backward, case, mode)
 
@@ -388,70 +386,59 @@ make_far_tokens = functools.partial(make_of_tokens, far=True)
 CUT = {"estimator": "k3", "ratio": ["none", "differentiated"]}
 BRADLEY_TERRY = {"margin": [0.0, 0.5], "label_smoothing": [0.0, 0.1]}
 DPO = {"kl_coef": [0.1, 2.0], "label_smoothing": [0.0, 0.1]}
-AS_ONE_ARRAY = {"forward": policy_as_one_array, "backward": policy_from_one_array}
+CLIPS = list(objectives.CLIPS)
 TABLE = [
-    row(layers, "linear", make_arrays, ".I,IO,O"),
-    row(layers, "layernorm", make_layernorm, 1.0, 0.0),
-    row(layers, "layernorm", make_layernorm, 30.0, 5.0, mode="scale 30, offset 5"),
-    row(layers, "layernorm", make_layernorm, 0.1, 5.0, mode="scale 0.1, offset 5"),
-    row(layers, "gelu", make_arrays, ".C"),
-    row(layers, "embedding", make_embedding),
-    row(layers, "take_columns", make_take_columns),
-    row(attention, "attention", make_attention, "left", 1.0, mode="left padding"),
-    row(attention, "attention", make_attention, "right", 1.0, mode="right padding"),
-    row(attention, "attention", make_attention, "right", 8.0, mode="scores beyond exp"),
-    row(heads, "tied_logits", make_arrays, ".C,VC"),
-    row(heads, "scalar_head", make_arrays, ".C,C1,1"),
-    row(transformer, "block", make_block),
-    row(transformer, "transformer", make_model),
-    row(logprobs, "token_logprobs", make_of_logits),
-    row(logprobs, "entropy", make_of_logits),
-    row(kl, "full_kl", make_of_logits),
+    row(layers.linear_forward, make_arrays, ".I,IO,O"),
+    row(layers.layernorm_forward, make_layernorm, 1.0, 0.0),
+    row(layers.layernorm_forward, make_layernorm, 30.0, 5.0, mode="scale 30, offset 5"),
+    row(layers.layernorm_forward, make_layernorm, 0.1, 5.0, mode="scale 0.1, offset 5"),
+    row(layers.gelu_forward, make_arrays, ".C"),
+    row(layers.embedding_forward, make_embedding),
+    row(layers.take_columns_forward, make_take_columns),
+    row(attention.attention_forward, make_attention, "left", 1.0, mode="left padding"),
+    row(attention.attention_forward, make_attention, "right", 1.0, mode="right padding"),
+    row(attention.attention_forward, make_attention, "right", 8.0, mode="scores beyond exp"),
+    row(heads.tied_logits_forward, make_arrays, ".C,VC"),
+    row(heads.scalar_head_forward, make_arrays, ".C,C1,1"),
+    row(transformer.block_forward, make_block),
+    row(transformer.transformer_forward, make_model),
+    row(logprobs.token_logprobs_forward, make_of_logits),
+    row(logprobs.entropy_forward, make_of_logits),
+    row(kl.full_kl_forward, make_of_logits),
     *[
-        row(kl, pair, make_of_tokens, estimator=k, ratio=ratio, mode=f"{k}{mode}", forward=forward)
-        for pair, ratio, mode, forward in (
-            ("token_kl_loss", "none", "", None),
-            ("token_kl_loss", "differentiated", ", ratio", None),
-            ("sequence_kl_loss", "none", "", None),
-            ("sequence_kl_loss", "differentiated", ", ratio", None),
-            ("sequence_kl_loss", "held", ", ratio held", sequence_kl_loss_held),
+        row(forward, make_of_tokens, estimator=k, ratio=ratio, mode=f"{k}{mode}")
+        for forward, ratio, mode in (
+            (kl.token_kl_loss_forward, "none", ""),
+            (kl.token_kl_loss_forward, "differentiated", ", ratio"),
+            (kl.sequence_kl_loss_forward, "none", ""),
+            (kl.sequence_kl_loss_forward, "differentiated", ", ratio"),
+            (hold_ratio(kl.sequence_kl_loss_forward), "held", ", ratio held"),
         )
         for k in ("k1", "k2", "k3")
     ],
-    row(kl, "token_kl_loss", make_far_tokens, mode="beyond the cut", **CUT),
-    row(kl, "sequence_kl_loss", make_far_tokens, mode="beyond the cut", **CUT),
-    row(objectives, "weighted_sum", make_of_tokens),
-    row(imitation, "cross_entropy", make_of_tokens),
-    row(preferences, "bradley_terry", make_scores, "B,B", **BRADLEY_TERRY),
-    row(preferences, "dpo", make_scores, "B,B", loss="sigmoid", mode="sigmoid", **DPO),
-    row(preferences, "dpo", make_scores, "B,B", loss="ipo", mode="ipo", **DPO),
-    row(preferences, "plackett_luce", make_scores, "BK"),
-    row(objectives, "ppo_clip", make_of_tokens, clip="ppo", mode="ppo"),
-    row(objectives, "ppo_clip", make_of_tokens, clip_eps=(0.2, 0.4), mode="clip-higher"),
-    row(objectives, "ppo_clip", make_of_tokens, dual_clip=3.0, mode="dual clip"),
-    row(objectives, "ppo_clip", make_of_tokens, clip="book", mode="book"),
-    row(objectives, "ppo_clip", make_of_tokens, clip="none", mode="none"),
-    row(objectives, "ppo_clip", make_far_tokens, clip="none", mode="beyond the cut"),
+    row(kl.token_kl_loss_forward, make_far_tokens, mode="beyond the cut", **CUT),
+    row(kl.sequence_kl_loss_forward, make_far_tokens, mode="beyond the cut", **CUT),
+    row(objectives.weighted_sum_forward, make_of_tokens),
+    row(imitation.cross_entropy_forward, make_of_tokens),
+    row(preferences.bradley_terry_forward, make_scores, "B,B", **BRADLEY_TERRY),
+    row(preferences.dpo_forward, make_scores, "B,B", loss="sigmoid", mode="sigmoid", **DPO),
+    row(preferences.dpo_forward, make_scores, "B,B", loss="ipo", mode="ipo", **DPO),
+    row(preferences.plackett_luce_forward, make_scores, "BK"),
+    row(objectives.ppo_clip_forward, make_of_tokens, clip="ppo", mode="ppo"),
+    row(objectives.ppo_clip_forward, make_of_tokens, clip_eps=(0.2, 0.4), mode="clip-higher"),
+    row(objectives.ppo_clip_forward, make_of_tokens, dual_clip=3.0, mode="dual clip"),
+    row(objectives.ppo_clip_forward, make_of_tokens, clip="book", mode="book"),
+    row(objectives.ppo_clip_forward, make_of_tokens, clip="none", mode="none"),
+    row(objectives.ppo_clip_forward, make_far_tokens, clip="none", mode="beyond the cut"),
     *[
-        row(
-            sys.modules[forward.__module__],
-            forward.__name__.removesuffix("_forward"),
-            make_of_tokens,
-            *(False, name),
-            mode=f"ratio {name}",
-            forward=HELD.get(name),
-            clip=list(objectives.CLIPS),
-        )
+        row(HELD.get(name, forward), make_of_tokens, False, name, mode=f"ratio {name}", clip=CLIPS)
         for name, (forward, _) in objectives.SURROGATES.items()
         if forward is not objectives.ppo_clip_forward
     ],
-    row(objectives, "value_loss", make_value_loss, 0.0, mode="not clipped"),
-    row(objectives, "value_loss", make_value_loss, 0.2, mode="clipped"),
-    *[
-        row(objectives, "kl_loss", make_kl_loss, mode, mode=mode, forward=kl_loss_held)
-        for mode in KL_MODES
-    ],
-    row(policy, "policy", make_model, "value_head", "", **AS_ONE_ARRAY),
-    row(policy, "reward", make_model, "reward_head"),
-    row(ppo, "ppo_loss", make_ppo_loss, forward=ppo_loss_held),
+    row(objectives.value_loss_forward, make_value_loss, 0.0, mode="not clipped"),
+    row(objectives.value_loss_forward, make_value_loss, 0.2, mode="clipped"),
+    *[row(kl_loss_held, make_kl_loss, mode, mode=mode) for mode in KL_MODES],
+    row(policy_as_one_array, make_model, "value_head", "", backward=policy_from_one_array),
+    row(policy.reward_forward, make_model, "reward_head"),
+    row(ppo_loss_held, make_ppo_loss),
 ]

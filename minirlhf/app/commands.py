@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from minirlhf.app import api, options, pictures, tables
+from minirlhf.app import api, coloured, options, pictures, tables
 from minirlhf.app.diagnose import check_names
 from minirlhf.app.progress import say, track
-from minirlhf.disk import shorten
+from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.memory import require_memory
 from minirlhf.runs.config import TrainConfig, load_config
@@ -114,29 +114,63 @@ def _show(session: Session) -> int:
     return 0
 
 
-def score(run: tyro.conf.Positional[Path], *, prompt: str, response: str, reward: str = "") -> int:
-    """The penalty of one response: log pi_theta - log pi_ref, token by token.
+def score(
+    run: tyro.conf.Positional[Path],
+    *,
+    prompt: str,
+    response: tuple[str, ...],
+    reward: str = "",
+    json: bool = False,
+    html: Path | None = None,
+    png: Path | None = None,
+) -> int:
+    """The penalty of a response, or of several: log pi_theta - log pi_ref by token.
 
     Args:
         run: Run folder.
         prompt: The prompt x.
-        response: The response y.
+        response: The response y; several are shown side by side.
         reward: Names the run's reward: where its file lies now, or as you trust its code.
+        json: Print every number of every token instead.
+        html: Write a page to this file.
+        png: Draw a picture into this file.
     """
-    scores = api.open_run(run, reward=reward).score(prompt, response)
-    _print(
-        tables.penalty_table(scores.tokens, scores.logp, scores.ref_logp),
-        f"log Pr_theta(y|x) - log Pr_ref(y|x) = {scores.kl_seq:+.4f} nats",
-        f"no score: {scores.no_score}"
-        if scores.no_score
-        else f"score {scores.score:+.4f}; with beta = {scores.kl_coef:g}: "
-        f"score - beta * Penalty = {scores.objective:+.4f}",
-    )
-    if scores.reward is not None and not scores.no_score:
-        _print(f"your reward {scores.reward:.6g}")
-    if scores.gold is not None:
-        _print(f"gold reward {scores.gold:+.2f}")
+    if not response:
+        raise InputError("--response: expected a text; got none: write one, or several")
+    for option, path, kind in (("--html", html, ".html"), ("--png", png, ".png")):
+        if path and path.suffix != kind:
+            raise InputError(f"{option}: expected a name in {kind}; got {path}: name such a file")
+    opened = api.open_run(run, reward=reward)
+    scores = [opened.score(prompt, text) for text in response]
+    rows = [of._asdict() for of in scores]
+    if json:
+        print(to_json({"scores": rows}).decode(), end="")
+    elif len(rows) == 1:
+        by_token = tables.penalty_table(scores[0].pieces, scores[0].logp, scores[0].ref_logp)
+        _print(coloured.text(rows[0]), by_token, *_in_words(scores[0]))
+    else:
+        _print(coloured.side_by_side(rows))
+    if html:
+        write_whole(html, coloured.html(rows, document=True).encode())
+    if png:
+        coloured.picture(rows, png)
     return 0
+
+
+def _in_words(of: api.TokenScores) -> list[str]:
+    lines = [f"log Pr_theta(y|x) - log Pr_ref(y|x) = {of.kl_seq:+.4f} nats"]
+    if of.no_score:
+        lines.append(f"no score: {of.no_score}")
+    else:
+        lines.append(
+            f"score {of.score:+.4f}; with beta = {of.kl_coef:g}: "
+            f"score - beta * Penalty = {of.objective:+.4f}"
+        )
+    if of.reward is not None and not of.no_score:
+        lines.append(f"your reward {of.reward:.6g}")
+    if of.gold is not None:
+        lines.append(f"gold reward {of.gold:+.2f}")
+    return lines
 
 
 def sample(

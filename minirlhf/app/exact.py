@@ -20,10 +20,10 @@ from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
-from minirlhf.exact import experiments, ground_truth
-from minirlhf.exact.experiments import TrainingRun
+from minirlhf.exact import expected, ground_truth
 from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.memory import keep_freed_memory
+from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import without_interrupts
 
@@ -85,14 +85,14 @@ def run_experiments(parts: tuple, seeds: tuple, *, iterations: int, processes: i
     """All numbers of the chosen parts, as exact.json holds them."""
     results: Row = {}
     if "kl" in parts:
-        results["kl"] = experiments.kl_gradient_table()
+        results["kl"] = expected.kl_gradient_table()
     if "optimum" in parts:
-        runs = experiments.optimum_runs(iterations=iterations)
+        runs = list(ground_truth.optimum_runs(iterations=iterations))
         results["optimum"] = _train_all(runs, seeds, processes=processes)
     return results
 
 
-def _train_all(runs: list[TrainingRun], seeds: tuple, *, processes: int) -> list[Row]:
+def _train_all(runs: list[tuple], seeds: tuple, *, processes: int) -> list[Row]:
     """Every run from the reference of every seed, some side by side, in one thread each."""
     new_pool = multiprocessing.get_context("spawn").Pool
     if hasattr(signal, "pthread_sigmask"):  # POSIX
@@ -108,7 +108,7 @@ def _train_all(runs: list[TrainingRun], seeds: tuple, *, processes: int) -> list
         of_seeds = [(seed,) for seed in seeds]
         references = each(ground_truth.tiny_reference, of_seeds, "fitting the references")
         fitted = list(zip(references, seeds, strict=True))
-        jobs = [(*of_seed, run) for run in runs for of_seed in fitted]
+        jobs = [(*of_seed, *run) for run in runs for of_seed in fitted]
         return each(_train, jobs, "training policies")
 
 
@@ -118,9 +118,9 @@ def _start_worker() -> None:
     threadpool_limits(1)
 
 
-def _train(reference: Tree, seed: int, run: TrainingRun) -> Row:
+def _train(reference: Tree, seed: int, name: str, settings: PPOConfig) -> Row:
     world = make_tiny_world(n_demonstrations=1, rng=np.random.default_rng(0))
-    return experiments.train_run(run, world, reference, seed=seed)
+    return ground_truth.train_run(name, settings, world, reference, seed=seed)
 
 
 # -- showing -------------------------------------------------------------------------------------

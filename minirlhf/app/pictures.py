@@ -60,7 +60,8 @@ def draw_tokens(axis, replies: dict[str, tuple], *, limit: float, width: int = 1
     for heading, (tokens, numbers) in replies.items():
         axis.text(0, y, heading, fontsize=8, weight="bold")
         for i, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
-            x, top, text = i % width, y - i // width - 0.15, f"{token.strip()}\n{number:+.2f}"
+            x, top, shown = i % width, y - i // width - 0.15, round(number, 2) + 0.0  # no -0.00
+            text = f"{token.strip()}\n{shown:+.2f}"
             fill = {"facecolor": colormaps["RdBu_r"](0.5 + 0.32 * number / limit)}
             if np.isnan(number):
                 fill, text = {"facecolor": "w", "hatch": "///"}, token.strip()

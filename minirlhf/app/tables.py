@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -78,16 +79,8 @@ def rows_table(title: str, columns: dict[str, str], rows: list[dict], **look) ->
 
 def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
-    of_world = f"held-out prompts of the world {shorten(world.name)!r}"
-    title = f"{len(result.prompts) or ''} replies to {of_world}".strip()
-    table = number_table(title, "", "reference", "policy", box=box.HEAVY_HEAD, padding=(0, 1))
-    rows = [name for name in ROWS if np.isfinite(result.policy.get(name, np.nan))]
-    for name in rows:
-        label, form = ROWS[name]
-        numbers = (form.format(of[name]) for of in (result.reference, result.policy))
-        table.add_row(Text(label), *numbers)
-    console.print(table)
-    words = [meaning for name, meaning in WORDS.items() if name in rows]
+    console.print(result_table(result, world))
+    words = [meaning for name, meaning in WORDS.items() if np.isfinite(result.policy[name])]
     console.print(f"{'. '.join(words)}.", style="dim")
     if result.prompts:
         replies = (result.reference_samples.responses, result.policy_samples.responses)
@@ -97,6 +90,28 @@ def print_result(result: Result, world: World, console: Console, *, n_samples: i
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
     session = "this" if result.prompts else "its last"
     console.print(f"training time in {session} session: {stages}", soft_wrap=True)
+
+
+def result_table(result: Result, world: World) -> NumberTable:
+    """The columns of `evaluate.response_metrics`, of reference and policy beside each other."""
+    of_world = f"held-out prompts of the world {shorten(world.name)!r}"
+    title = f"{len(result.prompts) or ''} replies to {of_world}".strip()
+    table = number_table(title, "", "reference", "policy", box=box.HEAVY_HEAD, padding=(0, 1))
+    for name, (label, form) in ROWS.items():
+        if np.isfinite(result.policy.get(name, np.nan)):
+            numbers = (form.format(of[name]) for of in (result.reference, result.policy))
+            table.add_row(Text(label), *numbers)
+    return table
+
+
+def html(table: Table) -> str:
+    """The table for a notebook; what it shows of a user's text is escaped."""
+    heads = "".join(f"<th>{escape(str(column.header))}</th>" for column in table.columns)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    lines = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines).replace("\n", "<br>")
+    caption = f"<caption>{escape(str(table.title or ''))}</caption>"
+    return f"<table>{caption}<tr>{heads}</tr>{body}</table>"
 
 
 def replies_table(title: str, world: World, prompts, *replies, with_prompts=False) -> Table:

@@ -75,18 +75,22 @@ def grow_tree(
     for t in range(max_tokens):
         start = levels[-1].stop if levels else 0
         levels.append(slice(start, start + len(tokens)))
-        _refuse_more_than_most(n_leaves + len(tokens) * vocab_size)  # each leads to a response
+        at_least = n_leaves + len(tokens) * vocab_size  # each leads to a response
+        if at_least > MOST_LEAVES:
+            raise ValueError(
+                f"exact: expected a world of at most {MOST_LEAVES:,} responses; it has at least "
+                f"{at_least:,}: take fewer tokens, steps or prompts"
+            )
         lives = np.zeros((len(tokens), vocab_size), dtype=bool)
         if t < max_tokens - 1:
             lives |= goes_on(prompt, tokens)
         n_leaves += int((~lives).sum())
-        for (node, token), nodes, ends in (
-            (np.nonzero(~lives), leaf_nodes, leaf_tokens),
-            (np.nonzero(lives), parents, last_tokens),
-        ):
-            nodes.append(start + node)
-            ends.append(token)
+        node, token = np.nonzero(~lives)
+        leaf_nodes.append(start + node)
+        leaf_tokens.append(token)
         node, token = np.nonzero(lives)
+        parents.append(start + node)
+        last_tokens.append(token)
         prompt, tokens = prompt[node], np.concatenate([tokens[node], token[:, None]], axis=1)
     arrays = (np.concatenate(a) for a in (parents, last_tokens, leaf_nodes, leaf_tokens))
     return PrefixTree(*arrays, tuple(levels), vocab_size)
@@ -111,14 +115,6 @@ def enumerate_responses(
         max_tokens=max_tokens,
         n_prompts=n_prompts,
     )
-
-
-def _refuse_more_than_most(n_leaves: int) -> None:
-    if n_leaves > MOST_LEAVES:
-        raise ValueError(
-            f"exact: expected a world of at most {MOST_LEAVES:,} responses; it has at least "
-            f"{n_leaves:,}: take fewer tokens, steps or prompts"
-        )
 
 
 class Responses(NamedTuple):
@@ -151,12 +147,10 @@ def all_responses(tree: PrefixTree, *, dtype=np.float64) -> Responses:
 
 def prompt_of_leaf(tree: PrefixTree) -> Array:
     """(M,) index of the prompt that each response answers."""
-    xp = get_xp(tree.parent)
-    prompt = xp.zeros_like(tree.parent)
-    prompt[tree.levels[0]] = xp.arange(tree.n_prompts)
-    for level in tree.levels[1:]:
-        prompt[level] = prompt[tree.parent[level]]
-    return prompt[tree.leaf_node]
+    ancestor = tree.parent
+    for _ in tree.levels[2:]:
+        ancestor = tree.parent[ancestor]  # a prompt is its own parent
+    return ancestor[tree.leaf_node]
 
 
 # -- probabilities -------------------------------------------------------------------------------

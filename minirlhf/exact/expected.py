@@ -4,35 +4,82 @@ A sampled response y gives an estimate of a gradient. Here it is computed for *e
 small world and summed with the probabilities, so "unbiased" and "variance" are numbers and not
 estimates. Each estimate goes through the package's own losses and backward passes.
 
-Gradients are in logits: dz (M, T, V) is what response y contributes at the prefix of its token t;
-`gather_nodes` adds it up to (N, V). A network's backward is linear in dz, so the same mean holds in
-its parameters.
+Gradients are in logits: dz (M, T, V) is what response y contributes at the prefix of its token t.
+A network's backward is linear in dz, so the same mean holds in its parameters. The world is a
+random one: four tokens, four steps, three random transformers.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from minirlhf.backend import Array, get_xp
-from minirlhf.exact.enumeration import PrefixTree, Responses
+from minirlhf.exact import optimum
+from minirlhf.exact.enumeration import (
+    PrefixTree,
+    Responses,
+    all_responses,
+    enumerate_responses,
+    response_logprobs,
+)
+from minirlhf.exact.tree_policy import tree_gradient, tree_logits
+from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf import kl, objectives
 from minirlhf.rlhf.advantages import gae, token_rewards
-from minirlhf.rlhf.logprobs import token_logprobs_backward, token_logprobs_forward
+from minirlhf.rlhf.logprobs import log_softmax, token_logprobs_backward, token_logprobs_forward
+from minirlhf.tree import Tree, tree_leaves, tree_map
+
+Row = dict[str, Any]
 
 
-def gather_nodes(
-    tree: PrefixTree, responses: Responses, dlogits: Array, *, weights: Array
-) -> Array:
-    """sum_y w(y) dz(y), each token's share at its own prefix: (N, V).
+class RandomWorld(NamedTuple):
+    """Three random transformers on a tree, float64; rewards are N(0, 1)."""
 
-    Args:     dlogits: (M, T, V).
-              weights: (M,) usually the probability of y.
-    """
-    xp = get_xp(dlogits, weights)
-    total = xp.zeros((tree.n_nodes, tree.vocab_size), dtype=dlogits.dtype)
-    kept = (weights[:, None] * responses.mask)[..., None]
-    xp.add.at(total, responses.nodes, xp.where(kept > 0, kept * dlogits, 0.0))
-    return total
+    tree: PrefixTree
+    responses: Responses
+    where: dict[str, Any]  # what `tree_logits` and `tree_gradient` need beside the parameters
+    policies: dict[str, Tree]  # theta, old, ref
+    logits: dict[str, np.ndarray]  # (N, V) of each
+    rewards: np.ndarray  # (M,)
+
+    def log_probs(self, name: str) -> np.ndarray:
+        """(N, V) log pi(a|s) of one of the policies."""
+        return log_softmax(self.logits[name])
+
+    def probs(self, name: str) -> np.ndarray:
+        """(M,) probability of every response under one of the policies."""
+        return np.exp(response_logprobs(self.tree, self.log_probs(name)))
+
+    def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
+        """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
+        gradient = tree_gradient(dlogits, params, **self.where)
+        return np.concatenate([leaf.reshape(-1) for leaf in tree_leaves(gradient)])
+
+    def jacobian(self, name: str) -> np.ndarray:
+        """dz(s, a)/dparams of one of the policies: (N V, P), by one backward for each logit."""
+        N, V = self.tree.n_nodes, self.tree.vocab_size
+        rows = (row.reshape(N, V) for row in np.eye(N * V))
+        return np.stack([self.pull_back(row, self.policies[name]) for row in rows])
 
 
+def make_random_world(*, seed: int, vocab_size=4, max_tokens=4, d_model=16) -> RandomWorld:
+    """Transformers of one block around the usual start, with N(0, 0.3^2) on every parameter."""
+    rng = np.random.default_rng(seed)
+    tree = enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
+    config = GPTConfig(vocab_size, max_tokens + 1, n_layer=1, n_head=2, d_model=d_model)
+    where = {"tree": tree, "prompts": [[0]], "config": config}
+
+    def policy() -> Tree:
+        params = {"transformer": init_transformer(config, rng=rng, dtype=np.float64)}
+        return tree_map(lambda a: a + 0.3 * rng.standard_normal(a.shape), params)
+
+    policies = {name: policy() for name in ("theta", "old", "ref")}
+    logits = {name: tree_logits(params, **where) for name, params in policies.items()}
+    rewards = rng.standard_normal(tree.leaf_node.shape)
+    return RandomWorld(tree, all_responses(tree), where, policies, logits, rewards)
+
+
+# -- the gradient of one sample --------------------------------------------------------------------
 def policy_gradient_dlogits(
     responses: Responses, logits: Array, advantages: Array, *, old_logp=None, form="none"
 ) -> Array:
@@ -88,6 +135,7 @@ def penalty_dlogits(
     return dlogits
 
 
+# -- its mean and its noise ------------------------------------------------------------------------
 class Moments(NamedTuple):
     mean: Array  # (P,) expected gradient
     variance: Array  # () E |g|^2 - |E g|^2 of a single sample
@@ -115,3 +163,87 @@ def cosine(estimate: Array, exact: Array) -> Array:
     xp = get_xp(estimate, exact)
     norms = xp.sqrt((estimate * estimate).sum() * (exact * exact).sum())
     return xp.where(norms > 0, (estimate * exact).sum() / xp.where(norms > 0, norms, 1.0), 0.0)
+
+
+def error_and_noise(
+    world: RandomWorld, dlogits: np.ndarray, jacobian: np.ndarray, g: np.ndarray, probs: np.ndarray
+) -> tuple[np.ndarray, Row]:
+    """The expected gradient in the parameters (P,), and its error and noise as shares of |g|.
+
+    Args:     dlogits: (M, T, V) the estimate that each response gives; probs (M,) how likely it is.
+    """
+    M, N, V = len(dlogits), world.tree.n_nodes, world.tree.vocab_size
+    at_prefixes = np.zeros((M, N, V))
+    kept = dlogits * world.responses.mask[..., None]
+    np.add.at(at_prefixes, (np.arange(M)[:, None], world.responses.nodes), kept)
+    estimates = at_prefixes.reshape(M, N * V) @ jacobian  # (M, P)
+    mean, variance = gradient_moments(estimates, probs)
+    noise = float(np.sqrt(variance / (g @ g)))
+    return mean, {"error": float(relative_error(mean, g)), "noise": noise}
+
+
+# -- the gradient of the penalty, in every placement -----------------------------------------------
+class Placement(NamedTuple):
+    """One row of the KL gradient table."""
+
+    name: str
+    kl_mode: str
+    sampler: str  # who sampled: theta (on-policy), old or ref
+    gives: str  # the expected gradient; g = grad KL(pi || ref)
+    gamma: float = 1.0
+
+    @property
+    def right(self) -> bool:
+        return self.gives == "g"
+
+
+STALE = "biased: samples of old"
+PENALTIES = (  # name, kl_mode, and what the expected gradient is on samples of theta, old, ref
+    ("k1 in the reward", "reward_k1", "g", STALE),
+    ("k1 in the reward, own token only", "reward_k1", "partial"),
+    ("k1 as loss (as printed)", "loss_k1", "0", "-grad KL(old||pi)", "-grad KL(ref||pi)"),
+    ("k2 in the reward", "reward_k2", "biased", STALE),
+    ("k2 as loss, sequence", "loss_k2_seq", "g", STALE),
+    ("k2 as loss, per token", "loss_k2_tok", "partial", STALE),
+    ("k3 in the reward", "reward_k3", "g - k3 as loss, per token", STALE),
+    ("k3 as loss, sequence", "loss_k3_seq", "grad KL(ref||pi)", STALE),
+    ("k3 as loss, per token (GRPO)", "loss_k3_tok", "the same by token", STALE),
+    ("k3 in reward and as loss", "reward_and_loss_k3", "g", STALE),
+    ("full KL as loss", "loss_full", "partial", "partial, old prefixes"),
+    ("full KL + score x future KL", "loss_rb", "g", STALE),
+    ("full KL in reward and as loss", "reward_and_loss_full", "g", STALE),
+    ("sequence ratio x k1", "loss_rho_k1", "g", "g"),
+    ("sequence ratio, fixed, x k2", "loss_rho_k2", "g", "g"),
+    ("sequence ratio x k3", "loss_rho_k3", "g", "g"),
+    ("token ratio x k3", "loss_rho_k3_tok", "partial", "partial, old prefixes"),
+)
+PLACEMENTS = tuple(
+    Placement(name, mode, sampler, gives[i], 0.0 if "own token" in name else 1.0)
+    for i, sampler in enumerate(("theta", "old", "ref"))
+    for name, mode, *gives in PENALTIES
+    if i < len(gives)
+)
+
+
+def kl_gradient_table(*, seed: int = 0) -> list[Row]:
+    """Every placement against g = grad KL(pi || ref), in the parameters of a transformer.
+
+    error   |E[estimate] - g| / |g|, by enumeration
+    cosine  of the two; 0 where the expected gradient is 0
+    noise   sqrt(E|estimate|^2 - |E[estimate]|^2) / |g| of a single response
+    """
+    world = make_random_world(seed=seed)
+    tree, jacobian = world.tree, world.jacobian("theta")
+    log_pi, log_ref = world.log_probs("theta"), world.log_probs("ref")
+    exact = optimum.objective_gradient(tree, log_pi, log_ref, 0.0 * world.rewards, kl_coef=-1.0)
+    g = exact.reshape(-1) @ jacobian
+    rows = []
+    for place in PLACEMENTS:
+        others = {"old_logits": world.logits[place.sampler], "ref_logits": world.logits["ref"]}
+        mode = {"kl_mode": place.kl_mode, "gamma": place.gamma}
+        theta = world.logits["theta"]
+        dlogits = penalty_dlogits(world.responses, theta, **others, **mode)
+        mean, row = error_and_noise(world, dlogits, jacobian, g, world.probs(place.sampler))
+        angle = 0.0 if mean @ mean < 1e-20 * (g @ g) else float(cosine(mean, g))
+        rows.append({**place._asdict(), "right": place.right, "cosine": angle, **row})
+    return rows

@@ -7,9 +7,10 @@ J, J*, the KL and the gradient noise are exact, and no evaluation has an error b
 
 import functools
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -207,6 +208,36 @@ def sample_world(
     prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
     limits = {"max_tokens": world.max_response_tokens, "stop_id": world.stop_id}
     same = {"pad_id": world.stop_id, "config": config, "rng": rng}
-    samples = sample_responses(params, prompts, **limits, **same)
-    texts = [[world.text(ids) for ids in lists] for lists in (prompts, samples.response_ids)]
-    return samples._replace(prompts=texts[0], responses=texts[1])
+    return sample_responses(params, prompts, **limits, **same)
+
+
+# -- the runs of `minirlhf exact` ----------------------------------------------------------------
+def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
+    """The settings with other values of some fields, and of some fields of their optimiser."""
+    tuned = replace(settings.optimizer, **(optimizer or {}))
+    return replace(settings, optimizer=tuned, **fields)
+
+
+def optimum_runs(*, iterations: int = 150) -> Iterator[tuple[str, PPOConfig]]:
+    """Names and settings: PPO with two schedules, and one-step REINFORCE, for several beta."""
+    constant = {"learning_rate": 1e-3, "schedule": "constant"}
+    for beta in (1.0, 0.5, 0.25):
+        ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
+        yield "PPO, linear decay", ppo
+        yield "PPO, constant rate", changed(ppo, optimizer=constant)
+        yield "one-step RLOO", rloo
+
+
+def train_run(
+    name: str, settings: PPOConfig, world: TokenWorld, reference: Tree, *, seed: int
+) -> dict[str, Any]:
+    """Train one policy from the reference on; its history, and the frontier where it ended."""
+    started = time.perf_counter()
+    where = {"config": small_transformer(world), "kl_coef": settings.kl_coef}
+    truth = make_ground_truth(world, reference, **where)
+    trained = train_on_world(truth, settings=settings, seed=seed)
+    row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
+    row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
+    args, end = (world.tree, truth.ref_log_probs, world.rewards), trained.history[-1]
+    row["frontier"] = optimum.frontier_reward(*args, kl_seq=end["exact/kl_seq"])
+    return {**row, "history": trained.history}

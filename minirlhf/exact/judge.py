@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.exact import optimum
-from minirlhf.exact.experiments import RandomWorld, make_random_world
+from minirlhf.exact.expected import RandomWorld, make_random_world
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.rlhf.advantages import token_rewards
 from minirlhf.tree import tree_map

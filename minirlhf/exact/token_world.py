@@ -28,11 +28,6 @@ class TokenWorld:
     demonstrator: np.ndarray  # (N, V) log-probs of who writes the demonstrations, -inf where never
     demonstrations: list[tuple[list[int], list[int]]]  # (prompt, response), what SFT imitates
 
-    def text(self, ids: list[int]) -> str:
-        """The names of the ids, separated by spaces where they are longer than a letter."""
-        names = [self.tokens[i] for i in ids]
-        return ("" if all(len(name) == 1 for name in self.tokens) else " ").join(names)
-
 
 def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Lists of ids, at least one, as tokens (B, T) and mask (B, T), padded on the right."""

@@ -7,12 +7,11 @@ Names and shapes: huggingface/transformers, models/gpt2/modeling_gpt2.py. Its Co
 import hashlib
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import deserialize, safe_open
 
 from minirlhf import disk
 from minirlhf.backend import Array, to_host
@@ -24,7 +23,6 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _HEADS, _STATE = "heads.safetensors", "state.safetensors"
 _STATE_KEY = "minirlhf_state"
 _DIGEST = "minirlhf_sha256"  # in a file's metadata, which transformers writes anew
-_UNREADABLE = (OSError, ValueError, OverflowError, RecursionError, MemoryError)
 _PLAIN_GPT2 = {  # what config.json may say, GPT-2's default first
     "model_type": ("gpt2",),  # must be there
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -391,12 +389,16 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:  # compares header and size of the file
             metadata = file.metadata() or {}
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        tensors = {name: _to_array(name, spec, path, 8 + size) for name, spec in header.items()}
-    except (SafetensorError, *_UNREADABLE) as error:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+            tensors = {
+                name: file.get_tensor(name) for name, kind in kinds.items() if kind != "BF16"
+            }
+        if len(tensors) < len(kinds):  # NumPy has no such numbers, the upper halves of float32
+            for name, raw in deserialize(path.read_bytes()):
+                if raw["dtype"] == "BF16":
+                    halves = np.frombuffer(raw["data"], "<u2").astype(np.uint32)
+                    tensors[name] = (halves << 16).view(np.float32).reshape(raw["shape"])
+    except Exception as error:  # of sizes and types that they cannot hold both raise anything
         raise InputError(
             f"{path}: expected a safetensors file; it is corrupt, cut short or of another kind "
             f"({disk.shorten(str(error), 120)}): restore it from a copy"
@@ -408,20 +410,3 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             "shows: restore it from a copy"
         )
     return tensors, metadata
-
-
-def _to_array(name: str, spec: dict, path: Path, start: int) -> np.ndarray:
-    """A tensor read from the data that begin at the byte `start` of the file.
-
-    Raises:   ValueError, MemoryError: NumPy cannot hold it.
-    """
-    shape, kind, (begin, end) = tuple(spec["shape"]), spec["dtype"], spec["data_offsets"]
-    if kind != "BOOL" and not re.fullmatch(r"F(16|32|64)|BF16|[IU](8|16|32|64)|C64", kind):
-        raise ValueError(f"{name} is of the type {kind}, which NumPy lacks")
-    stored = {"BOOL": "?", "BF16": "<u2"}.get(kind) or f"<{kind[0].lower()}{int(kind[1:]) // 8}"
-    dtype = np.dtype(stored)
-    n = (end - begin) // dtype.itemsize
-    array = np.fromfile(path, dtype, count=n, offset=start + begin).reshape(shape)
-    if kind == "BF16":  # the upper half of a float32
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(dtype.newbyteorder("="), copy=False)

@@ -48,6 +48,7 @@ class TrainConfig:
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # Iterations between evaluations; 0: at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
+    snapshots: int = 0  # Times that PPO's replies to the same prompts are kept, for `report`
     # Rules of `minirlhf diagnose` that stop PPO where they hold; any: each of them
     halt_on: tuple[str, ...] = ()
     # What to run; `resume` does the rest
@@ -66,7 +67,8 @@ class TrainConfig:
             at_least_1=("vocab_size", "max_text_mb", "eval_prompts", "checkpoint_every"),
             at_least_0=(
                 *("seed", "workers", "threads"),
-                *("max_prompt_tokens", "max_response_tokens", "eval_every", "reward_timeout"),
+                *("max_prompt_tokens", "max_response_tokens", "eval_every", "snapshots"),
+                "reward_timeout",
             ),
         )
         for name, least, why in (

@@ -3,8 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
+from weakref import WeakSet
 
+from minirlhf.disk import writing
 from minirlhf.errors import InputError
 
 try:
@@ -12,7 +15,7 @@ try:
 except ImportError:  # Windows
     fcntl, msvcrt = None, __import__("msvcrt")
 
-_held: set[int] = set()  # open files
+_held: WeakSet[FileIO] = WeakSet()
 
 
 @contextmanager
@@ -21,39 +24,33 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:   InputError: another process is in it, or the folder cannot be written.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        file = os.open(folder / ".lock", flags, 0o666)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: expected a run folder to write to; got {error.strerror}: choose another"
-        ) from error
-    _held.add(file)
-    try:
+        file = open(folder / ".lock", "ab+", buffering=0, opener=_no_link)
+    with file:
+        _held.add(file)
         _lock(file, folder)
         with suppress(OSError):  # a full disk
-            os.ftruncate(file, 0)
-            os.lseek(file, 0, os.SEEK_SET)
-            os.write(file, str(os.getpid()).encode())
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
-    finally:
-        if file in _held:  # not in a process forked from here
-            _held.remove(file)
-            os.close(file)
 
 
-def _lock(file: int, folder: Path) -> None:
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _lock(file: FileIO, folder: Path) -> None:
     """For as long as the file is open, here or in a process forked from here."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            os.lseek(file, 1 << 30, os.SEEK_SET)  # beyond what is read of it
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            file.seek(1 << 30)  # beyond what is read of it
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError) as error:
-        os.lseek(file, 0, os.SEEK_SET)
-        pid = os.read(file, 20).decode(errors="replace")
+        file.seek(0)
+        pid = file.read(20).decode(errors="replace")
         who = f"process {pid}" if pid.isdecimal() else "another process"
         raise InputError(
             f"{folder}: expected a run that nobody is at work on; {who} is: wait until it has "
@@ -65,8 +62,8 @@ def _lock(file: int, folder: Path) -> None:
 
 def _let_go() -> None:
     """In a forked process: a worker that outlives its parent must not keep the folder."""
-    while _held:
-        os.close(_held.pop())
+    for file in _held:
+        file.close()
 
 
 if hasattr(os, "register_at_fork"):

@@ -2,12 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minirlhf.disk import cannot_write, parse_object, plain, read_bytes, refuse_link, shorten
+from minirlhf.disk import parse_object, plain, read_bytes, refuse_link, shorten, writing
 from minirlhf.errors import InputError
 
 _METRICS, _SAMPLES = {"step": int, "stage": str}, {"step": int}  # what every line has
@@ -25,16 +24,12 @@ class RunLog:
         folder, self.watch = Path(folder), watch
         self.metrics_path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
         self.paths = (self.metrics_path, self.samples_path)
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for path in self.paths:
                 refuse_link(path)
                 path.touch()
                 _mend(path)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: expected a run folder to write to; got {error.strerror}: choose another"
-            ) from error
         for path, has in zip(self.paths, (_METRICS, _SAMPLES), strict=True):
             read_jsonl(path, has)  # refuse a damaged one before hours of work are written below it
 
@@ -63,7 +58,7 @@ class RunLog:
         """
         sizes = {}
         for path in self.paths:
-            with _writing(path), open(path, "r+b") as file:
+            with writing(path), open(path, "r+b") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
         return sizes
@@ -101,7 +96,7 @@ class RunLog:
 
     def _cut(self, *ends: int) -> None:
         for path, end in zip(self.paths, ends, strict=True):
-            with _writing(path):
+            with writing(path):
                 os.truncate(path, end)
 
 
@@ -130,14 +125,6 @@ def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dic
     return rows
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
 def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
     if clash := sorted(head.keys() & values.keys()):
         raise ValueError(f"run log: expected other keys than {clash}, which are set already")
@@ -146,7 +133,7 @@ def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
 
 def _append(path: Path, lines: list[str]) -> None:
     # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
-    with _writing(path), open(path, "ab") as file:
+    with writing(path), open(path, "ab") as file:
         file.write("".join(lines).encode("utf-8", errors="backslashreplace"))
 
 

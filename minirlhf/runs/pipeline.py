@@ -24,7 +24,7 @@ from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.runs import folder, hugging_face
+from minirlhf.runs import folder, hugging_face, snapshots
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
@@ -403,6 +403,10 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         rng=session.rng["shuffle"],
         kl_coef=kl_coef,
     )
+    looks = snapshots.moments(session)
+    look = functools.partial(snapshots.take_snapshot, session, score=score)
+    if looks and not done:
+        look(optimizer.params, reference, done=0, kl_coef=settings.kl_coef)
     started, steps = time.perf_counter(), range(done, settings.iterations)
     for step, iteration in _follow(session, "ppo", loop, steps, TITLES["ppo"]):
         metrics = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
@@ -419,9 +423,10 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
             metrics |= {f"eval/{name}": value for name, value in heldout.items()}
         session.log.metrics(step, "ppo", metrics)
         session.log.samples(step, folder.sample_rows(session, iteration.rollout))
-        last = session.stop or done == settings.iterations
-        if last or done % config.checkpoint_every == 0:
-            beta, moved = iteration.next_kl_coef, iteration.next_reference
+        beta, moved = iteration.next_kl_coef, iteration.next_reference
+        if done in looks:
+            look(optimizer.params, moved, done=done, kl_coef=beta)
+        if done % config.checkpoint_every == 0 or done == settings.iterations or session.stop:
             arrays = moved_reference(moved, settings)
             folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
         if session.stop:

@@ -14,7 +14,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import chain, count, groupby, islice, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -185,10 +185,7 @@ def _meanings(names, where: str, *, source: str, named: Named, found: set[str]) 
 # --- the kinds of files
 def _lines(text: TextIO, path: str | Path) -> Iterator[Line]:
     """(number, line), its end included."""
-    for number in count(1):
-        line = text.readline(LONGEST)
-        if not line:
-            return
+    for number, line in enumerate(iter(lambda: text.readline(LONGEST), ""), 1):
         _refuse_bytes(line, path, number)
         yield number, line
 
@@ -203,7 +200,7 @@ def _refuse_bytes(text: str, path: str | Path, line: int) -> None:
 
 
 def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> Rows:
-    """The lines of a plain text, or its documents between blank lines."""
+    """The lines of a plain text, or its documents between blank lines, of _LINES at most."""
     lines = _lines(text, path)
     head = list(islice(lines, _HEAD))
     shape = "".join("x" if line.strip() else " " for _, line in head)
@@ -212,30 +209,23 @@ def _text_rows(text: TextIO, path: str | Path, unit: str, notes: list[str]) -> R
         unit = "document" if gaps >= max(2, 0.01 * shape.count("x")) else "line"
         other = "document" if unit == "line" else "line"
         notes.append(f"{path}: each {unit} is an example; with --corpus-unit {other} each {other}")
-    lines = chain(head, lines)
-    for number, line in _documents(lines) if unit == "document" else lines:
-        if line.strip():
-            yield number, {"text": line.strip()}
-
-
-def _documents(lines: Iterator[Line]) -> Iterator[Line]:
-    """(number of its first line, document); one of too many lines is parted."""
-    for is_text, group in groupby(lines, key=lambda line: bool(line[1].strip())):
-        while is_text and (part := list(islice(group, _LINES))):
-            yield part[0][0], "\n".join(line.rstrip() for _, line in part)
+    most = _LINES if unit == "document" else 1
+    for is_text, group in groupby(chain(head, lines), key=lambda line: bool(line[1].strip())):
+        while is_text and (part := list(islice(group, most))):
+            yield part[0][0], {"text": "\n".join(line.rstrip() for _, line in part).strip()}
 
 
 def _json_rows(entries: Iterator[tuple[int, Any]], path: str | Path, means: Callable) -> Rows:
     """The objects of an array, or one a line; a few that are broken are left out."""
-    known, first, n_broken = {}, None, 0
+    known, broken = {}, []
     for number, entry in entries:
         where = f"{path}:{number}"
         try:
             entry = parse_object(entry, where) if isinstance(entry, str) else entry
         except InputError as error:
-            first, n_broken = first or error, n_broken + 1
-            if n_broken > max(_BROKEN, number // 100):
-                raise first from None
+            broken.append(error)
+            if len(broken) > max(_BROKEN, number // 100):
+                raise broken[0] from None
             yield number, {None: "broken"}
             continue
         try:
@@ -246,8 +236,8 @@ def _json_rows(entries: Iterator[tuple[int, Any]], path: str | Path, means: Call
                 raise
             row = {None: "with other columns"}
         yield number, row
-    if first and not known:
-        raise first
+    if broken and not known:
+        raise broken[0]
 
 
 def _array(text: TextIO, path: str | Path, before: str, notes: list[str]) -> Iterator[tuple]:

@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -253,14 +253,12 @@ def name_of(reward: Reward) -> str:
 # -- ready-made ----------------------------------------------------------------------------------
 def vowel_share(text: str) -> float:
     """Vowels / letters; 0 without letters. Over-optimised, names become "aaaa"."""
-    letters = [c for c in text.lower() if c.isalpha()]
-    return sum(c in "aeiou" for c in letters) / max(len(letters), 1)
+    return _share(c in "aeiou" for c in text.lower() if c.isalpha())
 
 
 def short_words(text: str) -> float:
     """Words of at most four letters / words; 0 without words."""
-    words = _words(text)
-    return sum(len(word) <= 4 for word in words) / max(len(words), 1)
+    return _share(len(word) <= 4 for word in _words(text))
 
 
 def distinct_words(text: str) -> float:
@@ -290,12 +288,7 @@ def _matches(pattern: str) -> Callable:
 def _listed_words(path: str) -> Callable:
     """Words of the reply that stand in the file / words; 0 without words."""
     listed = set(_words(read_text(path)))
-
-    def share(prompt, response):
-        words = _words(response)
-        return sum(word in listed for word in words) / max(len(words), 1)
-
-    return share
+    return lambda prompt, response: _share(word in listed for word in _words(response))
 
 
 READY_MADE = {  # name, up to the colon before its parameter -> what makes it of the parameter
@@ -312,6 +305,11 @@ def ready_made(reward: str) -> Callable[[], Callable] | None:
     kind, colon, parameter = reward.removeprefix(f"{__name__}:").partition(":")
     make = READY_MADE.get(kind + colon)
     return make and functools.partial(make, parameter)
+
+
+def _share(answers: Iterable[bool]) -> float:
+    answers = list(answers)
+    return sum(answers) / max(len(answers), 1)
 
 
 def _words(text: str) -> list[str]:

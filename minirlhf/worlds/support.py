@@ -59,18 +59,13 @@ def _fill(sentence: str) -> list[tuple[str, str | None]]:
     return [(sentence.format(item=item), item) for item in ITEMS]
 
 
-def _all_topics() -> dict[str, Meaning]:
-    """prompt -> topic: 9 intents x 3 questions x (10 items or none) x 6 openers = 1,296."""
-    topics = {}
-    for name, intent in INTENTS.items():
-        for opener, pattern in product(OPENERS, intent.questions):
-            for question, item in _fill(pattern):
-                prompt = f"{opener} {question}".strip()
-                topics[prompt[0].upper() + prompt[1:]] = Meaning("question", name, item)
-    return topics
-
-
-_TOPICS = _all_topics()
+_TOPICS = {  # prompt -> topic: 9 intents x 3 questions x (10 items or none) x 6 openers = 1,296
+    prompt[0].upper() + prompt[1:]: Meaning("question", name, item)
+    for name, intent in INTENTS.items()
+    for opener, pattern in product(OPENERS, intent.questions)
+    for question, item in _fill(pattern)
+    for prompt in [f"{opener} {question}".strip()]
+}
 PROMPTS = tuple(_TOPICS)
 
 
@@ -131,17 +126,6 @@ _MEANINGS = _all_meanings()
 _NORMALISED_TOPICS = {_normalise(prompt): topic for prompt, topic in _TOPICS.items()}
 
 
-def _topic(prompt: str) -> Meaning:
-    """The topic of a prompt, capitals and spacing aside."""
-    topic = _NORMALISED_TOPICS.get(_normalise(prompt))
-    if topic is None:
-        raise ValueError(
-            f"support world: expected one of the {len(PROMPTS):,} prompts of its grammar, as no "
-            f"other has a gold reward; got {prompt!r}; take one like {PROMPTS[0]!r}"
-        )
-    return topic
-
-
 def _term(sentence: str, topic: Meaning) -> str:
     """The kind of a normalised sentence as a reply on `topic`: a key of GOLD_WEIGHTS."""
     meaning = _MEANINGS.get(sentence, Meaning("garbled"))
@@ -171,7 +155,12 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
     Raises:   ValueError: the prompt is not of the grammar, so that nothing can be right or wrong.
     Tested by: tests/worlds/test_support_world.py::test_gold_of_a_worked_example
     """
-    topic = _topic(prompt)
+    topic = _NORMALISED_TOPICS.get(_normalise(prompt))
+    if topic is None:
+        raise ValueError(
+            f"support world: expected one of the {len(PROMPTS):,} prompts of its grammar, as no "
+            f"other has a gold reward; got {prompt!r}; take one like {PROMPTS[0]!r}"
+        )
     *finished, rest = _SENTENCE_END.split(response)
     sentences = [_normalise(sentence) for sentence in finished]
     said = [_term(sentence, topic) for sentence in sentences]

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 
 import tiktoken
@@ -72,7 +73,11 @@ class Tokenizer:
 
         Raises:   ValueError: an id outside the vocabulary.
         """
-        return [_printable(self._bytes(int(i))) for i in ids]
+        texts = (self._bytes(int(i)).decode("utf-8", errors="backslashreplace") for i in ids)
+        return [
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+            for text in texts
+        ]
 
     def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
@@ -118,11 +123,6 @@ class Tokenizer:
             return "\ufffd".encode()
 
 
-def _printable(data: bytes) -> str:
-    text = data.decode("utf-8", errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Byte-level BPE: give the most frequent adjacent pair the next rank, merge it, repeat.
 
@@ -140,84 +140,70 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
             f"vocab_size: expected at least {base}, 256 bytes and {len(SPECIALS)} special tokens; "
             f"got {vocab_size}: raise it"
         )
+    words: Counter[str] = Counter()  # pieces as bytes, one character a byte; long ones in parts
     pieces = Counter(piece for text in texts for piece in re.findall(PATTERN, text))
-    if not pieces:
+    for piece, times in pieces.items():
+        data = piece.encode("utf-8", errors="replace").decode("latin-1")
+        for start in range(0, len(data), _LONGEST_PIECE):
+            words[data[start : start + _LONGEST_PIECE]] += times
+    if not words:
         raise InputError("tokenizer: expected some text to train on; got none: give a corpus")
-    ranks = _train_ranks(pieces, n_ranks=vocab_size - len(SPECIALS))
+    ranks = _train_ranks(words, n_ranks=vocab_size - len(SPECIALS))
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
     return make_tokenizer("minirlhf", PATTERN, ranks, specials)
 
 
-def _train_ranks(pieces: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
-    """Ranks of at most n_ranks tokens, the 256 bytes first.
+def _train_ranks(counts: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
+    """Ranks of at most n_ranks tokens, the 256 bytes first, from words and how often they occur.
 
     A word is a string with one character a token, chr(rank), so that str.split finds a pair. A
-    merge changes only the counts beside it. The heap keeps outdated entries: what is popped is
-    compared with the true count. No token arises twice (as a+bc, then as ab+c): within its
-    bytes the earlier merges are the same wherever they stand.
+    merge changes only the counts beside it. A pair gains only while the later of its tokens is
+    made, so that one entry of the heap is enough: popped with an outdated count, it goes back. No
+    token arises twice (as a+bc, then as ab+c): within its bytes the earlier merges are the same
+    wherever they stand.
     """
-    words = sorted(_cut(pieces).items())
+    words = sorted(counts.items())
+    tokens = [bytes([i]) for i in range(256)]
     pair_counts: Counter[str] = Counter()
     words_with: dict[str, set[int]] = defaultdict(set)
-    for w, (word, count) in enumerate(words):
-        for pair in map("".join, zip(word, word[1:], strict=False)):
-            pair_counts[pair] += count
-            words_with[pair].add(w)
 
-    tokens = [bytes([i]) for i in range(256)]
+    def pairs(word):
+        return map(add, word, word[1:])
 
     def entry(pair):  # smallest first: the most frequent, then the first in byte order
         return -pair_counts[pair], tokens[ord(pair[0])], tokens[ord(pair[1])], pair
 
+    for w, (word, times) in enumerate(words):
+        for pair in pairs(word):
+            pair_counts[pair] += times
+            words_with[pair].add(w)
     heap = [entry(pair) for pair in pair_counts]
     heapq.heapify(heap)
     while heap and len(tokens) < n_ranks:
         negative_count, a, b, best = heapq.heappop(heap)
         if -negative_count != pair_counts[best]:
+            heapq.heappush(heap, entry(best))
             continue
         if -negative_count < 2:
             break
         new = chr(len(tokens))
         tokens.append(a + b)
-        changed = set()
+        made = defaultdict(set)  # pairs with the new token
         for w in words_with.pop(best):
-            word, count = words[w]
-            merged, changes = _merge(word, best, new)
-            words[w] = merged, count
-            for pair, change in changes:
-                pair_counts[pair] += change * count
-                words_with[pair].add(w)
-                changed.add(pair)
-        for pair in changed:
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, entry(pair))
+            word, times = words[w]
+            parts = word.split(best)
+            words[w] = new.join(parts), times
+            ends = [part[:1] + part[1:][-1:] for part in parts]  # between them nothing changes
+            for pair in pairs(best.join(ends)):
+                pair_counts[pair] -= times
+            for pair in pairs(new.join(ends)):
+                pair_counts[pair] += times
+                if new in pair:
+                    made[pair].add(w)
+        words_with |= made
+        for pair in made:
+            heapq.heappush(heap, entry(pair))
     return {token: rank for rank, token in enumerate(tokens)}
-
-
-def _cut(pieces: Counter[str]) -> Counter[str]:
-    """The pieces as bytes, one character a byte; those longer than _LONGEST_PIECE in parts."""
-    parts: Counter[str] = Counter()
-    for piece, count in pieces.items():
-        data = piece.encode("utf-8", errors="replace").decode("latin-1")
-        for start in range(0, len(data), _LONGEST_PIECE):
-            parts[data[start : start + _LONGEST_PIECE]] += count
-    return parts
-
-
-def _merge(word: str, pair: str, new: str) -> tuple[str, list[tuple[str, int]]]:
-    """The word with `new` for each `pair`, from the left; how that changes the counts of pairs."""
-    parts = word.split(pair)
-    changes = []
-    left = parts[0][-1:]
-    for j, part in enumerate(parts[1:], start=1):
-        right = part[:1] or (pair[0] if j < len(parts) - 1 else "")
-        changes.append((pair, -1))
-        if left:
-            changes += [(left + pair[0], -1), (left + new, 1)]
-        if right:
-            changes += [(pair[1] + right, -1), (new + right, 1)]
-        left = part[-1:] or new
-    return new.join(parts), changes
 
 
 def load_tokenizer_by_name(name: str) -> Tokenizer:

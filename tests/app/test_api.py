@@ -152,13 +152,27 @@ def test_samples_of_policy_and_reference(run):
     assert run.sample([]) == []
 
 
+def test_a_notebook_shows_runs_replies_and_scores(run):
+    shown = run._repr_html_()
+    for of in (run.result["reference"], run.result["policy"]):
+        assert f"<td>{of['kl_seq']:.2f}</td>" in shown
+    replies = run.sample([PROMPT, "Who are you?"], seed=1)
+    assert isinstance(replies, list) and len(replies) == 2
+    shown = replies._repr_html_()
+    assert f"<td>{PROMPT}</td>" in shown and "gold" in shown and "<th>reply</th>" in shown
+    evil = api.Replies(["<b>&"], ["<script>"], run.session.world)._repr_html_()
+    assert "&lt;b&gt;&amp;" in evil and "<script>" not in evil
+    paid = run.score(PROMPT, REPLY)
+    assert f'data-kl-seq="{paid.kl_seq}"' in paid._repr_html_()
+
+
 def test_the_score_of_a_reply(run):
     paid = run.score(PROMPT, REPLY)
-    assert len(paid.tokens) == len(paid.logp) == len(paid.ref_logp) == len(paid.kl_token)
+    assert len(paid.pieces) == len(paid.logp) == len(paid.ref_logp) == len(paid.kl_token)
     assert paid.kl_seq == pytest.approx(paid.kl_token.sum())
     assert paid.objective == pytest.approx(paid.score - run.config.ppo.kl_coef * paid.kl_seq)
     assert paid.gold is not None and run.score("Who are you?", REPLY).gold is None
-    assert "".join(paid.tokens).startswith("Your kettle")
+    assert "".join(paid.pieces).startswith("Your kettle")
 
 
 @pytest.mark.parametrize(

@@ -393,6 +393,24 @@ def test_score_prints_the_penalty_of_any_text(capsys, desk, response):
     assert files_under(desk) == before
 
 
+def test_score_of_several_responses_side_by_side_and_into_files(capsys, desk, tmp_path):
+    replies = ["It is on its way.", "no"]
+    asked = ["score", desk, "--prompt", PROMPT, "--response", *replies]
+    status, out, _ = call(capsys, *asked, "--json")
+    scores = json.loads(out)["scores"]
+    assert status == 0 and [of["response"] for of in scores] == replies
+    for of in scores:
+        assert sum(of["logp"]) - sum(of["ref_logp"]) == pytest.approx(of["kl_seq"], abs=1e-12)
+    page, picture = tmp_path / "a.html", tmp_path / "a.png"
+    status, out, err = call(capsys, *asked, "--html", page, "--png", picture)
+    assert status == 0 and err == "" and picture.stat().st_size > 1000
+    for of in scores:
+        assert f"penalty {of['kl_seq']:+.4f} nats" in words(out)
+        assert f'data-kl-seq="{of["kl_seq"]}"' in page.read_text()
+    message = refusal(capsys, *asked, "--html", tmp_path / "a.png")
+    assert message.startswith("--html: expected a name in .html; got")
+
+
 def test_score_prints_the_objective_of_training(capsys, desk):
     _, out, _ = call(capsys, "score", desk, "--prompt", PROMPT, "--response", "It is on its way.")
     number = r"([+-]\d+\.\d+)"

@@ -9,7 +9,7 @@ from tiny_run import call, refusal
 
 from minirlhf.app import exact
 from minirlhf.app.exact import check_claims, draw_pictures, exact_command, show_tables
-from minirlhf.exact.experiments import kl_gradient_table
+from minirlhf.exact.expected import kl_gradient_table
 
 
 def shown(results):
@@ -97,7 +97,7 @@ def test_a_folder_with_results_is_not_written_over(everything, capsys):
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "expected a folder to write to" in refusal(
+    assert "expected a place to write to" in refusal(
         capsys, "exact", "--out", tmp_path / "file" / "below"
     )
 

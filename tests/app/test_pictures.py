@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 
 from minirlhf.app import exact, pictures
 from minirlhf.app.pictures import LOOKS, ROUNDING, curves_figure, geometric_mean, grouped
-from minirlhf.exact import experiments
+from minirlhf.exact import expected
 
 PALETTE = {look["color"].lower() for look in LOOKS}
 
@@ -70,7 +70,7 @@ def test_pictures_of_trained_policies(everything, monkeypatch, tmp_path):
 
 
 def test_pictures_of_gradients(monkeypatch, tmp_path):
-    results = {"kl": experiments.kl_gradient_table()}
+    results = {"kl": expected.kl_gradient_table()}
     (figure,) = drawn(monkeypatch, tmp_path, results)
     for axis in figure.axes:
         check_axis(axis)

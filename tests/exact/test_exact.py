@@ -30,6 +30,7 @@ from tolerances import (
 )
 
 from gao import GaoFit, fit_gao
+from gradients import gather_nodes
 from minirlhf import backend
 from minirlhf.backend import to_host
 from minirlhf.exact import enumeration
@@ -42,20 +43,18 @@ from minirlhf.exact.enumeration import (
     prompt_of_leaf,
     response_logprobs,
 )
-from minirlhf.exact.expected import gather_nodes, penalty_dlogits, policy_gradient_dlogits
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import make_random_world, penalty_dlogits, policy_gradient_dlogits
 from minirlhf.exact.optimum import (
-    best_of_n,
     by_depth,
     evaluate_exactly,
     frontier_reward,
-    grpo_rest,
     objective_gradient,
     optimality_gap,
     policy_values,
     soft_optimum,
 )
 from minirlhf.rlhf.logprobs import log_softmax
+from other_optima import best_of_n, grpo_rest
 
 FEWER = settings(max_examples=settings().max_examples // 5 or 1)  # where an example takes long
 

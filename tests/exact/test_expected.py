@@ -12,17 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import DIFFERENT, ENUMERATION, LOOPS, assert_close
 
-from gradients import flatness_table, gae_table, logits_at_kl
+from gradients import flatness_table, gae_table, gather_nodes, logits_at_kl
 from minirlhf.exact.enumeration import PrefixTree, Responses, all_responses, enumerate_responses
 from minirlhf.exact.expected import (
+    PLACEMENTS,
+    STALE,
     cosine,
-    gather_nodes,
     gradient_moments,
+    kl_gradient_table,
+    make_random_world,
     penalty_dlogits,
     policy_gradient_dlogits,
     relative_error,
 )
-from minirlhf.exact.experiments import PLACEMENTS, STALE, kl_gradient_table, make_random_world
 from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values, soft_optimum
 from minirlhf.exact.tiny import make_tiny_world
 from minirlhf.rlhf.advantages import gae, token_rewards

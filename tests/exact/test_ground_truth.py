@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 from tolerances import ENUMERATION, LOOPS, assert_close, assert_trees_close
 
-from minirlhf.exact.experiments import TrainingRun, changed, optimum_runs, train_run
 from minirlhf.exact.ground_truth import (
     PPO,
     RLOO,
     SFT,
+    changed,
     fit_reference,
     log_probs_on_tree,
     make_ground_truth,
     measure,
+    optimum_runs,
     sample_world,
     small_transformer,
     train_on_world,
+    train_run,
 )
 from minirlhf.exact.optimum import evaluate_exactly, frontier_reward, soft_optimum
 from minirlhf.exact.tiny import make_tiny_world
@@ -95,8 +97,8 @@ def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):
 def test_where_the_penalty_stands_decides(reference):
     ends = {}
     for mode in ("reward_k1", "reward_and_loss_full", "loss_k3_tok", "loss_k1"):
-        run = TrainingRun(mode, changed(PPO, iterations=15, kl_mode=mode))
-        row = train_run(run, WORLD, reference, seed=0)
+        settings = changed(PPO, iterations=15, kl_mode=mode)
+        row = train_run(mode, settings, WORLD, reference, seed=0)
         ends[mode] = row["history"][-1]["exact/fraction"]
         assert row["history"][-1]["exact/reward"] <= row["frontier"] + ENUMERATION
     assert ends["reward_k1"] > ends["loss_k3_tok"] > ends["loss_k1"]
@@ -128,15 +130,14 @@ def test_samples_follow_the_exact_distribution(reference, truth):
     rewards = WORLD.score(samples.prompt_ids, samples.response_ids)
     error = rewards.std() / np.sqrt(len(rewards))
     assert abs(rewards.mean() - truth.ref_reward) < 4 * error < 0.05
-    assert samples.responses[0] == WORLD.text(samples.response_ids[0])
     assert max(map(len, samples.response_ids)) == WORLD.max_response_tokens
 
 
 def test_the_runs_differ_where_their_names_say_so():
-    names = [(run.name, run.settings.kl_coef) for run in optimum_runs(iterations=7)]
+    names = [(name, settings.kl_coef) for name, settings in optimum_runs(iterations=7)]
     assert len(set(names)) == len(names) == 9
-    assert {run.settings.iterations for run in optimum_runs(iterations=7)} == {7}
-    assert {run.settings.advantages for run in optimum_runs()} == {"gae", "leave-one-out"}
+    assert {settings.iterations for _, settings in optimum_runs(iterations=7)} == {7}
+    assert {settings.advantages for _, settings in optimum_runs()} == {"gae", "leave-one-out"}
 
 
 @pytest.mark.parametrize(

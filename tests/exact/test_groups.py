@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from minirlhf.exact.experiments import make_random_world
+from minirlhf.exact.expected import make_random_world
 from minirlhf.rlhf.advantages import advantages_without_critic, importance_weights
 from minirlhf.rlhf.objectives import SURROGATES, token_weights
 

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from gradients import gae_table
+from gradients import gae_table, gather_nodes
 from minirlhf.exact import judge
-from minirlhf.exact.expected import cosine, gather_nodes, penalty_dlogits, relative_error
-from minirlhf.exact.experiments import kl_gradient_table
+from minirlhf.exact.expected import cosine, kl_gradient_table, penalty_dlogits, relative_error
 from minirlhf.exact.libraries import LIBRARIES
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.exact.tree_policy import tree_logits

@@ -177,7 +177,9 @@ def test_a_disk_that_fails_leaves_what_was_there(tmp_path, monkeypatch, write, c
         patch.setattr(f"builtins.{call}" if call == "open" else call, fail)
         with pytest.raises(InputError) as error:
             write(tmp_path)
-    assert failed and re.search(r"cannot be written \(.+\): free some space", str(error.value))
+    assert failed and re.search(
+        r"expected a place to write to; got .+: free some space", str(error.value)
+    )
     if call != "os.open":  # of the folder, which is synced last; and to clean up needs it too
         after = content(tmp_path)
         kept = {name.replace(".model.old/", "model/"): data for name, data in after.items()}

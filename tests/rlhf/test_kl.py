@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tiny import with_junk
 from tolerances import DIFFERENT, ENUMERATION, K3, LOOPS, PRINTED, assert_close
 
+from gradients import gather_nodes
 from minirlhf.errors import InputError
 from minirlhf.exact.enumeration import all_responses, enumerate_responses
-from minirlhf.exact.expected import gather_nodes, penalty_dlogits
+from minirlhf.exact.expected import penalty_dlogits
 from minirlhf.rlhf.kl import (
     ESTIMATORS,
     KL_MODES,

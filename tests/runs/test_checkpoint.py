@@ -429,9 +429,9 @@ def test_missing_files_are_refused(tmp_path):
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="expected a place to write to"):
             save_model(folder, model(), CONFIG)
-        with pytest.raises(InputError, match="cannot be written"):
+        with pytest.raises(InputError, match="expected a place to write to"):
             save_state(folder, {}, {})
 
 

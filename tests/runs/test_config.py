@@ -193,6 +193,7 @@ IMPOSSIBLE = {
     "eval_every": -1,
     "reward_timeout": -0.5,
     "checkpoint_every": 0,
+    "snapshots": -1,
     "model.n_layer": 0,
     "model.n_head": 3,  # does not divide 64
     "model.d_model": 0,

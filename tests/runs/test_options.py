@@ -102,6 +102,7 @@ MUTATIONS = {
     "eval_prompts": Turn(9, shows="result", first="ppo"),
     "eval_every": Turn(1, shows="metrics of ppo", only=("metrics of ppo", "metrics")),
     "checkpoint_every": Turn(2, shows="seen: checkpoints", only=("seen: checkpoints",)),
+    "snapshots": Turn(2, shows="snapshots.jsonl", only=("snapshots.jsonl",)),
     "encoding": Turn("stand-in", shows="tiktoken.json"),
     "corpus_unit": Turn("document", world="verses", shows="metrics of sft"),
     "reward": Turn(LENGTH, shows="metrics of ppo", first="reward_model"),

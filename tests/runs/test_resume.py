@@ -149,7 +149,7 @@ def test_a_lock_is_let_go_whatever_happens(tmp_path):
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="expected a run folder to write to"), locked(tmp_path):
+    with pytest.raises(InputError, match="expected a place to write to"), locked(tmp_path):
         pass
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
@@ -189,7 +189,7 @@ def test_numbered_folders_are_never_shared(tmp_path):
 def test_a_numbered_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="expected a place to write to"):
         disk.new_numbered_folder("x")
 
 

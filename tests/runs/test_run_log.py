@@ -82,7 +82,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="got a folder"):
         read_jsonl(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="expected a run folder"):
+    with pytest.raises(InputError, match="expected a place to write to"):
         RunLog(tmp_path / "file")
 
 
@@ -166,7 +166,9 @@ def test_a_disk_that_refuses_is_one_sentence(tmp_path, monkeypatch, call):
         monkeypatch.setattr(os, call, full)
     acts = {"write": lambda: log.metrics(2, "ppo", {}), "fsync": log.position}
     acts["truncate"] = lambda: log.restart("ppo")
-    with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written \(No space left"):
+    with pytest.raises(
+        InputError, match=r"metrics.jsonl: expected a place to write to; got No space left"
+    ):
         acts[call]()
 
 

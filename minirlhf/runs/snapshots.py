@@ -1,0 +1,132 @@
+"""What each token of a reply pays; and snapshots.jsonl, the same prompts at moments of PPO.
+
+A snapshot is a few replies of the policy as it is then, always to the first held-out prompts and
+with the same coins: what differs from one to the next is the policy.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from minirlhf.backend import to_host
+from minirlhf.disk import plain, write_whole
+from minirlhf.nn.sampling import Sampling
+from minirlhf.rlhf.advantages import gae, token_rewards
+from minirlhf.rlhf.kl import summed_penalty
+from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.session import Session
+from minirlhf.train.policy import policy_forward
+from minirlhf.train.ppo import final_score, rollout_penalty
+from minirlhf.train.rollout import Samples, Scorer, score_rollout
+from minirlhf.tree import Tree
+
+PROMPTS, LIKELIEST = 4, 5
+
+
+def token_rows(
+    session: Session,
+    policy: Tree,
+    reference: Tree,
+    samples: Samples,
+    *,
+    scores: np.ndarray | None,
+    kl_coef: float,
+) -> list[dict[str, Any]]:
+    """What each reply of `samples` pays, a dict of T tokens each; in nats, if nothing is said.
+
+    prompt, response  the texts
+    pieces, ids       (T,) the tokens; a piece is printable text
+    logp, ref_logp    (T,) log pi_theta(y_t|.) and log pi_ref(y_t|.)
+    entropy           (T,) of pi_theta(.|x, y_<t)
+    value             (T,) V(x, y_<t) [reward units]; None where the policy has no value head
+    reward_token      (T,) -beta times what kl_mode takes off the reward of each token, and the
+                      score on the last token [reward units]; None without a score
+    advantage         (T,) of GAE, not whitened [reward units]; None without a value or a score
+    top, ref_top      (T, 5) [piece, probability] of the likeliest next tokens of either policy
+    kl_seq            sum over t of logp - ref_logp: the penalty
+    score             normalised reward of the whole reply; None without one
+    gold              the world's true reward, where there is one
+    kl_coef           beta [reward units per nat]
+
+    Args:     scores: (B,) normalised; None where there is no reward yet.
+    """
+    settings = session.config.ppo
+    same = {"config": session.gpt, "settings": settings}
+    judged = scores is not None
+    known = scores if judged else np.zeros(len(samples.response_ids))
+    rollout = score_rollout(policy, reference, samples, score=lambda _: known, **same)
+    mask, values = rollout.batch.response_mask, rollout.values
+    final = final_score(rollout, settings=settings, stop_id=session.tokenizer.eos)
+    penalty = rollout_penalty(rollout, settings)
+    rewards = token_rewards(final, penalty, mask=mask, kl_coef=kl_coef)
+    advantages, _ = gae(rewards, values, mask=mask, gamma=settings.gamma, lam=settings.lam)
+    arrays = {"logp": rollout.old_logp, "ref_logp": rollout.ref_logp, "entropy": rollout.entropy}
+    has_critic = "value_head" in policy
+    arrays["value"] = values if has_critic else None
+    arrays["reward_token"] = rewards if judged else None
+    arrays["advantage"] = advantages if judged and has_critic else None
+    arrays = {name: a if a is None else to_host(a).astype(np.float64) for name, a in arrays.items()}
+    kl_seq = summed_penalty(arrays["logp"], arrays["ref_logp"], mask=to_host(mask))
+    heads = {"top": policy, "ref_top": reference}
+    likeliest = {name: _likeliest(session, params, samples) for name, params in heads.items()}
+    rows = []
+    for i, (prompt, response) in enumerate(zip(samples.prompts, samples.responses, strict=True)):
+        ids = [int(token) for token in samples.response_ids[i]]
+        row = {"prompt": prompt, "response": response}
+        row |= {"pieces": session.tokenizer.pieces(ids), "ids": ids}
+        for name, array in arrays.items():
+            row[name] = None if array is None else array[i, : len(ids)]
+        row |= {name: tops[i][: len(ids)] for name, tops in likeliest.items()}
+        row["kl_seq"] = float(kl_seq[i])
+        row["score"] = float(known[i]) if judged else None
+        row["gold"] = session.world.gold_or_none(prompt, response)
+        rows.append(row | {"kl_coef": float(kl_coef)})
+    return rows
+
+
+def _likeliest(session: Session, params: Tree, samples: Samples) -> list[list[list]]:
+    """(B, T, 5) [piece, probability], the likeliest first."""
+    temperature = session.config.ppo.temperature
+    same = {"batch": samples.batch, "config": session.gpt, "keep": False}
+    logits = to_host(policy_forward(params, **same)[0].logits).astype(np.float64) / temperature
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p = weights / weights.sum(axis=-1, keepdims=True)
+    order = np.argsort(-p, axis=-1, kind="stable")[..., :LIKELIEST]
+    shares = np.take_along_axis(p, order, axis=-1).round(4)
+    return [
+        [
+            [list(pair) for pair in zip(session.tokenizer.pieces(ids), map(float, of), strict=True)]
+            for ids, of in zip(*row, strict=True)
+        ]
+        for row in zip(order, shares, strict=True)
+    ]
+
+
+def moments(session: Session) -> set[int]:
+    """After how many iterations of PPO a snapshot is taken: at the beginning, and N times."""
+    n, total = session.config.snapshots, session.config.ppo.iterations
+    return {round(i * total / n) for i in range(n + 1)} if n else set()
+
+
+def take_snapshot(
+    session: Session, policy: Tree, reference: Tree, *, score: Scorer, done: int, kl_coef: float
+) -> None:
+    """Add the replies after `done` iterations; what is there of later ones is made again."""
+    prompts = session.world.heldout_prompts[:PROMPTS]
+    coins = np.random.default_rng(session.config.seed + 1_000_003)  # those of `evaluate`
+    sampling = Sampling(session.config.ppo.temperature)
+    samples = session.sample(policy, prompts, coins, sampling)._replace(hidden=None)
+    scores = score(samples)
+    rows = token_rows(session, policy, reference, samples, scores=scores, kl_coef=kl_coef)
+    kept = [row for row in read_snapshots(session) if row["step"] < done]
+    lines = [json.dumps(plain(row), ensure_ascii=False) for row in kept]
+    lines += [json.dumps(plain({"step": done, **row}), ensure_ascii=False) for row in rows]
+    content = "".join(line + "\n" for line in lines)
+    write_whole(session.folder / "snapshots.jsonl", content.encode(errors="backslashreplace"))
+
+
+def read_snapshots(session: Session) -> list[dict[str, Any]]:
+    """The rows of snapshots.jsonl, each with its step, the iterations that were done; or []."""
+    path = session.folder / "snapshots.jsonl"
+    return read_jsonl(path, {"step": int}) if path.exists() else []
