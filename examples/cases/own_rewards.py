@@ -7,9 +7,9 @@ def different_vowels(prompt: str, response: str) -> float:
 
 
 def repeats(prompt: str, response: str) -> float:
-    """The share of words, or letters, that stand beside their like."""
-    words = response.split() if " " in response else list(response)
-    return sum(a == b for a, b in zip(words, words[1:], strict=False)) / max(1, len(words))
+    """The share of words that the reply has said before."""
+    words = response.split()
+    return 1.0 - len(set(words)) / max(1, len(words))
 
 
 def phrases(prompt: str, response: str) -> float:

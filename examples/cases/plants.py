@@ -20,12 +20,15 @@ from unittest import mock
 
 import numpy as np
 
+from minirlhf.app.diagnose import diagnose
+from minirlhf.app.rules import RULES, Seen
 from minirlhf.disk import read_object, to_json, write_whole
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf import kl, objectives
 from minirlhf.rlhf.advantages import token_rewards
 from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import fingerprint, remember
 from minirlhf.runs.session import BEGAN, Score, fork_run, open_session
 from minirlhf.train import ppo, recipes
@@ -33,25 +36,26 @@ from minirlhf.train.policy import policy_forward
 from minirlhf.train.settings import with_fields
 from minirlhf.tree import tree_copy
 from minirlhf.worlds.rewards import absolute_reward
+from study import Case
 
 OWN = Path(__file__).with_name("own_rewards.py")
 SYLLABLES = "ka lo mi tru sen bri no va del ro shi ta".split()
 BASE = {
     "workers": 1,
     "stages": "sft,reward",
-    "eval_prompts": 64,
+    "eval_prompts": 16,
     "eval_every": 0,
     "model": {"n_ctx": 64},  # also where replies are cut shorter
-    "sft": {"steps": 600},
+    "sft": {"steps": 900},
     "reward_model": {"n_heldout_pairs": 64, "n_normalize": 512},
-    "ppo": {"iterations": 24, "batch_size": 64},
+    "ppo": {"iterations": 24, "batch_size": 48},
 }
 VARIANTS = (  # of the seed's base, of its PPO
-    ({"d_model": 40}, {}),
-    ({"d_model": 32}, {"kl_coef": 0.1, "batch_size": 96, "iterations": 20}),
-    ({"d_model": 40}, {"temperature": 0.8, "kl_coef": 0.3}),
-    ({"d_model": 32}, {"kl_mode": "loss_k2_seq"}),
-    ({"d_model": 48, "n_layer": 1}, {"kl_target": 1.5, "kl_horizon": 640.0}),
+    ({"d_model": 48}, {}),
+    ({"d_model": 40}, {"kl_coef": 0.1, "batch_size": 64, "iterations": 20}),
+    ({"d_model": 56}, {"temperature": 0.8, "kl_coef": 0.3}),
+    ({"d_model": 48}, {"kl_mode": "loss_k2_seq"}),
+    ({"d_model": 64, "n_layer": 1}, {"kl_target": 1.5, "kl_horizon": 640.0}),
 )
 FAST = {"sft": {"steps": 20}, "reward_model": {"n_pairs": 64, "n_heldout_pairs": 8}}
 FAST |= {"model": {"d_model": 16}, "ppo": {"iterations": 3, "batch_size": 16}, "eval_prompts": 8}
@@ -292,6 +296,7 @@ def plant_run(name: str, seed: int, out: Path, *, fast: bool = False) -> Path:
     if (folder / "result.json").exists():
         return folder
     settings = with_fields(load_config(start / "config.toml").ppo, plant.ppo, "ppo")
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
     fork_run(start, folder, ppo=settings, eval_every=0)
     reward = {"reward": absolute_reward(REWARDS[world])} if world in REWARDS else {}
     if reward:  # its scale is made anew
@@ -307,6 +312,53 @@ def plant_run(name: str, seed: int, out: Path, *, fast: bool = False) -> Path:
     return folder
 
 
+# -- measuring -----------------------------------------------------------------------------------
+class Told(NamedTuple):
+    """What `diagnose` said of a run."""
+
+    cause: str
+    seed: int
+    expected: str  # the rule that should be first; "" of a healthy run
+    found: list[tuple[str, int]]  # (rule, the row in which it speaks while the run trains)
+    gold_fell: int | None  # the row in which that shows, where there is a gold reward
+
+    @property
+    def first(self) -> str:
+        return self.found[0][0] if self.found else ""
+
+    @property
+    def right(self) -> bool:
+        return self.first == self.expected
+
+
+def told(name: str, seed: int, folder: Path) -> Told:
+    """What `diagnose` says of the run in a folder."""
+    rows = [row for row in read_metrics(folder) if row["stage"] == "ppo"]
+    fell = RULES["over-optimisation"].look(Seen(rows))
+    found = [(f.rule, f.onset + RULES[f.rule].rows - 1) for f in diagnose(folder).findings]
+    return Told(name, seed, PLANTS[name].rule, found, fell and fell[0] + 1)
+
+
+def measure(case: Case) -> list[Told]:
+    """Every cause under every seed of a case; of a fast one, some causes in tiny runs."""
+    out, fast = case.out / "runs", case.fast
+    out.mkdir(parents=True, exist_ok=True)
+    names = list(PLANTS)[::10] if fast else list(PLANTS)
+    bases = [(world, seed) for world in ("support", "names") for seed in case.seeds]
+    case._each(_base, [(*of, out, fast) for of in bases], "references and reward models")
+    jobs = [(name, seed, out, fast) for seed in case.seeds for name in names]
+    return case._each(_plant_and_tell, jobs, "runs")
+
+
+def _base(job: tuple) -> None:
+    base(*job)
+
+
+def _plant_and_tell(job: tuple[str, int, Path, bool]) -> Told:
+    name, seed, out, fast = job
+    return told(name, seed, plant_run(name, seed, out, fast=fast))
+
+
 def main() -> None:
     """Train some of the runs, and say what `diagnose` finds in each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -318,8 +370,8 @@ def main() -> None:
     for seed in options.seeds:
         for name in PLANTS:
             if any(part in name for part in options.only):
-                folder = plant_run(name, seed, options.out)
-                print(folder.name, flush=True)
+                said = told(name, seed, plant_run(name, seed, options.out))
+                print(f"{name}, seed {seed}: {'right' if said.right else 'WRONG'} {said.found}")
 
 
 if __name__ == "__main__":

@@ -230,7 +230,10 @@ def diagnose_command(
         print(to_json({"findings": rows, "unseen": unseen}).decode(), end="")
         return found.status
     for number, (rule, severity, onset, seen, cause, knob) in enumerate(findings, 1):
-        print(f"{number}. {severity} from step {onset}: {rule}{', perhaps of 1' * (number > 1)}")
+        print(
+            f"{number}. {severity} from step {onset}: {rule}{', perhaps of 1' * (number > 1)}"
+            f" ({RULES[rule].measured})"
+        )
         print(f"   seen:  {seen}\n   cause: {cause}\n   first: {knob}")
     print(
         *(findings or ["nothing found"])[len(findings) :],

@@ -66,6 +66,7 @@ class Rule(NamedTuple):
     cause: str
     knob: str
     source: str
+    measured: str = ""
     limits: dict[str, float] = {}
     needs: tuple[str, ...] = ()
     rows: int = 3
@@ -239,6 +240,10 @@ def _penalty_too_weak(seen: Seen, nats: float, share: float) -> tuple[np.ndarray
     paid = seen.few("objective/kl_coef") * seen.few("objective/kl")
     shown = seen.show("objective/kl", "objective/scores", "objective/kl_coef")
     return (seen.few("objective/kl") > nats) & (paid < share * gain), shown
+
+
+def _kl_runaway(seen: Seen, nats: float) -> tuple[np.ndarray, Shown]:
+    return seen.few("objective/kl") > nats, seen.show("objective/kl")
 
 
 def _over_optimisation(seen: Seen, errors: float) -> tuple[np.ndarray, Shown]:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -160,6 +162,12 @@ PLANTED = {  # rule -> columns with an answer, its onset, columns that miss it b
         {},
         {},
     ),
+    "kl-runaway": (
+        {"objective/kl": from_step(5, 1.0, 30.0), "objective/kl_coef": 0.2},
+        6,
+        {"objective/kl": from_step(5, 1.0, 14.0)},
+        {},
+    ),
     "entropy-collapse": (
         {"policy/entropy_avg": from_step(6, 0.4, 0.05)},
         8,
@@ -168,7 +176,7 @@ PLANTED = {  # rule -> columns with an answer, its onset, columns that miss it b
     ),
     "repetition": (
         {"response/repeated_bigrams": from_step(6, 0.02, 0.3)},
-        6,
+        7,  # (0.02 + 0.3 + 0.3) / 3 > 3 * 0.06
         {"response/repeated_bigrams": from_step(6, 0.02, 0.09)},
         {},
     ),
@@ -232,6 +240,15 @@ def test_rules_say_what_they_should():
         assert named <= flags, rule.name
 
 
+def test_how_often_a_rule_is_right_is_what_the_published_table_says():
+    readme = (Path(minirlhf.__file__).parent / "app/README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `([\w-]+)` \| (.* \d+ of \d+ .*) \|$", readme, re.M))
+    for rule in RULES.values():
+        cells = table[rule.name].split(" | ")
+        first = f"named first in {cells[1]} planted runs, " * (not cells[1].endswith(" 0"))
+        assert rule.measured == f"{first}found in {cells[4]} healthy ones"
+
+
 def test_a_row_that_is_made_again_takes_the_place_of_the_former():
     seen = Seen(rows(4))
     seen.add(2, rows(**{"objective/kl": 7.0})[2])
@@ -273,7 +290,7 @@ def test_a_finding_has_four_lines_and_the_status_is_for_ci(run_folder, capsys):
 
 
 def test_a_log_without_the_metrics_is_silent_and_says_so(run_folder):
-    few = [{"step": i, "objective/kl": 40.0 * i, "objective/scores": 1.0} for i in range(N)]
+    few = [{"step": i, "objective/kl": 1.0 * i, "objective/scores": 1.0} for i in range(N)]
     findings, unseen = diagnose(run_folder(few))
     assert not findings
     assert "over-optimisation: without objective/gold" in unseen
@@ -287,7 +304,7 @@ def test_the_first_finding_is_the_cause(run_folder):
     columns["policy/entropy_avg"] = from_step(6, 0.4, 0.02)
     folder = run_folder(rows(**columns, **{"objective/kl_coef": 0.001}), kl_mode="loss_k1")
     names = [finding.rule for finding in diagnose(folder).findings]
-    assert names == ["penalty-gradient", "penalty-too-weak", "entropy-collapse"]
+    assert names == ["penalty-gradient", "penalty-too-weak", "kl-runaway", "entropy-collapse"]
 
 
 def test_where_one_run_left_another(run_folder, capsys):
