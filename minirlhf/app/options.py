@@ -122,7 +122,8 @@ def options_of(config: Any, prefix: str = "") -> Iterator[tuple[list[str], str |
         else:
             choices = get_args(hints[field]) if get_origin(hints[field]) is Literal else ()
             default = "(none)" if value in (None, "", ()) else str(value)
-            yield [prefix + name], default, text + f" [{', '.join(choices)}]" * bool(choices)
+            shown = f" [{', '.join(filter(None, choices))}]" if choices else ""
+            yield [prefix + name], default, text + shown
 
 
 def add_help(parser: argparse.ArgumentParser, config: Any, *, everything: bool) -> None:

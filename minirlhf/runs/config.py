@@ -49,6 +49,8 @@ class TrainConfig:
     eval_every: int = 10  # Iterations between evaluations; 0: at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
     snapshots: int = 0  # Times that PPO's replies to the same prompts are kept, for `report`
+    # The metrics also in tensorboard/, as event files; or in metrics.csv
+    log: Literal["", "tensorboard", "csv"] = ""
     # Rules of `minirlhf diagnose` that stop PPO where they hold; any: each of them
     halt_on: tuple[str, ...] = ()
     # What to run; `resume` does the rest

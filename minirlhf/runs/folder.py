@@ -6,7 +6,7 @@ tiktoken.json                    the encoding
 reference/ reward_model/ policy/ models of transformers with their tokenizer
 checkpoint/                      the state of a stage, to go on from bit for bit, and the settings
                                  with which what is here was made
-metrics.jsonl samples.jsonl      one object a step
+metrics.jsonl samples.jsonl      one object a step; --log mirrors the first of them
 snapshots.jsonl                  replies to the same prompts at some moments, token by token
 result.json                      the final table
 .lock                            the process that is at work here
@@ -43,7 +43,7 @@ GO_ON = {**dict.fromkeys(STAGES, ()), "ppo": ("prompts", "rollout", "shuffle")}
 FREE = {  # what may change between two sessions; other texts and rewards are refused elsewhere
     *("device", "workers", "threads", "stages", "init", "corpus", "pairs"),
     *("reward", "reward_timeout", "halt_on"),
-    *("eval_prompts", "eval_every", "checkpoint_every", "snapshots"),
+    *("eval_prompts", "eval_every", "checkpoint_every", "snapshots", "log"),
     *("ppo.iterations", "ppo.micro_batch_size"),
 }
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl

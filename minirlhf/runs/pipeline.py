@@ -28,6 +28,7 @@ from minirlhf.runs import folder, hugging_face, snapshots
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
+from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
 from minirlhf.runs.session import Score, Session, Title, open_session, reopen_session
 from minirlhf.train import dpo, reward_model
@@ -120,7 +121,12 @@ def run_stages(session: Session) -> Result | None:
     config = session.config
     n_workers = config.workers if config.device == "cpu" else 1
     threads = config.threads or None
-    with session.at_work(), threadpool_limits(limits=threads), side_by_side(n_workers):
+    with (
+        session.at_work(),
+        mirrored(session.log, config.log),
+        threadpool_limits(limits=threads),
+        side_by_side(n_workers),
+    ):
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))

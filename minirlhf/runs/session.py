@@ -26,7 +26,7 @@ from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.runs import hugging_face, sizes
+from minirlhf.runs import hugging_face, mirrors, sizes
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.limits import fit_world
 from minirlhf.runs.lock import locked
@@ -226,7 +226,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
               shown: `track`, `say` and `watch` of the Session.
     Raises:   InputError: the folder holds a run already, or a setting or file cannot be used.
     """
-    array_module(config.device)  # refuse a device that is not there before anything is written
+    array_module(config.device)  # refuse what is not there before anything is written
+    mirrors.require(config.log)
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
     config.refuse_in_dpo(reward)
@@ -250,8 +251,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         reward=name_of(reward),
     )
     session = Session(config, world, tokenizer, rng, **shown)
-    _ = session.gpt  # refuses sizes that contradict each other
-    sizes.check_run(config, session.gpt, session.longest)
+    sizes.check_run(config, session.gpt, session.longest)  # sizes may contradict each other
     out = config.out or new_numbered_folder(name_and_kind(named)[0])
     session.config, session.world = replace(config, out=out), going_on(world, out)
     for note in (*world.notes, *notes):

@@ -173,6 +173,7 @@ ELSEWHERE = {  # fields with a test of their own, below
     "columns": "test_the_columns_that_are_named_are_read",
     "max_text_mb": "test_of_a_large_corpus_a_part_is_kept",
     "ppo.kl_mode": "test_every_kl_mode_is_another_training",
+    "log": "test_the_metrics_have_a_mirror",
 }
 EVERY_VALUE = {  # the further values of a choice, each unlike the default and unlike each other
     "ppo.clip": ("book", "none"),
@@ -464,6 +465,16 @@ def test_a_run_starts_from_the_weights_and_the_tokenizer_of_init(run, tmp_path, 
     assert not {f"reference/{name}.json" for name in same} & set(differences(base, got))
     first, before = (of["metrics of sft"][0]["heldout/loss_sft"] for of in (got, base))
     assert first < before  # it has learnt such names before
+
+
+@pytest.mark.parametrize("kind, made", [("csv", "metrics.csv"), ("tensorboard", "tensorboard")])
+def test_the_metrics_have_a_mirror(run, files, tmp_path, kind, made):
+    """And no number is another one; test_mirrors.py reads it."""
+    base, config = run("names", {}), changed(tiny_config(tmp_path / "run"), files["names"])
+    pipeline.train(changed(config, {"log": kind}))
+    assert (config.out / made).exists()
+    found = differences(outcome(config.out), base)
+    assert found == ["seen: checkpoints", "seen: rows in a forward"]  # which only `run` looks at
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path, files):
