@@ -292,7 +292,7 @@ def plant_run(name: str, seed: int, out: Path, *, fast: bool = False) -> Path:
     plant = PLANTS[name]
     world = plant.worlds[(seed + list(PLANTS).index(name)) % len(plant.worlds)]
     start = base("names" if world == "names" else "support", seed, out, fast)
-    folder = out / f"{name.replace(' ', '-')}-{seed}"
+    folder = out / f"{name.replace(':', '').replace(' ', '-')}-{seed}"
     if (folder / "result.json").exists():
         return folder
     settings = with_fields(load_config(start / "config.toml").ppo, plant.ppo, "ppo")

@@ -84,8 +84,13 @@ def diagnose(path: str | Path) -> Diagnosis:
 
 
 def _seen(log: Log) -> Seen:
-    config = log.folder and load_config(log.folder / "config.toml")
-    return Seen(log.stages.get("ppo", []), config or None)
+    """The rows of PPO; where a log has the KL as a mean over tokens alone, the sum made of it."""
+    config, rows = log.folder and load_config(log.folder / "config.toml"), []
+    for row in log.stages.get("ppo", []):
+        if "objective/kl" not in row and {"objective/kl_token", "response_length/mean"} <= {*row}:
+            row = {**row, "objective/kl": row["objective/kl_token"] * row["response_length/mean"]}
+        rows.append(row)
+    return Seen(rows, config or None)
 
 
 def _finding(rule: Rule, onset: int, says: str, own: bool = True) -> Finding:

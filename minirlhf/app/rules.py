@@ -203,9 +203,9 @@ def _value_not_learning(seen: Seen, share: float) -> tuple[np.ndarray, Shown]:
     return still & later, seen.show("ppo/val/var", "ppo/returns/var")
 
 
-def _missing_eos(seen: Seen, least: float) -> tuple[np.ndarray, Shown]:
-    share = seen["val/num_eos_tokens"] / (seen["episode"] / (np.array(seen.steps) + 1))
-    return share < least, {"share that ends": share, **seen.show("response_length/mean")}
+def _missing_eos(seen: Seen, most: float) -> tuple[np.ndarray, Shown]:
+    shown = seen.show("response_length/clip_ratio", "response_length/mean")
+    return seen["response_length/clip_ratio"] > most, shown
 
 
 def _penalty_too_strong(seen: Seen, most: float) -> tuple[np.ndarray, Shown]:

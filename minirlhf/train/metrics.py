@@ -69,6 +69,7 @@ def rollout_metrics(
         "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
         "val/num_eos_tokens": ppo.ended(rollout, stop_id).sum(),
         "response_length/mean": mask.sum(axis=1).mean(),
+        "response_length/clip_ratio": 1.0 - ppo.ended(rollout, stop_id).mean(),
     }
     if settings.has_critic:
         metrics |= {

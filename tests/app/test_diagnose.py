@@ -49,7 +49,7 @@ FLAT = {  # a run in which nothing happens
     "ppo/val/var": 0.01,
     "ppo/returns/var": 0.5,
     "ppo/returns/mean": 0.0,
-    "val/num_eos_tokens": 64.0,
+    "response_length/clip_ratio": 0.0,
     "response_length/mean": 10.0,
     "response/repeated_bigrams": 0.02,
     "response/corr_score_length": 0.3,
@@ -155,7 +155,12 @@ PLANTED = {  # rule -> columns with an answer, its onset, columns that miss it b
         {"objective/kl": from_step(5, 1.0, 9.0)},
         {},
     ),
-    "missing-eos": ({"val/num_eos_tokens": 30.0}, 0, {"val/num_eos_tokens": 60.0}, {}),
+    "missing-eos": (
+        {"response_length/clip_ratio": 0.53},
+        0,
+        {"response_length/clip_ratio": 0.3},
+        {},
+    ),
     "over-optimisation": (
         {"objective/gold": [*FLAT["objective/gold"][:7], 1.5, 1.1, 0.8, 0.6, 0.4]},
         10,
@@ -276,11 +281,11 @@ def run_folder(tmp_path):
 
 
 def test_a_finding_has_four_lines_and_the_status_is_for_ci(run_folder, capsys):
-    folder = run_folder(rows(**{"val/num_eos_tokens": 30.0}))
+    folder = run_folder(rows(**{"response_length/clip_ratio": 0.53}))
     status, out, _ = call(capsys, "diagnose", folder)
     lines = out.splitlines()
     assert status == 1 and lines[0].startswith("1. warning from step 0: missing-eos")
-    assert "0.469" in lines[1] and lines[1].lstrip().startswith("seen:")
+    assert "0.53" in lines[1] and lines[1].lstrip().startswith("seen:")
     assert RULES["missing-eos"].cause in lines[2] and RULES["missing-eos"].knob in lines[3]
     status, out, _ = call(capsys, "diagnose", folder, "--json")
     first = json.loads(out)["findings"][0]
