@@ -226,8 +226,8 @@ def diagnose_command(
     if (log is None) == (diff is None):
         raise InputError("diagnose: expected RUN, or --diff A B; got both or none: name a run")
     if diff is not None:
-        found = difference(*diff)
-        print(to_json(found).decode() if json else "\n".join(_in_words(found)))
+        lines = difference(*diff)
+        print(to_json({"differences": lines}).decode() if json else "\n".join(lines))
         return 0
     findings, unseen = found = diagnose(log)
     if json:
@@ -248,39 +248,25 @@ def diagnose_command(
     return found.status
 
 
-def difference(a: Path, b: Path) -> dict[str, Any]:
-    """Where run b left run a: settings that differ; the first step at which a mean of three of a
-    metric is APART standard errors away, estimated from how it changes from step to step.
+def difference(a: Path, b: Path) -> list[str]:
+    """Where run b left run a, in words: by settings; by metrics, in the order in which they part.
+
+    A metric has parted where its mean over three steps is APART standard errors away; how large one
+    is, the changes from step to step tell.
     """
-    logs = [read_log(path) for path in (a, b)]
-    one, two = map(_seen, logs)
+    one, two = (_seen(read_log(path)) for path in (a, b))
+    was, now = (dict(flat(seen.config)) if seen.config else {} for seen in (one, two))
+    changed = [name for name in was if name in now and was[name] != now[name] and name != "out"]
     n, parted = min(len(one.steps), len(two.steps)), []
-    for metric in filter(lambda m: one.has(m) and two.has(m), COMPARED):
+    for metric in COMPARED if n > 1 else ():
+        x, y = one.few(metric)[:n], two.few(metric)[:n]
         noise = sum(np.mean(np.diff(seen[metric][:n]) ** 2) for seen in (one, two)) / 2
-        off = two.few(metric)[:n] - one.few(metric)[:n]
-        off = off / np.sqrt(noise / 3) if noise > 0 else np.zeros(n)
-        if (np.abs(off) > APART).any():
-            i = int((np.abs(off) > APART).argmax())
-            values = {"a": one.few(metric)[i], "b": two.few(metric)[i], "errors": off[i]}
-            parted.append({"metric": metric, "step": one.steps[i], **values})
-    parted.sort(key=lambda row: (row["step"], -abs(row["errors"])))
-    settings = [dict(flat(seen.config)) if seen.config else {} for seen in (one, two)]
-    names = settings[0].keys() & settings[1].keys() - {"out"}
-    changed = {k: [s[k] for s in settings] for k in settings[0] if k in names}
-    return {
-        "settings": {k: v for k, v in changed.items() if v[0] != v[1]},
-        "compared": n,
-        "parted": parted,
-    }
-
-
-def _in_words(found: dict[str, Any]) -> Iterator[str]:
-    for name, (a, b) in found["settings"].items():
-        yield f"{name}: {a!r} and {b!r}"
-    for number, row in enumerate(found["parted"]):
-        yield (
-            f"{'they part' if not number else '  then'} at step {row['step']}: {row['metric']} "
-            f"{row['a']:.4g} and {row['b']:.4g}, {abs(row['errors']):.0f} standard errors apart"
-        )
-    if not found["parted"]:
-        yield f"no metric is {APART:g} standard errors apart in the {found['compared']} steps"
+        with np.errstate(all="ignore"):  # nan: a log lacks it, or nothing ever changes
+            off = np.abs(y - x) / np.sqrt(noise / 3)
+        if (off > APART).any():
+            i = int((off > APART).argmax())
+            says = f"{metric} {x[i]:.4g} and {y[i]:.4g}, {off[i]:.0f} standard errors apart"
+            parted.append((i, -off[i], f"from step {one.steps[i]} {says}"))
+    lines = [f"{name}: {was[name]!r} and {now[name]!r}" for name in changed]
+    lines += [says for *_, says in sorted(parted)]
+    return lines + [f"no metric parts in {n} steps"] * (not parted)

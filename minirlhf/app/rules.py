@@ -18,7 +18,8 @@ import numpy as np
 from minirlhf.disk import read_toml
 from minirlhf.runs.config import TrainConfig
 
-Shown = dict[str, np.ndarray]  # words -> (n,) what is shown of it as evidence
+Shown = dict[str, np.ndarray]  # words -> (n,) what is shown as evidence
+Held = tuple[np.ndarray, Shown]
 
 
 class Seen:
@@ -54,8 +55,9 @@ class Seen:
         known = self.config is not None if name == "config" else name in self.columns
         return known and (name == "config" or not np.isnan(self[name]).all())
 
-    def show(self, *names: str) -> Shown:
-        return {name: self[name] for name in names}
+    @property
+    def is_first(self) -> np.ndarray:
+        return np.arange(len(self.steps)) == 0
 
 
 class Rule(NamedTuple):
@@ -70,19 +72,20 @@ class Rule(NamedTuple):
     limits: dict[str, float] = {}
     needs: tuple[str, ...] = ()
     rows: int = 3
-    holds: Callable[..., tuple[np.ndarray, Shown]] | None = None  # (Seen, **limits)
+    holds: Callable[..., Held] | None = None  # (Seen, **limits)
 
     def look(self, seen: Seen) -> tuple[int, str] | None:
         """(the step from which it holds, the evidence), once it has held long enough."""
         if self.holds is None or len(seen.steps) < self.rows or not all(map(seen.has, self.needs)):
             return None
         with np.errstate(all="ignore"):  # a row may lack a number: nan, where nothing holds
-            holds, shown = self.holds(seen, **self.limits)
+            holds, beside = self.holds(seen, **self.limits)
         counts = np.convolve(holds, np.ones(self.rows), "valid")
         if not (counts == self.rows).any():
             return None
         i = int((counts == self.rows).argmax())
-        return seen.steps[i], evidence(seen.steps, shown, i)
+        shown = {name: seen[name] for name in self.needs if name != "config"}
+        return seen.steps[i], evidence(seen.steps, beside | shown, i)
 
 
 def evidence(steps: list[int], shown: Shown, i: int) -> str:
@@ -96,30 +99,29 @@ def evidence(steps: list[int], shown: Shown, i: int) -> str:
 
 
 # -- it computes something else than it should ---------------------------------------------------
-def _non_finite(seen: Seen) -> tuple[np.ndarray, Shown]:
+# Each returns in which rows it holds, and what else is evidence beside the metrics that it needs.
+def _non_finite(seen: Seen) -> Held:
     names = ("loss/policy_avg", "loss/value_avg", "objective/scores", "objective/kl", "grad_norm")
-    bad = {n: ~np.isfinite(seen[n]) for n in names if seen.has(n)}
-    bad = {n: b & np.maximum.accumulate(~b) for n, b in bad.items() if b.any()}  # known before
-    return sum(bad.values(), np.zeros(len(seen.steps), bool)) > 0, seen.show(*bad)
+    bad = {name: ~np.isfinite(seen[name]) for name in names if seen.has(name)}
+    bad = {name: b & np.maximum.accumulate(~b) for name, b in bad.items() if b.any()}  # once it was
+    holds = np.any([np.zeros(len(seen.steps)), *bad.values()], axis=0)
+    return holds, {name: seen[name] for name in bad}
 
 
-def _penalty_sign(seen: Seen, nats: float) -> tuple[np.ndarray, Shown]:
-    paid, kl = seen["objective/non_score_reward"], seen["objective/kl"]
-    shown = seen.show("objective/non_score_reward", "objective/kl")
-    return (paid > 0) & (kl > nats), shown
+def _penalty_sign(seen: Seen, nats: float) -> Held:
+    return (seen["objective/non_score_reward"] > 0) & (seen["objective/kl"] > nats), {}
 
 
-def _not_sampled(at_once: bool) -> Callable[..., tuple[np.ndarray, Shown]]:
+def _not_sampled(at_once: bool) -> Callable[..., Held]:
     """Is the mean of -log pi(y) off the entropy: from the first batches on, or later alone?"""
 
-    def holds(seen: Seen, errors: float, share: float) -> tuple[np.ndarray, Shown]:
+    def holds(seen: Seen, errors: float, share: float) -> Held:
         error, total = seen["objective/surprise_se"], np.cumsum(seen["objective/surprise"])
         off = total / np.sqrt(np.cumsum(error * error))
         large = np.abs(total) > share * np.cumsum(seen["objective/entropy"])
         apart = (np.abs(off) > errors) & large
         early = off[min(1, len(off) - 1)] * np.sign(off[apart.argmax()]) > 0.5 * errors
-        shown = seen.show("objective/surprise", "objective/surprise_se")
-        return apart & (early == at_once), {"standard errors in all": off, **shown}
+        return apart & (early == at_once), {"standard errors in all": off}
 
     return holds
 
@@ -127,106 +129,93 @@ def _not_sampled(at_once: bool) -> Callable[..., tuple[np.ndarray, Shown]]:
 _another_sampler, _late_samples = _not_sampled(at_once=True), _not_sampled(at_once=False)
 
 
-def _ratio_not_one(seen: Seen, most: float) -> tuple[np.ndarray, Shown]:
-    return seen["policy/approxkl_first"] > most, seen.show("policy/approxkl_first")
+def _ratio_not_one(seen: Seen, most: float) -> Held:
+    return seen["policy/approxkl_first"] > most, {}
 
 
-def _ratio_always_one(seen: Seen, most: float) -> tuple[np.ndarray, Shown]:
-    still = (seen["policy/approxkl_avg"] < most) & (seen["policy/updates"] > 1)
-    learns = (seen["lr"] > 0) & (seen["grad_norm"] > 0)
-    return still & learns, seen.show("policy/approxkl_avg", "policy/updates")
+def _ratio_always_one(seen: Seen, most: float) -> Held:
+    learns = (seen["policy/updates"] > 1) & (seen["lr"] > 0) & (seen["grad_norm"] > 0)
+    return learns & (seen["policy/approxkl_avg"] < most), {}
 
 
-def _score_position(seen: Seen, share: float) -> tuple[np.ndarray, Shown]:
+def _score_position(seen: Seen, share: float) -> Held:
     """At step 0, with V = 0 and KL = 0, the return k tokens before the end is lam^k score."""
-    s, n = seen.config.ppo, len(seen.steps)
-    plain = s.has_critic and not (s.whiten_rewards or s.missing_eos_penalty or s.score_clip)
-    plain = plain and s.gamma == 1
-    length = max(1, round(seen["response_length/mean"][0]))
-    powers = s.lam ** (2 * np.arange(length))
+    s = seen.config.ppo
+    plain = s.has_critic and s.gamma == 1
+    plain = plain and not (s.whiten_rewards or s.missing_eos_penalty or s.score_clip)
+    powers = s.lam ** (2 * np.arange(max(1, round(seen["response_length/mean"][0]))))
     score = seen["objective/scores"] ** 2 + seen["objective/scores_sd"] ** 2
     square = seen["ppo/returns/mean"] ** 2 + seen["ppo/returns/var"]
     expected = score * powers.mean()
-    first = np.arange(n) == 0
     shown = {"mean square of the returns": square, "expected": expected}
-    return first & plain & (square < share * expected), shown
+    return seen.is_first & plain & (square < share * expected), shown
 
 
-def _penalty_gradient(seen: Seen) -> tuple[np.ndarray, Shown]:
+def _penalty_gradient(seen: Seen) -> Held:
     wrong = seen.config.ppo.kl_mode in ("loss_k1", "reward_k2", "reward_k3")
-    return (seen["objective/kl_coef"] > 0) & wrong, seen.show("objective/kl")
+    return (seen["objective/kl_coef"] > 0) & wrong, {}
 
 
-def _inverted_k3(seen: Seen, most: float, nats: float) -> tuple[np.ndarray, Shown]:
+def _inverted_k3(seen: Seen, most: float, nats: float) -> Held:
     """On samples of pi, k3 has the mean of the KL a token; inverted, that of chi^2 - KL."""
-    of_token = seen.few("objective/kl_full_seq") / seen.few("response_length/mean")
-    times = seen.few("loss/kl_avg") / of_token
-    inverts = seen.config.ppo.kl_mode == "loss_k3_tok"
-    inverts &= seen.config.ppo.aggregation == "token-mean"
-    shown = {"loss/kl_avg over the KL of a token": times, **seen.show("objective/kl_full_seq")}
-    return (times > most) & (seen["objective/kl_full_seq"] > nats) & inverts, shown
+    s, of_reply = seen.config.ppo, seen.few("objective/kl_full_seq")
+    times = seen.few("loss/kl_avg") * seen.few("response_length/mean") / of_reply
+    is_k3 = s.kl_mode == "loss_k3_tok" and s.aggregation == "token-mean"
+    far = seen["objective/kl_full_seq"] > nats
+    return (times > most) & far & is_k3, {"loss/kl_avg over the KL of a token": times}
 
 
-def _reference_is_policy(seen: Seen, most: float) -> tuple[np.ndarray, Shown]:
-    moved = np.cumsum(np.nan_to_num(seen["policy/approxkl_avg"]))
-    same = np.abs(seen["objective/kl"]) < 1e-3 * most
-    return same & (moved - seen["policy/approxkl_avg"] > most), seen.show(
-        "objective/kl", "policy/approxkl_avg"
-    )
+def _reference_is_policy(seen: Seen, most: float) -> Held:
+    step = np.nan_to_num(seen["policy/approxkl_avg"])
+    moved = np.cumsum(step) - step  # before this row
+    return (np.abs(seen["objective/kl"]) < 1e-3 * most) & (moved > most), {}
 
 
-def _reference_resets(seen: Seen) -> tuple[np.ndarray, Shown]:
+def _reference_resets(seen: Seen) -> Held:
     every = seen.config.ppo.reset_reference_every
-    steps = np.array(seen.steps)
-    return (steps >= 2 * every) & (every > 0), seen.show("objective/kl")
+    return (np.array(seen.steps) >= 2 * every) & (every > 0), {}
 
 
-def _reward_scale(seen: Seen, least: float, most: float) -> tuple[np.ndarray, Shown]:
-    sd, first = seen["objective/scores_sd"], np.arange(len(seen.steps)) == 0
-    beta = seen["objective/kl_coef"]
-    shown = {"objective/scores_sd": sd, "beta": beta, "beta in units of sd": beta / sd}
-    return first & ((sd < least) | (sd > most)), shown
+def _reward_scale(seen: Seen, least: float, most: float) -> Held:
+    sd = seen["objective/scores_sd"]
+    beta = seen["objective/kl_coef"] / sd
+    return seen.is_first & ((sd < least) | (sd > most)), {"beta in units of that sd": beta}
 
 
-def _reward_drift(seen: Seen, sds: float, times: float) -> tuple[np.ndarray, Shown]:
+def _reward_drift(seen: Seen, sds: float, times: float) -> Held:
     """At KL d a score with Gaussian tails and sd 1 gains at most sqrt(2 d): Donsker-Varadhan."""
     score, kl = seen.few("objective/scores"), np.maximum(seen.few("objective/kl_full_seq"), 0)
-    gain = score - score[0]
-    shown = seen.show("objective/scores", "objective/kl_full_seq")
-    return np.abs(gain) > sds + times * np.sqrt(2 * kl), shown
+    return np.abs(score - score[0]) > sds + times * np.sqrt(2 * kl), {}
 
 
 # -- it computes what it should, to no good ------------------------------------------------------
-def _value_not_learning(seen: Seen, share: float) -> tuple[np.ndarray, Shown]:
+def _value_not_learning(seen: Seen, share: float) -> Held:
     still = seen["ppo/val/var"] <= share * seen["ppo/returns/var"]
-    later = np.arange(len(seen.steps)) > 0  # a new critic says 0
-    return still & later, seen.show("ppo/val/var", "ppo/returns/var")
+    return still & ~seen.is_first, {}  # a new critic says 0
 
 
-def _missing_eos(seen: Seen, most: float) -> tuple[np.ndarray, Shown]:
-    shown = seen.show("response_length/clip_ratio", "response_length/mean")
-    return seen["response_length/clip_ratio"] > most, shown
+def _missing_eos(seen: Seen, most: float) -> Held:
+    return seen["response_length/clip_ratio"] > most, {}
 
 
-def _penalty_too_strong(seen: Seen, most: float) -> tuple[np.ndarray, Shown]:
+def _penalty_too_strong(seen: Seen, most: float) -> Held:
     """At the optimum score - beta kl_seq is one number: both vary alike."""
     paid = seen.few("objective/kl_coef") * seen.few("objective/kl_sd")
     times = paid / seen.few("objective/scores_sd")
-    shown = {"sd of beta kl_seq over sd of the score": times}
-    return times > most, {**shown, **seen.show("objective/kl", "objective/scores")}
+    return times > most, {"sd of beta kl_seq over that of the score": times}
 
 
-def _step_too_large(seen: Seen, clipped: float, nats: float) -> tuple[np.ndarray, Shown]:
+def _step_too_large(seen: Seen, clipped: float, nats: float) -> Held:
     far, cut = seen["policy/approxkl_avg"], seen["policy/clipfrac_avg"]
-    names = ("policy/clipfrac_avg", "policy/approxkl_avg", "policy/updates", "lr")
-    shown = seen.show(*filter(seen.has, names))
-    return ((cut > clipped) & (far > 0.1 * nats)) | (far > nats), shown
+    return ((cut > clipped) & (far > 0.1 * nats)) | (far > nats), {}
 
 
-def _tied(what: str, metric: str) -> Callable[..., tuple[np.ndarray, Shown]]:
-    def holds(seen: Seen, corr: float, times: float, least: float) -> tuple[np.ndarray, Shown]:
+def _tied(what: str, metric: str) -> Callable[..., Held]:
+    """The score goes along with something in the replies, and that has grown."""
+
+    def holds(seen: Seen, corr: float, times: float, least: float) -> Held:
         grown = seen.few(metric) > times * max(seen[metric][0], least)
-        return (seen.few(what) > corr) & grown, seen.show(what, metric)
+        return (seen.few(what) > corr) & grown, {}
 
     return holds
 
@@ -235,30 +224,29 @@ _pays_length = _tied("response/corr_score_length", "response_length/mean")
 _pays_repetition = _tied("response/corr_score_repeats", "response/repeated_bigrams")
 
 
-def _penalty_too_weak(seen: Seen, nats: float, share: float) -> tuple[np.ndarray, Shown]:
+def _penalty_too_weak(seen: Seen, nats: float, share: float) -> Held:
     gain = seen.few("objective/scores") - seen["objective/scores"][0]
     paid = seen.few("objective/kl_coef") * seen.few("objective/kl")
-    shown = seen.show("objective/kl", "objective/scores", "objective/kl_coef")
-    return (seen.few("objective/kl") > nats) & (paid < share * gain), shown
+    return (seen.few("objective/kl") > nats) & (paid < share * gain), {}
 
 
-def _kl_runaway(seen: Seen, nats: float) -> tuple[np.ndarray, Shown]:
-    return seen.few("objective/kl") > nats, seen.show("objective/kl")
+def _kl_runaway(seen: Seen, nats: float) -> Held:
+    return seen.few("objective/kl") > nats, {}
 
 
-def _over_optimisation(seen: Seen, errors: float) -> tuple[np.ndarray, Shown]:
+def _over_optimisation(seen: Seen, errors: float) -> Held:
     gold, n = seen.few("objective/gold"), np.arange(1, len(seen.steps) + 1)
     steps = np.diff(seen["objective/gold"], prepend=seen["objective/gold"][:1])
     error = np.sqrt(np.cumsum(steps * steps) / 2 / n) * np.sqrt(2 / 3)  # of two means of three
     falls = np.maximum.accumulate(gold) - gold > errors * error
     rises = seen.few("objective/scores") > seen["objective/scores"][0]
-    return falls & rises & (n > 5), seen.show("objective/gold", "objective/scores")
+    return falls & rises & (n > 5), {}
 
 
-def _far_from_start(metric: str) -> Callable[..., tuple[np.ndarray, Shown]]:
-    def holds(seen: Seen, least: float, most: float, floor: float) -> tuple[np.ndarray, Shown]:
+def _far_from_start(metric: str) -> Callable[..., Held]:
+    def holds(seen: Seen, least: float, most: float, floor: float) -> Held:
         times = seen.few(metric) / max(seen[metric][0], floor)
-        return (times < least) | (times > most), seen.show(metric)
+        return (times < least) | (times > most), {}
 
     return holds
 
@@ -268,10 +256,10 @@ _length_drift = _far_from_start("response_length/mean")
 _repetition = _far_from_start("response/repeated_bigrams")
 
 
-def _negative_kl(seen: Seen, errors: float) -> tuple[np.ndarray, Shown]:
-    kl = seen["objective/kl"]
-    se = seen["objective/kl_sd"] / np.sqrt(seen["episode"] / (np.array(seen.steps) + 1))
-    return kl < -errors * se - 1e-3, {"objective/kl": kl, "its standard error": se}
+def _negative_kl(seen: Seen, errors: float) -> Held:
+    n = seen["episode"] / (np.array(seen.steps) + 1)  # replies of a batch
+    error = seen["objective/kl_sd"] / np.sqrt(n)
+    return seen["objective/kl"] < -errors * error - 1e-3, {"its standard error": error}
 
 
 RULES = {

@@ -303,6 +303,16 @@ def test_a_log_without_the_metrics_is_silent_and_says_so(run_folder):
     assert diagnose(run_folder([], "none")).unseen == ["anything: there is no iteration of PPO yet"]
 
 
+def test_a_log_of_another_program_is_diagnosed_by_what_it_has(tmp_path):
+    """GRPO's KL is a mean over tokens: 0.3 of it in 100 tokens are 30 nats a reply."""
+    history = [{"step": i, "kl": 0.3, "completions/mean_length": 100.0} for i in range(N)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    findings, unseen = diagnose(tmp_path / "trainer_state.json")
+    assert [finding.rule for finding in findings] == ["kl-runaway"]
+    assert "objective/kl 30" in findings[0].evidence and "--" not in findings[0].knob
+    assert any(line.endswith("made again from a run folder alone") for line in unseen)
+
+
 def test_the_first_finding_is_the_cause(run_folder):
     """k1 as loss lets the KL run away and gold fall; the placement stands above what it did."""
     columns = {"objective/kl": from_step(5, 1.0, 60.0), "policy/entropy_avg": 0.02}
@@ -318,13 +328,13 @@ def test_where_one_run_left_another(run_folder, capsys):
     ramp = np.maximum(np.arange(N) - 5, 0) * 1.0
     one = run_folder(rows(**{"objective/kl": 1 + noise[0]}), "a")
     two = run_folder(rows(**{"objective/kl": 1 + noise[1] + ramp}), "b", kl_coef=0.1)
-    found = difference(one, two)
-    assert found["settings"] == {"ppo.kl_coef": [0.2, 0.1]}
-    assert [row["metric"] for row in found["parted"]] == ["objective/kl"]
-    assert found["parted"][0]["step"] in (6, 7, 8)
+    settings, first = difference(one, two)
+    assert settings == "ppo.kl_coef: 0.2 and 0.1"
+    assert re.match(r"from step [678] objective/kl 1\.\d+ and [23]\.\d+, \d+ standard", first)
     status, out, _ = call(capsys, "diagnose", "--diff", one, two)
-    assert status == 0 and "ppo.kl_coef: 0.2 and 0.1" in out and "objective/kl" in out
-    assert difference(one, one)["parted"] == []
+    assert status == 0 and out.splitlines() == [settings, first]
+    assert json.loads(call(capsys, "diagnose", "--json", "--diff", one, two)[1])["differences"]
+    assert difference(one, one) == [f"no metric parts in {N} steps"]
     assert "--diff" in refusal(capsys, "diagnose")
 
 
