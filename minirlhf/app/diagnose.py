@@ -211,25 +211,25 @@ def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
 
 # -- the command ---------------------------------------------------------------------------------
 def diagnose_command(
-    log: tyro.conf.Positional[Path | None] = None,
+    logs: tyro.conf.Positional[tuple[Path, ...]],
     *,
-    json: bool = False,
-    diff: tuple[Path, Path] | None = None,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+    diff: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """What went wrong in a run, with evidence. Exit status 1: something did.
 
     Args:
-        log: Run folder, or a log of TRL, verl, OpenRLHF.
+        logs: Run folder, or a log of TRL, verl, OpenRLHF.
         json: As JSON.
-        diff: Two of them: where the second left the first.
+        diff: Of two: where the second left the first.
     """
-    if (log is None) == (diff is None):
-        raise InputError("diagnose: expected RUN, or --diff A B; got both or none: name a run")
-    if diff is not None:
-        lines = difference(*diff)
+    if len(logs) != 1 + diff:
+        raise InputError(f"diagnose: expected RUN, or --diff A B; got {len(logs)}: name a run")
+    if diff:
+        lines = difference(*logs)
         print(to_json({"differences": lines}).decode() if json else "\n".join(lines))
         return 0
-    findings, unseen = found = diagnose(log)
+    findings, unseen = found = diagnose(*logs)
     if json:
         rows = [finding._asdict() for finding in findings]
         print(to_json({"findings": rows, "unseen": unseen}).decode(), end="")

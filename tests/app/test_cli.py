@@ -143,6 +143,7 @@ def test_help_of_each_command(capsys, monkeypatch, command):
         "resume": ["Run folder", "--ppo.iterations", "last checkpoint"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
+        "diagnose": ["Run folder", "--json", "--diff"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
         "judge": ["--placement", "--framework", "--expect", "--size", "--json"],
         "check": ["--seed", "--cases"],
