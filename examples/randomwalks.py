@@ -29,6 +29,7 @@ from minirlhf.app import pictures
 from minirlhf.exact.ground_truth import (
     PPO,
     SFT,
+    TokenWorld,
     changed,
     fit_reference,
     make_ground_truth,
@@ -37,7 +38,6 @@ from minirlhf.exact.ground_truth import (
     train_on_world,
 )
 from minirlhf.exact.optimum import evaluate_exactly
-from minirlhf.exact.token_world import TokenWorld
 from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree

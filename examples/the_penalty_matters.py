@@ -8,7 +8,7 @@ The proxy reward is what PPO sees; the gold reward, computed from the text, is w
 
 Prints a line for every run, the table of means, replies before and after, and the five claims as
 yes or no for each seed. Writes the_penalty_matters.png beside the run folders and, with
---picture, somewhere else as well.
+--picture, somewhere else as well; and the_penalty_seen.png, replies to one prompt token by token.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minirlhf.app import pictures
+from minirlhf.app import coloured, pictures
+from minirlhf.app.api import open_run
 from minirlhf.memory import keep_freed_memory
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_jsonl
@@ -110,6 +111,16 @@ def draw(seeds: list[dict], out: Path, path: Path) -> None:
     print(f"picture: {pictures.save(figure, path)}")
 
 
+def draw_tokens(seed: dict, out: Path, path: Path) -> None:
+    """What each token pays, with the penalty and without, in replies to the first prompt."""
+    rows, prompt = {}, seed["prompts"][0]
+    for beta in (f"{DEFAULT:g}", "0"):
+        run = open_run(out / f"seed{seed['seed']}-beta{beta}")
+        reply = seed["replies"][beta][0]
+        rows[f"β = {beta}: reply to {prompt!r}"] = run.score(prompt, reply)._asdict()
+    print(f"picture: {coloured.picture(rows, path)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -148,6 +159,7 @@ def main() -> None:
     print()
     picture = options.out / "the_penalty_matters.png"
     draw(seeds, options.out, picture)
+    draw_tokens(first, options.out, options.out / "the_penalty_seen.png")
     if options.picture:
         shutil.copy2(picture, options.picture)
 

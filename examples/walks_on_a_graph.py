@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from minirlhf.exact.enumeration import PrefixTree, all_responses, grow_tree
-from minirlhf.exact.token_world import TokenWorld, rectangle
+from minirlhf.exact.ground_truth import TokenWorld, rectangle
 
 LETTERS = tuple("abcdefghijklmnopqrstu")
 GOAL = 0  # a

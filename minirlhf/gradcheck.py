@@ -131,21 +131,20 @@ def check_pair(
             raise ValueError(f"check_pair: expected float64 arrays; {path} is not one")
     rng = np.random.default_rng(seed)
     out, dout, gradients = _call_twice(name, forward, backward, named, constants, dout, rng)
-    values = lambda args: np.asarray(forward(*args, **constants)[0])  # noqa: E731
+    values = lambda args: np.asarray(forward(*args.values(), **constants)[0])  # noqa: E731
     f = lambda args: (values(args) * dout).sum()  # noqa: E731
     size = float(np.abs(np.asarray(out) * dout).sum())
-    args = list(arrays)
-    numeric = {path: central_difference(values, args, i, dout) for i, path in enumerate(named)}
+    numeric = central_difference(values, named, dout)
     findings = _compare("central difference", gradients, numeric, size, CENTRAL_TOLERANCE)
     if smooth:
-        numeric = {path: complex_step(f, args, i) for i, path in enumerate(named)}
+        numeric = complex_step(f, named)
         findings += _compare("complex step", gradients, numeric, size, COMPLEX_TOLERANCE)
-        findings.append(_dot_product(f, args, gradients.values(), size, rng))
+        findings.append(_dot_product(f, named, gradients.values(), size, rng))
     return _judged(Report(name, findings), raises)
 
 
-def central_difference(values: Callable, args: list[Tree], i: int, dout: np.ndarray) -> Tree:
-    """d<values(args), dout> / d args[i] ~ (4 D(h) - D(2h)) / 3, two central differences an entry.
+def central_difference(values: Callable, args: Tree, dout: np.ndarray) -> Tree:
+    """d<values(args), dout> / dargs ~ (4 D(h) - D(2h)) / 3, two central differences an entry.
 
     D(h) = <values(x + h) - values(x - h), dout> / 2h errs by h^2 f'''/6 + O(h^4): the combination
     has no h^2 term, so a function that bends sharply raises no false alarm.
@@ -167,11 +166,11 @@ def central_difference(values: Callable, args: list[Tree], i: int, dout: np.ndar
             grad[entry] = (4 * slopes[0] - slopes[1]) / 3
         return grad
 
-    return tree_map(gradient, args[i])
+    return tree_map(gradient, args)
 
 
-def complex_step(f: Callable, args: list[Tree], i: int) -> Tree:
-    """df / d args[i] = Im f(x + ih) / h on every entry: nothing is subtracted, nothing cancels."""
+def complex_step(f: Callable, args: Tree) -> Tree:
+    """df / dargs = Im f(x + ih) / h on every entry: nothing is subtracted, nothing cancels."""
     args = tree_map(lambda a: a.astype(complex), args)  # all of them, for code working in place
 
     def gradient(leaf: np.ndarray) -> np.ndarray:
@@ -182,10 +181,10 @@ def complex_step(f: Callable, args: list[Tree], i: int) -> Tree:
             leaf[entry] = leaf[entry].real
         return grad
 
-    return tree_map(gradient, args[i])
+    return tree_map(gradient, args)
 
 
-def directional_derivative(f: Callable, args: list[Tree], direction: list[Tree]) -> float:
+def directional_derivative(f: Callable, args: Tree, direction: Tree) -> float:
     """d f(args + s direction) / ds at s = 0 by the complex step: one forward, all parameters."""
     moved = tree_map(lambda a, u: a + (1j * COMPLEX_H) * u, args, direction)
     return float(np.asarray(f(moved)).imag / COMPLEX_H)
@@ -329,7 +328,7 @@ def _compare(
 
 
 def _dot_product(
-    f: Callable, args: list[Tree], gradients: Iterable[np.ndarray], size: float, rng
+    f: Callable, args: Tree, gradients: Iterable[np.ndarray], size: float, rng
 ) -> Finding:
     """<dout, J u> by one complex step against <J^T dout, u> from the backward, for one random u.
 

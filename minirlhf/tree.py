@@ -5,6 +5,7 @@ called as `layernorm_forward(x, **p["ln1"])`, and its gradients come back under 
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -79,15 +80,10 @@ def tree_pack(tree: Tree) -> tuple[Array, Tree]:
 
 def tree_unpack(flat: Array, like: Tree) -> Tree:
     """Views into the buffer `flat` (N,), in the structure and shapes of `like`."""
-    offset = 0
-
-    def next_view(leaf: Array) -> Array:
-        nonlocal offset
-        view = flat[offset : offset + leaf.size].reshape(leaf.shape)
-        offset += leaf.size
-        return view
-
-    return tree_map(next_view, like)
+    leaves = tree_leaves(like)
+    ends = itertools.accumulate(leaf.size for leaf in leaves)
+    views = map(lambda leaf, end: flat[end - leaf.size : end].reshape(leaf.shape), leaves, ends)
+    return tree_map(lambda _: next(views), like)
 
 
 def global_norm(tree: Tree) -> float:

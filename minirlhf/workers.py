@@ -13,9 +13,7 @@ Tell the BLAS to use one thread (threadpoolctl), or the workers wait for each ot
 """
 
 import contextlib
-import copyreg
 import functools
-import io
 import mmap
 import multiprocessing
 import os
@@ -29,6 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import numpy as np
@@ -81,9 +80,8 @@ def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
 
     Raises:   whatever f raises.
     """
-    n = min(_n, len(parts)) or 1
-    done = _run(functools.partial(_map, f), [parts[k::n] for k in range(n)])
-    return [done[i % n][i // n] for i in range(len(parts))]
+    done = _run(list, f, parts)
+    return [done[i % len(done)][i // len(done)] for i in range(len(parts))]
 
 
 def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
@@ -95,8 +93,7 @@ def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
     """
     if not parts:
         raise ValueError("sum_over: expected at least one part; got none")
-    n = min(_n, len(parts))
-    return tree_sum(_run(functools.partial(_sum, f), [parts[k::n] for k in range(n)]))
+    return tree_sum(_run(tree_sum, f, parts))
 
 
 def share(array: np.ndarray) -> np.ndarray:
@@ -121,23 +118,20 @@ def share_packed(tree: Tree) -> tuple[Array, Tree]:
 
 
 # -- the crew ------------------------------------------------------------------------------------
-def _map(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
-    return [f(part) for part in parts]
+def _work(collect: Callable, f: Callable, share: list) -> Any:
+    return collect(map(f, share))
 
 
-def _sum(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
-    return tree_sum(map(f, parts))
-
-
-def _run(f: Callable[[list[Part]], Result], shares: list[list[Part]]) -> list[Result]:
-    """[f(share), ...]: the first share here, the others by the crew."""
+def _run(collect: Callable, f: Callable, parts: list) -> list:
+    """[collect(f(part), ..) of each share]: the first is worked on here, the others by the crew."""
     global _crew
-    if len(shares) == 1:
-        return [f(shares[0])]
+    n, work = min(_n, len(parts)), functools.partial(_work, collect, f)
+    if n < 2:
+        return [work(parts)]
     _crew = _crew or (_Processes if CAN_FORK else ThreadPoolExecutor)(_n - 1)
     try:
-        answers = _crew.map(f, shares[1:])
-        return [f(shares[0]), *answers]
+        answers = _crew.map(work, [parts[k::n] for k in range(1, n)])
+        return [work(parts[::n]), *answers]
     except BaseException:
         _dismiss()  # answers may be under way that nobody will fetch
         raise
@@ -197,7 +191,7 @@ class _Processes:
         pipes = [pipe for _, pipe in self.crew[: len(shares)]]
         for pipe, share in zip(pipes, shares, strict=True):
             with contextlib.suppress(ConnectionError):  # there will be no answer either
-                pipe.send_bytes(_dumps((f, share)))
+                pipe.send_bytes(_Pickler.dumps((f, share), 5))
         return (_received(pipe) for pipe in pipes)
 
     def shutdown(self) -> None:
@@ -230,21 +224,15 @@ def _answer(message: bytes) -> bytes:
 
 def _received(pipe: Connection) -> Any:
     try:
-        message = pipe.recv_bytes()
+        answer, error = pipe.recv()
     except (EOFError, ConnectionError) as error:
         raise InputError(
             "workers: expected an answer; a worker process has ended, perhaps for want of "
             "memory: set fewer workers in config.toml"
         ) from error
-    answer, error = pickle.loads(message)
     if error is not None:
         raise error
     return answer
-
-
-def _reduced(value: np.ndarray) -> tuple:
-    """How an array is pickled: a shared one by its name, any other one as it is."""
-    return (_named, (id(value),)) if id(value) in _shared else value.__reduce_ex__(5)
 
 
 def _named(name: int) -> np.ndarray:
@@ -252,11 +240,8 @@ def _named(name: int) -> np.ndarray:
     return _shared[name]
 
 
-class _Pickler(pickle.Pickler):
-    dispatch_table = {**copyreg.dispatch_table, np.ndarray: _reduced}
+class _Pickler(ForkingPickler):
+    """A shared array goes by its name, any other one as it is."""
 
-
-def _dumps(value: Any) -> bytes:
-    stream = io.BytesIO()
-    _Pickler(stream, protocol=5).dump(value)
-    return stream.getvalue()
+    def reducer_override(self, value: Any) -> Any:
+        return (_named, (id(value),)) if id(value) in _shared else NotImplemented

@@ -114,17 +114,6 @@ def _betas(rows: dict[str, Any]) -> list[str]:
     return sorted(rows.keys() - {"reference"}, key=float)
 
 
-def replies(folder: Path) -> str:
-    """The first prompt of the first seed to which reference, default and no penalty differ."""
-    seed = read(folder / "runs" / "results.json")[0]
-    free, default, *_ = _betas(seed["rows"])
-    names = {"reference": "reference", default: f"β = {default}", free: f"β = {free}"}
-    said = zip(seed["prompts"], *(seed["replies"][key] for key in names), strict=True)
-    prompt, *texts = next(line for line in said if len(set(line[1:])) == len(names))
-    texts = (text.replace("|", "\\|").replace("\n", " ") for text in texts)
-    return table(["", f'reply to *"{prompt}"*'], zip(names.values(), texts, strict=True))
-
-
 def optimum(folder: Path) -> str:
     """Share of the way to the optimum: a line a method, a column a beta."""
     runs = read(folder / "exact" / "exact.json")["optimum"]

@@ -55,7 +55,7 @@ SOURCES = {
     "support": Source(
         8,
         ("python examples/the_penalty_matters.py --out runs",),
-        {"runs/the_penalty_matters.png": "the_penalty_matters.png"},
+        {f"runs/{name}.png": f"{name}.png" for name in ("the_penalty_matters", "the_penalty_seen")},
     ),
     "cases": Source(
         20,
@@ -112,7 +112,6 @@ SOURCES = {
 
 FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, its Markdown)
     "support": ("support", tables.support),
-    "replies": ("support", tables.replies),
     "cases": ("cases", tables.cases),
     "diagnosis": ("diagnosis", tables.diagnosis),
     "recipes": ("recipes", tables.recipes),

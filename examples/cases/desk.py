@@ -15,8 +15,8 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.exact.enumeration import all_responses, response_logprobs
+from minirlhf.exact.ground_truth import TokenWorld
 from minirlhf.exact.tiny import ANS, EOS, MAX_TOKENS, TOKENS, make_tiny_world, token_counts
-from minirlhf.exact.token_world import TokenWorld
 from minirlhf.train.reward_model import Pair
 from other_optima import best_of_n
 

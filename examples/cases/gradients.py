@@ -6,7 +6,7 @@ from minirlhf.backend import Array, get_xp
 from minirlhf.exact import enumeration, expected, optimum
 from minirlhf.exact.enumeration import PrefixTree, Responses
 from minirlhf.exact.expected import RandomWorld, Row, error_and_noise, make_random_world
-from minirlhf.exact.token_world import TokenWorld
+from minirlhf.exact.ground_truth import TokenWorld
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.rlhf import kl
 from minirlhf.rlhf.advantages import gae, token_rewards

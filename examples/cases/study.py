@@ -32,9 +32,8 @@ from minirlhf.app.pictures import save
 from minirlhf.app.progress import track
 from minirlhf.disk import write_whole
 from minirlhf.exact import ground_truth
-from minirlhf.exact.ground_truth import changed
-from minirlhf.exact.tiny import MAX_TOKENS
-from minirlhf.exact.token_world import TokenWorld
+from minirlhf.exact.ground_truth import TokenWorld, changed
+from minirlhf.exact.tiny import MAX_TOKENS, tiny_reference
 from minirlhf.memory import keep_freed_memory
 from minirlhf.train.dpo import DPOConfig, train_dpo, with_reference
 from minirlhf.train.metrics import mean_of_updates
@@ -226,9 +225,9 @@ def column(lines: dict[str, list[Row]], name: str) -> dict[str, np.ndarray]:
 def _fit(job: tuple[int, bool]) -> Tree:
     seed, fast = job
     if not fast:
-        return ground_truth.tiny_reference(seed)
+        return tiny_reference(seed)
     short = changed(ground_truth.SFT, steps=30, batch_size=64)
-    return ground_truth.tiny_reference(seed, settings=short, max_tokens=3, n_demonstrations=2000)
+    return tiny_reference(seed, settings=short, max_tokens=3, n_demonstrations=2000)
 
 
 def _desk_of(reference: Tree, max_tokens: int) -> Desk:

@@ -113,13 +113,13 @@ def _mixed(d: float) -> str:
     return "#" + "".join(f"{round(255 + share * (part - 255)):02x}" for part in parts)
 
 
-def picture(rows: list[Row], path: Path) -> Path:
-    """The replies as a PNG for slides; each token in a box with its number."""
+def picture(rows: dict[str, Row], path: Path) -> Path:
+    """Replies by their headings as a PNG for slides; each token in a box with its number."""
     replies = {
-        f"{row['prompt']}    Σ = {row['kl_seq']:+.2f} nats": (row["pieces"], differences(row))
-        for row in rows
+        f"{heading}, penalty {row['kl_seq']:+.2f} nats": (row["pieces"], differences(row))
+        for heading, row in rows.items()
     }
-    lines = sum(-(-len(row["pieces"]) // 12) + 0.5 for row in rows)
+    lines = sum(-(-len(row["pieces"]) // 12) + 0.5 for row in rows.values())
     figure, ((axis,),) = pictures.new_figure(11, 0.62 * lines + 0.5, 1, 1)
     pictures.draw_tokens(axis, replies, limit=LIMIT)
     axis.set_axis_off()

@@ -153,7 +153,8 @@ def score(
     if html:
         write_whole(html, coloured.html(rows, document=True).encode())
     if png:
-        coloured.picture(rows, png)
+        headings = (f"reply {number} to {shorten(prompt)!r}" for number in range(1, len(rows) + 1))
+        coloured.picture(dict(zip(headings, rows, strict=True)), png)
     return 0
 
 

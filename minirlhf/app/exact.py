@@ -21,7 +21,7 @@ from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.exact import expected, ground_truth
-from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.exact.tiny import make_tiny_world, tiny_reference
 from minirlhf.memory import keep_freed_memory
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
@@ -106,7 +106,7 @@ def _train_all(runs: list[tuple], seeds: tuple, *, processes: int) -> list[Row]:
             return [done.get() for done in track(pending, title)]
 
         of_seeds = [(seed,) for seed in seeds]
-        references = each(ground_truth.tiny_reference, of_seeds, "fitting the references")
+        references = each(tiny_reference, of_seeds, "fitting the references")
         fitted = list(zip(references, seeds, strict=True))
         jobs = [(*of_seed, *run) for run in runs for of_seed in fitted]
         return each(_train, jobs, "training policies")
@@ -153,8 +153,7 @@ def show_tables(results: Row, console: Console) -> None:
     if "kl" in results:
         console.print(kl_table(results["kl"]))
     if runs := results.get("optimum"):
-        console.print(runs_table(runs))
-        console.print(depth_table(runs))
+        console.print(*optimum_tables(runs), sep="\n")
 
 
 def kl_table(rows: list[Row]) -> Table:
@@ -173,37 +172,29 @@ def kl_table(rows: list[Row]) -> Table:
     return table
 
 
-def runs_table(runs: list[Row]) -> Table:
-    """Runs of the same name and beta in one line: means, and of several seeds sd and least."""
-    spread = {"sd": np.std, "least": np.min} if len({run["seed"] for run in runs}) > 1 else {}
+def optimum_tables(runs: list[Row]) -> tuple[Table, Table]:
+    """Runs of the same name and beta in one line: means, and of several seeds sd and least.
+
+    And where J* - J is lost: its share at each token of the response.
+    """
+    n = len({run["seed"] for run in runs})
+    of_runs = f"{n} seed{'s' * (n > 1)}, {runs[0]['iterations']} iterations"
+    spread = {"sd": np.std, "least": np.min} if n > 1 else {}
     heads = ("share\nof J*", *spread, "KL", "gold", "Var", "s a\nrun")
-    title = f"trained policies against their exact optimum; {_of_seeds(runs)}"
-    table = number_table(title, "", *heads)
+    table = number_table(f"trained policies against their exact optimum; {of_runs}", "", *heads)
+    table.caption = "share of J*: (J - E_ref r) / (J* - E_ref r). Var: of r - beta log_ratio "
+    table.caption += "over responses, 0 at the optimum."
+    depths = range(1, len(runs[0]["history"][-1]["exact/gap_by_depth"]) + 1)
+    title = f"where J is lost: thousandths of J* - E_ref r, by token; {of_runs}"
+    by_depth = number_table(title, "", *(f"token\n{t}" for t in depths), "sum")
     for (name, beta), same in pictures.grouped(runs, "name", "kl_coef").items():
-        ends = [run["history"][-1] for run in same]
+        label, ends = f"{name}, beta {beta:g}", [run["history"][-1] for run in same]
         shares = [end["exact/fraction"] for end in ends]
         cells = [f"{of(shares):.4f}" for of in (np.mean, *spread.values())]
         for key, form in (("kl_seq", ".3f"), ("gold", ".3f"), ("flatness", ".1e")):
             cells.append(f"{np.mean([end[f'exact/{key}'] for end in ends]):{form}}")
         cells.append(f"{np.mean([run['seconds'] for run in same]):.0f}")
-        table.add_row(f"{name}, beta {beta:g}", *cells)
-    table.caption = "share of J*: (J - E_ref r) / (J* - E_ref r). Var: of r - beta log_ratio over "
-    table.caption += "responses, 0 at the optimum."
-    return table
-
-
-def depth_table(runs: list[Row]) -> Table:
-    """Where J* - J is lost: its share at each token of the response."""
-    depths = len(runs[0]["history"][-1]["exact/gap_by_depth"])
-    title = f"where J is lost: thousandths of J* - E_ref r, by token; {_of_seeds(runs)}"
-    table = number_table(title, "", *(f"token\n{t + 1}" for t in range(depths)), "sum")
-    for (name, beta), same in pictures.grouped(runs, "name", "kl_coef").items():
-        lost = np.mean([run["history"][-1]["exact/gap_by_depth"] for run in same], axis=0)
-        cells = (f"{1000 * x:.2f}" for x in [*lost, lost.sum()])
-        table.add_row(f"{name}, beta {beta:g}", *cells)
-    return table
-
-
-def _of_seeds(runs: list[Row]) -> str:
-    n = len({run["seed"] for run in runs})
-    return f"{n} seed{'s' * (n > 1)}, {runs[0]['iterations']} iterations"
+        table.add_row(label, *cells)
+        lost = np.mean([end["exact/gap_by_depth"] for end in ends], axis=0)
+        by_depth.add_row(label, *(f"{1000 * x:.2f}" for x in [*lost, lost.sum()]))
+    return table, by_depth

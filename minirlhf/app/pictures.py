@@ -52,17 +52,16 @@ def say(axis, title: str, x: str, y: str = "", *, legend: dict | None = None) ->
 def draw_tokens(axis, replies: dict[str, tuple], *, limit: float, width: int = 12) -> None:
     """Each reply {heading: (tokens, numbers)} as boxes with a number each, `width` boxes a line.
 
-    White is 0, the colours reach from -limit to limit; what has no number, nan, is hatched.
+    White is 0; what is beyond -limit or limit has their colour; what has no number is hatched.
     """
-    from matplotlib import colormaps
-
     y, look = 0.0, {"fontsize": 7, "ha": "center", "va": "center", "parse_math": False}
     for heading, (tokens, numbers) in replies.items():
-        axis.text(0, y, heading, fontsize=8, weight="bold")
+        axis.text(0, y, heading, fontsize=8, weight="bold", parse_math=False)
         for i, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
             x, top, shown = i % width, y - i // width - 0.15, round(number, 2) + 0.0  # no -0.00
             text = f"{token.strip()}\n{shown:+.2f}"
-            fill = {"facecolor": colormaps["RdBu_r"](0.5 + 0.32 * number / limit)}
+            share = 0.78 * min(abs(number) / limit, 1.0)
+            fill = {"facecolor": (VERMILION if number > 0 else BLUE, share)}
             if np.isnan(number):
                 fill, text = {"facecolor": "w", "hatch": "///"}, token.strip()
             axis.fill_between([x, x + 0.96], top - 0.8, top, edgecolor="silver", lw=0.5, **fill)

@@ -14,20 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minirlhf.backend import Array, get_xp
-from minirlhf.exact import optimum
-from minirlhf.exact.enumeration import (
-    PrefixTree,
-    Responses,
-    all_responses,
-    enumerate_responses,
-    response_logprobs,
-)
+from minirlhf.exact import enumeration, optimum
+from minirlhf.exact.enumeration import PrefixTree, Responses
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf import kl, objectives
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.logprobs import log_softmax, token_logprobs_backward, token_logprobs_forward
-from minirlhf.tree import Tree, tree_leaves, tree_map
+from minirlhf.tree import Tree, tree_map, tree_pack
 
 Row = dict[str, Any]
 
@@ -48,12 +42,11 @@ class RandomWorld(NamedTuple):
 
     def probs(self, name: str) -> np.ndarray:
         """(M,) probability of every response under one of the policies."""
-        return np.exp(response_logprobs(self.tree, self.log_probs(name)))
+        return np.exp(enumeration.response_logprobs(self.tree, self.log_probs(name)))
 
     def pull_back(self, dlogits: np.ndarray, params: Tree) -> np.ndarray:
         """dL/dparams (P,) of one of the transformers from dL/dlogits (N, V)."""
-        gradient = tree_gradient(dlogits, params, **self.where)
-        return np.concatenate([leaf.reshape(-1) for leaf in tree_leaves(gradient)])
+        return tree_pack(tree_gradient(dlogits, params, **self.where))[0]
 
     def jacobian(self, name: str) -> np.ndarray:
         """dz(s, a)/dparams of one of the policies: (N V, P), by one backward for each logit."""
@@ -65,7 +58,7 @@ class RandomWorld(NamedTuple):
 def make_random_world(*, seed: int, vocab_size=4, max_tokens=4, d_model=16) -> RandomWorld:
     """Transformers of one block around the usual start, with N(0, 0.3^2) on every parameter."""
     rng = np.random.default_rng(seed)
-    tree = enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
+    tree = enumeration.enumerate_responses(vocab_size=vocab_size, max_tokens=max_tokens, stop_id=0)
     config = GPTConfig(vocab_size, max_tokens + 1, n_layer=1, n_head=2, d_model=d_model)
     where = {"tree": tree, "prompts": [[0]], "config": config}
 
@@ -76,7 +69,7 @@ def make_random_world(*, seed: int, vocab_size=4, max_tokens=4, d_model=16) -> R
     policies = {name: policy() for name in ("theta", "old", "ref")}
     logits = {name: tree_logits(params, **where) for name, params in policies.items()}
     rewards = rng.standard_normal(tree.leaf_node.shape)
-    return RandomWorld(tree, all_responses(tree), where, policies, logits, rewards)
+    return RandomWorld(tree, enumeration.all_responses(tree), where, policies, logits, rewards)
 
 
 # -- the gradient of one sample --------------------------------------------------------------------
@@ -136,20 +129,16 @@ def penalty_dlogits(
 
 
 # -- its mean and its noise ------------------------------------------------------------------------
-class Moments(NamedTuple):
-    mean: Array  # (P,) expected gradient
-    variance: Array  # () E |g|^2 - |E g|^2 of a single sample
-
-
-def gradient_moments(gradients: Array, probs: Array) -> Moments:
+def gradient_moments(gradients: Array, probs: Array) -> tuple[Array, Array]:
     """Mean, and trace of the covariance, of the gradient of one sampled response.
 
     Args:     gradients: (M, P) the estimate that each response gives.
               probs: (M,) how likely it is to be sampled.
+    Returns:  mean (P,), variance () E |g|^2 - |E g|^2 of a single sample.
     """
     mean = probs @ gradients
     second = (probs * (gradients * gradients).sum(axis=-1)).sum()
-    return Moments(mean, second - (mean * mean).sum())
+    return mean, second - (mean * mean).sum()
 
 
 def relative_error(estimate: Array, exact: Array) -> Array:

@@ -8,15 +8,14 @@ J, J*, the KL and the gradient noise are exact, and no evaluation has an error b
 import functools
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minirlhf.exact import optimum
-from minirlhf.exact.tiny import make_tiny_world
-from minirlhf.exact.token_world import TokenWorld
+from minirlhf.exact.enumeration import PrefixTree
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.logprobs import log_softmax
@@ -28,6 +27,37 @@ from minirlhf.train.sampler import sample_as_set, sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.train.sft import SFTConfig, train_sft
 from minirlhf.tree import Tree, tree_copy, tree_pack
+
+
+@dataclass(frozen=True)
+class TokenWorld:
+    """A world of few tokens and short responses, in ids: everything about it can be computed.
+
+    Its vocabulary has no special tokens: what the policy may say is what can be enumerated. N
+    prefixes and M responses as in `exact/enumeration.py`.
+    """
+
+    name: str
+    tokens: tuple[str, ...]  # the V tokens by name
+    stop_id: int  # the token that ends a response, and belongs to it
+    prompts: list[list[int]]  # ids of each prompt, all of one length, equally likely
+    max_response_tokens: int  # T
+    tree: PrefixTree
+    rewards: np.ndarray  # (M,) the proxy: what is maximised
+    gold: np.ndarray  # (M,) the true reward: what is wanted
+    score: Callable[[list[list[int]], list[list[int]]], np.ndarray]  # (prompts, responses) -> (B,)
+    demonstrator: np.ndarray  # (N, V) log-probs of who writes the demonstrations, -inf where never
+    demonstrations: list[tuple[list[int], list[int]]]  # (prompt, response), what SFT imitates
+
+
+def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of ids, at least one, as tokens (B, T) and mask (B, T), padded on the right."""
+    lengths = np.array([len(ids) for ids in responses])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.zeros(mask.shape, dtype=np.int64)
+    tokens[mask] = np.concatenate(responses)
+    return tokens, mask.astype(np.float64)
+
 
 # The settings of the tiny world; the reference comes close to the chain that it imitates.
 _ADAM = OptimizerConfig(learning_rate=3e-3, eps=1e-8, max_grad_norm=0.0)
@@ -61,15 +91,6 @@ def fit_reference(
     for _ in train_sft(optimizer, world.demonstrations, **same):
         pass
     return tree_copy(optimizer.params)
-
-
-def tiny_reference(seed: int, *, settings: SFTConfig = SFT, **sizes: int) -> Tree:
-    """The reference that belongs to a seed on the tiny desk: it has learned to imitate the chain.
-
-    Args:     sizes: max_tokens and n_demonstrations of `make_tiny_world`.
-    """
-    world = make_tiny_world(rng=np.random.default_rng([seed, 0]), **sizes)
-    return fit_reference(world, config=small_transformer(world), settings=settings, seed=seed)
 
 
 class GroundTruth(NamedTuple):

@@ -209,7 +209,7 @@ def judge_loss(
               with_reward: ask with advantages too: reward - mean, the same at all tokens.
     """
     for given, who in SAMPLERS.items():
-        kl, reward = [], []
+        parts = {"kl": [], "reward": []}
         for setting in settings:
             world, logp, mask = setting.world, setting.logp, setting.world.responses.mask
             probs, y = world.probs(who), np.arange(len(mask))[:, None]
@@ -222,16 +222,14 @@ def judge_loss(
                 slopes = slopes if who == "theta" else slopes * setting.ratio[:, None]
             c = setting.coefficients(slopes)
             known = exact_gradients(setting, kl_slopes(setting), who)
-            kl.append((setting, known, probs, values, c))
+            parts["kl"].append((setting, known, probs, values, c))
             if with_reward:
                 arrays["advantages"] = (world.rewards - probs @ world.rewards)[:, None] + 0 * mask
                 more, slopes = _ask(answer, arrays, y)
                 known = exact_gradients(setting, {"reward": -arrays["advantages"]}, who)
                 c = setting.coefficients(slopes) - c
-                reward.append((setting, known, probs, more - values, c))
-        yield _verdict("kl", given, kl)
-        if reward:
-            yield _verdict("reward", given, reward)
+                parts["reward"].append((setting, known, probs, more - values, c))
+        yield from (_verdict(part, given, found) for part, found in parts.items() if found)
 
 
 def judge_advantages(

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.exact.enumeration import all_responses, enumerate_responses
-from minirlhf.exact.token_world import TokenWorld, rectangle
+from minirlhf.exact.ground_truth import SFT, TokenWorld, fit_reference, rectangle, small_transformer
 from minirlhf.rlhf.logprobs import log_softmax
+from minirlhf.train.sft import SFTConfig
+from minirlhf.tree import Tree
 
 TOKENS = ("EOS", "ANS", "DET", "POL", "HED", "SAL", "REF", "UNS")
 EOS, ANS, DET, POL, HED, SAL, REF, UNS = range(len(TOKENS))
@@ -96,3 +98,12 @@ def make_tiny_world(
         demonstrator=CHAIN[tree.token],  # the next token depends on the last one alone
         demonstrations=[([EOS], reply) for reply in replies],
     )
+
+
+def tiny_reference(seed: int, *, settings: SFTConfig = SFT, **sizes: int) -> Tree:
+    """The reference that belongs to a seed on the tiny desk: it has learned to imitate the chain.
+
+    Args:     sizes: max_tokens and n_demonstrations of `make_tiny_world`.
+    """
+    world = make_tiny_world(rng=np.random.default_rng([seed, 0]), **sizes)
+    return fit_reference(world, config=small_transformer(world), settings=settings, seed=seed)

@@ -48,7 +48,7 @@ class Kept:
         self.skipped: dict[str, list[int]] = defaultdict(list)  # reason -> lines
         for number, row in rows:
             self.n_read += 1
-            for texts in self._tried(convert, number, row, f"{path}:{number}"):
+            for texts in self._tried(convert, number, row):
                 heappush(heap, (-rng.random(), self.n_read, (number, texts)))
                 size += sum(map(len, texts)) + _OVERHEAD
                 while size > max_chars and len(heap) > 1:
@@ -57,40 +57,41 @@ class Kept:
             raise InputError(f"{path}: expected text; the file is empty: fill it or name another")
         self.rows = [row for _, _, row in sorted(heap, key=itemgetter(1))]
 
-    def _tried(self, convert: Callable, number: int, row: Any, *where: str) -> list[Texts]:
-        """[the converted row], or [] and one more that is skipped."""
+    def _tried(self, convert: Callable, number: int, row: Any) -> list[Texts]:
+        """[the converted row], or [] and one more that is skipped; a refusal names the line."""
         try:
             if None in row:
                 raise Skip(row[None])
-            return [convert(row, *where)]
+            return [convert(row)]
         except Skip as why:
             self.skipped[str(why)].append(number)
             return []
+        except InputError as error:
+            raise InputError(f"{self.path}:{number}: {error}") from error
 
-    def refine(self, convert: Callable[[Texts], Texts]) -> None:
-        """Convert the rows once more, now that all of them are known."""
-        self.rows = [(n, new) for n, texts in self.rows for new in self._tried(convert, n, texts)]
+    def finish(self, convert: Callable[[Texts], Texts], what: str, notes: list[str]) -> list[Texts]:
+        """The rows, converted once more now that all are known; `notes` get a sentence on them.
 
-    def finish(self, what: str, notes: list[str]) -> list[Texts]:
-        """The rows; the notes get a sentence on what was read, skipped and kept.
+        It says how many were read, skipped (and why, and in which lines) and kept.
 
         Raises:   InputError: nothing is left.
         """
+        rows = [new for n, texts in self.rows for new in self._tried(convert, n, texts)]
         skipped = ", ".join(
             f"{len(n):,} {why} (line {', '.join(map(str, n[:3]))}{', ..' * (len(n) > 3)})"
             for why, n in self.skipped.items()
         )
-        if not self.rows:
+        if not rows:
             raise InputError(
                 f"{self.path}: expected {what}; got none to use, but {skipped}: correct them"
             )
         n_usable = self.n_read - sum(map(len, self.skipped.values()))
         plural = what.removesuffix("s") if n_usable == 1 else what
         said = f"{self.path}: read {n_usable:,} {plural}{', skipped ' * bool(skipped)}{skipped}"
-        if n_usable > len(self.rows):
-            said += f"; kept {len(self.rows):,}, drawn at random: --max-text-mb keeps more"
+        if n_usable > len(rows):
+            said += f"; kept {len(rows):,}, drawn at random: --max-text-mb keeps more"
         notes.append(said)
-        return [texts for _, texts in self.rows]
+        return rows
 
 
 # --- a corpus
@@ -102,38 +103,38 @@ def examples_of(kept: Kept, notes: list[str]) -> tuple[list[Texts], str]:
 
     Args:     kept: rows that `as_example` converted.
     """
-    joiner = _joiner([texts[0] for _, texts in kept.rows if len(texts) == 1])
-    kept.refine(lambda texts: texts if len(texts) == 2 else _split_example(*texts, joiner))
-    return kept.finish("examples", notes), joiner
+    whole = [texts[0] for _, texts in kept.rows if len(texts) == 1]
+    n_lines = sum("\n" in text for text in whole)
+    n_words = sum(len(text.split(None, 1)) > 1 for text in whole)
+    joiner = " " if 2 * n_words >= len(whole) else ""
+    joiner = "\n" if whole and 2 * n_lines >= len(whole) else joiner
+
+    def in_two(texts: Texts) -> Texts:
+        if len(texts) == 2:
+            return texts
+        (text,) = texts
+        at = joiner.strip(" ") or None  # a space stands for any white space
+        parts = text.split(at, 1) if joiner else (text[0], text[1:])
+        prompt, response = (part.strip() for part in (*parts, "")[:2])
+        if not response:
+            raise Skip("without a response")
+        return prompt, response
+
+    return kept.finish(in_two, "examples", notes), joiner
 
 
-def as_example(row: dict, where: str) -> Texts:
+def as_example(row: dict) -> Texts:
     """(prompt, response), or (text,) that is to be split."""
     if {"prompt", "response"} <= row.keys():
-        return _prompt(row, where), _reply(row["response"], where)
+        return _prompt(row), _reply(row["response"])
     if "messages" not in row:
-        return (_text(row["text"], where),)
-    messages = _messages(row["messages"], where)
+        return (_text(row["text"]),)
+    messages = _messages(row["messages"])
     while messages and messages[-1][0] != "assistant":
         messages.pop()
     if len(messages) < 2:
         raise Skip("without a reply")
     return _dialogue(messages[:-1]), messages[-1][1]
-
-
-def _joiner(texts: list[str]) -> str:
-    """What stands between prompt and response in most of the texts without columns."""
-    if texts and 2 * sum("\n" in text for text in texts) >= len(texts):
-        return "\n"
-    return " " if 2 * sum(len(text.split(None, 1)) > 1 for text in texts) >= len(texts) else ""
-
-
-def _split_example(text: str, joiner: str) -> Texts:
-    parts = text.split("\n" if joiner == "\n" else None, 1) if joiner else (text[0], text[1:])
-    prompt, response = (part.strip() for part in (*parts, "")[:2])
-    if not response:
-        raise Skip("without a response")
-    return prompt, response
 
 
 # --- preferences
@@ -151,38 +152,37 @@ def preferences_of(kept: Kept, notes: list[str]) -> list[Texts]:
             raise Skip("contradictory")
         return texts
 
-    kept.refine(agreed)
-    return kept.finish("preferences", notes)
+    return kept.finish(agreed, "preferences", notes)
 
 
-def as_preference(row: dict, where: str) -> Texts:
+def as_preference(row: dict) -> Texts:
     """(prompt, best reply, .., worst reply)."""
     if not {"chosen", "rejected"} <= row.keys():
-        texts = (_prompt(row, where), *_ranked(row["responses"], row["ranking"], where))
+        texts = (_prompt(row), *_ranked(row["responses"], row["ranking"]))
     elif isinstance(row["chosen"], list | dict):
-        texts = _split_messages(row, where)
+        texts = _split_messages(row)
     elif row.get("prompt") is None:
-        texts = _split_dialogues(_text(row["chosen"], where), _text(row["rejected"], where))
+        texts = _split_dialogues(_text(row["chosen"]), _text(row["rejected"]))
     else:
-        texts = (_prompt(row, where), _text(row["chosen"], where), _text(row["rejected"], where))
+        texts = (_prompt(row), _text(row["chosen"]), _text(row["rejected"]))
     if len(set(texts[1:])) < len(texts[1:]):
         raise Skip("equal")
     return texts
 
 
-def _ranked(responses: Any, ranking: Any, where: str) -> list[str]:
+def _ranked(responses: Any, ranking: Any) -> list[str]:
     """The responses from the best to the worst; the best has the smallest rank."""
     lists = isinstance(responses, list) and isinstance(ranking, list)
     ranks = [x for x in ranking if type(x) in (int, float) and math.isfinite(x)] if lists else []
     if not lists or not len(ranks) == len(ranking) == len(responses):
         raise InputError(
-            f"{where}: expected a list of responses and a list of as many ranks, the smallest for "
-            f"the best; got {shorten(repr(responses))} and {shorten(repr(ranking))}: correct it"
+            "expected a list of responses and a list of as many ranks, the smallest for the best; "
+            f"got {shorten(repr(responses))} and {shorten(repr(ranking))}: correct it"
         )
     if len(set(ranks)) < max(2, len(ranks)):
         raise Skip("with equal ranks")
     in_order = sorted(zip(ranks, responses, strict=True), key=itemgetter(0))
-    return [_reply(response, where) for _, response in in_order]
+    return [_reply(response) for _, response in in_order]
 
 
 def _split_dialogues(chosen: str, rejected: str) -> Texts:
@@ -190,12 +190,12 @@ def _split_dialogues(chosen: str, rejected: str) -> Texts:
     end = os.path.commonprefix([chosen, rejected]).rfind(_TURN) + len(_TURN)
     if end < len(_TURN):
         raise Skip(f"without a prompt or a shared beginning up to {_TURN!r}")
-    return tuple(_text(text, "") for text in (chosen[:end], chosen[end:], rejected[end:]))
+    return tuple(map(_text, (chosen[:end], chosen[end:], rejected[end:])))
 
 
-def _split_messages(row: dict, where: str) -> Texts:
+def _split_messages(row: dict) -> Texts:
     """The prompt is what both dialogues share, below the column prompt unless they repeat it."""
-    chosen, rejected = _messages(row["chosen"], where), _messages(row["rejected"], where)
+    chosen, rejected = _messages(row["chosen"]), _messages(row["rejected"])
     if chosen == rejected:
         raise Skip("equal")
     n = len(os.path.commonprefix([chosen, rejected]))
@@ -205,7 +205,7 @@ def _split_messages(row: dict, where: str) -> Texts:
     given = row.get("prompt", row.get("messages"))
     if given is not None and (not shared or shared[0][0] == "assistant"):
         asked = given if isinstance(given, list) else [{"role": "user", "content": given}]
-        shared = _messages(asked, where) + shared
+        shared = _messages(asked) + shared
     if not shared or any(reply[0][0] != "assistant" for reply in replies):
         raise Skip("without a prompt that both share")
     return _dialogue(shared), *map(_continued, replies)
@@ -216,54 +216,53 @@ def _is_blank(value: Any) -> bool:
     return value is None or isinstance(value, str) and not value.strip()
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any) -> str:
     """The text without outer white space."""
     if _is_blank(value):
         raise Skip("empty")
     if not isinstance(value, str):
-        raise InputError(f"{where}: expected text; got {shorten(repr(value))}: correct it")
+        raise InputError(f"expected text; got {shorten(repr(value))}: correct it")
     if _HALF.search(value):
         raise Skip("with half a surrogate pair")
     return value.strip()
 
 
-def _prompt(row: dict, where: str) -> str:
+def _prompt(row: dict) -> str:
     """The prompt, and below it what an instruction is about."""
     if isinstance(row["prompt"], list):
-        return _dialogue(_messages(row["prompt"], where))
+        return _dialogue(_messages(row["prompt"]))
     about = [] if _is_blank(row.get("input")) else [row["input"]]
-    return "\n\n".join(_text(text, where) for text in [row["prompt"], *about])
+    return "\n\n".join(map(_text, [row["prompt"], *about]))
 
 
-def _reply(value: Any, where: str) -> str:
-    return _continued(_messages(value, where)) if isinstance(value, list) else _text(value, where)
+def _reply(value: Any) -> str:
+    return _continued(_messages(value)) if isinstance(value, list) else _text(value)
 
 
-def _messages(value: Any, where: str) -> Messages:
+def _messages(value: Any) -> Messages:
     """(role, content) of each message that says something; ShareGPT calls them from and value."""
     messages = []
     for message in value if isinstance(value, list) else [value]:
         role = message.get("role", message.get("from")) if isinstance(message, dict) else None
         if not isinstance(role, str):
             raise InputError(
-                f"{where}: expected messages with role and content; got "
-                f"{shorten(repr(message))}: correct it"
+                f"expected messages with role and content; got {shorten(repr(message))}: correct it"
             )
         if not _is_blank(content := message.get("content", message.get("value"))):
-            messages.append((_ROLES.get(role, role), _text(content, where)))
+            messages.append((_ROLES.get(role, role), _text(content)))
     return messages
 
 
 def _dialogue(messages: Messages) -> str:
     """A prompt: one message as it is, several as in HH-RLHF, up to the reply that is asked for."""
     if len(messages) < 2:
-        return _text("".join(content for _, content in messages), "")
+        return _text("".join(content for _, content in messages))
     return "\n\n".join([*_turns(messages), "Assistant:"])
 
 
 def _continued(messages: Messages) -> str:
     """A reply, and what followed it."""
-    return _text("\n\n".join([*(said for _, said in messages[:1]), *_turns(messages[1:])]), "")
+    return _text("\n\n".join([*(said for _, said in messages[:1]), *_turns(messages[1:])]))
 
 
 def _turns(messages: Messages) -> list[str]:

@@ -80,7 +80,8 @@ def test_the_terminal_shows_the_same_colours():
 
 
 def test_the_picture_is_a_file_that_opens(tmp_path):
-    path = coloured.picture([row(["a", "$b", "_c"] * 9, [0.5, -1.0, 0.0] * 9)], tmp_path / "a.png")
+    of = row(["a", "$b", "_c"] * 9, [0.5, -1.0, 0.0] * 9)
+    path = coloured.picture({"one": of, "$two": of}, tmp_path / "a.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 

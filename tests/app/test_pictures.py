@@ -126,11 +126,14 @@ def test_tokens_are_coloured_by_what_they_pay():
     replies = {"a": (["x", " $y", "$"], numbers), "b": (["z"], [np.nan])}
     pictures.draw_tokens(axis, replies, limit=3.0, width=2)
     figure.canvas.draw()  # a lone $ would be an error of mathtext
-    red, white, blue, unpriced = (box.get_facecolor()[0] for box in axis.collections)
-    assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and min(white) > 0.96
-    np.testing.assert_allclose(
-        abs(red[:3] - white[:3]).sum(), abs(blue[:3] - white[:3]).sum(), rtol=0.3
-    )
+    colours = (box.get_facecolor()[0] for box in axis.collections)
+    red, white, blue, _ = (1 - alpha * (1 - np.array(rgb)) for *rgb, alpha in colours)
+    assert red[0] > 2 * red[2] and blue[2] > 2 * blue[0] and min(white) == 1
+    beyond = {"a": (["x", "y"], [30.0, -30.0])}  # has the colour of the limit
+    _, ((other,),) = pictures.new_figure(4, 3, 1, 1)
+    pictures.draw_tokens(other, beyond, limit=3.0)
+    for box, limit in zip(other.collections, axis.collections[::2], strict=False):
+        np.testing.assert_array_equal(box.get_facecolor(), limit.get_facecolor())
     assert [box.get_hatch() for box in axis.collections] == [None] * 3 + ["///"]
     texts = [text.get_text() for text in axis.texts]
     assert texts == ["a", "x\n+3.00", "$y\n+0.00", "$\n-3.00", "b", "z"]

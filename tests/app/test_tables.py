@@ -104,9 +104,8 @@ def results():
 WORLD = World("support", [], [], [], gold=lambda prompt, reply: -12.345)
 SHOWN = {
     "kl": lambda console: console.print(exact.kl_table(KL)),
-    "runs of one seed": lambda console: console.print(exact.runs_table(RUNS[::2])),
-    "runs": lambda console: console.print(exact.runs_table(RUNS)),
-    "depth": lambda console: console.print(exact.depth_table(RUNS)),
+    "runs of one seed": lambda console: console.print(*exact.optimum_tables(RUNS[::2])),
+    "runs": lambda console: console.print(*exact.optimum_tables(RUNS)),
     "check": lambda console: check.print_table(CHECKED, console),
     "train": lambda console: print_result(results(), WORLD, console),
     "score": lambda console: console.print(

@@ -402,9 +402,8 @@ def test_moments_by_a_loop(M, P, seed):
     gradients, probs = rng.standard_normal((M, P)), rng.dirichlet(np.ones(M))
     mean = [sum(probs[y] * gradients[y, i] for y in range(M)) for i in range(P)]
     variance = sum(probs[y] * (gradients[y, i] - mean[i]) ** 2 for y in range(M) for i in range(P))
-    got = gradient_moments(gradients, probs)
-    assert_close(got.mean, mean)
-    assert_close(got.variance, variance)
+    for got, expected in zip(gradient_moments(gradients, probs), (mean, variance), strict=True):
+        assert_close(got, expected)
 
 
 def test_relative_error_and_cosine():

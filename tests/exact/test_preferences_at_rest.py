@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from desk import Desk, tilted
-from minirlhf.exact.ground_truth import (
-    SFT,
-    make_ground_truth,
-    measure,
-    small_transformer,
-    tiny_reference,
-)
+from minirlhf.exact.ground_truth import SFT, make_ground_truth, measure, small_transformer
+from minirlhf.exact.tiny import tiny_reference
 from minirlhf.rlhf.preferences import dpo_backward, dpo_forward, sigmoid
 from minirlhf.train.dpo import DPOConfig
 from minirlhf.train.settings import OptimizerConfig

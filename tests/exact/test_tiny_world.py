@@ -12,6 +12,7 @@ from tolerances import CHI_SQUARE_P, CHI_SQUARE_Z, LOOPS, PRINTED, assert_close
 
 from gao import fit_gao
 from minirlhf.exact.enumeration import all_responses, response_logprobs
+from minirlhf.exact.ground_truth import rectangle
 from minirlhf.exact.optimum import evaluate_exactly, frontier_reward, soft_optimum
 from minirlhf.exact.tiny import (
     ANS,
@@ -33,7 +34,6 @@ from minirlhf.exact.tiny import (
     sample_chain,
     token_counts,
 )
-from minirlhf.exact.token_world import rectangle
 from other_optima import best_of_n
 
 WORLD = make_tiny_world(n_demonstrations=2_000, rng=np.random.default_rng(0))

@@ -10,8 +10,8 @@ from tiny import tilt
 from tolerances import assert_close
 
 from minirlhf.exact.enumeration import all_responses, prompt_of_leaf, response_logprobs
+from minirlhf.exact.ground_truth import rectangle
 from minirlhf.exact.optimum import evaluate_exactly, optimality_gap, soft_optimum
-from minirlhf.exact.token_world import rectangle
 from walks_on_a_graph import (
     GOAL,
     LETTERS,

@@ -54,12 +54,6 @@ def test_support(support):
     assert text.endswith("- gold rises: 1 of 2 seeds")
 
 
-def test_replies_are_those_to_the_first_prompt_that_tells_them_apart(support):
-    head, *rows = cells(tables.replies(support))
-    assert head == ["", 'reply to *"Where is it?"*']
-    assert rows == [["reference", "By reference."], ["β = 0.2", "By 0.2."], ["β = 0", "By 0."]]
-
-
 def test_cases(tmp_path):
     one = {"question": "Why?", "varied": "x", "seen": "|g| is 1.", "seeds": [1, 2]}
     one |= {"claims": {"a": [True, False], "b": [True, True]}, "unexpected": ["y did not."]}

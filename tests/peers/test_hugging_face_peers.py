@@ -89,7 +89,7 @@ def test_special_tokens_and_the_chat_template_make_our_sequences(pair):
     assert (theirs.sep_token_id, theirs.pad_token_id) == (ours.sep, ours.pad)
     assert theirs.encode(f"{BOS}kalo{SEP}") == ours.prompt_ids("kalo")
     for chat in CHATS:
-        prompt, reply = as_example({"messages": chat}, "")
+        prompt, reply = as_example({"messages": chat})
         asked, whole = (
             theirs.apply_chat_template(messages, add_generation_prompt=asks, return_dict=False)
             for messages, asks in ((chat[:-1], True), (chat, False))

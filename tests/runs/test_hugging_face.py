@@ -384,7 +384,7 @@ def test_the_chat_template_writes_what_training_writes(messages):
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     template = json.loads(companions(OURS, {}, {})["tokenizer_config.json"])["chat_template"]
     write = environment.from_string(template).render
-    prompt, reply = as_example({"messages": messages}, "")
+    prompt, reply = as_example({"messages": messages})
     assert write(messages=messages[:-1]) == f"{BOS}{prompt}{SEP}"
     assert write(messages=messages) == f"{BOS}{prompt}{SEP}{reply}{EOS}"
 
