@@ -12,6 +12,8 @@ class InputError(ValueError):
     run that it stops goes on, "" or with another "reward"; None: it says so itself, or not at all.
     """
 
+    status = 2  # of the command line
+
     def __init__(self, message: str, *, resume: str | None = ""):
         self.resume = resume
         if len(message) > LONGEST:

@@ -93,6 +93,23 @@ def cases(folder: Path) -> str:
     return table(heads, rows)
 
 
+def diagnosis(folder: Path) -> str:
+    """Each rule of `minirlhf diagnose`: how often it is right, and whether it warns in time."""
+    found = read(next(folder.glob("28_*/28_*.json")))
+    n, rows = found["healthy"], []
+    for rule, told in found["rules"].items():
+        causes = {c: first for c, (expected, first) in found["causes"].items() if expected == rule}
+        others = sorted({f or "nothing" for first in causes.values() for f in first} - {rule})
+        early = told["gold fell"] and told["lead"] > 0
+        lead = f"{number(told['lead'], 0)} iterations ({told['gold fell']} runs)"
+        cells = [f"`{rule}`", ", ".join(causes) or "–", f"{told['first']} of {told['runs']}"]
+        cells += [", ".join(others) or "–", str(told["first elsewhere"])]
+        cells += [f"{told['in healthy runs']} of {n}", f"early: {lead}" if early else "audits"]
+        rows.append(cells)
+    heads = ["rule", "planted", "named first", "else first", "first in other causes", "in healthy"]
+    return f"{found['seen']}\n\n{table([*heads, 'before gold is seen to fall'], rows)}"
+
+
 def _betas(rows: dict[str, Any]) -> list[str]:
     return sorted(rows.keys() - {"reference"}, key=float)
 

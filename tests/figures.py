@@ -50,6 +50,7 @@ class Source(NamedTuple):
 SEEDS = "--seeds 0 1 2 3 4"
 BENCH = "python tests/benchmarks/bench.py"
 CASES = [path.stem for path in sorted((ROOT / "examples" / "cases").glob("[0-9][0-9]_*.py"))]
+DIAGNOSIS = "28_names_what_went_wrong"
 SOURCES = {
     "support": Source(
         8,
@@ -60,6 +61,11 @@ SOURCES = {
         20,
         tuple(f"python examples/cases/{case}.py --out {case}" for case in CASES),
         {f"{case}/{case}.png": f"{case}.png" for case in CASES},
+    ),
+    "diagnosis": Source(
+        5,
+        (f"python examples/cases/{DIAGNOSIS}.py --out {DIAGNOSIS}",),
+        {f"{DIAGNOSIS}/{DIAGNOSIS}.png": f"{DIAGNOSIS}.png"},
     ),
     "recipes": Source(9, ("python examples/recipes_compared.py --out runs",)),
     "gradients": Source(
@@ -107,6 +113,7 @@ SOURCES = {
 FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, its Markdown)
     "support": ("support", tables.support),
     "cases": ("cases", tables.cases),
+    "diagnosis": ("diagnosis", tables.diagnosis),
     "recipes": ("recipes", tables.recipes),
     "kl": ("gradients", tables.kl),
     "kl4": ("gradients", tables.kl4),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minirlhf.app import coloured, tables
+from minirlhf.app.diagnose import check_names, watched
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
@@ -79,7 +80,9 @@ def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any])
             f"train: expected a recipe with changes to it; got {came} too, which has all settings: "
             "leave one out, or give a dict of changes"
         )
-    return with_fields(with_fields(config or TrainConfig(), settings, "train"), changes, "train")
+    config = with_fields(with_fields(config or TrainConfig(), settings, "train"), changes, "train")
+    check_names(config.halt_on)
+    return config
 
 
 def resume(
@@ -120,6 +123,7 @@ def _finish(session: Session, reward: Reward) -> "Run":
 
 def run_session(session: Session) -> pipeline.Result | None:
     """The stages that are not done yet, and the final comparison."""
+    session.watch = watched(session)
     keep_freed_memory()
     with np.errstate(all="ignore"):  # what is not finite is looked for at every update
         return pipeline.run_stages(session)

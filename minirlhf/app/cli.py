@@ -20,6 +20,7 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
   minirlhf score RUN --prompt .. --response ..    log pi_theta - log pi_ref, token by token
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
   minirlhf report RUN..           one page: replies token by token, curves and how to read them
+  minirlhf diagnose RUN           what went wrong in a run or another program's log, with evidence
   minirlhf exact                  the exact optimum, KL and gradients beside every estimate
   minirlhf judge FUNCTION         what your own KL term, loss or advantages descend
   minirlhf check                  check every gradient of the package
@@ -34,6 +35,7 @@ COMMANDS = {  # name -> module and function; its arguments are the options, its 
     "score": "commands:score",
     "sample": "commands:sample",
     "report": "commands:report",
+    "diagnose": "diagnose:diagnose_command",
     "exact": "exact:exact_command",
     "judge": "judge:judge_command",
     "check": "check:check_command",
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, MemoryError, OSError) as error:
         if os.environ.get("MINIRLHF_TRACEBACK"):
             raise
-        status, said = 2, _sentence(error)
+        status, said = getattr(error, "status", 2), _sentence(error)
     if is_program:
         _on_interrupt("ignore")
     _leave_message(said)

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from minirlhf.app import api, coloured, options, page, pictures, tables
+from minirlhf.app.diagnose import check_names
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
@@ -73,6 +74,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         if any(word.partition("=")[0].replace("_", "-") == flag for word in rest):
             raise InputError(f"expected --beta or {flag}, which is the same; got both: drop one")
         config = options.read(TrainConfig, [flag, named.beta], "train", known, default=config)
+    check_names(config.halt_on)
     if named.recipe is not None:
         say(recipes.says(named.recipe, config))
     return config

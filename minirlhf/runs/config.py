@@ -51,6 +51,8 @@ class TrainConfig:
     snapshots: int = 0  # Times that PPO's replies to the same prompts are kept, for `report`
     # The metrics also in tensorboard/, as event files; or in metrics.csv
     log: Literal["", "tensorboard", "csv"] = ""
+    # Rules of `minirlhf diagnose` that stop PPO where they hold; any: each of them
+    halt_on: tuple[str, ...] = ()
     # What to run; `resume` does the rest
     stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
     # The policy's transformer

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 from itertools import cycle, islice
 
 import numpy as np
@@ -10,21 +9,10 @@ import numpy as np
 from minirlhf.backend import to_host
 from minirlhf.nn.sampling import Sampling
 from minirlhf.runs.session import Score, Session
+from minirlhf.train.metrics import distinct_2, repeated_bigram_share
 from minirlhf.train.rollout import Rollout, Samples, score_rollout
 from minirlhf.tree import Tree
 from minirlhf.worlds.world import World
-
-
-def repeated_bigram_share(ids: list[int]) -> float:
-    """1 - distinct bigrams / bigrams inside one response: 0 when nothing repeats."""
-    bigrams = list(zip(ids, ids[1:], strict=False))
-    return 1.0 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
-
-
-def distinct_2(responses: list[list[int]]) -> float:
-    """Distinct bigrams / bigrams of all responses together (Li et al. 2016, arXiv 1510.03055)."""
-    counts = Counter(b for ids in responses for b in zip(ids, ids[1:], strict=False))
-    return len(counts) / counts.total() if counts else 0.0
 
 
 def response_metrics(

@@ -26,6 +26,7 @@ from minirlhf.disk import read_object, settled, shorten, to_json, write_whole_fo
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import summed_penalty
+from minirlhf.rlhf.logprobs import response_sum
 from minirlhf.runs import checkpoint, hugging_face
 from minirlhf.runs.config import flat, load_config, save_config
 from minirlhf.runs.evaluate import gold_of
@@ -41,7 +42,7 @@ STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy", "
 GO_ON = {**dict.fromkeys(STAGES, ()), "ppo": ("prompts", "rollout", "shuffle")}
 FREE = {  # what may change between two sessions; other texts and rewards are refused elsewhere
     *("device", "workers", "threads", "stages", "init", "corpus", "pairs"),
-    *("reward", "reward_timeout"),
+    *("reward", "reward_timeout", "halt_on"),
     *("eval_prompts", "eval_every", "checkpoint_every", "snapshots", "log"),
     *("ppo.iterations", "ppo.micro_batch_size"),
 }
@@ -316,11 +317,18 @@ def settle_settings(session: Session) -> None:
 
 
 def sample_rows(session: Session, rollout: Rollout) -> list[dict[str, Any]]:
-    """The first samples with the two numbers of the objective: score and kl_seq [nats]."""
-    samples = rollout.samples
-    kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=rollout.batch.response_mask)
+    """The first samples with the two numbers of the objective: score and kl_seq [nats].
+
+    With ids, of the response, ref_logp_seq can be made again from the saved reference; the tokens
+    that were counted are as many as there are ids.
+    """
+    samples, mask = rollout.samples, rollout.batch.response_mask
+    kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask)
     columns = {"prompt": samples.prompts, "response": samples.responses}
     columns |= {"score": to_host(rollout.score), "kl_seq": to_host(kl_seq)}
+    columns["ref_logp_seq"] = to_host(response_sum(rollout.ref_logp, mask=mask))
+    columns["tokens"] = to_host(mask.sum(axis=1)).astype(int)
+    columns["ids"] = samples.response_ids
     if session.world.gold is not None:
         columns["gold"] = gold_of(samples, session.world)
     rows = list(zip(*columns.values(), strict=True))[:SAMPLES_LOGGED]

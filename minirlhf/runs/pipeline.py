@@ -413,9 +413,11 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         beta, moved = iteration.next_kl_coef, iteration.next_reference
         if done in looks:
             look(optimizer.params, moved, done=done, kl_coef=beta)
-        if done % config.checkpoint_every == 0 or done == settings.iterations:
+        if done % config.checkpoint_every == 0 or done == settings.iterations or session.stop:
             arrays = folder.moved_reference(session, moved)
             folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
+        if session.stop:
+            raise session.stop
         started = time.perf_counter()
     folder.save_params(session, "policy", optimizer.params, session.gpt)
     return optimizer.params

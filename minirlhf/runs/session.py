@@ -65,6 +65,7 @@ class Session:
     track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
     say: Callable[[str], None] = lambda line: None  # prints a line
     watch: Callable[[int, str, dict], None] = lambda *row: None  # sees each line of metrics.jsonl
+    stop: InputError | None = None  # set by who watches: PPO stops after this iteration
     seconds: dict[str, float] = field(default_factory=dict)  # time of each stage
     stored: TrainConfig | None = None  # config.toml as it was then; None: opened to look
     stage: str = "sft"  # at work now
@@ -79,7 +80,7 @@ class Session:
     @cached_property
     def log(self) -> RunLog:
         """Opened by the first stage that writes: to look at a run changes nothing in its folder."""
-        return RunLog(self.folder, self.watch)
+        return RunLog(self.folder, lambda *row: self.watch(*row))  # who watches may change
 
     @property
     def padding(self) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     workers = resolved(config.workers)  # another number would round otherwise
     config = replace(config, workers=workers, reward=name_of(reward), **paths)
     session = Session(config, world, tokenizer, rng, **shown)
-    sizes.check_run(config, session.gpt, session.longest)
+    sizes.check_run(config, session.gpt, session.longest)  # sizes may contradict each other
     out = config.out or new_numbered_folder(name_and_kind(named)[0])
     session.config, session.world = replace(config, out=out), own_reward.going_on(world, out)
     for note in (*world.notes, *notes):

@@ -5,10 +5,11 @@ and averaged over responses [nats]; what is called _avg is a mean over tokens.
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, get_xp, to_host
 from minirlhf.rlhf.advantages import masked_mean, masked_var
 from minirlhf.rlhf.kl import LOG_RATIO_LIMIT, clamp_log_ratio, kl_estimate, summed_penalty
 from minirlhf.rlhf.logprobs import response_sum
@@ -36,7 +37,9 @@ def mean_of_updates(updates: list[ppo.Update], settings: PPOConfig) -> dict[str,
     ]
     mean = {name: float(np.mean([row[name] for row in rows])) for name in (rows or [{}])[0]}
     clamped = sum(row["policy/clamped_log_ratios"] for row in rows)
-    return {**mean, "policy/clamped_log_ratios": clamped, "policy/updates": len(rows)}
+    first = {"policy/approxkl_first": rows[0]["policy/approxkl_avg"]} if rows else {}
+    counts = {"policy/clamped_log_ratios": clamped, "policy/updates": len(rows)}
+    return mean | first | counts
 
 
 def rollout_metrics(
@@ -66,6 +69,7 @@ def rollout_metrics(
         "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
         "val/num_eos_tokens": ppo.ended(rollout, stop_id).sum(),
         "response_length/mean": mask.sum(axis=1).mean(),
+        "response_length/clip_ratio": 1.0 - ppo.ended(rollout, stop_id).mean(),
     }
     if settings.has_critic:
         metrics |= {
@@ -76,10 +80,54 @@ def rollout_metrics(
             "ppo/returns/mean": masked_mean(returns, mask=mask),
             "ppo/returns/var": masked_var(returns, mask=mask),
         }
+    metrics |= _of_responses(rollout, stop_id)
     if rollout.samples.sampler_logp is not None:  # unbiased: the samples are the sampler's
         gap = rollout.samples.sampler_logp - rollout.old_logp
         metrics["policy/kl_sampler_k3_token"] = masked_mean(kl_estimate(gap, "k3"), mask=mask)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _of_responses(rollout: Rollout, stop_id: int) -> dict[str, Array]:
+    """Spread over the responses, what repeats in them, and what the score goes along with.
+
+    objective/surprise is the mean of sum_t (-log pi(y_t|.) - H(pi(.|s_t))), H the entropy: 0 up to
+    its standard error where the responses are samples of pi, and of no other temperature or age.
+    """
+    mask, n = rollout.batch.response_mask, len(rollout.score)
+    kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask)
+    surprise = response_sum(-rollout.old_logp - rollout.entropy, mask=mask)
+    score = to_host(rollout.score).astype(np.float64)
+    plain = [[i for i in ids if i != stop_id] for ids in rollout.samples.response_ids]
+    repeats = np.array([repeated_bigram_share(ids) for ids in plain])
+    length = np.array([len(ids) for ids in plain], dtype=np.float64)
+    return {
+        "objective/kl_sd": kl_seq.std(),
+        "objective/surprise": surprise.mean(),
+        "objective/surprise_se": surprise.std() / n**0.5,
+        "response/repeated_bigrams": repeats.mean(),
+        "response/distinct_2": distinct_2(plain),
+        "response/corr_score_length": correlation(score, length),
+        "response/corr_score_repeats": correlation(score, repeats),
+    }
+
+
+def repeated_bigram_share(ids: list[int]) -> float:
+    """1 - distinct bigrams / bigrams inside one response: 0 when nothing repeats."""
+    bigrams = list(zip(ids, ids[1:], strict=False))
+    return 1.0 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def distinct_2(responses: list[list[int]]) -> float:
+    """Distinct bigrams / bigrams of all responses together (Li et al. 2016, arXiv 1510.03055)."""
+    counts = Counter(b for ids in responses for b in zip(ids, ids[1:], strict=False))
+    return len(counts) / counts.total() if counts else 0.0
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale > 0 else 0.0
 
 
 def explained_variance(values: Array, returns: Array, *, mask: Array) -> float:

@@ -49,7 +49,7 @@ from minirlhf.worlds.tokens import load_tokenizer
 
 ROOT = Path(minirlhf.__file__).parents[1]
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "sweep", "score", "sample", "report", "exact", "judge", "check")
+COMMANDS = "train resume sweep score sample report diagnose exact judge check".split()
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,7 @@ def test_help_of_each_command(capsys, monkeypatch, command):
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
         "report": ["Run folders", "--out", "--exact"],
+        "diagnose": ["Run folder", "--json", "--diff"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
         "judge": ["--placement", "--framework", "--expect", "--size", "--json"],
         "check": ["--seed", "--cases"],

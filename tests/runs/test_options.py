@@ -26,6 +26,7 @@ from tiny_run import (
 )
 from tolerances import BATCH_COMPOSITION
 
+import minirlhf
 from minirlhf import workers
 from minirlhf.backend import cuda_is_available, get_xp
 from minirlhf.errors import InputError
@@ -161,6 +162,7 @@ MUTATIONS = {
 }
 ELSEWHERE = {  # fields with a test of their own, below
     "out": "test_out_is_where_the_run_lies",
+    "halt_on": "test_a_run_stops_where_a_rule_of_halt_on_holds_and_goes_on",
     "device": "test_device_chooses_the_array_module",
     "stages": "test_a_part_of_the_stages_is_run_and_resume_does_the_rest",
     "workers": "test_workers_change_who_computes_and_no_result",
@@ -414,6 +416,15 @@ def test_the_corpus_and_the_pairs_are_read(tmp_path, files):
     }
     assert len({tuple(world.demonstrations) for world in opened.values()}) == 4
     assert [world.pairs is None for world in opened.values()] == [True, False, False, True]
+
+
+def test_a_run_stops_where_a_rule_of_halt_on_holds_and_goes_on(tmp_path):
+    halts = {"halt_on": ("penalty-gradient",), "ppo.kl_mode": "loss_k1"}
+    config = changed(tiny_config(tmp_path / "run"), halts)
+    with pytest.raises(InputError, match="stopped at step 0 by --halt-on penalty-gradient"):
+        minirlhf.train(config, progress=False)
+    assert not (config.out / "result.json").exists()
+    assert minirlhf.resume(config.out, progress=False).result
 
 
 def test_a_reward_may_be_given_a_time(tmp_path, files):

@@ -147,9 +147,11 @@ def test_samples_are_logged_with_their_gold_reward_and_the_numbers_of_the_object
     out, _, _ = finished
     samples = read_jsonl(out / "samples.jsonl")
     assert {row["step"] for row in samples} == {0, 1, 2}
-    assert all(
-        row.keys() == {"step", "prompt", "response", "score", "kl_seq", "gold"} for row in samples
-    )
+    columns = {"step", "prompt", "response", "score", "kl_seq", "ref_logp_seq", "tokens"} | {
+        "ids",
+        "gold",
+    }
+    assert all(row.keys() == columns for row in samples)
     rounding = SAMPLER_HIDDEN
     first = [abs(row["kl_seq"]) for row in samples if row["step"] == 0]
     later = [abs(row["kl_seq"]) for row in samples if row["step"] > 0]

@@ -1,0 +1,268 @@
+"""What each rule of rules.toml looks at: in which rows of a log it holds.
+
+A rule looks at columns of the log and says in which rows it holds; it speaks where it holds in so
+many rows on end. Whether it holds in a row hangs on that row and those before, so a rule says the
+same while a run trains and afterwards. Where a metric that it needs is missing it is silent. Those
+without `holds` are not seen in a log: diagnose.py makes numbers of a run folder again.
+
+How often each is right, on runs with a planted cause and on healthy ones, is measured by
+examples/cases/28_names_what_went_wrong.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minirlhf.disk import read_toml
+from minirlhf.runs.config import TrainConfig
+
+Shown = dict[str, np.ndarray]  # words -> (n,) what is shown as evidence
+Held = tuple[np.ndarray, Shown]
+
+
+class Seen:
+    """The rows of a stage as columns, and the settings of the run where they are known."""
+
+    def __init__(self, rows: list[dict[str, Any]], config: TrainConfig | None = None):
+        self.config, self.steps, self.columns = config, [], {}
+        for row in rows:
+            self.add(row["step"], row)
+
+    def add(self, step: int, row: dict[str, Any]) -> None:
+        """A row more; one that a resumed run makes again takes the place of the former."""
+        while self.steps and self.steps[-1] >= step:
+            self.steps.pop()
+        n = len(self.steps)
+        for name in self.columns.keys() | row.keys() - {"step", "stage"}:
+            column, x = self.columns.setdefault(name, []), row.get(name)
+            column[n:] = []
+            column += [np.nan] * (n - len(column)) + [np.nan if x is None else float(x)]
+        self.steps.append(step)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """(n,) a column."""
+        return np.array(self.columns.get(name, [np.nan] * len(self.steps)))
+
+    def few(self, name: str) -> np.ndarray:
+        """(n,) the mean of each entry and the two before it."""
+        x, n = np.nan_to_num(self[name]), np.arange(1, len(self.steps) + 1)
+        sums = np.cumsum(np.concatenate([np.zeros(3), x]))
+        return (sums[3:] - sums[:-3]) / np.minimum(n, 3)
+
+    def has(self, name: str) -> bool:
+        known = self.config is not None if name == "config" else name in self.columns
+        return known and (name == "config" or not np.isnan(self[name]).all())
+
+    @property
+    def is_first(self) -> np.ndarray:
+        return np.arange(len(self.steps)) == 0
+
+
+class Rule(NamedTuple):
+    """As rules.toml has it."""
+
+    name: str
+    severity: str
+    cause: str
+    knob: str
+    source: str
+    measured: str = ""
+    limits: dict[str, float] = {}
+    needs: tuple[str, ...] = ()
+    rows: int = 3
+    holds: Callable[..., Held] | None = None  # (Seen, **limits)
+
+    def look(self, seen: Seen) -> tuple[int, str] | None:
+        """(the step from which it holds, the evidence), once it has held long enough."""
+        if self.holds is None or len(seen.steps) < self.rows or not all(map(seen.has, self.needs)):
+            return None
+        with np.errstate(all="ignore"):  # a row may lack a number: nan, where nothing holds
+            holds, beside = self.holds(seen, **self.limits)
+        counts = np.convolve(holds, np.ones(self.rows), "valid")
+        if not (counts == self.rows).any():
+            return None
+        i = int((counts == self.rows).argmax())
+        shown = {name: seen[name] for name in self.needs if name != "config"}
+        return seen.steps[i], evidence(seen.steps, beside | shown, i)
+
+
+def evidence(steps: list[int], shown: Shown, i: int) -> str:
+    """Metrics in row i and in the last one."""
+    last = len(steps) - 1
+    first = [f"{words} {x[i]:.3g}" for words, x in shown.items()]
+    text = f"step {steps[i]}: {', '.join(first)}"
+    if last > i:
+        text += f"; step {steps[last]}: {', '.join(f'{x[last]:.3g}' for x in shown.values())}"
+    return text
+
+
+# -- it computes something else than it should ---------------------------------------------------
+# Each returns in which rows it holds, and what else is evidence beside the metrics that it needs.
+def _non_finite(seen: Seen) -> Held:
+    names = ("loss/policy_avg", "loss/value_avg", "objective/scores", "objective/kl", "grad_norm")
+    bad = {name: ~np.isfinite(seen[name]) for name in names if seen.has(name)}
+    bad = {name: b & np.maximum.accumulate(~b) for name, b in bad.items() if b.any()}  # once it was
+    holds = np.any([np.zeros(len(seen.steps)), *bad.values()], axis=0)
+    return holds, {name: seen[name] for name in bad}
+
+
+def _penalty_sign(seen: Seen, nats: float) -> Held:
+    return (seen["objective/non_score_reward"] > 0) & (seen["objective/kl"] > nats), {}
+
+
+def _not_sampled(at_once: bool) -> Callable[..., Held]:
+    """Is the mean of -log pi(y) off the entropy: from the first batches on, or later alone?"""
+
+    def holds(seen: Seen, errors: float, share: float) -> Held:
+        error, total = seen["objective/surprise_se"], np.cumsum(seen["objective/surprise"])
+        off = total / np.sqrt(np.cumsum(error * error))
+        large = np.abs(total) > share * np.cumsum(seen["objective/entropy"])
+        apart = (np.abs(off) > errors) & large
+        early = off[min(1, len(off) - 1)] * np.sign(off[apart.argmax()]) > 0.5 * errors
+        return apart & (early == at_once), {"standard errors in all": off}
+
+    return holds
+
+
+_another_sampler, _late_samples = _not_sampled(at_once=True), _not_sampled(at_once=False)
+
+
+def _ratio_not_one(seen: Seen, most: float) -> Held:
+    return seen["policy/approxkl_first"] > most, {}
+
+
+def _ratio_always_one(seen: Seen, most: float) -> Held:
+    learns = (seen["policy/updates"] > 1) & (seen["lr"] > 0) & (seen["grad_norm"] > 0)
+    return learns & (seen["policy/approxkl_avg"] < most), {}
+
+
+def _score_position(seen: Seen, share: float) -> Held:
+    """At step 0, with V = 0 and KL = 0, the return k tokens before the end is lam^k score."""
+    s = seen.config.ppo
+    plain = s.has_critic and s.gamma == 1
+    plain = plain and not (s.whiten_rewards or s.missing_eos_penalty or s.score_clip)
+    powers = s.lam ** (2 * np.arange(max(1, round(seen["response_length/mean"][0]))))
+    score = seen["objective/scores"] ** 2 + seen["objective/scores_sd"] ** 2
+    square = seen["ppo/returns/mean"] ** 2 + seen["ppo/returns/var"]
+    expected = score * powers.mean()
+    shown = {"mean square of the returns": square, "expected": expected}
+    return seen.is_first & plain & (square < share * expected), shown
+
+
+def _penalty_gradient(seen: Seen) -> Held:
+    wrong = seen.config.ppo.kl_mode in ("loss_k1", "reward_k2", "reward_k3")
+    return (seen["objective/kl_coef"] > 0) & wrong, {}
+
+
+def _inverted_k3(seen: Seen, most: float, nats: float) -> Held:
+    """On samples of pi, k3 has the mean of the KL a token; inverted, that of chi^2 - KL."""
+    s, of_reply = seen.config.ppo, seen.few("objective/kl_full_seq")
+    times = seen.few("loss/kl_avg") * seen.few("response_length/mean") / of_reply
+    is_k3 = s.kl_mode == "loss_k3_tok" and s.aggregation == "token-mean"
+    far = seen["objective/kl_full_seq"] > nats
+    return (times > most) & far & is_k3, {"loss/kl_avg over the KL of a token": times}
+
+
+def _reference_is_policy(seen: Seen, most: float) -> Held:
+    step = np.nan_to_num(seen["policy/approxkl_avg"])
+    moved = np.cumsum(step) - step  # before this row
+    return (np.abs(seen["objective/kl"]) < 1e-3 * most) & (moved > most), {}
+
+
+def _reference_resets(seen: Seen) -> Held:
+    every = seen.config.ppo.reset_reference_every
+    return (np.array(seen.steps) >= 2 * every) & (every > 0), {}
+
+
+def _reward_scale(seen: Seen, least: float, most: float) -> Held:
+    sd = seen["objective/scores_sd"]
+    beta = seen["objective/kl_coef"] / sd
+    return seen.is_first & ((sd < least) | (sd > most)), {"beta in units of that sd": beta}
+
+
+def _reward_drift(seen: Seen, sds: float, times: float) -> Held:
+    """At KL d a score with Gaussian tails and sd 1 gains at most sqrt(2 d): Donsker-Varadhan."""
+    score, kl = seen.few("objective/scores"), np.maximum(seen.few("objective/kl_full_seq"), 0)
+    return np.abs(score - score[0]) > sds + times * np.sqrt(2 * kl), {}
+
+
+# -- it computes what it should, to no good ------------------------------------------------------
+def _value_not_learning(seen: Seen, share: float) -> Held:
+    still = seen["ppo/val/var"] <= share * seen["ppo/returns/var"]
+    return still & ~seen.is_first, {}  # a new critic says 0
+
+
+def _missing_eos(seen: Seen, most: float) -> Held:
+    return seen["response_length/clip_ratio"] > most, {}
+
+
+def _penalty_too_strong(seen: Seen, most: float) -> Held:
+    """At the optimum score - beta kl_seq is one number: both vary alike."""
+    paid = seen.few("objective/kl_coef") * seen.few("objective/kl_sd")
+    times = paid / seen.few("objective/scores_sd")
+    return times > most, {"sd of beta kl_seq over that of the score": times}
+
+
+def _step_too_large(seen: Seen, clipped: float, nats: float) -> Held:
+    far, cut = seen["policy/approxkl_avg"], seen["policy/clipfrac_avg"]
+    return ((cut > clipped) & (far > 0.1 * nats)) | (far > nats), {}
+
+
+def _tied(what: str, metric: str) -> Callable[..., Held]:
+    """The score goes along with something in the replies, and that has grown."""
+
+    def holds(seen: Seen, corr: float, times: float, least: float) -> Held:
+        grown = seen.few(metric) > times * max(seen[metric][0], least)
+        return (seen.few(what) > corr) & grown, {}
+
+    return holds
+
+
+_pays_length = _tied("response/corr_score_length", "response_length/mean")
+_pays_repetition = _tied("response/corr_score_repeats", "response/repeated_bigrams")
+
+
+def _penalty_too_weak(seen: Seen, nats: float, share: float) -> Held:
+    gain = seen.few("objective/scores") - seen["objective/scores"][0]
+    paid = seen.few("objective/kl_coef") * seen.few("objective/kl")
+    return (seen.few("objective/kl") > nats) & (paid < share * gain), {}
+
+
+def _kl_runaway(seen: Seen, nats: float) -> Held:
+    return seen.few("objective/kl") > nats, {}
+
+
+def _over_optimisation(seen: Seen, errors: float) -> Held:
+    gold, n = seen.few("objective/gold"), np.arange(1, len(seen.steps) + 1)
+    steps = np.diff(seen["objective/gold"], prepend=seen["objective/gold"][:1])
+    error = np.sqrt(np.cumsum(steps * steps) / 2 / n) * np.sqrt(2 / 3)  # of two means of three
+    falls = np.maximum.accumulate(gold) - gold > errors * error
+    rises = seen.few("objective/scores") > seen["objective/scores"][0]
+    return falls & rises & (n > 5), {}
+
+
+def _far_from_start(metric: str) -> Callable[..., Held]:
+    def holds(seen: Seen, least: float, most: float, floor: float) -> Held:
+        times = seen.few(metric) / max(seen[metric][0], floor)
+        return (times < least) | (times > most), {}
+
+    return holds
+
+
+_entropy_collapse = _far_from_start("policy/entropy_avg")
+_length_drift = _far_from_start("response_length/mean")
+_repetition = _far_from_start("response/repeated_bigrams")
+
+
+def _negative_kl(seen: Seen, errors: float) -> Held:
+    n = seen["episode"] / (np.array(seen.steps) + 1)  # replies of a batch
+    error = seen["objective/kl_sd"] / np.sqrt(n)
+    return seen["objective/kl"] < -errors * error - 1e-3, {"its standard error": error}
+
+
+RULES = {
+    name: Rule(name, **fields, holds=globals().get(f"_{name.replace('-', '_')}"))
+    for name, fields in read_toml(Path(__file__).with_name("rules.toml")).items()
+}
