@@ -355,8 +355,4 @@ def partings(runs: list[Seen]) -> Iterator[Row]:
 
 def findings(runs: list[Seen]) -> list[tuple[Seen, Any]]:
     """What `diagnose` says of each run."""
-    try:
-        from minirlhf.app.diagnose import diagnose
-    except ImportError:
-        return []
     return [(run, diagnose(run.folder)) for run in runs]
