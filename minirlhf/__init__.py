@@ -15,6 +15,7 @@ _HOME = {  # name -> where it is defined; imported at first use, so `import mini
     "Run": "app.api",
     "open_run": "app.api",
     "resume": "app.api",
+    "sweep": "app.sweep",
     "TrainConfig": "runs.config",
     "GPTConfig": "nn.transformer",
     "init_transformer": "nn.transformer",

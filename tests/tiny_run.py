@@ -175,7 +175,7 @@ def outcome(folder) -> dict:
         if name.startswith(made) and not name.endswith(".toml"):
             # the state's meta holds sizes of the log, in which times have more or fewer digits
             found[name] = tensor_bytes(folder / name) if "state." in name else content
-        elif name in ("samples.jsonl", "tiktoken.json"):
+        elif name in ("samples.jsonl", "snapshots.jsonl", "tiktoken.json"):
             found[name] = content
     result = json.loads((folder / "result.json").read_text())
     return {**found, "result": {key: result[key] for key in ("reference", "policy")}}

@@ -17,7 +17,7 @@ import numpy as np
 
 from minirlhf.app import coloured, tables
 from minirlhf.app.diagnose import check_names, watched
-from minirlhf.app.progress import say, track
+from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
 from minirlhf.memory import keep_freed_memory
@@ -35,7 +35,7 @@ from minirlhf.train.settings import with_fields
 from minirlhf.worlds.rewards import Reward
 from minirlhf.worlds.world import World
 
-BARS = {"track": track, "say": say}
+BARS = {"track": track, "say": say, "watch": watch}
 
 
 def train(
@@ -61,6 +61,13 @@ def train(
     Raises:   InputError: a setting or a file cannot be used.
     """
     named = {"reward": reward} if reward and not callable(reward) else {}
+    config = configured(config, recipe, changes | named)
+    function = reward if callable(reward) else ""
+    return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
+
+
+def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any]) -> TrainConfig:
+    """The settings that `config`, None for the defaults, the recipe and the changes make."""
     if not isinstance(config, TrainConfig | None):
         raise InputError(
             f"train: expected a TrainConfig; got {config!r}: read it with runs.config.load_config"
@@ -73,11 +80,9 @@ def train(
             f"train: expected a recipe with changes to it; got {came} too, which has all settings: "
             "leave one out, or give a dict of changes"
         )
-    config = with_fields(config or TrainConfig(), settings, "train")
-    config = with_fields(config, changes | named, "train")
+    config = with_fields(with_fields(config or TrainConfig(), settings, "train"), changes, "train")
     check_names(config.halt_on)
-    function = reward if callable(reward) else ""
-    return _finish(open_session(config, reward=function, **(BARS if progress else {})), function)
+    return config
 
 
 def resume(
@@ -217,7 +222,7 @@ class Run:
             )
         if not prompts:
             return Replies([], [], self.session.world)
-        limit = self.session.max_prompt_tokens
+        limit = self.session.world.max_prompt_tokens
         n = max(map(len, map(self.session.tokenizer.prompt_ids, prompts)))
         if n > limit and not (reference and self.is_trained):  # of two calls the first says so
             self.session.note(f"a prompt of {n} tokens is cut to its last {limit}, as in training")
@@ -238,27 +243,45 @@ class Run:
         ids = [session.prompt_ids(prompt)], [session.response_ids(response)]
         batch = pad_batch(*ids, pad_id=session.tokenizer.pad, config=session.gpt)
         samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
-        scores, reward = None, None if session.world.reward is None else np.nan
-        missing = "reward model" if reward is None else "scale of your reward"
-        no_score = f"the run has no {missing} yet"
+        return self._priced(samples)[0]
+
+    def replies(
+        self, prompts: list[str], *, reference: bool = False, seed: int = 0
+    ) -> list[TokenScores]:
+        """A reply to each prompt, sampled as in training, of policy or reference, and its score."""
+        params = self.reference if reference else self.policy
+        rng, sampling = np.random.default_rng(seed), Sampling(self.config.ppo.temperature)
+        samples = self.session.sample(params, prompts, rng, sampling)
+        return self._priced(samples._replace(hidden=None))
+
+    def _priced(self, samples: Samples) -> list[TokenScores]:
+        session, scores, model = self.session, None, None
+        own = session.world.reward is not None
+        no_score = f"the run has no {'scale of your reward' if own else 'reward model'} yet"
         if self.config.is_dpo:
             no_score = "DPO has no reward model; its implicit reward is beta * log-ratio"
         if is_saved(session, "reward_model"):
             model, no_score = pipeline.reward_stage(session, self.reference), ""
             try:
                 scores = session.score_with(model)(samples)
-                reward = None if reward is None else model.raw(float(scores[0]))
             except InputError as error:
-                if reward is None:
+                if not own:
                     raise
                 no_score = str(error)
-        (row,) = token_rows(
-            *(session, self.policy, self.reference, samples),
-            scores=scores,
-            kl_coef=last_kl_coef(session),
-        )
-        row["score"] = np.nan if row["score"] is None else row["score"]
-        return TokenScores(**row, reward=reward, no_score=no_score)
+        kl_coef = last_kl_coef(session)
+        both = self.policy, self.reference
+        found = []
+        for row in token_rows(session, *both, samples, scores=scores, kl_coef=kl_coef):
+            row["score"] = np.nan if scores is None else row["score"]
+            reward = model.raw(row["score"]) if own and model else np.nan if own else None
+            found.append(TokenScores(**row, reward=reward, no_score=no_score))
+        return found
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the page of `minirlhf report`, into the folder of the run if no file is named."""
+        from minirlhf.app import page
+
+        return page.report([self.folder], out=out)
 
     def curves(self) -> Any:
         """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""
@@ -270,10 +293,10 @@ class Run:
 
     def _refuse_to_cut(self, *, prompt: str, response: str = "") -> None:
         """Training cuts texts that are too long; numbers asked for here are of the whole."""
-        session = self.session
+        tokenizer, limits = self.session.tokenizer, self.session.longest
         for name, ids, limit in (
-            ("prompt", session.tokenizer.prompt_ids(prompt), session.max_prompt_tokens),
-            ("response", session.tokenizer.response_ids(response), session.max_response_tokens),
+            ("prompt", tokenizer.prompt_ids(prompt), limits[0]),
+            ("response", tokenizer.response_ids(response), limits[1]),
         ):
             if len(ids) > limit:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""The command line: minirlhf train | resume | score | sample | diagnose | exact | judge | check.
+"""The command line: the first word names what is done. See USAGE below, or `minirlhf --help`.
 
 Nothing but this file is imported until a command is known: `minirlhf --version` answers at once,
 and so does Ctrl-C.
@@ -16,8 +16,10 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
 
   minirlhf train                  SFT, reward model and PPO on the support world; before and after
   minirlhf resume RUN             go on from the last checkpoint
+  minirlhf sweep --beta 0 0.2 --seed 1 2          a run for each choice, side by side; the frontier
   minirlhf score RUN --prompt .. --response ..    log pi_theta - log pi_ref, token by token
   minirlhf sample RUN --prompt ..                 replies of policy and reference side by side
+  minirlhf report RUN..           one page: replies token by token, curves and how to read them
   minirlhf diagnose RUN           what went wrong in a run or another program's log, with evidence
   minirlhf exact                  the exact optimum, KL and gradients beside every estimate
   minirlhf judge FUNCTION         what your own KL term, loss or advantages descend
@@ -29,8 +31,10 @@ a refusal shows where in the program it came from.
 COMMANDS = {  # name -> module and function; its arguments are the options, its docstring the help
     "train": "commands:train",
     "resume": "commands:resume",
+    "sweep": "sweep:sweep_command",
     "score": "commands:score",
     "sample": "commands:sample",
+    "report": "commands:report",
     "diagnose": "diagnose:diagnose_command",
     "exact": "exact:exact_command",
     "judge": "judge:judge_command",
@@ -92,7 +96,7 @@ def run_command(arguments: list[str]) -> int:
 
     keep_freed_memory()
     _on_interrupt("raise")
-    if name == "train":  # a file may hold the options that its flags leave open
+    if name in ("train", "sweep"):  # a file may hold the options that its flags leave open
         return command(rest)
     return parse(command, rest, name)()
 

@@ -1,4 +1,4 @@
-"""What `minirlhf train`, `resume`, `score` and `sample` do; their arguments are the options."""
+"""`minirlhf train`, `resume`, `score`, `sample` and `report`; their arguments are the options."""
 
 import argparse
 import functools
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from minirlhf.app import api, coloured, options, pictures, tables
+from minirlhf.app import api, coloured, options, page, pictures, tables
 from minirlhf.app.diagnose import check_names
-from minirlhf.app.progress import say, track
+from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.memory import require_memory
@@ -26,7 +26,7 @@ from minirlhf.train.settings import with_fields
 
 def train(arguments: list[str]) -> int:
     """minirlhf train [--config FILE] [--recipe NAME] [flags]."""
-    return _show(open_session(parse_config(arguments), track=track, say=say))
+    return _show(open_session(parse_config(arguments), track=track, say=say, watch=watch))
 
 
 def parse_config(arguments: list[str]) -> TrainConfig:
@@ -98,7 +98,8 @@ def resume(
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
-    return _show(reopen_session(run, iterations=iterations, track=track, say=say, **asked))
+    asked |= {"iterations": iterations, "track": track, "say": say, "watch": watch}
+    return _show(reopen_session(run, **asked))
 
 
 def _show(session: Session) -> int:
@@ -199,7 +200,7 @@ def sample(
         raise InputError(f"sample: expected n >= 1; got {n}: choose such a number")
     opened = api.open_run(run)
     session = opened.session
-    require_memory({"--n": samples_bytes(session.gpt, n, (2, session.max_response_tokens))})
+    require_memory({"--n": samples_bytes(session.gpt, n, (2, session.longest[1]))})
     same = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     prompts = [prompt] * n
     shown = (True, False) if opened.is_trained else (True,)
@@ -207,6 +208,26 @@ def sample(
     _print(
         tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies)
     )
+    return 0
+
+
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
+    *,
+    out: Path | None = None,
+    exact: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """One page to hand on: replies token by token, curves and how to read them.
+
+    Several runs are laid over each other.
+
+    Args:
+        runs: Run folders, up to five.
+        out: File; default: report.html in the folder of the run; of several runs, here.
+        exact: Add the world whose optimum is known, with a slider for beta; needs no run.
+    """
+    path = page.report(runs, out=out, exact=exact)
+    _print(f"page: {path}, {path.stat().st_size / 1e6:.2f} MB, complete in itself")
     return 0
 
 

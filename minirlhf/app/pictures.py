@@ -5,6 +5,7 @@ marker each. A number that differs from 0 by rounding alone is drawn as 0.
 """
 
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ CURVES = {  # title -> unit, what is measured while a stage learns, and of what 
     "reward model: its loss": ("nats per pair", "loss/reward_model", "heldout/loss_reward_model"),
     "pairs in the right order": ("share", "accuracy", "heldout/accuracy", "rewards/accuracies"),
     "DPO: its loss": ("per pair", "loss/dpo", "heldout/loss_dpo"),
-    "score: what PPO raises": ("sd of the reference's", "objective/scores", "eval/proxy"),
+    "score: what PPO raises": ("sd of the reference's scores", "objective/scores", "eval/proxy"),
     "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
     "your reward": ("its own units", "objective/reward", "eval/reward"),
     "KL to the reference: how far it went": ("nats per reply", "objective/kl", "eval/kl_seq"),
@@ -139,6 +140,44 @@ def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
         say(axis, title, x, unit)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
+    return figure
+
+
+GAINS = {"proxy": "proxy: what PPO sees", "gold": "gold: what is wanted", "reward": "your reward"}
+
+
+def shown(value: Any) -> str:
+    """A setting as one would type it."""
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def frontier_figure(rows: list[Row]) -> Any:
+    """What runs gained against how far they went: each run faint, the means over seeds joined.
+
+    Args:     rows: of each run kl_seq, proxy, gold, kl_coef; and `settings`, {what varies: its
+                  value}, where it is not beta alone: what varies besides gets lines of its own.
+    """
+    lines: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=lambda row: row["kl_coef"]):
+        varied = dict(row.get("settings") or {"kl_coef": row["kl_coef"]})
+        along = "kl_coef" if "kl_coef" in varied else next(iter(varied))
+        point = shown(varied.pop(along))
+        line = ", ".join(f"{name} {shown(value)}" for name, value in varied.items())
+        lines.setdefault(line, {}).setdefault(point, []).append(row)
+    panels = [n for n in GAINS if any(np.isfinite(row.get(n, np.nan)) for row in rows)]
+    figure, (axes,) = new_figure(4.6 * len(panels), 3.6, 1, len(panels))
+    for axis, name in zip(axes, panels, strict=True):
+        for look, (label, points) in zip(itertools.cycle(LOOKS), lines.items(), strict=False):
+            means = []
+            for point, same in points.items():
+                x, y = np.array([(max(row["kl_seq"], 0.0) ** 0.5, row[name]) for row in same]).T
+                axis.scatter(x, y, s=12, alpha=0.35, color=look["color"])
+                means.append((x.mean(), y.mean()))
+                beside = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(point, means[-1], **beside)
+            draw_lines(axis, {label: tuple(zip(*means, strict=True))}, [look])
+        distance = "distance from the reference, √kl_seq [nats^½]"
+        say(axis, f"{GAINS[name]}; beside a point its {along}", distance)
     return figure
 
 

@@ -1,14 +1,34 @@
-"""Progress bars: a moving bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress: a moving bar with the key figures of a stage on a terminal, plain lines elsewhere."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 from rich import progress
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, ConsoleOptions, Group
+from rich.live import Live
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+FIGURES = {  # metric -> what it is called beside the bar; a line has the first three
+    "objective/scores": "score",
+    "objective/kl": "kl_seq",
+    "objective/gold": "gold",
+    "objective/reward": "reward",
+    "policy/entropy_avg": "entropy",
+    "response_length/mean": "length",
+    "objective/kl_coef": "beta",
+    **{f"loss/{stage}": "loss" for stage in ("sft", "reward_model", "dpo")},
+    **{f"heldout/loss_{stage}": "held out" for stage in ("sft", "reward_model", "dpo")},
+    **dict.fromkeys(("accuracy", "rewards/accuracies"), "accuracy"),
+}
+BLOCKS, ASCII, WIDTH = "▁▂▃▄▅▆▇█", "_.-=+*#@", 16  # of a sparkline
+
+_figures: dict[str, list[float]] = {}  # of the stage at work: what each was, step by step
 
 
 def say(line: str) -> None:
@@ -17,13 +37,21 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def watch(step: int, stage: str, values: dict) -> None:
+    """Keep the key figures of a step, to be shown beside the bar."""
+    for name, label in FIGURES.items():
+        if name in values:
+            _figures.setdefault(label, []).append(values[name])
+
+
 def track(steps: Iterable, title: str) -> Iterator:
     """Iterate over `steps` (which has a length) and show how far it is, on stderr.
 
-    A range that begins at 20 of 30 is one of which 20 steps have been done before. What a title
-    has `beside` it is shown too.
+    A range that begins at 20 of 30 is one of which 20 steps have been done before. What is watched
+    from here on is shown too.
     """
     started, first = time.perf_counter(), steps.start if isinstance(steps, range) else 0
+    _figures.clear()
     with (_bar if sys.stderr.isatty() else _lines)(title, first, first + len(steps)) as show:
         for made, step in enumerate(steps, 1):
             yield step
@@ -31,18 +59,49 @@ def track(steps: Iterable, title: str) -> Iterator:
             show(first + made, spent, made / spent)
 
 
-def _shown(title: str, rate: float) -> str:
-    return f"{rate:.1f}/s{getattr(title, 'beside', '')}"
+class _Figures:
+    """The last value and the history of each key figure, as many in a line as find room."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Columns]:
+        blocks = ASCII if options.ascii_only else BLOCKS
+        cells = [
+            Text.assemble(f"{label:9}{x[-1]:>8.3g} ", (f"{sparkline(x, blocks):{WIDTH}}", "cyan"))
+            for label, x in list(_figures.items())
+        ]
+        yield Columns(cells, padding=(0, 2))
+
+
+def sparkline(history: list[float], blocks: str = BLOCKS) -> str:
+    """A character for each step, or for the mean of some; from the lowest to the highest."""
+    finite = [value for value in history if math.isfinite(value)]
+    if not finite:
+        return ""
+    parts = np.array_split(finite, min(len(finite), WIDTH))
+    means = np.array([part.mean() for part in parts])
+    spread = np.ptp(means)
+    if spread <= 1e-9 * np.abs(means).max():  # rounding
+        spread = math.inf
+    heights = (means - means.min()) / spread
+    return "".join(blocks[round(height * (len(blocks) - 1))] for height in heights)
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:.1f}/s" if rate >= 0.1 else f"{1 / rate:.0f} s each"
 
 
 @contextlib.contextmanager
 def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, float], None]]:
-    done = (progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[rate]}")
-    times = (progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())
-    columns = ("{task.description:24}", *done, *times)
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    made, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    columns = ("{task.description}", made, left)
+    if (room := console.width - 66) > 0:
+        times = (progress.TimeElapsedColumn(), "left", left)
+        wide = progress.BarColumn(min(room, 40))
+        columns = ("{task.description:24}", wide, made, "{task.fields[rate]}", *times)
+    bar = progress.Progress(*columns, console=console)
+    with Live(Group(bar, _Figures()), console=console, refresh_per_second=10):
         task = bar.add_task(title, completed=first, total=total, rate="")
-        yield lambda done, _, rate: bar.update(task, completed=done, rate=_shown(title, rate))
+        yield lambda done, _, rate: bar.update(task, completed=done, rate=_speed(rate))
 
 
 @contextlib.contextmanager
@@ -53,7 +112,8 @@ def _lines(title: str, _: int, total: int) -> Iterator[Callable[[int, float, flo
         nonlocal last
         if done == total or spent - last >= SECONDS_BETWEEN_LINES:
             last, left = spent, (total - done) / rate
+            figures = [f"{label} {x[-1]:.3g}" for label, x in list(_figures.items())[:3]]
             times = f"{spent:.0f} s spent, {left:.0f} s left"
-            say(f"{title}: {done}/{total}, {_shown(title, rate)}, {times}")
+            say(", ".join([f"{title}: {done}/{total}", _speed(rate), *figures, times]))
 
     yield show

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import deserialize, safe_open
@@ -20,7 +20,7 @@ from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-_HEADS, _STATE = "heads.safetensors", "state.safetensors"
+_HEADS, STATE = "heads.safetensors", "state.safetensors"
 _STATE_KEY = "minirlhf_state"
 _DIGEST = "minirlhf_sha256"  # in a file's metadata, which transformers writes anew
 _PLAIN_GPT2 = {  # what config.json may say, GPT-2's default first
@@ -46,15 +46,8 @@ _NAMES = (  # a key of the parameter tree -> that part of the tensor's name, whe
 )
 
 
-class _Slot(NamedTuple):
-    """Where one parameter is stored."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
 def _layout(config: GPTConfig) -> Tree:
-    """The parameter tree with a _Slot at every leaf."""
+    """The parameter tree with (name of the tensor, its shape) at every leaf."""
     C = config.d_model
 
     def linear(n_in, n_out):
@@ -71,7 +64,7 @@ def _layout(config: GPTConfig) -> Tree:
     shapes = {**embeddings, "blocks": [block] * config.n_layer, "ln_f": norm}
     paths = (path.split(".") for path, _ in tree_items(shapes))
     names = (".".join(_NAMES.get(key, key) for key in keys) for keys in paths)
-    return tree_map(lambda shape: _Slot(next(names), shape), shapes)
+    return tree_map(lambda shape: (next(names), shape), shapes)
 
 
 def save_model(
@@ -101,14 +94,15 @@ def save_model(
     tensors: dict[str, np.ndarray] = {}
 
     def put(slot, array):
-        tensors[f"transformer.{slot.name}"] = array = _host(slot.name, array)
-        if array.shape != slot.shape or array.dtype not in (np.float32, np.float64):
+        name, shape = slot
+        tensors[f"transformer.{name}"] = array = _host(name, array)
+        if array.shape != shape or array.dtype not in (np.float32, np.float64):
             raise ValueError(
-                f"save_model: expected {slot.name} of shape {slot.shape} in float32 or float64; "
+                f"save_model: expected {name} of shape {shape} in float32 or float64; "
                 f"got {array.shape} in {array.dtype}"
             )
         if not np.isfinite(array).all():
-            raise ValueError(f"save_model: expected finite numbers; {slot.name} has NaN or inf")
+            raise ValueError(f"save_model: expected finite numbers; {name} has NaN or inf")
 
     tree_map(put, _layout(config), params)
     entries = {name: allowed[0] for name, allowed in _PLAIN_GPT2.items()}
@@ -167,12 +161,12 @@ def load_model(
         )
     head = stored.pop("lm_head.weight", None)
     layout = _layout(config)
-    params = tree_map(lambda slot: _float_tensor(stored, slot, path, dtype), layout)
+    params = tree_map(lambda slot: _float_tensor(stored, *slot, path, dtype), layout)
     heads = _load_heads(folder / _HEADS, config, dtype)
     if "ln_f" in heads:  # of a reward model, whose model.safetensors has what transformers needs
         params["ln_f"] |= heads.pop("ln_f")
         stored.pop("score.weight", None)
-    wanted = {slot.name for slot in tree_leaves(layout)}
+    wanted = dict(tree_leaves(layout)).keys()
     buffers = {name for name in stored if name.endswith((".attn.bias", ".attn.masked_bias"))}
     if extra := sorted(stored.keys() - wanted - buffers):
         raise InputError(
@@ -252,9 +246,11 @@ def _load_heads(path: Path, config: GPTConfig, dtype: Any) -> dict[str, dict[str
     for head in sorted({name[1] for name in names if len(name) == 3}):
         C = config.d_model
         shapes = {"bias": (C,)} if head == "ln_f" else {"w": (C, 1), "b": (1,)}
-        slots = {key: _Slot(f"minirlhf.{head}.{key}", shape) for key, shape in shapes.items()}
         names -= {("minirlhf", head, key) for key in shapes}
-        heads[head] = {key: _float_tensor(stored, slot, path, dtype) for key, slot in slots.items()}
+        heads[head] = {
+            key: _float_tensor(stored, f"minirlhf.{head}.{key}", shape, path, dtype)
+            for key, shape in shapes.items()
+        }
     if names:
         raise InputError(
             f"{path}: expected tensors named minirlhf.HEAD.KEY; got {'.'.join(min(names))}: "
@@ -263,30 +259,24 @@ def _load_heads(path: Path, config: GPTConfig, dtype: Any) -> dict[str, dict[str
     return heads
 
 
-def _float_tensor(stored: dict, slot: _Slot, path: Path, dtype: Any) -> np.ndarray:
+def _float_tensor(
+    stored: dict, name: str, shape: tuple[int, ...], path: Path, dtype: Any
+) -> np.ndarray:
     """One stored tensor, checked."""
-    array = stored.get(slot.name)
-    if array is None:
+    array = stored.get(name)
+    if array is None or array.shape != shape or array.dtype.kind != "f":
+        came = "none" if array is None else f"{array.shape} in {array.dtype}"
         raise InputError(
-            f"{path}: expected a tensor {slot.name}; found none: the file is of another model or "
-            "cut short, restore it"
-        )
-    if array.shape != slot.shape:
-        raise InputError(
-            f"{path}: expected {slot.name} of shape {slot.shape}, by config.json; got "
-            f"{array.shape}: use the config.json that belongs to the weights"
-        )
-    if array.dtype.kind != "f":
-        raise InputError(
-            f"{path}: expected {slot.name} in floating point; got {array.dtype}: quantised models "
-            "cannot be loaded"
+            f"{path}: expected {name} of shape {shape}, by config.json, in floating point; got "
+            f"{came}: use the config.json that belongs to the weights, and a model that is whole "
+            "and not quantised"
         )
     stored_dtype = np.float32 if array.dtype == np.float16 else array.dtype
     with np.errstate(over="ignore"):  # a number beyond float32 becomes inf, and is refused
         array = array.astype(dtype or stored_dtype, copy=False)  # fresh and C-contiguous already
     if not np.isfinite(array).all():
         raise InputError(
-            f"{path}: expected finite numbers; {slot.name} has NaN or inf: go back to an earlier "
+            f"{path}: expected finite numbers; {name} has NaN or inf: go back to an earlier "
             "checkpoint"
         )
     return array
@@ -313,12 +303,7 @@ def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
             f"save_state: expected keys and meta that JSON holds exactly; got {header}"
         )
     disk.refuse_link(folder)
-    disk.write_whole(Path(folder) / _STATE, save(tensors, {_STATE_KEY: text}))
-
-
-def has_state(folder: str | Path) -> bool:
-    """Is there a state to load? A first save that was interrupted leaves a folder without one."""
-    return (Path(folder) / _STATE).exists()
+    disk.write_whole(Path(folder) / STATE, save(tensors, {_STATE_KEY: text}))
 
 
 def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
@@ -326,7 +311,7 @@ def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
 
     Raises:   InputError: the file is missing, corrupt or of another kind.
     """
-    path = disk.settled(folder) / _STATE
+    path = disk.settled(folder) / STATE
     tensors, metadata = _read_tensors(path)
     if _STATE_KEY not in metadata:
         raise InputError(

@@ -88,6 +88,11 @@ class TrainConfig:
         """Does DPO stand in the place of reward model and PPO?"""
         return self.stages == "sft,dpo"
 
+    @property
+    def order(self) -> list[str]:
+        """The stages that the run has, or will have."""
+        return ["sft", "dpo"] if self.is_dpo else ["sft", "reward_model", "ppo"]
+
     def refuse_in_dpo(self, reward: Any, iterations: int = 0) -> None:
         """Raise InputError where DPO would get no pairs, or a reward or iterations of PPO."""
         if self.is_dpo and (reward or iterations or (self.corpus and not self.pairs)):
@@ -155,3 +160,62 @@ def load_config(path: str | Path, start: TrainConfig = TrainConfig()) -> TrainCo
         return settings.with_fields(start, values, "")
     except InputError as error:
         raise InputError(f"{path}: {str(error).removeprefix(': ')}") from error
+
+
+def unused_options(config: TrainConfig) -> list[str]:
+    """Options unlike their default that change nothing beside the others, one sentence each."""
+    turned, ppo, is_dpo, notes = _turned(config), config.ppo, config.is_dpo, []
+    n_pairs = ("reward_model.n_pairs", "reward_model.n_heldout_pairs")
+
+    def any_of(*begins: str, but: tuple[str, ...] = ()) -> bool:
+        return any(name.startswith(begins) and name not in but for name in turned)
+
+    clips, weighs = (is_dpo or way != "none" for way in (ppo.clip, ppo.importance))
+    for names, is_read, when in (
+        (["ppo.lam", "ppo.vf_coef"], is_dpo or ppo.has_critic, "without a critic"),
+        (["ppo.clip_eps", "ppo.clip_eps_high"], clips, "with --ppo.clip none"),
+        (["ppo.importance_cap"], weighs, "without --ppo.importance"),
+        (["corpus_unit"], config.corpus, "without --corpus"),
+        (["columns"], config.corpus or config.pairs, "without --corpus or --pairs"),
+        (["vocab_size"], config.init or not config.encoding, "beside --encoding"),
+        (["reward_timeout"], config.reward, "without --reward"),
+        (n_pairs, not config.pairs, "beside --pairs"),
+    ):
+        for name in () if is_read else sorted(turned.intersection(names)):
+            notes.append(f"--{name.replace('_', '-')} changes nothing {when}")
+    every = ("eval_every", "checkpoint_every")
+    if is_dpo and any_of("ppo.", "reward_model.", *every, but=("ppo.temperature", *n_pairs)):
+        notes.append(
+            "DPO has no use for options of reward model and PPO, but for the number of pairs "
+            "(--reward-model.n-pairs, n-heldout-pairs) and --ppo.temperature, of their samples"
+        )
+    if not is_dpo and any_of("dpo."):
+        notes.append("--dpo.* changes nothing without --stages sft,dpo")
+    if config.reward and any_of("reward_model.", but=("reward_model.n_normalize",)):
+        notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
+    sizes = {name.partition(".")[0] for name in turned} & {"model", "encoding", "vocab_size"}
+    if config.init and sizes:
+        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(sizes))
+        notes.append(f"of {names} nothing is used beside --init, which has sizes and a tokenizer")
+    return notes
+
+
+def rate_notes(config: TrainConfig) -> list[str]:
+    """Learning rates left as they are for tiny models, beside --init, in one sentence."""
+    rates = {"sft": "5e-5", "reward_model": "5e-5", "ppo": "1e-5", "dpo": "1e-5"}
+    if config.reward or config.reward_model.init == "scratch":  # of a model that is tiny
+        del rates["reward_model"]
+    turned = _turned(config)
+    flags = [
+        f"--{stage.replace('_', '-')}.optimizer.learning-rate {rates[stage]}"
+        for stage in config.order
+        if stage in rates and f"{stage}.optimizer.learning_rate" not in turned
+    ]
+    said = "--init: the learning rates are those of tiny models; one that was trained wants less"
+    return [f"{said}, like {' '.join(flags)}"] if flags else []
+
+
+def _turned(config: TrainConfig) -> set[str]:
+    """The settings unlike their default, named like ppo.optimizer.eps."""
+    default = dict(flat(TrainConfig()))
+    return {name for name, value in flat(config) if value != default[name]}

@@ -34,7 +34,7 @@ from minirlhf.runs.session import BEGAN, Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
-from minirlhf.tree import Tree, tree_items
+from minirlhf.tree import Tree, tree_items, tree_pack
 
 # what each stage leaves; a run has either the last one or the two before it
 STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy", "dpo": "policy"}
@@ -47,11 +47,6 @@ FREE = {  # what may change between two sessions; other texts and rewards are re
     *("ppo.iterations", "ppo.micro_batch_size"),
 }
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl
-
-
-def stages_of(session: Session) -> list[str]:
-    """The names of those stages that the run has, or will have, in order."""
-    return ["sft", "dpo"] if session.config.is_dpo else ["sft", "reward_model", "ppo"]
 
 
 def is_saved(session: Session, name: str) -> bool:
@@ -67,8 +62,8 @@ def state_of(session: Session, stage: str) -> Path:
 
 
 def has_state(session: Session, stage: str) -> bool:
-    """Has the stage a checkpoint to go on from?"""
-    return checkpoint.has_state(state_of(session, stage))
+    """Has it a checkpoint to go on from? A first save that was interrupted leaves none in it."""
+    return (state_of(session, stage) / checkpoint.STATE).exists()
 
 
 def begin_stage(session: Session, stage: str) -> None:
@@ -77,7 +72,7 @@ def begin_stage(session: Session, stage: str) -> None:
     Raises:   InputError: what was made from its result exists. So this stage was once finished and
                   its folder has been lost: to run it again would not fit.
     """
-    kept, names = has_state(session, stage), stages_of(session)
+    kept, names = has_state(session, stage), session.config.order
     for later in names[names.index(stage) + kept :]:  # a policy without its state cannot go on
         if is_saved(session, STAGES[later]) or has_state(session, later):
             lost = state_of(session, stage) if stage == "ppo" else session.folder / STAGES[stage]
@@ -101,7 +96,7 @@ def save_params(
     heads = {head: tree for head, tree in params.items() if head != "transformer"}
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
     sampling["temperature"] = session.config.ppo.temperature if name == "policy" else 1.0
-    sampling["max_new_tokens"] = session.max_response_tokens
+    sampling["max_new_tokens"] = session.world.max_response_tokens
     # scores are read at the right end, replies are written there
     sides = {"padding_side": "right" if scale else "left", "model_max_length": config.n_ctx}
     files = hugging_face.companions(encoding, sides, ids | sampling)
@@ -210,6 +205,13 @@ def load_state(
     return done, meta.get("kl_coef"), {name: found[name] for name in arrays}
 
 
+def moved_reference(session: Session, reference: Tree) -> Tree:
+    """What PPO's checkpoint holds beside the optimiser, on the host: the reference, if it moves."""
+    if not session.config.ppo.reset_reference_every:
+        return {}
+    return {"reference": to_host(tree_pack(reference)[0])}
+
+
 def drop_state(session: Session, stage: str) -> None:
     """Remove the checkpoint of a stage, any but PPO, that has left its result."""
     shutil.rmtree(state_of(session, stage), ignore_errors=True)
@@ -227,14 +229,11 @@ def last_kl_coef(session: Session) -> float:
 def _read_state(session: Session, stage: str) -> tuple[Tree, dict[str, Any]]:
     """The arrays of a checkpoint, and its meta, whose entries are what they should be."""
     arrays, meta = checkpoint.load_state(state_of(session, stage))
-    names = {"done", "rng", "log"} | ({"kl_coef"} if stage == "ppo" else set())
-    if meta.keys() != names or not all(isinstance(meta[name], dict) for name in ("rng", "log")):
-        came = shorten(f"{sorted(meta)}")
-        raise _damaged(session, stage, f"expected {sorted(names)}; got {came}")
-    done, kl_coef = meta["done"], meta.get("kl_coef", 0.0)
-    if not (type(done) is int and done > 0 and type(kl_coef) is float and 0 <= kl_coef < math.inf):
-        came = shorten(f"{done!r} and {kl_coef!r}")
-        raise _damaged(session, stage, f"expected steps done > 0 and kl_coef >= 0; got {came}")
+    kinds = {"done": int, "rng": dict, "log": dict} | ({"kl_coef": float} if stage == "ppo" else {})
+    fits = {name: type(value) for name, value in meta.items()} == kinds
+    if not (fits and meta["done"] > 0 and 0 <= meta.get("kl_coef", 0.0) < math.inf):
+        came = shorten(str(meta), 120)
+        raise _damaged(session, stage, f"expected {', '.join(kinds)}, none below 0; got {came}")
     return arrays, meta
 
 
@@ -262,7 +261,7 @@ def _set_streams(rng: dict[str, Generator], states: dict[str, Any]) -> None:
 
 
 def _damaged(session: Session, stage: str, why: str) -> InputError:
-    path = state_of(session, stage) / "state.safetensors"
+    path = state_of(session, stage) / checkpoint.STATE
     return InputError(f"{path}: {why}: restore the file from a copy")
 
 
@@ -282,7 +281,7 @@ def settle_settings(session: Session) -> None:
         )
     was, now = dict(flat(load_config(session.folder / BEGAN))), dict(flat(session.config))
     changed = [name for name in now if now[name] != was[name] and name != "out"]
-    finished = {stage for stage in stages_of(session) if is_saved(session, STAGES[stage])}
+    finished = {stage for stage in session.config.order if is_saved(session, STAGES[stage])}
     begun = finished | {stage for stage in STAGES if has_state(session, stage)}
     longer = "ppo.iterations" in changed and "ppo" in begun
     for name in changed:

@@ -130,11 +130,7 @@ class Start(NamedTuple):
     config: GPTConfig
     tokenizer: Tokenizer
     says: str  # what was read
-
-    @property
-    def sha256(self) -> str:
-        """Of the weights."""
-        return digest_of(dict(tree_items(self.transformer)), {})
+    sha256: str  # of the weights
 
 
 def read_gpt2(folder: str | Path) -> Start:
@@ -162,7 +158,8 @@ def read_gpt2(folder: str | Path) -> Start:
         f"channels and {config.n_ctx} positions, {tree_size(transformer):,} parameters; {n:,} "
         f"tokens of its {source}{new}"
     )
-    return Start(transformer, replace(config, vocab_size=n), tokenizer, says)
+    sha256 = digest_of(dict(tree_items(transformer)), {})
+    return Start(transformer, replace(config, vocab_size=n), tokenizer, says, sha256)
 
 
 def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:

@@ -21,7 +21,7 @@ FLOATS = 1 << 27  # of one sequence in a forward and its backward: 512 MB
 
 
 def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Generator) -> World:
-    """A world with notes on what its limits cut. One of files gets its limits, and is split.
+    """A world with its limits, and notes on what they cut. One of files is split.
 
     Prompts that are equal as cut stay together. `rng` is that of `split_world`.
     """
@@ -30,8 +30,13 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
     replies = [[len(tokenizer.response_ids(text)) for text in texts] for texts in rows]
     if of_files := bool(config.corpus or config.pairs):
         world = _with_limits(world, prompts, list(chain(*replies)), tokenizer.vocab_size, config)
-    most_prompt = config.max_prompt_tokens or world.max_prompt_tokens
-    most = config.max_response_tokens or world.max_response_tokens
+    else:
+        world = replace(
+            world,
+            max_prompt_tokens=config.max_prompt_tokens or world.max_prompt_tokens,
+            max_response_tokens=config.max_response_tokens or world.max_response_tokens,
+        )
+    most_prompt, most = world.max_prompt_tokens, world.max_response_tokens
     unended, n = "without a stop token; see --max-response-tokens", len(world.demonstrations)
     table = (
         ("prompts", prompts, most_prompt, "see --max-prompt-tokens"),

@@ -60,11 +60,5 @@ def _lock(file: FileIO, folder: Path) -> None:
         pass
 
 
-def _let_go() -> None:
-    """In a forked process: a worker that outlives its parent must not keep the folder."""
-    for file in _held:
-        file.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):  # a worker that outlives its parent must not keep the folder
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])

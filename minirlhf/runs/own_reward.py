@@ -88,7 +88,7 @@ def refuse_foreign_code(folder: Path, reward: str) -> None:
         )
 
 
-def own_reward(folder: Path, config: TrainConfig, named: Reward, *, changed: bool) -> UserReward:
+def reopened(folder: Path, config: TrainConfig, named: Reward, changed: bool) -> UserReward:
     """The reward that the run in a folder began with.
 
     Args:     named: by the user, just now; where it is now, if it was moved.

@@ -32,7 +32,7 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
         return train, heldout, difference
     parts = split_pairs(world.pairs, train_prompts=world.train_prompts)
     train, heldout = (_differing_pairs(session, part) for part in parts)
-    within = f"in their first {session.max_response_tokens} tokens"
+    within = f"in their first {session.world.max_response_tokens} tokens"
     if dropped := len(world.pairs) - len(train) - len(heldout):
         session.note(f"dropped {dropped} of {len(world.pairs)} pairs that are equal {within}")
     if not train:

@@ -6,11 +6,11 @@ stream and an optimiser to a loop of `train/`, follows it with a log, and leaves
 folder is there already, the stage is read back from it (`folder.py` says what a run leaves where).
 """
 
-import functools
 import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirlhf.backend import to_host
 from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.runs import folder, hugging_face, snapshots
+from minirlhf.runs import folder, snapshots
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
-from minirlhf.runs.session import Score, Session, Title, open_session, reopen_session
+from minirlhf.runs.session import Score, Session, open_session, reopen_session
 from minirlhf.train import dpo, reward_model
 from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
@@ -38,9 +37,8 @@ from minirlhf.train.ppo import Task, new_policy, train_ppo
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set
-from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import sft_loss, train_sft
-from minirlhf.tree import Tree, tree_pack, tree_unpack
+from minirlhf.tree import Tree, tree_unpack
 from minirlhf.workers import side_by_side
 
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model"}
@@ -52,7 +50,6 @@ CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 10.0, 0.02
 LOOKS, LOOK_ROWS, LOOK_SHARE, NOISE = 10, 400, 0.05, 0.02
 _NUMBERS = {float, int, type(None)}  # in result.json
 HELDOUT = {stage: f"heldout/loss_{stage}" for stage in ("sft", "reward_model", "dpo")}
-Measure = Callable[[slice], dict[str, float]]
 
 
 class Result(NamedTuple):
@@ -86,6 +83,7 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
 
     Raises:   InputError: the run has no reference yet.
     """
+    config, settings = session.config, session.config.ppo
     saved = {name for name in ("policy", "reference") if folder.is_saved(session, name)}
     if not saved:
         raise InputError(
@@ -94,15 +92,13 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
         )
     reference = reference_stage(session)
     if "policy" in saved:
-        has_critic = session.config.ppo.has_critic and not session.config.is_dpo
-        heads = ("value_head",) if has_critic else ()
+        heads = ["value_head"] if settings.has_critic and not config.is_dpo else []
         return folder.load_params(session, "policy", session.gpt, *heads), reference
     if not folder.has_state(session, "ppo"):
         session.note(f"{session.folder} has no policy yet: its reference stands for it")
         return reference, reference
-    settings = session.config.ppo
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    moved = moved_reference(reference, settings)
+    moved = folder.moved_reference(session, reference)
     done, *_ = folder.load_state(session, "ppo", optimizer, settings.iterations, arrays=moved)
     session.note(f"the policy is that after {done} of {settings.iterations} iterations of PPO")
     return optimizer.params, reference
@@ -130,31 +126,38 @@ def run_stages(session: Session) -> Result | None:
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))
-        with session.timed("sft"):
+        with _at_stage(session, "sft"):
             reference = reference_stage(session)
-        folder.drop_state(session, "sft")
         if config.stages == "sft":
             return None
         if config.is_dpo:
             score = session.score_with(RewardModel({}, session.gpt))
-            with session.timed("dpo"):
+            with _at_stage(session, "dpo"):
                 policy = dpo_stage(session, reference)
-            folder.drop_state(session, "dpo")
         else:
-            with session.timed("reward_model"):
+            with _at_stage(session, "reward_model"):
                 score = session.score_with(reward_stage(session, reference))
-            folder.drop_state(session, "reward_model")
             if config.stages == "sft,reward":
                 return None
-            with session.timed("ppo"):
+            with _at_stage(session, "ppo"):
                 policy = ppo_stage(session, reference, score)
-        with session.timed("evaluation"):
+        with _at_stage(session, "evaluation"):
             session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
             before, first = evaluate(session, reference, reference, score)
             after, last = evaluate(session, policy, reference, score)
         content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
         write_whole(session.folder / "result.json", content)
     return Result(before, after, last.prompts, first, last, session.seconds)
+
+
+@contextmanager
+def _at_stage(session: Session, stage: str) -> Iterator[None]:
+    """Note how long the block takes; it leaves a result, so no checkpoint but PPO's is needed."""
+    session.stage, session.steps, started = stage, "", time.perf_counter()
+    yield
+    session.seconds[stage] = time.perf_counter() - started
+    if stage in HELDOUT:
+        folder.drop_state(session, stage)
 
 
 def read_result(run: Path) -> Result:
@@ -170,20 +173,19 @@ def read_result(run: Path) -> Result:
 
 def banner(session: Session) -> str:
     """What is about to be done, on one line."""
-    world, gpt, stages, C = session.world, session.gpt, session.config.stages, session.gpt.d_model
+    world, gpt, config, C = session.world, session.gpt, session.config, session.gpt.d_model
     # embeddings and last layer norm; of a block 12 C^2 in matrices, 13 C in biases and layer norms
     n = C * (gpt.vocab_size + gpt.n_ctx + 2) + gpt.n_layer * C * (12 * C + 13)
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
     sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
     pairs = "pairs of its own samples" if world.annotate else "no preferences yet"
     pairs = pairs if world.pairs is None else f"{len(world.pairs):,} pairs in all"
-    source = pairs if world.reward is None else f"the reward {session.config.reward}"
-    done = {"sft": folder.is_saved(session, "reference")}
-    if not session.config.is_dpo:
-        done["reward"] = folder.is_saved(session, "reward_model")
-    done["dpo" if session.config.is_dpo else "ppo"] = (session.folder / "result.json").exists()
-    left = [name for name in done if not done[name] and (stages == "all" or name in stages)]
-    to_run = ", ".join(left) or "none, all are done"
+    source = pairs if world.reward is None else f"the reward {config.reward}"
+    done = {stage: folder.is_saved(session, folder.STAGES[stage]) for stage in config.order}
+    done[config.order[-1]] = (session.folder / "result.json").exists()
+    left = [stage.removesuffix("_model") for stage in done if not done[stage]]
+    asked = [name for name in left if config.stages == "all" or name in config.stages]
+    to_run = ", ".join(asked) or "none, all are done"
     return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
 
 
@@ -205,28 +207,25 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range, title: s
 
 
 def _learn(
-    session: Session, stage: str, optimizer: Optimizer, loop: Iterable, n: int, measure: Measure
+    session: Session, stage: str, optimizer: Optimizer, loop: Iterable, n: int, measure: Callable
 ) -> dict[str, float]:
     """Let the loop of any stage but PPO run to its end, with log and checkpoints.
 
     Args:     measure: metrics of some of the n held-out rows, as training leaves off.
     Returns:  those of all of them at the end; {} if there are none.
     """
-    title, name, n_steps = Title(TITLES[stage]), HELDOUT[stage], optimizer.total_steps
+    n_steps = optimizer.total_steps
     trained = n_steps * getattr(session.config, stage).batch_size
     some = slice(None, None, round(n / min(LOOK_ROWS, LOOK_SHARE * trained + 1)) or 1)
     due = {n_steps * i // LOOKS for i in range(LOOKS + 1)} if n else ()
 
     def look(done: int) -> dict[str, float]:
-        metrics = measure(some if done < n_steps else slice(None)) if done in due else {}
-        if metrics:
-            title.beside = f", held out {metrics[name]:.3f}"
-        return metrics
+        return measure(some if done < n_steps else slice(None)) if done in due else {}
 
     done, *_ = folder.load_state(session, stage, optimizer, n_steps)
     saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
     last = look(done)
-    for step, metrics in _follow(session, stage, loop, range(done, n_steps), title):
+    for step, metrics in _follow(session, stage, loop, range(done, n_steps), TITLES[stage]):
         session.log.metrics(step, stage, metrics | last)  # held out: as it was before this step
         if (began := time.perf_counter()) - saved >= pause:
             folder.save_state(session, stage, optimizer, step + 1)
@@ -272,7 +271,7 @@ def reference_stage(session: Session) -> Tree:
         for texts in (world.demonstrations, world.heldout_demonstrations)
     )
     same = {"config": session.gpt, **session.padding}
-    first = {"transformer": session.on_device(first_weights(session))}
+    first = {"transformer": session.on_device(session.first_weights())}
     optimizer = Optimizer(first, settings.optimizer, total_steps=settings.steps)
     del first  # of a large model each copy counts
     loop = train_sft(optimizer, examples, settings=settings, rng=session.rng["sft"], **same)
@@ -287,22 +286,6 @@ def reference_stage(session: Session) -> Tree:
         session.say(f"fine-tuning: {loss:.3f} nats per token on {n:,} held-out demonstrations")
     folder.save_params(session, "reference", optimizer.params, session.gpt)
     return optimizer.params
-
-
-def first_weights(session: Session) -> Tree:
-    """Random weights, or those of --init.
-
-    Raises:   InputError: --init is no longer what the run began with.
-    """
-    if not session.config.init:
-        return init_transformer(session.gpt, rng=session.rng["init"])
-    start = hugging_face.read_gpt2(session.config.init)
-    if start.sha256 != read_object(session.folder / "world.json").get("init_sha256"):
-        raise InputError(
-            f"{session.config.init}: expected the weights that were there when the run began; they "
-            "have changed: restore the folder, or train in a new one"
-        )
-    return start.transformer
 
 
 def reward_stage(session: Session, reference: Tree) -> RewardModel:
@@ -321,9 +304,8 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
         model = learn_preferences(session, reference, gpt)
     rng = session.rng["normalize"]
     prompts = draw_prompts(session.world.train_prompts, settings.n_normalize, rng)
-    sampling = Sampling(session.config.ppo.temperature)
     session.say(f"scaling the reward on {len(prompts):,} samples of the reference")
-    samples = session.sample(reference, prompts, rng, sampling)
+    samples = session.sample(reference, prompts, rng, Sampling(session.config.ppo.temperature))
     model = reward_model.normalized(model, session.score_with(model)(samples))
     folder.save_reward_model(session, model)
     return model
@@ -370,8 +352,7 @@ def _learn_pairs(
     settings, (pairs, heldout, gold_difference) = getattr(session.config, stage), pairs
     updates, n = reward_model.n_updates(len(pairs), settings), len(heldout)
     optimizer = Optimizer(start, settings.optimizer, total_steps=updates)
-    rng = session.rng[stage]
-    loop = train(optimizer, pairs, settings=settings, rng=rng, **session.padding)
+    loop = train(optimizer, pairs, settings=settings, rng=session.rng[stage], **session.padding)
 
     def look(rows: slice) -> dict[str, float]:
         gold = None if gold_difference is None else gold_difference[rows]
@@ -396,21 +377,22 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     folder.begin_stage(session, "ppo")
     settings, config, stop_id = session.config.ppo, session.config, session.tokenizer.eos
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
+    moved = folder.moved_reference(session, reference)
     done, kl_coef, found = folder.load_state(
-        session, "ppo", optimizer, settings.iterations, arrays=moved_reference(reference, settings)
+        session, "ppo", optimizer, settings.iterations, arrays=moved
     )
     moved = [session.on_device(tree_unpack(flat, reference)) for flat in found.values()]
     loop = train_ppo(
         optimizer,
         moved[0] if moved else reference,
-        Task(functools.partial(_sample_batch, session), score, stop_id),
+        Task(partial(_sample_batch, session), score, stop_id),
         config=session.gpt,
         settings=settings,
         rng=session.rng["shuffle"],
         kl_coef=kl_coef,
     )
     looks = snapshots.moments(session)
-    look = functools.partial(snapshots.take_snapshot, session, score=score)
+    look = partial(snapshots.take_snapshot, session, score=score)
     if looks and not done:
         look(optimizer.params, reference, done=0, kl_coef=settings.kl_coef)
     started, steps = time.perf_counter(), range(done, settings.iterations)
@@ -420,8 +402,7 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         done = step + 1
         metrics["episode"] = done * settings.batch_size
         if session.world.gold is not None:  # of the samples: nobody trains on it
-            gold = gold_of(iteration.rollout.samples, session.world)
-            metrics["objective/gold"] = np.mean(gold)
+            metrics["objective/gold"] = np.mean(gold_of(iteration.rollout.samples, session.world))
         if session.world.reward is not None:
             metrics["objective/reward"] = score.model.raw(metrics["objective/scores"])
         if config.eval_every and done % config.eval_every == 0:
@@ -433,7 +414,7 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         if done in looks:
             look(optimizer.params, moved, done=done, kl_coef=beta)
         if done % config.checkpoint_every == 0 or done == settings.iterations or session.stop:
-            arrays = moved_reference(moved, settings)
+            arrays = folder.moved_reference(session, moved)
             folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
         if session.stop:
             raise session.stop
@@ -442,23 +423,12 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     return optimizer.params
 
 
-def moved_reference(reference: Tree, settings: PPOConfig) -> Tree:
-    """What a checkpoint holds beside the optimiser, on the host: the reference, if it moves."""
-    if not settings.reset_reference_every:
-        return {}
-    return {"reference": to_host(tree_pack(reference)[0])}
-
-
 def _sample_batch(session: Session, policy: Tree) -> Samples:
     """G responses to each of the next training prompts, those to one prompt together."""
     settings, rng = session.config.ppo, session.rng
     G = settings.samples_per_prompt
     prompts = draw_prompts(session.world.train_prompts, settings.batch_size // G, rng["prompts"])
     prompts = [prompt for prompt in prompts for _ in range(G)]
-    sampling = Sampling(settings.temperature)
-    return sample_as_set(
-        lambda params: session.sample(params, prompts, rng["rollout"], sampling),
-        policy,
-        config=session.gpt,
-        settings=settings,
-    )
+    drawn = {"rng": rng["rollout"], "sampling": Sampling(settings.temperature)}
+    sample = partial(session.sample, prompts=prompts, **drawn)
+    return sample_as_set(sample, policy, config=session.gpt, settings=settings)

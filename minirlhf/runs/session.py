@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,21 +24,12 @@ from minirlhf.backend import array_module, to_device
 from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
-from minirlhf.nn.transformer import GPTConfig
-from minirlhf.runs import hugging_face, mirrors, sizes
-from minirlhf.runs.config import TrainConfig, load_config, save_config
+from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.runs import hugging_face, mirrors, own_reward, sizes
+from minirlhf.runs.config import TrainConfig, load_config, rate_notes, save_config, unused_options
 from minirlhf.runs.limits import fit_world
 from minirlhf.runs.lock import locked
 from minirlhf.runs.log import RunLog
-from minirlhf.runs.own_reward import (
-    fingerprint,
-    going_on,
-    keep_reward,
-    own_reward,
-    remember,
-    sources_gone,
-    try_reward,
-)
 from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_responses
@@ -62,12 +52,6 @@ TOKENIZER_CHARS = 8_000_000  # of the texts that an encoding is trained on
 def no_progress(steps: Iterable, title: str) -> Iterable:
     """The default `track`: shows nothing."""
     return steps
-
-
-class Title(str):
-    """What a progress line begins with; `beside` is what it shows besides, as it is by then."""
-
-    beside = ""
 
 
 @dataclass
@@ -104,17 +88,9 @@ class Session:
         return {"pad_id": self.tokenizer.pad, "device": self.config.device}
 
     @property
-    def max_prompt_tokens(self) -> int:
-        return self.config.max_prompt_tokens or self.world.max_prompt_tokens
-
-    @property
-    def max_response_tokens(self) -> int:
-        return self.config.max_response_tokens or self.world.max_response_tokens
-
-    @property
     def longest(self) -> tuple[int, int]:
         """The limits [tokens] of a prompt and of a response."""
-        return self.max_prompt_tokens, self.max_response_tokens
+        return self.world.max_prompt_tokens, self.world.max_response_tokens
 
     @cached_property
     def gpt(self) -> GPTConfig:
@@ -122,21 +98,36 @@ class Session:
 
         Raises:   InputError: there are fewer positions than that.
         """
-        model, needed = asdict(self.config.model), sum(self.longest)
-        model["n_ctx"] = model["n_ctx"] or needed
-        if model["n_ctx"] < needed:
+        model, (prompt, response) = self.config.model, self.longest
+        n_ctx = model.n_ctx or prompt + response
+        if n_ctx < prompt + response:
             raise InputError(
-                f"model.n_ctx: expected at least {needed} positions, {self.max_prompt_tokens} for "
-                f"a prompt and {self.max_response_tokens} for a response; got {model['n_ctx']}: "
-                "lower --max-prompt-tokens or --max-response-tokens"
+                f"model.n_ctx: expected at least {prompt + response} positions, {prompt} for a "
+                f"prompt and {response} for a response; got {n_ctx}: lower --max-prompt-tokens or "
+                "--max-response-tokens"
             )
-        return GPTConfig(self.tokenizer.vocab_size, **model)
+        return GPTConfig(self.tokenizer.vocab_size, **asdict(replace(model, n_ctx=n_ctx)))
+
+    def first_weights(self) -> Tree:
+        """Of the policy, on the host: random ones, or those of --init.
+
+        Raises:   InputError: --init is no longer what the run began with.
+        """
+        if not self.config.init:
+            return init_transformer(self.gpt, rng=self.rng["init"])
+        start = hugging_face.read_gpt2(self.config.init)
+        if start.sha256 != read_object(self.folder / "world.json").get("init_sha256"):
+            raise InputError(
+                f"{self.config.init}: expected the weights that were there when the run began; "
+                "they have changed: restore the folder, or train in a new one"
+            )
+        return start.transformer
 
     def prompt_ids(self, text: str) -> list[int]:
-        return self.tokenizer.prompt_ids(text, self.max_prompt_tokens)
+        return self.tokenizer.prompt_ids(text, self.world.max_prompt_tokens)
 
     def response_ids(self, text: str) -> list[int]:
-        return self.tokenizer.response_ids(text, self.max_response_tokens)
+        return self.tokenizer.response_ids(text, self.world.max_response_tokens)
 
     def example_ids(self, prompt: str, *replies: str) -> tuple[array, ...]:
         """A prompt and replies to it to train on, as ids that take little memory."""
@@ -152,7 +143,7 @@ class Session:
     ) -> Samples:
         """Responses of a policy; top_k and top_p are for looking, never for learning."""
         ids = [self.prompt_ids(prompt) for prompt in prompts]
-        ends = {"stop_id": self.tokenizer.eos, "max_tokens": self.max_response_tokens}
+        ends = {"stop_id": self.tokenizer.eos, "max_tokens": self.world.max_response_tokens}
         samples = sample_responses(
             params, ids, config=self.gpt, rng=rng, sampling=sampling, **ends, **self.padding
         )
@@ -190,13 +181,6 @@ class Session:
                 stop.args = (f"{where}; `{how}` goes on",)
                 raise
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Note how long the block takes."""
-        self.stage, self.steps, started = stage, "", time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - started
-
 
 class Score(NamedTuple):
     """The normalised score of samples: of the reward model, or of the user's own reward."""
@@ -232,28 +216,25 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     rng, reward = _streams(config), reward or config.reward
     config.refuse_in_dpo(reward)
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
-    notes = [*(try_reward(world) if world.reward else ()), *unused_options(config)]
+    notes = [*(own_reward.try_reward(world) if world.reward else ()), *unused_options(config)]
     named = config.corpus or config.pairs or "support"
-    digests = {"reward_sha256": fingerprint(reward)} if reward else {}
+    digests = {"reward_sha256": own_reward.fingerprint(reward)} if reward else {}
     if config.init:
         start = hugging_face.read_gpt2(config.init)
         notes += [f"--init: {start.says}", *rate_notes(config)]
         digests["init_sha256"] = start.sha256
         model = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
-        config = replace(config, init=os.path.abspath(config.init), model=model)
+        config = replace(config, model=model)
     tokenizer = start.tokenizer if config.init else _new_tokenizer(config, world)
     world = fit_world(world, tokenizer, config, rng["world"])
-    config = replace(
-        config,
-        workers=resolved(config.workers),  # another number would round otherwise
-        corpus=config.corpus and os.path.abspath(config.corpus),  # resumed from any directory
-        pairs=config.pairs and os.path.abspath(config.pairs),
-        reward=name_of(reward),
-    )
+    given = (name for name in ("corpus", "pairs", "init") if getattr(config, name))
+    paths = {name: os.path.abspath(getattr(config, name)) for name in given}  # from any directory
+    workers = resolved(config.workers)  # another number would round otherwise
+    config = replace(config, workers=workers, reward=name_of(reward), **paths)
     session = Session(config, world, tokenizer, rng, **shown)
     sizes.check_run(config, session.gpt, session.longest)  # sizes may contradict each other
     out = config.out or new_numbered_folder(name_and_kind(named)[0])
-    session.config, session.world = replace(config, out=out), going_on(world, out)
+    session.config, session.world = replace(config, out=out), own_reward.going_on(world, out)
     for note in (*world.notes, *notes):
         session.note(note)
     with locked(out):
@@ -261,9 +242,8 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
         _ = session.log  # refuses a folder that cannot be written
         tokens.save_tokenizer(tokenizer, out)
         write_whole(out / "world.json", to_json(_outline(world) | digests))
-        remember(config.reward, digests.get("reward_sha256", ""))
-        save_config(out / BEGAN, session.config)
-        save_config(out / "config.toml", session.config)
+        own_reward.remember(config.reward, digests.get("reward_sha256", ""))
+        _begin(out, session.config)
     session.stored = session.config
     return session
 
@@ -292,7 +272,7 @@ def reopen_session(
 
     Args:     device: instead of the one it was trained on.
               iterations: of PPO, in all; 0: as config.toml says.
-              reward, accept_changed_reward: `named` and `changed` of `own_reward`.
+              reward, accept_changed_reward: `named` and `changed` of `own_reward.reopened`.
               look: to sample and score alone: reads no texts, and no reward before it is asked. So
                   is a finished run whose texts or reward have gone, or whose texts have changed.
     Raises:   InputError: no run, damaged files, or texts or a reward that have changed since.
@@ -311,10 +291,10 @@ def reopen_session(
     array_module(config.device)
     ended = not (look or reward or accept_changed_reward or ppo != stored.ppo)
     ended = ended and (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
-    look = look or (ended and sources_gone(stored))
+    look = look or (ended and own_reward.sources_gone(stored))
     rng, own, tokenizer = _streams(config), None, tokens.load_tokenizer(folder)
     if config.reward or reward:
-        own = cache(partial(own_reward, folder, config, reward, changed=accept_changed_reward))
+        own = cache(partial(own_reward.reopened, folder, config, reward, accept_changed_reward))
     if look and (config.corpus or config.pairs):
         world = _stored_world(folder / "world.json")
     else:
@@ -328,10 +308,10 @@ def reopen_session(
     if own and look:
         world = replace(world, reward=lambda *replies: own()(*replies))
     elif own:
-        world = going_on(world, folder)
-        try_reward(world)
+        world = own_reward.going_on(world, folder)
+        own_reward.try_reward(world)
         with locked(folder):
-            keep_reward(folder, stored, reward or config.reward)
+            own_reward.keep_reward(folder, stored, reward or config.reward)
     config = replace(config, reward=name_of(reward or config.reward))
     session = Session(config, world, tokenizer, rng, **shown)
     if not look:
@@ -350,7 +330,7 @@ def fork_run(
     Raises:   InputError: `folder` has no reference and reward model yet, or `out` exists.
     """
     folder, out = Path(folder), Path(out)
-    shared = ("tiktoken.json", "world.json", "reference", "reward_model")
+    shared = ("tiktoken.json", "world.json", "reference", "reward_model", "metrics.jsonl")
     missing = [name for name in shared if not (folder / name).exists()]
     if missing or out.exists():
         came = f"{out}, which exists" if out.exists() else f"no {missing[0]} in {folder}"
@@ -365,10 +345,16 @@ def fork_run(
     for name in shared:
         copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
         copy(folder / name, out / name)
+    RunLog(out).restart("ppo")
     every = config.eval_every if eval_every is None else eval_every
-    for name in (BEGAN, "config.toml"):
-        save_config(out / name, replace(config, out=out, ppo=ppo, eval_every=every))
+    _begin(out, replace(config, out=out, ppo=ppo, eval_every=every))
     return out
+
+
+def _begin(folder: Path, config: TrainConfig) -> None:
+    """Make a run of the folder; it is one by its config.toml, so that comes last."""
+    for name in (BEGAN, "config.toml"):
+        save_config(folder / name, config)
 
 
 def _streams(config: TrainConfig) -> dict[str, Generator]:
@@ -391,8 +377,7 @@ def build_world(config: TrainConfig, reward: Reward, rng: Generator) -> World:
     Raises:   InputError: options that contradict each other, or files that cannot be used.
     """
     if not (config.corpus or config.pairs):
-        world = support.make_world(rng=rng)
-        return replace(world, reward=load_reward(reward)) if reward else world
+        return replace(support.make_world(rng=rng), reward=reward or None)
     return files.corpus_world(
         config.corpus or None,
         pairs_path=config.pairs or None,
@@ -443,58 +428,3 @@ def _stored_world(path: Path) -> World:
     if not (fits and kept["max_prompt_tokens"] > 2 and kept["max_response_tokens"] > 1):
         raise InputError(f"{path}: expected {', '.join(KEPT)}; got {kept}: restore the file")
     return World(demonstrations=[], train_prompts=[], heldout_prompts=[], **kept)
-
-
-def unused_options(config: TrainConfig) -> list[str]:
-    """Options unlike their default that change nothing beside the others, one sentence each."""
-
-    def turned(settings: Any) -> set[str]:
-        values, default = vars(settings), vars(type(settings)())
-        return {name for name in values if values[name] != default[name]}
-
-    of_run, of_model, notes = turned(config), turned(config.reward_model), []
-    unread = of_model - {"n_pairs", "n_heldout_pairs"} | turned(config.ppo) - {"temperature"}
-    if config.is_dpo and unread | of_run & {"eval_every", "checkpoint_every"}:
-        notes.append(
-            "DPO has no use for options of reward model and PPO, but for the number of pairs "
-            "(--reward-model.n-pairs, n-heldout-pairs) and --ppo.temperature, of their samples"
-        )
-    elif "dpo" in of_run and not config.is_dpo:
-        notes.append("--dpo.* changes nothing without --stages sft,dpo")
-    for names, is_read, when in (
-        ({"lam", "vf_coef"}, config.ppo.has_critic, "without a critic"),
-        ({"clip_eps", "clip_eps_high"}, config.ppo.clip != "none", "with --ppo.clip none"),
-        ({"importance_cap"}, config.ppo.importance != "none", "without --ppo.importance"),
-    ):
-        for name in () if is_read or config.is_dpo else sorted(names & turned(config.ppo)):
-            notes.append(f"--ppo.{name.replace('_', '-')} changes nothing {when}")
-    if "corpus_unit" in of_run and not config.corpus:
-        notes.append("--corpus-unit changes nothing without --corpus")
-    if config.columns and not (config.corpus or config.pairs):
-        notes.append("--columns changes nothing without --corpus or --pairs")
-    if config.init and (unused := of_run & {"model", "encoding", "vocab_size"}):
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
-        notes.append(f"of {names} nothing is used beside --init, which has sizes and a tokenizer")
-    elif config.encoding and "vocab_size" in of_run:
-        notes.append("--vocab-size changes nothing beside --encoding")
-    if not config.reward and "reward_timeout" in of_run:
-        notes.append("--reward-timeout changes nothing without --reward")
-    if config.reward and of_model - {"n_normalize"}:
-        notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
-    if config.pairs and of_model & {"n_pairs", "n_heldout_pairs"}:
-        notes.append("--reward-model.n-pairs and n-heldout-pairs change nothing beside --pairs")
-    return notes
-
-
-def rate_notes(config: TrainConfig) -> list[str]:
-    """Learning rates left as they are for tiny models, beside --init, in one sentence."""
-    rates, flags = {"sft": "5e-5", "reward_model": "5e-5", "ppo": "1e-5"}, []
-    if config.reward or config.reward_model.init == "scratch":  # of a model that is tiny
-        del rates["reward_model"]
-    rates = {"sft": "5e-5", "dpo": "1e-5"} if config.is_dpo else rates
-    for stage, rate in rates.items():
-        given, default = (getattr(of, stage).optimizer for of in (config, TrainConfig()))
-        if given.learning_rate == default.learning_rate:
-            flags.append(f"--{stage.replace('_', '-')}.optimizer.learning-rate {rate}")
-    said = "--init: the learning rates are those of tiny models; one that was trained wants less"
-    return [f"{said}, like {' '.join(flags)}"] if flags else []

@@ -43,14 +43,13 @@ from minirlhf.nn.transformer import transformer_forward
 from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
-from minirlhf.runs.session import Title
 from minirlhf.train.dpo import DPOConfig
 from minirlhf.train.settings import PPOConfig
 from minirlhf.worlds.tokens import load_tokenizer
 
 ROOT = Path(minirlhf.__file__).parents[1]
 PROMPT = "Where is my kettle?"
-COMMANDS = ("train", "resume", "score", "sample", "diagnose", "exact", "judge", "check")
+COMMANDS = "train resume sweep score sample report diagnose exact judge check".split()
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +140,10 @@ def test_help_of_each_command(capsys, monkeypatch, command):
             *("--" + p.replace("_", "-") for p, _ in leaves(TrainConfig())),
         ],
         "resume": ["Run folder", "--ppo.iterations", "last checkpoint"],
+        "sweep": ["--out", "--jobs", "--json", "--beta", "--seed"],
         "score": ["--prompt", "--response"],
         "sample": ["--prompt", "--n", "--temperature", "--top-k", "--top-p", "--seed"],
+        "report": ["Run folders", "--out", "--exact"],
         "diagnose": ["Run folder", "--json", "--diff"],
         "exact": ["--parts", "--seeds", "--iterations", "--out", "--processes"],
         "judge": ["--placement", "--framework", "--expect", "--size", "--json"],
@@ -947,20 +948,6 @@ def test_after_a_resume_the_bar_begins_where_the_run_stopped(capsys, monkeypatch
     steps = progress.track(range(20, 22), "PPO")
     next(steps), steps.close()
     assert "20/22" in terminal.text
-
-
-def test_the_held_out_loss_is_beside_the_progress(capsys, monkeypatch):
-    title = Title("fine-tuning")
-    for step in progress.track(range(2), title):
-        title.beside = f", held out {step}.250"
-    line = capsys.readouterr().err
-    assert line.startswith("fine-tuning: 2/2, ") and "/s, held out 1.250, " in line
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
-    assert list(progress.track(range(2), title)) == [0, 1]
-    assert "/s, held out 1.250" in terminal.text
 
 
 # --- recipes

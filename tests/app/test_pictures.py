@@ -157,3 +157,37 @@ def test_rows_are_grouped_by_what_stands_under_some_names():
         ("a", 2): 1,
     }
     assert groups["a", 1] == [rows[3], rows[5]] and grouped([], "name") == {}
+
+
+def frontier_row(seed, **changes):
+    row = {"name": "x", "seed": seed, "kl_coef": 0.2, "kl_seq": 4.0 + seed, "gold": float(seed)}
+    return {**row, "proxy": 1.0, "reward": np.nan, **changes}
+
+
+def test_the_frontier_joins_the_means_over_seeds_in_the_order_of_beta():
+    rows = [frontier_row(seed, kl_coef=beta) for beta in (0.2, 0.0) for seed in (0, 5)]
+    rows[2] |= {"kl_seq": -1e-3, "proxy": 7.0}
+    figure = pictures.frontier_figure(rows)
+    proxy, gold = figure.axes
+    for axis in figure.axes:
+        check_axis(axis)
+        assert [text.get_text() for text in axis.texts] == ["0", "0.2"]
+        assert axis.get_title().endswith("beside a point its kl_coef")
+        assert sum(len(dots.get_offsets()) for dots in axis.collections) == 4  # every run
+    x, y = proxy.get_lines()[0].get_data()
+    np.testing.assert_allclose(x, [1.5, 2.5])  # sqrt of 0 and 9, of 4 and 9
+    np.testing.assert_allclose(y, [4.0, 1.0])
+    np.testing.assert_allclose(gold.get_lines()[0].get_ydata(), [2.5, 2.5])
+
+
+def test_what_varies_beside_beta_gets_a_line_of_its_own():
+    settings = [{"recipe": name, "kl_coef": x} for name in ("ppo", "grpo") for x in (0.0, 0.2)]
+    rows = [frontier_row(0, kl_coef=s["kl_coef"], settings=s) for s in settings]
+    proxy, _ = pictures.frontier_figure(rows).axes
+    check_axis(proxy)
+    labels = [text.get_text() for text in proxy.get_legend().get_texts()]
+    assert labels == ["recipe ppo", "recipe grpo"]
+    rows = [frontier_row(0, settings={"lam": lam}) for lam in (0.9, 0.5)]
+    axis = pictures.frontier_figure(rows).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["0.9", "0.5"]  # as they were named
+    assert axis.get_title().endswith("its lam")

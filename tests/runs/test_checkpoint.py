@@ -305,9 +305,9 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path):
         ({"n_layer": True}, "n_layer to be a number above 0; got True"),
         ({"n_head": 3}, "n_embd to be a multiple of n_head = 3"),
         ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon"),
-        ({"n_positions": 6}, r"wpe.weight of shape \(6, 4\), by config.json; got \(5, 4\)"),
+        ({"n_positions": 6}, r"wpe.weight of shape \(6, 4\), by config.json, .*; got \(5, 4\)"),
         ({"vocab_size": 8}, r"wte.weight of shape \(8, 4\)"),
-        ({"n_layer": 3}, "expected a tensor h.2.ln_1.weight; found none"),
+        ({"n_layer": 3}, "expected h.2.ln_1.weight .*; got none"),
         ({"n_layer": 10**9}, "expected 1000000000 layers, by config.json; got 28 tensors"),
         ({"n_embd": 10**9, "n_head": 1}, r"wte.weight of shape \(7, 1000000000\)"),
         ({"n_layer": 1}, r"got also h.1.attn.c_attn.bias, .* \(12 in all"),
@@ -322,7 +322,7 @@ def test_a_foreign_config_is_refused(tmp_path, config, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v for k, v in t.items() if "wpe" not in k}, "wpe.weight; found none"),
+        (lambda t: {k: v for k, v in t.items() if "wpe" not in k}, "wpe.weight .*; got none"),
         (lambda t: t | {"score.weight": np.zeros(3)}, "got also score.weight"),
         (
             lambda t: t | {"wpe.weight": t["transformer.wpe.weight"]},
@@ -332,7 +332,10 @@ def test_a_foreign_config_is_refused(tmp_path, config, message):
             lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] * 2},
             "lm_head.weight differs",
         ),
-        (lambda t: {k: v.astype(np.int8) for k, v in t.items()}, "floating point; got int8"),
+        (
+            lambda t: {k: v.astype(np.int8) for k, v in t.items()},
+            r"floating point; got \(.*\) in int8",
+        ),
         (lambda t: {k: v * np.float32(np.nan) for k, v in t.items()}, "wte.weight has NaN or inf"),
     ],
 )

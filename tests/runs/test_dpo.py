@@ -28,8 +28,7 @@ import minirlhf
 from minirlhf.app.commands import parse_config
 from minirlhf.errors import InputError
 from minirlhf.runs import checkpoint, pipeline
-from minirlhf.runs.config import TrainConfig, load_config, save_config
-from minirlhf.runs.session import rate_notes, unused_options
+from minirlhf.runs.config import TrainConfig, load_config, rate_notes, save_config, unused_options
 
 PROMPT = "My kettle leaks"
 

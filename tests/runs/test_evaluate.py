@@ -218,15 +218,13 @@ class Lengths(session_module.Score):
 
 def evaluated(policy, reference, *, seed=0, prompts=("abc", "d", "ga", "bbbb"), **ppo):
     config = TrainConfig(
-        seed=seed,
-        eval_prompts=len(prompts),
-        max_prompt_tokens=6,
-        max_response_tokens=6,
-        ppo=PPOConfig(temperature=0.8, **ppo),
+        seed=seed, eval_prompts=len(prompts), ppo=PPOConfig(temperature=0.8, **ppo)
     )
     world = World(
         *("letters", [("a", "b")], list(prompts), list(prompts)),
         gold=lambda prompt, response: response.count("a"),
+        max_prompt_tokens=6,
+        max_response_tokens=6,
     )
     session = session_module.Session(config, world, Letters(), {})
     session.gpt = CONFIG

@@ -17,7 +17,7 @@ from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import load_model, save_model
-from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.config import TrainConfig, rate_notes
 from minirlhf.runs.hugging_face import (
     GPT2_PATTERN,
     companions,
@@ -25,7 +25,7 @@ from minirlhf.runs.hugging_face import (
     read_gpt2,
     read_tokenizer,
 )
-from minirlhf.runs.session import open_session, rate_notes
+from minirlhf.runs.session import open_session
 from minirlhf.tree import tree_items
 from minirlhf.worlds.examples import as_example
 from minirlhf.worlds.tokens import BOS, EOS, PAD, PATTERN, SEP, make_tokenizer, train_tokenizer

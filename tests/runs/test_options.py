@@ -509,5 +509,5 @@ def test_the_world_suggests_lengths_where_none_are_set(tmp_path, files):
     opened = session_module.open_session(config)
     world = opened.world
     assert opened.gpt.n_ctx == world.max_prompt_tokens + world.max_response_tokens
-    assert opened.max_response_tokens == world.max_response_tokens > 0
+    assert opened.longest[1] == world.max_response_tokens > 0
     assert metrics(tmp_path / "run") == []

@@ -139,11 +139,11 @@ def test_the_default_limits_leave_95_percent_whole(tmp_path):
     world = session.world
     texts = [r for _, r in world.demonstrations + world.heldout_demonstrations]
     lengths = [len(session.tokenizer.response_ids(text)) for text in texts]
-    limit = session.max_response_tokens
+    limit = session.world.max_response_tokens
     assert limit == sorted(lengths)[94] < max(lengths)
     prompts = world.train_prompts + world.heldout_prompts
     longest = max(len(session.tokenizer.prompt_ids(prompt)) for prompt in prompts)
-    assert session.max_prompt_tokens == longest <= limits.SHORT  # short texts are not cut
+    assert session.world.max_prompt_tokens == longest <= limits.SHORT  # short texts are not cut
     (line,) = [line for line in said if line.startswith("chosen")]
     assert line == (
         "chosen so that 95 % of the texts are whole: "
@@ -151,13 +151,13 @@ def test_the_default_limits_leave_95_percent_whole(tmp_path):
     )
     assert session.gpt.n_ctx == longest + limit
     again = reopen_session(session.folder)
-    assert (again.max_prompt_tokens, again.max_response_tokens) == (longest, limit)
+    assert (again.world.max_prompt_tokens, again.world.max_response_tokens) == (longest, limit)
 
 
 def test_limits_that_are_set_are_obeyed_and_not_chosen(tmp_path):
     rows = [(f"question {i}", "good " * 40) for i in range(20)]
     session, said = opened(tmp_path, rows, max_prompt_tokens=7, max_response_tokens=2000)
-    assert (session.max_prompt_tokens, session.max_response_tokens) == (7, 2000)
+    assert (session.world.max_prompt_tokens, session.world.max_response_tokens) == (7, 2000)
     assert session.gpt.n_ctx == 2007 and not [line for line in said if line.startswith("chosen")]
 
 
@@ -335,5 +335,5 @@ def test_each_text_is_encoded_once_to_choose_the_limits_and_count_the_cuts(tmp_p
     rows = [(f"question {i}", "good " * (40 + i)) for i in range(60)]
     session, said = opened(tmp_path, rows)
     assert counted == Counter(response.strip() for _, response in rows)
-    cut = f"cut 3 of 60 demonstrations to {session.max_response_tokens} tokens"
+    cut = f"cut 3 of 60 demonstrations to {session.world.max_response_tokens} tokens"
     assert [line for line in said if line.startswith(cut)]

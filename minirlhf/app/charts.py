@@ -1,0 +1,90 @@
+"""Lines as charts for page.html: in its pixels to be drawn, and as numbers to be read back."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 42, 12, 26, 34  # margins around what is drawn
+MOST_POINTS = 300
+
+
+class Line(NamedTuple):
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]  # None: no number, a gap
+    look: str = "l0"  # its class in page.html
+    dots: bool = False
+    tags: Sequence[str] = ()  # of the dots
+
+
+def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict[str, Any]:
+    """What page.html needs to draw the lines on one pair of axes; `more` goes with it."""
+    numbers = [v for line in lines for v in line.x], [v for line in lines for v in line.y]
+    (x_low, x_high), (y_low, y_high) = _range(numbers[0], 0.0), _range(numbers[1], 0.05)
+    per_x = (WIDTH - LEFT - RIGHT) / (x_high - x_low)
+    per_y = (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
+
+    def at(v: float, w: float) -> tuple[float, float]:
+        return round(LEFT + (v - x_low) * per_x, 1), round(TOP + (y_high - w) * per_y, 1)
+
+    drawn = []
+    for line in lines:
+        points, path, pen = [], "", "M"
+        for v, w in zip(line.x, line.y, strict=True):
+            if w is not None:
+                points.append(at(v, w))
+                path += "{}{} {}".format(pen, *points[-1])
+            pen = "M" if w is None else "L"
+        drawn.append(line._asdict() | {"points": points, "path": path})
+    axes = {"box": [x_low, x_high, y_low, y_high]}
+    axes["numbers"] = [{"label": of.label, "x": [*of.x], "y": [*of.y]} for of in lines]
+    axes["x_ticks"] = [(at(v, y_low)[0], text) for v, text in ticks(x_low, x_high)]
+    axes["y_ticks"] = [(at(x_low, w)[1], text) for w, text in ticks(y_low, y_high)]
+    more = dict.fromkeys(("metric", "healthy", "says", "law")) | more
+    return more | {"title": title, "unit": unit, "x": x, "lines": drawn} | axes
+
+
+def stairs(label: str, values: list[float], edges: np.ndarray, look: str) -> Line:
+    """A histogram as a line: the share of the values between each two edges."""
+    share = np.histogram(values, edges)[0] / len(values)
+    y = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
+    return Line(label, np.repeat(edges, 2), y, f"{look} area")
+
+
+def _range(values: Sequence[float | None], margin: float) -> tuple[float, float]:
+    """From the least to the largest, and some room."""
+    known = [v for v in values if v is not None]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    room = margin * (high - low) if high - low > 1e-9 * abs(high) else 0.1 * abs(high) or 1.0
+    return float(low - room), float(high + room)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[tuple[float, str]]:
+    """Round numbers from low to high, and how they are written."""
+    ten = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(ten * m for m in (1, 2, 5, 10) if (high - low) / (ten * m) <= most)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    whole = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [(i * step, f"{i * step:,.{digits}f}".replace("-", "\N{MINUS SIGN}")) for i in whole]
+
+
+def thinned(x: list, y: list) -> tuple[list, list]:
+    """Of a long series the ends, and the least and the largest of each stretch."""
+    if len(x) <= MOST_POINTS:
+        return x, y
+    kept = {0, len(x) - 1}
+    for stretch in np.array_split(np.arange(len(x)), MOST_POINTS // 2):
+        known = [i for i in stretch.tolist() if y[i] is not None] or [int(stretch[0])]
+        kept |= {min(known, key=y.__getitem__), max(known, key=y.__getitem__)}
+    return [x[i] for i in sorted(kept)], [y[i] for i in sorted(kept)]
+
+
+def number(x: float | None) -> str:
+    """Three digits, or whole thousands; what is rounding is 0."""
+    if x is None or not math.isfinite(x):
+        return "\N{EN DASH}"
+    text = f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:#.3g}".rstrip(".")
+    return "0" if abs(x) < 1e-6 else text.replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,362 @@
+"""A run, or several, as one page to look at and to hand on: report.html, complete in itself.
+
+`report` gathers what runs have left, page.html lays it out. What is drawn stands there as numbers
+too, as the run has logged them. Nothing is loaded when the page is opened.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minirlhf import __version__
+from minirlhf.app import charts, coloured, pictures
+from minirlhf.app.api import open_run
+from minirlhf.app.charts import Line, chart
+from minirlhf.app.known import known_world
+from minirlhf.app.tables import ROWS, WORDS
+from minirlhf.disk import plain, read_toml, write_whole
+from minirlhf.errors import InputError
+from minirlhf.runs.config import TrainConfig, flat, load_config
+from minirlhf.runs.log import read_jsonl, read_metrics
+from minirlhf.runs.pipeline import read_result
+
+Row = dict[str, Any]
+MOST_RUNS, MOST_MOMENTS, PROMPTS = 5, 9, 4
+STAGES = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
+ROOT = "√KL to the reference [√nats]"
+LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
+LOGGED = {  # a row of the final table -> its unit, and what PPO logs of it at each iteration
+    "proxy": ("sd of the reference's scores", "objective/scores"),
+    "gold": ("its own units", "objective/gold"),
+    "reward": ("units of your reward", "objective/reward"),
+    "kl_seq": ("nats a reply", "objective/kl"),
+    "length": ("tokens a reply", "response_length/mean"),
+}
+
+
+class Seen(NamedTuple):
+    """What a run folder says, without its models."""
+
+    folder: Path
+    config: Row  # {"ppo.kl_coef": 0.2, ..}
+    rows: list[Row]  # of metrics.jsonl
+    samples: list[Row]  # of samples.jsonl
+    ends: dict[str, Row]  # "reference" and "policy": the final table; {} before it
+    seconds: Row  # of each stage; {} before the end
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]]:
+        """After how many steps a metric was measured, and its numbers, None for nan."""
+        rows = [row for row in self.rows if row["stage"] == stage]
+        last = self.ends.get("policy", {}).get(name.removeprefix("eval/"))
+        if stage == "ppo" and name.startswith("eval/") and last is not None and rows:
+            rows += [{"step": rows[-1]["step"], name: last}] * (name not in rows[-1])
+        rows = [row for row in rows if isinstance(row.get(name, ""), int | float | None)]
+        before = name.startswith("heldout/")  # measured before the step of its line
+        y = plain([row[name] for row in rows])
+        return ([row["step"] + (not before) for row in rows], y) if {*y} - {None} else ([], [])
+
+    @property
+    def story(self) -> dict[str, tuple[float, float]]:
+        """{row of LOGGED: (before, after)}, of the final table or as far as PPO has come."""
+        ends, found = self.ends.values(), {}
+        for name, (_, logged) in LOGGED.items():
+            values = plain([of.get(name) for of in ends]) or self.series("ppo", logged)[1]
+            values = [x for x in values if x is not None]
+            found |= {name: (values[0], values[-1])} if len(values) > 1 else {}
+        return found
+
+
+def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: bool = False) -> Path:
+    """Write the page of a run, or of several side by side; `exact`: with that of the tiny world.
+
+    Args:     out: the file; None: report.html in the folder of one run, else in the working one.
+    Raises:   InputError: no run or too many, or damaged files.
+    """
+    if len(folders) > MOST_RUNS or not (folders or exact):
+        raise InputError(
+            f"report: expected 1 to {MOST_RUNS} run folders, or --exact; got {len(folders)}: name "
+            "folders that `minirlhf train` wrote"
+        )
+    out = Path(out or Path(*folders[: len(folders) == 1]) / "report.html")
+    write_whole(out, page([seen(folder) for folder in folders], exact=exact).encode())
+    return out
+
+
+def seen(folder: str | Path) -> Seen:
+    """Read a run, ended or not.
+
+    Raises:   InputError: it is none, or its files are damaged.
+    """
+    folder, ends, seconds = Path(folder), {}, {}
+    config = dict(flat(load_config(folder / "config.toml")))
+    path = folder / "samples.jsonl"
+    samples = (
+        read_jsonl(path, {"step": int, "prompt": str, "response": str}) if path.exists() else []
+    )
+    if (folder / "result.json").exists():
+        result = read_result(folder)
+        ends, seconds = {"reference": result.reference, "policy": result.policy}, result.seconds
+    return Seen(folder, config, read_metrics(folder), samples, ends, seconds)
+
+
+def page(runs: list[Seen], *, exact: bool = False) -> str:
+    """The HTML of what is known of the runs."""
+    figures = [*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)]
+    return coloured.template("page.html").render(
+        runs=runs,
+        findings=findings(runs),
+        replies=replies(runs),
+        ends=ends(runs),
+        stages=[*stages(runs)],
+        known=known_world() if exact else None,
+        figures=figures,
+        partings=[*partings(runs)],
+        settings=settings(runs),
+        logged=LOGGED,
+        table={"rows": ROWS, "words": WORDS},
+        of=coloured.tools(),
+        size=charts,
+        number=charts.number,
+        version=__version__,
+    )
+
+
+# -- replies -------------------------------------------------------------------------------------
+def replies(runs: list[Seen]) -> Row:
+    """The same prompts in several columns of token rows, from the reference to the last policy.
+
+    Of one run with snapshots these are its moments; else each policy is asked now.
+    """
+    why, columns = "", []
+    paths = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
+    kept = len(runs) == len(paths) == 1
+    try:
+        if runs:
+            columns = moments(*paths) if kept else asked(runs)
+    except InputError as error:
+        why = str(error)
+    rows = [row for _, some in columns for row in some]
+    found = {"why": why, "columns": columns, "moments": kept, "rows": rows}
+    return found | {"span": coloured.span(rows)}
+
+
+def moments(path: Path) -> list[tuple[str, list[Row]]]:
+    """(label, replies) of the first snapshot of a run, of the last, and of some between.
+
+    Raises:   InputError: the file is damaged.
+    """
+    from jinja2 import UndefinedError
+
+    rows = read_jsonl(path, {"step": int})
+    steps = sorted({row["step"] for row in rows})
+    some = np.linspace(0, len(steps) - 1, min(len(steps), MOST_MOMENTS)).round().astype(int)
+    labels = {steps[i]: f"after {steps[i]} iterations" if i else "the reference" for i in some}
+    found = [(of, [row for row in rows if row["step"] == step]) for step, of in labels.items()]
+    try:
+        coloured.html(rows)
+        tuple(zip(*(some for _, some in found), strict=True))
+    except (LookupError, TypeError, ValueError, UndefinedError) as error:
+        raise InputError(
+            f"{path}: expected the same replies at every moment, token by token; got others: "
+            "restore the file, or move it away"
+        ) from error
+    return found
+
+
+def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
+    """(label, replies) of the reference and of each run's policy, to held-out prompts if known.
+
+    Raises:   InputError: a run has no reference yet, there is nothing to ask, or it is damaged.
+    """
+    opened = [open_run(run.folder) for run in runs]
+    known = [*opened[0].session.world.heldout_prompts, *(row["prompt"] for row in runs[0].samples)]
+    same = {"prompts": [*dict.fromkeys(known)][:PROMPTS], "seed": opened[0].config.seed}
+    if not (known and any(run.is_trained for run in opened)):
+        raise InputError(
+            "replies: expected a policy, and held-out prompts or logged replies; found none: see "
+            "minirlhf score"
+        )
+    found = {f"the reference, priced by {runs[0].name}": opened[0].replies(**same, reference=True)}
+    found |= {run.name: of.replies(**same) for run, of in zip(runs, opened, strict=True)}
+    return [(label, [row._asdict() for row in some]) for label, some in found.items()]
+
+
+# -- curves --------------------------------------------------------------------------------------
+@cache
+def readings() -> dict[str, Row]:
+    """Each panel by its first metric: title, unit, metrics, and how it is read."""
+    found = read_toml(Path(__file__).with_name("readings.toml"))
+    for title, (unit, *metrics) in pictures.CURVES.items():
+        found[metrics[0]] |= {"title": title, "unit": unit, "metrics": metrics}
+    return found
+
+
+def stages(runs: list[Seen]) -> Iterator[tuple[str, list[Row]]]:
+    """Of each stage that has run its title and its charts."""
+    for stage, title in STAGES.items():
+        panels = [panel(runs, stage, of) for of in readings().values()]
+        if any(panels):
+            yield title, [one for one in panels if one]
+
+
+def panel(runs: list[Seen], stage: str, of: Row) -> Row | None:
+    """A chart with its sentences; of several runs one metric each, and no reading."""
+    lines, values, alone = [], {}, len(runs) == 1
+    for i, run in enumerate(runs):
+        names = sorted(of["metrics"], key=is_held)
+        found = {name: xy for name in names if (xy := run.series(stage, name))[0]}
+        for j, (name, (x, y)) in enumerate([*found.items()][: None if alone else 1]):
+            held = is_held(name)
+            label = LABELS.get(name, "held out" if held else "training") if alone else run.name
+            dots = held and len(x) < 60
+            lines.append(Line(label, *charts.thinned(x, y), f"l{i + j}", dots=dots))
+            values.setdefault(held, [v for v in y if v is not None])
+    if not lines:
+        return None
+    ours, held = values.get(False) or values[True], values.get(True, [])
+    told = {"metric": of["metrics"][0], "healthy": of["healthy"]}
+    told["says"] = sentence(of["says"], numbers_of(ours, held)) if alone else []
+    x = "PPO iterations" if stage == "ppo" else "updates"
+    return chart(of["title"], of["unit"], x, lines, **told)
+
+
+def is_held(name: str) -> bool:
+    """Is a metric of texts that nobody trains on?"""
+    return name.startswith(("heldout/", "eval/"))
+
+
+def numbers_of(ours: list[float], held: list[float]) -> dict[str, float]:
+    """What sentences may speak of: readings.toml."""
+    first, last, most = ours[0], ours[-1], max(ours)
+    found = {"first": first, "last": last, "change": last - first, "most": most}
+    found |= {"span": most - min(ours), "fall": most - last, "exp": math.exp(min(last, 700.0))}
+    found["ratio"] = last / first if first > 0 else math.nan
+    found["held"] = held[-1] if held else math.nan
+    return found | {"rise": held[-1] - min(held) if held else math.nan}
+
+
+def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
+    """The first that fits, as texts and numbers in turn."""
+    text = next((text for of, least, text in says if numbers[of] >= least), "")
+    pairs = ((said, numbers.get(of)) for said, of, *_ in Formatter().parse(text))
+    return [part for pair in pairs for part in pair if part not in (None, "")]
+
+
+def paths(run: Seen) -> Iterator[Row]:
+    """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
+    kl = run.series("ppo", LOGGED["kl_seq"][1])[1]
+    for name in ("proxy", "gold", "reward"):
+        unit, logged = LOGGED[name]
+        pairs = zip(kl, run.series("ppo", logged)[1], strict=False)
+        points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
+        if len(points) > 1:
+            (d, y), law = np.array(points).T, None
+            some = slice(None, None, len(d) // charts.MOST_POINTS + 1)
+            look = "l0" if name == "proxy" else "l1"
+            lines = [Line("PPO", d[some], y[some], look, dots=True)]
+            if len(points) >= 8 and d.max() > 0.3:
+                start, at = run.story[name][0], np.linspace(0, d.max(), 40)
+                law = fitted(d, y - start)
+                gain = at * (law["alpha"] - law["beta"] * at)
+                lines.append(Line("fitted law", at, start + gain, "fit"))
+            yield chart(f"{name} on the way", unit, ROOT, lines, law=law)
+
+
+def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
+    """gain = d (alpha - beta d) by least squares; and the KL of its top, if the path passes it.
+
+    The form that Gao et al. 2022, arXiv 2210.10760, have for best-of-n; theirs for RL, with log d
+    in the place of d, fits the optima of worlds that can be enumerated less well.
+    """
+    terms = np.stack([d, -d * d], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(terms, gain, rcond=None)
+    left, spread = gain - terms @ [alpha, beta], gain - gain.mean()
+    explained = 1 - left @ left / max(spread @ spread, 1e-30)
+    peak = (alpha / (2 * beta)) ** 2 if 0 < alpha <= 2 * beta * d.max() else math.nan
+    return plain({"alpha": alpha, "beta": beta, "explained": explained, "peak": peak})
+
+
+def histograms(run: Seen) -> Iterator[Row]:
+    """Logged replies of the first and of the last fifth of the iterations."""
+    steps = sorted({row["step"] for row in run.samples})
+    n = len(steps) // 5 or 1
+    rows = [{**row, "length": float(len(row["response"]))} for row in run.samples]
+    for name, unit in (("score", LOGGED["proxy"][0]), ("kl_seq", "nats"), ("length", "characters")):
+        first, last = (
+            [row[name] for row in rows if row["step"] in some and isinstance(row.get(name), float)]
+            for some in (steps[:n], steps[-n:])
+        )
+        if steps[1:] and first and last:
+            edges = np.histogram_bin_edges(first + last, 14)
+            lines = [
+                charts.stairs(f"first {n} iterations", first, edges, "l1"),
+                charts.stairs(f"last {n} iterations", last, edges, "l0"),
+            ]
+            x = f"{name} [{unit}]"
+            yield chart(f"{name} of the logged replies", "share of replies", x, lines)
+
+
+def frontier(runs: list[Seen]) -> Iterator[Row]:
+    """Where several runs have ended: score, and gold or reward, against the root of their KL."""
+    for name in ("proxy", "gold", "reward"):
+        lines, points = [], []
+        for i, run in enumerate(runs):
+            if run.ends and name in run.story:
+                beta = run.config["dpo.kl_coef" if "dpo" in run.config["stages"] else "ppo.kl_coef"]
+                before, after = run.story[name]
+                d = max(run.story["kl_seq"][1], 0.0) ** 0.5
+                points += [(0.0, before), (d, after)]
+                tags = [f"β {beta:g}"]
+                lines.append(Line(run.name, [d], [after], f"l{i} loose", dots=True, tags=tags))
+        if len(lines) > 1:
+            x, y = zip(*sorted(set(points)), strict=True)
+            lines.append(Line("from the reference on", x, y, "fit"))
+            yield chart(f"{name} for its KL", LOGGED[name][0], ROOT, lines)
+
+
+# -- tables --------------------------------------------------------------------------------------
+def ends(runs: list[Seen]) -> list[tuple[str, str, str, list[float]]]:
+    """(name, what it is, its format, values of the reference and of each policy that has ended)."""
+    columns = [run.ends["policy"] for run in runs if run.ends]
+    columns = [run.ends["reference"] for run in runs if run.ends][:1] + columns
+    rows = ((name, *of, [end.get(name, math.nan) for end in columns]) for name, of in ROWS.items())
+    return [row for row in rows if any(map(math.isfinite, row[-1]))]
+
+
+def settings(runs: list[Seen]) -> dict[str, list[tuple]]:
+    """(name, value in each run, default) of those that somebody has changed, and of the others."""
+    default = dict(flat(TrainConfig()))
+    default.pop("out")
+    rows = [(name, [run.config[name] for run in runs], x) for name, x in default.items()]
+    changed = [row for row in rows if any(value != row[2] for value in row[1])]
+    return {"changed": changed, "others": [row for row in rows if row not in changed]}
+
+
+def partings(runs: list[Seen]) -> Iterator[Row]:
+    """Where each further run leaves the first one: the first logged value that is another."""
+    for run in runs[1:]:
+        found = (
+            {"run": run.name, "at": a, "metric": name, "pair": (a.get(name), b.get(name))}
+            for a, b in zip(runs[0].rows, run.rows, strict=False)
+            for name in a | b
+            if a.get(name) != b.get(name) and not name.startswith("time/")
+        )
+        yield next(found, {"run": run.name, "at": {}})
+
+
+def findings(runs: list[Seen]) -> list[tuple[Seen, Any]]:
+    """What `diagnose` says of each run."""
+    try:
+        from minirlhf.app.diagnose import diagnose
+    except ImportError:
+        return []
+    return [(run, diagnose(run.folder)) for run in runs]
