@@ -104,10 +104,12 @@ def diagnosis(folder: Path) -> str:
         lead = f"{number(told['lead'], 0)} iterations ({told['gold fell']} runs)"
         cells = [f"`{rule}`", ", ".join(causes) or "–", f"{told['first']} of {told['runs']}"]
         cells += [", ".join(others) or "–", str(told["first elsewhere"])]
+        cells += [str(told["below another"])]
         cells += [f"{told['in healthy runs']} of {n}", f"early: {lead}" if early else "audits"]
         rows.append(cells)
-    heads = ["rule", "planted", "named first", "else first", "first in other causes", "in healthy"]
-    return f"{found['seen']}\n\n{table([*heads, 'before gold is seen to fall'], rows)}"
+    heads = ["rule", "planted", "named first", "else first", "first in other causes"]
+    heads += ["listed below another", "in healthy runs", "before gold is seen to fall"]
+    return f"{found['seen']}\n\n{table(heads, rows)}"
 
 
 def _betas(rows: dict[str, Any]) -> list[str]:

@@ -106,5 +106,5 @@ case.finish(
     figure,
     varied="25 causes, 6 healthy settings; worlds, sizes, beta",
     seen=f"The planted cause is the first finding in {right} of {len(planted)} runs "
-    f"({right / len(planted):.0%}); {alarms} of {len(healthy)} healthy runs have a finding.",
+    f"({right / len(planted):.0%}); a healthy run has a finding in {alarms} of {len(healthy)}.",
 )

@@ -68,14 +68,15 @@ def test_cases(tmp_path):
 
 
 def test_diagnosis(tmp_path):
-    told = {"runs": 2, "first": 1, "first elsewhere": 3, "in healthy runs": 0, "gold fell": 4}
+    told = {"runs": 2, "first": 1, "first elsewhere": 3, "below another": 6}
+    told |= {"in healthy runs": 0, "gold fell": 4}
     causes = {"a fault": ["r", ["r", ""]], "healthy: ppo": ["", ["", ""]]}
     found = {"seen": "One.", "healthy": 5, "causes": causes, "rules": {"r": {**told, "lead": 2.0}}}
     write(tmp_path, "28_a/28_a.json", found)
     text = tables.diagnosis(tmp_path)
     row = cells(text)[1]
     assert text.startswith("One.\n\n| rule ") and row[:4] == ["`r`", "a fault", "1 of 2", "nothing"]
-    assert row[4:] == ["3", "0 of 5", "early: 2 iterations (4 runs)"]
+    assert row[4:] == ["3", "6", "0 of 5", "early: 2 iterations (4 runs)"]
     found["rules"]["r"]["lead"] = -1.0
     write(tmp_path, "28_a/28_a.json", found)
     assert cells(tables.diagnosis(tmp_path))[1][-1] == "audits"
