@@ -30,7 +30,7 @@ MOST_REPLIES = 240  # logged replies that are scored again
 LOGGED = {"step": int, "prompt": str, "ids": list, "tokens": int}  # of a reply, in samples.jsonl
 LOGGED |= {"ref_logp_seq": float, "score": float}
 TEMPERATURES = [0.1 * tenths for tenths in range(4, 21)]  # at which a log-prob may be taken
-COMPARED = """objective/kl objective/scores objective/gold objective/entropy objective/kl_coef
+COMPARED = """objective/kl objective/scores objective/gold objective/entropy
 policy/approxkl_avg policy/clipfrac_avg loss/value_avg response_length/mean
 response/repeated_bigrams grad_norm""".split()
 APART = 5.0  # standard errors between two runs
@@ -240,11 +240,8 @@ def diagnose_command(
             f" ({RULES[rule].measured})"
         )
         print(f"   seen:  {seen}\n   cause: {cause}\n   first: {knob}")
-    print(
-        *(findings or ["nothing found"])[len(findings) :],
-        *(f"not seen: {x}" for x in unseen),
-        sep="\n",
-    )
+    for line in [*["nothing found"] * (not findings), *(f"not seen: {line}" for line in unseen)]:
+        print(line)
     return found.status
 
 

@@ -114,7 +114,7 @@ def test_matplotlib_waits_for_a_picture():
 
 
 def test_every_command_is_where_the_table_says():
-    assert tuple(cli.COMMANDS) == COMMANDS
+    assert list(cli.COMMANDS) == COMMANDS
     for place in cli.COMMANDS.values():
         module, _, function = place.partition(":")
         assert callable(getattr(importlib.import_module(f"minirlhf.app.{module}"), function))
