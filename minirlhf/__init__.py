@@ -16,6 +16,7 @@ _HOME = {  # name -> where it is defined; imported at first use, so `import mini
     "open_run": "app.api",
     "resume": "app.api",
     "sweep": "app.sweep",
+    "diagnose": "app.diagnose",
     "TrainConfig": "runs.config",
     "GPTConfig": "nn.transformer",
     "init_transformer": "nn.transformer",

@@ -121,7 +121,7 @@ def score(
     prompt: str,
     response: tuple[str, ...],
     reward: str = "",
-    json: bool = False,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
     html: Path | None = None,
     png: Path | None = None,
 ) -> int:

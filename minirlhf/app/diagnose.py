@@ -6,6 +6,7 @@ replies under the saved reference, their tokens, their scores. The rules are in 
 
 import re
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,21 @@ class Diagnosis(NamedTuple):
     def status(self) -> int:
         """The exit status: 1 if something is wrong."""
         return int(any(finding.severity != "note" for finding in self.findings))
+
+    def __str__(self) -> str:
+        lines = [] if self.findings else ["nothing found"]
+        for number, (rule, severity, onset, seen, cause, knob) in enumerate(self.findings, 1):
+            follows = ", perhaps of 1" * (number > 1)
+            lines += [
+                f"{number}. {severity} from step {onset}: {rule}{follows} ({RULES[rule].measured})",
+                f"   seen:  {seen}",
+                f"   cause: {cause}",
+                f"   first: {knob}",
+            ]
+        return "\n".join(lines + [f"not seen: {sentence}" for sentence in self.unseen])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def diagnose(path: str | Path) -> Diagnosis:
@@ -229,19 +245,9 @@ def diagnose_command(
         lines = difference(*logs)
         print(to_json({"differences": lines}).decode() if json else "\n".join(lines))
         return 0
-    findings, unseen = found = diagnose(*logs)
-    if json:
-        rows = [finding._asdict() for finding in findings]
-        print(to_json({"findings": rows, "unseen": unseen}).decode(), end="")
-        return found.status
-    for number, (rule, severity, onset, seen, cause, knob) in enumerate(findings, 1):
-        print(
-            f"{number}. {severity} from step {onset}: {rule}{', perhaps of 1' * (number > 1)}"
-            f" ({RULES[rule].measured})"
-        )
-        print(f"   seen:  {seen}\n   cause: {cause}\n   first: {knob}")
-    for line in [*["nothing found"] * (not findings), *(f"not seen: {line}" for line in unseen)]:
-        print(line)
+    found = diagnose(*logs)
+    rows = [finding._asdict() for finding in found.findings]
+    print(to_json({"findings": rows, "unseen": found.unseen}).decode() if json else found)
     return found.status
 
 

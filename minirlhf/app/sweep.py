@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from minirlhf.app import api, pictures
 from minirlhf.app.commands import parse_config
 from minirlhf.app.pictures import shown
 from minirlhf.app.progress import say, track
-from minirlhf.app.tables import ROWS, NumberTable, number_table
+from minirlhf.app.tables import ROWS, NumberTable, html, number_table
 from minirlhf.disk import new_numbered_folder, shorten, to_json
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config, save_config
@@ -100,6 +101,9 @@ class Sweep(NamedTuple):
         for line in lines:
             table.add_row(*line.values())
         return table
+
+    def _repr_html_(self) -> str:
+        return html(self.table()) if self.rows else f"<p>{escape(repr(self))}</p>"
 
     def figure(self) -> Any:
         """A matplotlib figure: what was gained against how far it went, each run a point."""
