@@ -161,6 +161,9 @@ class TokenScores(NamedTuple):
         """score - beta Penalty: what training maximises the mean of."""
         return self.score - self.kl_coef * self.kl_seq
 
+    def __repr__(self) -> str:
+        return f"TokenScores({self.response!r}, kl_seq={self.kl_seq:.4f})"
+
     def _repr_html_(self) -> str:
         return coloured.html([self._asdict()])
 

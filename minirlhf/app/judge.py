@@ -67,6 +67,9 @@ class Report(NamedTuple):
     verdicts: list[Verdict]
     reads_padding: bool  # it has a slope where the mask is 0
 
+    def __str__(self) -> str:
+        return "\n".join(sentences(self))
+
     @property
     def descends(self) -> str:
         """A name of KL_MEANS or REWARD_MEANS of exact/judge.py, "nothing" or "none of these"."""

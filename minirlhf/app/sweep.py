@@ -102,6 +102,9 @@ class Sweep(NamedTuple):
             table.add_row(*line.values())
         return table
 
+    def __repr__(self) -> str:
+        return f"Sweep({str(self.folder)!r}, {len(self.rows)} runs, {len(self.failed)} failed)"
+
     def _repr_html_(self) -> str:
         return html(self.table()) if self.rows else f"<p>{escape(repr(self))}</p>"
 
