@@ -17,6 +17,7 @@ from minirlhf import __version__
 from minirlhf.app import charts, coloured, pictures
 from minirlhf.app.api import open_run
 from minirlhf.app.charts import Line, chart
+from minirlhf.app.diagnose import diagnose
 from minirlhf.app.known import known_world
 from minirlhf.app.tables import ROWS, WORDS
 from minirlhf.disk import plain, read_toml, write_whole
@@ -173,7 +174,9 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
 
 
 def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
-    """(label, replies) of the reference and of each run's policy, to held-out prompts if known.
+    """(label, replies) of each run's policy, of one beside its reference, to held-out prompts.
+
+    The prompts that pay most stand first.
 
     Raises:   InputError: a run has no reference yet, there is nothing to ask, or it is damaged.
     """
@@ -185,9 +188,15 @@ def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
             "replies: expected a policy, and held-out prompts or logged replies; found none: see "
             "minirlhf score"
         )
-    found = {f"the reference, priced by {runs[0].name}": opened[0].replies(**same, reference=True)}
-    found |= {run.name: of.replies(**same) for run, of in zip(runs, opened, strict=True)}
-    return [(label, [row._asdict() for row in some]) for label, some in found.items()]
+    found = []
+    if len(runs) == 1:
+        first = opened[0].replies(**same, reference=True)
+        found = [("the reference, priced by the policy", first)]
+    for run, of in zip(runs, opened, strict=True):
+        rows = of.replies(**same)
+        found.append((f"{run.name}: β = {rows[0].kl_coef:g}", rows))
+    paid = np.max([[row.kl_seq for row in rows] for _, rows in found], axis=0)
+    return [(label, [rows[i]._asdict() for i in np.argsort(-paid)]) for label, rows in found]
 
 
 # -- curves --------------------------------------------------------------------------------------
@@ -355,8 +364,4 @@ def partings(runs: list[Seen]) -> Iterator[Row]:
 
 def findings(runs: list[Seen]) -> list[tuple[Seen, Any]]:
     """What `diagnose` says of each run."""
-    try:
-        from minirlhf.app.diagnose import diagnose
-    except ImportError:
-        return []
     return [(run, diagnose(run.folder)) for run in runs]

@@ -133,21 +133,19 @@ def sweep(
 
 def _choices(changes: dict[str, Any], prefix: str = "") -> Iterator[tuple[dict, dict]]:
     """({"ppo.kl_coef": a value}, the changes with it) for each choice among lists of values."""
-    several = []
-    for name, value in changes.items():
-        if isinstance(value, dict):
-            inner = _choices(value, f"{prefix}{name}.")
-            several.append([(varied, {name: fields}) for varied, fields in inner])
-        elif isinstance(value, list | range):
-            several.append([({prefix + name: x}, {name: x}) for x in value])
-        else:
-            several.append([({}, {name: value})])
-    for choice in itertools.product(*several):
-        varied, fields = {}, {}
-        for chosen, field in choice:
-            varied |= chosen
-            fields |= field
-        yield varied, fields
+    if not changes:
+        yield {}, {}
+        return
+    (name, value), *others = changes.items()
+    if isinstance(value, dict):
+        inner = _choices(value, f"{prefix}{name}.")
+        first = [(varied, {name: fields}) for varied, fields in inner]
+    elif isinstance(value, list | range):
+        first = [({prefix + name: x}, {name: x}) for x in value]
+    else:
+        first = [({}, {name: value})]
+    for (varied, field), (more, fields) in itertools.product(first, _choices(dict(others), prefix)):
+        yield varied | more, field | fields
 
 
 def sweep_command(arguments: list[str]) -> int:
