@@ -43,7 +43,7 @@ COMMANDS = {  # name -> module and function; its arguments are the options, its 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit status 0: done; 1: a check failed, a rule holds; 2: wrong input; 130: ^C.
+    """Entry point. Exit status 0: done; 1: a check failed, or a run; 2: wrong input; 130: Ctrl-C.
 
     Args:     arguments: None: those of this process, whose signals are then ours as well.
     """

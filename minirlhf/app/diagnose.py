@@ -82,6 +82,7 @@ def diagnose(path: str | Path) -> Diagnosis:
         if sign := rule.look(seen):
             signs[name] = sign
         elif rule.holds and (lacks := [need for need in rule.needs if not seen.has(need)]):
+            lacks = ["its settings" if need == "config" else need for need in lacks]
             unseen.append(f"{name}: without {', '.join(lacks)}")
     if not seen.steps:
         unseen = ["anything: there is no iteration of PPO yet"]

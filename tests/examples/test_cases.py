@@ -12,7 +12,7 @@ import pytest
 CASES = sorted((Path(__file__).parents[2] / "examples" / "cases").glob("[0-9][0-9]_*.py"))
 MOST_LINES = 120
 OPEN_TO_A_CASE = {"dataclasses", "math", "pathlib", "numpy", "minirlhf"}
-OPEN_TO_A_CASE |= {"study", "desk", "gao", "gradients", "other_optima"}
+OPEN_TO_A_CASE |= {"study", "desk", "gao", "gradients", "other_optima", "plants"}
 
 
 @pytest.fixture

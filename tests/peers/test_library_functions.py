@@ -348,8 +348,9 @@ def test_the_experience_of_a_rollout(whiten_rewards):
     batch = Batch(tokens, np.concatenate([np.ones((6, 1)), MASK], axis=1), 1)
     old_logp, ref_logp, values, entropy, kl_full = (noise(*MASK.shape, seed=i) for i in range(5))
     score = 2.0 * rng.standard_normal(6)
+    ids = [row[:n].tolist() for row, n in zip(responses, LENGTHS, strict=True)]
     rollout = Rollout(
-        samples=Samples([], [], batch),
+        samples=Samples([[0]] * 6, ids, batch),
         old_logp=with_junk(old_logp),
         ref_logp=with_junk(ref_logp),
         ref_logits=None,

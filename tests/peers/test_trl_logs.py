@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from minirlhf.app.diagnose import diagnose
 from minirlhf.app.logs import read_log
 
 HERE = Path(__file__).parent
@@ -94,6 +95,8 @@ def test_a_log_of_grpo_and_its_event_files(tmp_path, monkeypatch, name):
             assert here[of_us] == float(there[of_them])
     assert ours[-1]["objective/kl_token"] != 0 and "objective/kl" not in ours[0]
     assert {"num_tokens", "completions/min_length"} < set(log.unknown)
+    cut_off = all(row["response_length/clip_ratio"] > 0.4 for row in ours)
+    assert cut_off == ("missing-eos" in [f.rule for f in diagnose(tmp_path).findings])
     events = read_log(tmp_path / "events")
     assert events.source == log.source
     for here, there in zip(events.stages["ppo"], ours, strict=True):
