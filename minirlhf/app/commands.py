@@ -153,9 +153,10 @@ def score(
         _print(coloured.side_by_side(rows))
     if html:
         write_whole(html, coloured.html(rows, document=True).encode())
+        say(f"page: {html}")
     if png:
         headings = (f"reply {number} to {shorten(prompt)!r}" for number in range(1, len(rows) + 1))
-        coloured.picture(dict(zip(headings, rows, strict=True)), png)
+        say(f"picture: {coloured.picture(dict(zip(headings, rows, strict=True)), png)}")
     return 0
 
 

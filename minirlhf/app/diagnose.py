@@ -49,6 +49,7 @@ class Finding(NamedTuple):
 class Diagnosis(NamedTuple):
     findings: list[Finding]  # the first names the cause; those below may follow from it
     unseen: list[str]  # what could not be seen, a sentence each
+    iterations: int  # of PPO that were looked at
 
     @property
     def status(self) -> int:
@@ -56,9 +57,9 @@ class Diagnosis(NamedTuple):
         return int(any(finding.severity != "note" for finding in self.findings))
 
     def __str__(self) -> str:
-        lines = [] if self.findings else ["nothing found"]
+        lines = [] if self.findings else [f"nothing found in {self.iterations} iterations of PPO"]
         for number, (rule, severity, onset, seen, cause, knob) in enumerate(self.findings, 1):
-            follows = ", perhaps of 1" * (number > 1)
+            follows = ", perhaps because of 1" * (number > 1)
             lines += [
                 f"{number}. {severity} from step {onset}: {rule}{follows} ({RULES[rule].measured})",
                 f"   seen:  {seen}",
@@ -71,12 +72,13 @@ class Diagnosis(NamedTuple):
         return f"<pre>{escape(str(self))}</pre>"
 
 
-def diagnose(path: str | Path) -> Diagnosis:
-    """The findings in a run folder, or in a log of another program.
+def diagnose(run: Any) -> Diagnosis:
+    """The findings in a run, or in a log of another program.
 
+    Args:     run: a Run, its folder, or the path of a log.
     Raises:   InputError: there is no log, or it cannot be read.
     """
-    log = read_log(path)
+    log = read_log(getattr(run, "folder", run))
     seen, signs, unseen = _seen(log), {}, []
     for name, rule in RULES.items():
         if sign := rule.look(seen):
@@ -85,7 +87,7 @@ def diagnose(path: str | Path) -> Diagnosis:
             lacks = ["its settings" if need == "config" else need for need in lacks]
             unseen.append(f"{name}: without {', '.join(lacks)}")
     if not seen.steps:
-        unseen = ["anything: there is no iteration of PPO yet"]
+        unseen = ["anything: the rules look at PPO, and there is no iteration of it"]
     elif log.folder is None:
         again = (name for name, rule in RULES.items() if not rule.holds)
         unseen.append(f"{', '.join(again)}: made again from a run folder alone")
@@ -96,7 +98,9 @@ def diagnose(path: str | Path) -> Diagnosis:
             unseen.append(f"what is made again from the folder: {error}")
     own = log.folder is not None
     return Diagnosis(
-        [_finding(RULES[name], *signs[name], own) for name in RULES if name in signs], unseen
+        [_finding(RULES[name], *signs[name], own) for name in RULES if name in signs],
+        unseen,
+        len(seen.steps),
     )
 
 
@@ -119,6 +123,9 @@ def _finding(rule: Rule, onset: int, says: str, own: bool = True) -> Finding:
 # -- made again from a run folder ----------------------------------------------------------------
 def _made_again(path: Path) -> Iterator[tuple[str, tuple[int, str]]]:
     """(rule, its sign) of what logged replies are under the saved reference and reward model."""
+    rows = read_jsonl(path / "samples.jsonl")
+    if rows and not LOGGED.keys() <= rows[0].keys():
+        raise InputError("its replies were logged by an earlier version, without their ids")
     rows = read_jsonl(path / "samples.jsonl", LOGGED)
     rows = rows[:: len(rows) // MOST_REPLIES + 1]
     if not rows:
@@ -221,7 +228,9 @@ def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
             text = f"{found.rule}: {found.cause} ({found.evidence})"
             session.say(f"{found.severity} at step {step}: {text}")
             if {"any", found.rule} & {*session.config.halt_on}:
-                session.stop = Halted(f"stopped at step {step} by --halt-on {text}: {found.knob}")
+                anew = f"minirlhf train --config {session.folder / 'config.toml'} --out NEW"
+                how = f"{found.knob}, in a new run (`{anew}`)"
+                session.stop = Halted(f"stopped at step {step} by --halt-on {text}: {how}")
 
     return watch
 
@@ -273,4 +282,5 @@ def difference(a: Path, b: Path) -> list[str]:
             parted.append((i, -off[i], f"from step {one.steps[i]} {says}"))
     lines = [f"{name}: {was[name]!r} and {now[name]!r}" for name in changed]
     lines += [says for *_, says in sorted(parted)]
-    return lines + [f"no metric parts in {n} steps"] * (not parted)
+    says = f"no metric is {APART:g} standard errors apart in {n} steps of PPO"
+    return lines + [says] * (not parted)

@@ -19,6 +19,7 @@ import json
 import operator
 import re
 from collections.abc import Callable
+from html import escape
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -69,6 +70,9 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         return "\n".join(sentences(self))
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     @property
     def descends(self) -> str:

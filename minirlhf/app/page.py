@@ -163,7 +163,7 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
     labels = {steps[i]: f"after {steps[i]} iterations" if i else "the reference" for i in some}
     found = [(of, [row for row in rows if row["step"] == step]) for step, of in labels.items()]
     try:
-        coloured.html(rows)
+        coloured.html(rows, document=True)
         tuple(zip(*(some for _, some in found), strict=True))
     except (LookupError, TypeError, ValueError, UndefinedError) as error:
         raise InputError(
@@ -334,9 +334,13 @@ def frontier(runs: list[Seen]) -> Iterator[Row]:
 
 # -- tables --------------------------------------------------------------------------------------
 def ends(runs: list[Seen]) -> list[tuple[str, str, str, list[float]]]:
-    """(name, what it is, its format, values of the reference and of each policy that has ended)."""
+    """(name, what it is, its format, values of each policy that has ended).
+
+    Those of the reference stand first, if there is one run: several need not have the same.
+    """
     columns = [run.ends["policy"] for run in runs if run.ends]
-    columns = [run.ends["reference"] for run in runs if run.ends][:1] + columns
+    if len(runs) == 1:
+        columns = [run.ends["reference"] for run in runs if run.ends] + columns
     rows = ((name, *of, [end.get(name, math.nan) for end in columns]) for name, of in ROWS.items())
     return [row for row in rows if any(map(math.isfinite, row[-1]))]
 

@@ -102,8 +102,9 @@ def evidence(steps: list[int], shown: Shown, i: int) -> str:
 # Each returns in which rows it holds, and what else is evidence beside the metrics that it needs.
 def _non_finite(seen: Seen) -> Held:
     names = ("loss/policy_avg", "loss/value_avg", "objective/scores", "objective/kl", "grad_norm")
-    bad = {name: ~np.isfinite(seen[name]) for name in names if seen.has(name)}
-    bad = {name: b & np.maximum.accumulate(~b) for name, b in bad.items() if b.any()}  # once it was
+    bad = {name: ~np.isfinite(seen[name]) for name in names if name in seen.columns}
+    # of a row alone it may be missing: before the first number, unless there never is one
+    bad = {name: b & (np.maximum.accumulate(~b) | b.all()) for name, b in bad.items() if b.any()}
     holds = np.any([np.zeros(len(seen.steps)), *bad.values()], axis=0)
     return holds, {name: seen[name] for name in bad}
 
@@ -257,9 +258,13 @@ _repetition = _far_from_start("response/repeated_bigrams")
 
 
 def _negative_kl(seen: Seen, errors: float) -> Held:
-    n = seen["episode"] / (np.array(seen.steps) + 1)  # replies of a batch
-    error = seen["objective/kl_sd"] / np.sqrt(n)
-    return seen["objective/kl"] < -errors * error - 1e-3, {"its standard error": error}
+    kl, n = seen["objective/kl"], np.arange(1, len(seen.steps) + 1)
+    if seen.has("objective/kl_sd") and seen.has("episode"):
+        error = seen["objective/kl_sd"] / np.sqrt(seen["episode"] / (np.array(seen.steps) + 1))
+    else:  # from how it changes from step to step
+        change = np.nan_to_num(np.diff(kl, prepend=kl[:1]))
+        error = np.sqrt(np.cumsum(change * change) / 2 / n)
+    return kl < -errors * error - 1e-3, {"its standard error": error}
 
 
 RULES = {

@@ -86,7 +86,8 @@ class Sweep(NamedTuple):
             groups.setdefault(tuple(row["settings"].items()), []).append(row)
         lines = []
         for varied, same in groups.items():
-            line = {label: shown(value) for label, value in varied} | {"runs": str(len(same))}
+            line = {name * (name not in COLUMNS) or f"--{name}": shown(x) for name, x in varied}
+            line["runs"] = str(len(same))
             for name in names:
                 values = [row[name] for row in same]
                 sd = [np.std(values, ddof=1)] if len(same) > 1 else []

@@ -183,7 +183,7 @@ def unused_options(config: TrainConfig) -> list[str]:
     ):
         for name in () if is_read else sorted(turned.intersection(names)):
             notes.append(f"--{name.replace('_', '-')} changes nothing {when}")
-    every = ("eval_every", "checkpoint_every")
+    every = ("eval_every", "checkpoint_every", "snapshots", "halt_on")
     if is_dpo and any_of("ppo.", "reward_model.", *every, but=("ppo.temperature", *n_pairs)):
         notes.append(
             "DPO has no use for options of reward model and PPO, but for the number of pairs "

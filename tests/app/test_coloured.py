@@ -59,7 +59,7 @@ def test_a_text_is_text():
     of = row([evil, " b"], [1.0, 0.0], prompt=evil, top=[[[evil, 0.5]]] * 2, gold=1.25, score=0.5)
     for document in (False, True):
         page = coloured.html([of], document=document)
-        assert "<script" not in page and page.count(escapes.escape(evil)) >= 4
+        assert "<script" not in page and page.count(escapes.escape(evil)) >= 3 + document
         assert "gold +1.25" in page and "score +0.500" in page
         assert not re.search(r"https?:|src=|@import|url\(", page)
     assert '<span class="space">·</span>b' in page  # a space is seen

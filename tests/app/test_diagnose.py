@@ -296,18 +296,35 @@ def test_a_finding_has_four_lines_and_the_status_is_for_ci(run_folder, capsys):
 
 def test_a_log_without_the_metrics_is_silent_and_says_so(run_folder):
     few = [{"step": i, "objective/kl": 1.0 * i, "objective/scores": 1.0} for i in range(N)]
-    findings, unseen = diagnose(run_folder(few))
-    assert not findings
+    findings, unseen, iterations = found = diagnose(run_folder(few))
+    assert not findings and iterations == N
+    assert str(found).startswith(f"nothing found in {N} iterations of PPO\nnot seen: ")
     assert "over-optimisation: without objective/gold" in unseen
     assert any(line.startswith("penalty-too-weak: without objective/kl_coef") for line in unseen)
-    assert diagnose(run_folder([], "none")).unseen == ["anything: there is no iteration of PPO yet"]
+    none = diagnose(run_folder([], "none"))
+    assert none.iterations == 0 and "there is no iteration of it" in none.unseen[0]
+
+
+def test_what_never_was_a_number_is_non_finite(tmp_path):
+    never = [{"step": i, "loss/policy_avg": None, "objective/kl": 1.0} for i in range(N)]
+    assert RULES["non-finite"].look(Seen(never))[0] == 0
+    later = [{"step": i, "loss/policy_avg": 1.0 if i > 1 else None} for i in range(N)]
+    assert not RULES["non-finite"].look(Seen(later))  # before the first number it is missing
+
+
+def test_a_negative_kl_is_seen_without_its_spread():
+    """The log of another program: noise around 0 is none, a KL that falls and falls is one."""
+    noise = np.random.default_rng(0).standard_normal(40)
+    for kl, holds in ((noise, False), (-0.5 * np.arange(40) + 0.3 * noise, True)):
+        seen = Seen([{"step": i, "objective/kl": x} for i, x in enumerate(kl)])
+        assert bool(RULES["negative-kl"].look(seen)) == holds
 
 
 def test_a_log_of_another_program_is_diagnosed_by_what_it_has(tmp_path):
     """GRPO's KL is a mean over tokens: 0.3 of it in 100 tokens are 30 nats a reply."""
     history = [{"step": i, "kl": 0.3, "completions/mean_length": 100.0} for i in range(N)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    findings, unseen = diagnose(tmp_path / "trainer_state.json")
+    findings, unseen, _ = diagnose(tmp_path / "trainer_state.json")
     assert [finding.rule for finding in findings] == ["kl-runaway"]
     assert "objective/kl 30" in findings[0].evidence and "--" not in findings[0].knob
     assert any(line.endswith("made again from a run folder alone") for line in unseen)
@@ -334,7 +351,7 @@ def test_where_one_run_left_another(run_folder, capsys):
     status, out, _ = call(capsys, "diagnose", "--diff", one, two)
     assert status == 0 and out.splitlines() == [settings, first]
     assert json.loads(call(capsys, "diagnose", "--json", "--diff", one, two)[1])["differences"]
-    assert difference(one, one) == [f"no metric parts in {N} steps"]
+    assert difference(one, one) == [f"no metric is 5 standard errors apart in {N} steps of PPO"]
     assert "--diff" in refusal(capsys, "diagnose")
 
 

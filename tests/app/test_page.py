@@ -280,6 +280,10 @@ def test_several_runs_are_laid_over_each_other(runs, tmp_path, capsys, monkeypat
             points.append((max(end["kl_seq"], 0.0) ** 0.5, end[name]))
             assert (line["x"], line["y"]) == ([points[-1][0]], [end[name]])
         assert [*zip(way["x"], way["y"], strict=True)] == sorted(set(points))
+    columns = [[end["policy"]["gold"]] for end in ends.values()]  # of no reference: two may differ
+    assert f"gold reward (what is wanted) {columns[0][0]:.2f} {columns[1][0]:.2f}" in (
+        both.said.replace("−", "-")
+    )
     twins = text_of(capsys, runs[0], runs[0])
     assert "has logged the same as some" in twins.said
 

@@ -186,3 +186,11 @@ def test_from_python_lists_are_swept(monkeypatch, tmp_path):
         minirlhf.sweep(sede=[1, 2])
     with pytest.raises(minirlhf.errors.InputError, match="got one of each"):
         minirlhf.sweep()
+
+
+def test_a_setting_is_not_taken_for_the_metric_of_its_name(tmp_path):
+    metrics = dict.fromkeys(sweep.COLUMNS, 1.5)
+    rows = [{**metrics, "settings": {"reward": name}} for name in ("length", "regex:x")]
+    lines = sweep.Sweep(tmp_path, rows, {}).means()
+    assert [line["--reward"] for line in lines] == ["length", "regex:x"]
+    assert {line["reward"] for line in lines} == {"1.5"}

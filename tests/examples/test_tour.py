@@ -14,7 +14,7 @@ def shown(notebook) -> list[list[str]]:
     """Of each cell with code the kinds of what it shows."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [
-        [kind for out in cell.outputs for kind in out.get("data", {out.output_type: ""})]
+        sorted(kind for out in cell.outputs for kind in out.get("data", [out.output_type]))
         for cell in cells
     ]
 

@@ -47,7 +47,7 @@ def other_value(path, value):
     if path == "model.n_head":
         return 2
     if isinstance(value, tuple):
-        return ('prompt=my "title"', "response=body")
+        return ("any",) if path == "halt_on" else ('prompt=my "title"', "response=body")
     if path in (
         *("ppo.dual_clip", "max_prompt_tokens", "max_response_tokens"),
         *("ppo.importance_cap", "ppo.samples_per_prompt"),  # of a batch of 129
