@@ -108,6 +108,8 @@ def _seen(log: Log) -> Seen:
     """The rows of PPO; where a log has the KL as a mean over tokens alone, the sum made of it."""
     config, rows = log.folder and load_config(log.folder / "config.toml"), []
     for row in log.stages.get("ppo", []):
+        if all(name.partition("/")[0] in ("step", "eval", "heldout") for name in row):
+            continue  # between two steps of training
         if "objective/kl" not in row and {"objective/kl_token", "response_length/mean"} <= {*row}:
             row = {**row, "objective/kl": row["objective/kl_token"] * row["response_length/mean"]}
         rows.append(row)

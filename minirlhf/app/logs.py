@@ -34,7 +34,7 @@ def read_log(path: str | Path) -> Log:
     """A run of ours, or a log of TRL, verl, OpenRLHF: what they, W&B or TensorBoard wrote.
 
     Steps rise; of several rows with one step, as after a resume, what came last counts. A row has
-    every name of its stage, nan where the log has no number.
+    the names that were logged there, with nan where that is no number.
 
     Raises:   InputError: there is no log, it is damaged, or none of its names is known.
     """
@@ -59,14 +59,9 @@ def read_log(path: str | Path) -> Log:
             of_stage[int(step)] = of_stage.get(int(step), {}) | known
     unknown = [name for name in names if name not in {*table, *STEPS, "stage"}]
     title = (file.parent if file.name == "trainer_state.json" else path).resolve().name
-    stages = {name: _series(stages[name]) for name in STAGES if name in stages}
+    by_step = {name: sorted(stages[name].items()) for name in STAGES if name in stages}
+    stages = {name: [{"step": step, **row} for step, row in of] for name, of in by_step.items()}
     return Log(source, title, stages, unknown, folder)
-
-
-def _series(by_step: dict[int, dict[str, float]]) -> list[dict[str, float]]:
-    """Rows by rising step, each with all names."""
-    missing = dict.fromkeys((name for row in by_step.values() for name in row), math.nan)
-    return [{"step": step, **missing, **by_step[step]} for step in sorted(by_step)]
 
 
 def _number(value: Any) -> float:

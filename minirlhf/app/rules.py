@@ -27,6 +27,7 @@ class Seen:
 
     def __init__(self, rows: list[dict[str, Any]], config: TrainConfig | None = None):
         self.config, self.steps, self.columns = config, [], {}
+        self.broken: dict[str, set[int]] = {}  # rows in which what was logged is no number
         for row in rows:
             self.add(row["step"], row)
 
@@ -39,6 +40,8 @@ class Seen:
             column, x = self.columns.setdefault(name, []), row.get(name)
             column[n:] = []
             column += [np.nan] * (n - len(column)) + [np.nan if x is None else float(x)]
+            is_broken = {n} if name in row and not np.isfinite(column[n]) else set()
+            self.broken[name] = {i for i in self.broken.get(name, ()) if i < n} | is_broken
         self.steps.append(step)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -46,10 +49,11 @@ class Seen:
         return np.array(self.columns.get(name, [np.nan] * len(self.steps)))
 
     def few(self, name: str) -> np.ndarray:
-        """(n,) the mean of each entry and the two before it."""
-        x, n = np.nan_to_num(self[name]), np.arange(1, len(self.steps) + 1)
-        sums = np.cumsum(np.concatenate([np.zeros(3), x]))
-        return (sums[3:] - sums[:-3]) / np.minimum(n, 3)
+        """(n,) the mean of each entry and the two before it, of those that are there."""
+        x = np.concatenate([np.full(3, np.nan), self[name]])
+        sums, counts = np.nancumsum(x), np.cumsum(~np.isnan(x))
+        with np.errstate(all="ignore"):
+            return (sums[3:] - sums[:-3]) / (counts[3:] - counts[:-3])
 
     def has(self, name: str) -> bool:
         known = self.config is not None if name == "config" else name in self.columns
@@ -72,11 +76,14 @@ class Rule(NamedTuple):
     limits: dict[str, float] = {}
     needs: tuple[str, ...] = ()
     rows: int = 3
+    replies: int = 0  # that a batch has at least: of fewer a spread says little
     holds: Callable[..., Held] | None = None  # (Seen, **limits)
 
     def look(self, seen: Seen) -> tuple[int, str] | None:
         """(the step from which it holds, the evidence), once it has held long enough."""
         if self.holds is None or len(seen.steps) < self.rows or not all(map(seen.has, self.needs)):
+            return None
+        if seen.has("episode") and seen["episode"][-1] < self.replies * (seen.steps[-1] + 1):
             return None
         with np.errstate(all="ignore"):  # a row may lack a number: nan, where nothing holds
             holds, beside = self.holds(seen, **self.limits)
@@ -102,11 +109,9 @@ def evidence(steps: list[int], shown: Shown, i: int) -> str:
 # Each returns in which rows it holds, and what else is evidence beside the metrics that it needs.
 def _non_finite(seen: Seen) -> Held:
     names = ("loss/policy_avg", "loss/value_avg", "objective/scores", "objective/kl", "grad_norm")
-    bad = {name: ~np.isfinite(seen[name]) for name in names if name in seen.columns}
-    # of a row alone it may be missing: before the first number, unless there never is one
-    bad = {name: b & (np.maximum.accumulate(~b) | b.all()) for name, b in bad.items() if b.any()}
-    holds = np.any([np.zeros(len(seen.steps)), *bad.values()], axis=0)
-    return holds, {name: seen[name] for name in bad}
+    bad = [name for name in names if seen.broken.get(name)]
+    rows = set().union(*(seen.broken[name] for name in bad))
+    return np.isin(np.arange(len(seen.steps)), [*rows]), {name: seen[name] for name in bad}
 
 
 def _penalty_sign(seen: Seen, nats: float) -> Held:
@@ -117,9 +122,9 @@ def _not_sampled(at_once: bool) -> Callable[..., Held]:
     """Is the mean of -log pi(y) off the entropy: from the first batches on, or later alone?"""
 
     def holds(seen: Seen, errors: float, share: float) -> Held:
-        error, total = seen["objective/surprise_se"], np.cumsum(seen["objective/surprise"])
-        off = total / np.sqrt(np.cumsum(error * error))
-        large = np.abs(total) > share * np.cumsum(seen["objective/entropy"])
+        error, total = seen["objective/surprise_se"], np.nancumsum(seen["objective/surprise"])
+        off = total / np.sqrt(np.nancumsum(error * error))
+        large = np.abs(total) > share * np.nancumsum(seen["objective/entropy"])
         apart = (np.abs(off) > errors) & large
         early = off[min(1, len(off) - 1)] * np.sign(off[apart.argmax()]) > 0.5 * errors
         return apart & (early == at_once), {"standard errors in all": off}
@@ -140,16 +145,11 @@ def _ratio_always_one(seen: Seen, most: float) -> Held:
 
 
 def _score_position(seen: Seen, share: float) -> Held:
-    """At step 0, with V = 0 and KL = 0, the return k tokens before the end is lam^k score."""
-    s = seen.config.ppo
-    plain = s.has_critic and s.gamma == 1
-    plain = plain and not (s.whiten_rewards or s.missing_eos_penalty or s.score_clip)
-    powers = s.lam ** (2 * np.arange(max(1, round(seen["response_length/mean"][0]))))
-    score = seen["objective/scores"] ** 2 + seen["objective/scores_sd"] ** 2
+    """At step 0, with V = 0 and KL = 0, the returns are what the score alone makes them."""
+    plain = not seen.config.ppo.whiten_rewards
     square = seen["ppo/returns/mean"] ** 2 + seen["ppo/returns/var"]
-    expected = score * powers.mean()
-    shown = {"mean square of the returns": square, "expected": expected}
-    return seen.is_first & plain & (square < share * expected), shown
+    off = square < share * seen["ppo/returns/score_square"]
+    return seen.is_first & plain & off, {"mean square of the returns": square}
 
 
 def _penalty_gradient(seen: Seen) -> Held:
@@ -180,7 +180,8 @@ def _reference_resets(seen: Seen) -> Held:
 def _reward_scale(seen: Seen, least: float, most: float) -> Held:
     sd = seen["objective/scores_sd"]
     beta = seen["objective/kl_coef"] / sd
-    return seen.is_first & ((sd < least) | (sd > most)), {"beta in units of that sd": beta}
+    off = (sd > 0) & ((sd < least) | (sd > most))
+    return seen.is_first & off, {"beta in units of that sd": beta}
 
 
 def _reward_drift(seen: Seen, sds: float, times: float) -> Held:
@@ -202,7 +203,7 @@ def _missing_eos(seen: Seen, most: float) -> Held:
 def _penalty_too_strong(seen: Seen, most: float) -> Held:
     """At the optimum score - beta kl_seq is one number: both vary alike."""
     paid = seen.few("objective/kl_coef") * seen.few("objective/kl_sd")
-    times = paid / seen.few("objective/scores_sd")
+    times = paid / np.maximum(seen.few("objective/scores_sd"), 0.5)  # at rest it may not vary
     return times > most, {"sd of beta kl_seq over that of the score": times}
 
 
@@ -232,7 +233,9 @@ def _penalty_too_weak(seen: Seen, nats: float, share: float) -> Held:
 
 
 def _kl_runaway(seen: Seen, nats: float) -> Held:
-    return seen.few("objective/kl") > nats, {}
+    kl, of_token = seen.few("objective/kl"), 0.0 if seen.config else 0.1  # others' are longer
+    length = seen.few("response_length/mean") if seen.has("response_length/mean") else 1.0
+    return (kl > nats) & (kl > of_token * length), {}
 
 
 def _over_optimisation(seen: Seen, errors: float) -> Held:

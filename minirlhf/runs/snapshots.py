@@ -89,18 +89,20 @@ def _likeliest(session: Session, params: Tree, samples: Samples) -> list[list[li
     """(B, T, 5) [piece, probability], the likeliest first."""
     temperature = session.config.ppo.temperature
     same = {"batch": samples.batch, "config": session.gpt, "keep": False}
-    logits = to_host(policy_forward(params, **same)[0].logits).astype(np.float64) / temperature
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p = weights / weights.sum(axis=-1, keepdims=True)
-    order = np.argsort(-p, axis=-1, kind="stable")[..., :LIKELIEST]
-    shares = np.take_along_axis(p, order, axis=-1).round(4)
-    return [
-        [
-            [list(pair) for pair in zip(session.tokenizer.pieces(ids), map(float, of), strict=True)]
-            for ids, of in zip(*row, strict=True)
-        ]
-        for row in zip(order, shares, strict=True)
-    ]
+    logits = to_host(policy_forward(params, **same)[0].logits) / temperature  # (B, T, V)
+    rows = []
+    for z in logits:  # a reply at a time: of a large vocabulary a copy counts
+        some = np.argpartition(-z, LIKELIEST, axis=-1)[:, :LIKELIEST]
+        best = np.take_along_axis(z, some, axis=-1)
+        order = np.argsort(-best, axis=-1)
+        highest = best.max(axis=-1, keepdims=True)
+        p = np.exp(best - highest) / np.exp(z - highest).sum(axis=-1, keepdims=True)
+        ids, shares = (np.take_along_axis(of, order, axis=-1) for of in (some, p))
+        pieces = map(session.tokenizer.pieces, ids)
+        shares = shares.astype(np.float64).round(4).tolist()
+        pairs = (zip(*of_token, strict=True) for of_token in zip(pieces, shares, strict=True))
+        rows.append([list(map(list, of_token)) for of_token in pairs])
+    return rows
 
 
 def moments(session: Session) -> set[int]:

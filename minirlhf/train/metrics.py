@@ -54,7 +54,7 @@ def rollout_metrics(
     mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
     kl_token = ppo.rollout_penalty(rollout, settings)
     non_score_reward = -kl_coef * response_sum(kl_token, mask=mask).mean()
-    score = ppo.final_score(rollout, settings=settings, stop_id=stop_id).mean()
+    score = ppo.final_score(rollout, settings=settings, stop_id=stop_id)
     cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)
     metrics = {
         "objective/kl": summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean(),
@@ -65,7 +65,7 @@ def rollout_metrics(
         "objective/non_score_reward": non_score_reward,
         "objective/scores": rollout.score.mean(),
         "objective/scores_sd": rollout.score.std(),
-        "objective/rlhf_reward": score + non_score_reward,
+        "objective/rlhf_reward": score.mean() + non_score_reward,
         "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
         "val/num_eos_tokens": ppo.ended(rollout, stop_id).sum(),
         "response_length/mean": mask.sum(axis=1).mean(),
@@ -80,6 +80,11 @@ def rollout_metrics(
             "ppo/returns/mean": masked_mean(returns, mask=mask),
             "ppo/returns/var": masked_var(returns, mask=mask),
         }
+        # while V and the KL are 0, the return k tokens before the last one is (gamma lam)^k score
+        xp = get_xp(mask)
+        k = xp.maximum(mask.sum(axis=1, keepdims=True) - 1 - xp.arange(mask.shape[1]), 0)
+        of_score = (settings.gamma * settings.lam) ** k * score[:, None]
+        metrics["ppo/returns/score_square"] = masked_mean(of_score * of_score, mask=mask)
     metrics |= _of_responses(rollout, stop_id)
     if rollout.samples.sampler_logp is not None:  # unbiased: the samples are the sampler's
         gap = rollout.samples.sampler_logp - rollout.old_logp

@@ -49,6 +49,7 @@ FLAT = {  # a run in which nothing happens
     "ppo/val/var": 0.01,
     "ppo/returns/var": 0.5,
     "ppo/returns/mean": 0.0,
+    "ppo/returns/score_square": 0.5,
     "response_length/clip_ratio": 0.0,
     "response_length/mean": 10.0,
     "response/repeated_bigrams": 0.02,
@@ -112,7 +113,7 @@ PLANTED = {  # rule -> columns with an answer, its onset, columns that miss it b
         {"policy/approxkl_avg": 1e-13, "policy/updates": 1.0},
         {},
     ),
-    "score-position": ({"ppo/returns/var": 0.1}, 0, {"ppo/returns/var": 0.6}, {}),
+    "score-position": ({"ppo/returns/var": 0.2}, 0, {"ppo/returns/var": 0.3}, {}),
     "reward-scale": (
         {"objective/scores_sd": 20.0, "ppo/returns/var": 300.0},
         0,
@@ -308,8 +309,35 @@ def test_a_log_without_the_metrics_is_silent_and_says_so(run_folder):
 def test_what_never_was_a_number_is_non_finite(tmp_path):
     never = [{"step": i, "loss/policy_avg": None, "objective/kl": 1.0} for i in range(N)]
     assert RULES["non-finite"].look(Seen(never))[0] == 0
-    later = [{"step": i, "loss/policy_avg": 1.0 if i > 1 else None} for i in range(N)]
-    assert not RULES["non-finite"].look(Seen(later))  # before the first number it is missing
+    once = [{"step": i, "loss/policy_avg": None if i == 4 else 1.0} for i in range(N)]
+    assert RULES["non-finite"].look(Seen(once))[0] == 4
+    gaps = [{"step": i} | ({"loss/policy_avg": 1.0} if i % 2 else {}) for i in range(N)]
+    assert not RULES["non-finite"].look(Seen(gaps))  # what is not there is no wrong number
+
+
+def test_rows_of_an_evaluation_between_those_of_training_are_none_of_them(tmp_path):
+    """A healthy log of TRL: entropy and length as they were, whatever stands between."""
+    same = {"entropy": 0.5, "completions/mean_length": 50.0, "kl": 0.01, "loss": 0.1}
+    history = [{"step": i, **same} for i in range(1, 12)]
+    between = [{"step": i, "eval_reward": 1.0} for i in range(0, 12, 3)]
+    history = sorted([*history, *between], key=lambda row: row["step"])
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    found = diagnose(tmp_path / "trainer_state.json")
+    assert not found.findings and found.iterations == 11
+
+
+def test_a_reward_that_seldom_or_always_pays_is_not_its_scale_nor_the_penaltys():
+    never = {"objective/scores_sd": 0.0, "objective/kl_sd": 1e-6}
+    assert not found(**never).keys() & {"reward-scale", "penalty-too-strong"}
+    always = {"objective/scores_sd": from_step(6, 1.0, 0.0)}
+    assert "penalty-too-strong" not in found(**always)
+
+
+def test_batches_of_a_few_replies_accuse_nobody():
+    few = {"episode": [4.0 * (i + 1) for i in range(N)], "objective/surprise": 3.0}
+    assert "another-sampler" not in found(**few) and "another-sampler" in found(
+        **{"objective/surprise": 3.0}
+    )
 
 
 def test_a_negative_kl_is_seen_without_its_spread():
