@@ -187,7 +187,7 @@ def _new_beside(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove(new)  # of a writer that crashed
             yield new
-        except OSError:
+        except BaseException:  # Ctrl-C, too
             _remove(new)
             raise
 
