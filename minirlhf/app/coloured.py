@@ -84,7 +84,7 @@ def tools() -> dict[str, Any]:
 
 
 def text(row: Row) -> Text:
-    """The reply for a terminal: coloured; where there is no colour, with its marks."""
+    """The reply for a terminal; a token is coloured from the first of MARKS on."""
     line = Text()
     for piece, d in zip(row["pieces"], differences(row), strict=True):
         style = Style(color="black", bgcolor=_mixed(d)) if marks(d) else Style()
@@ -94,7 +94,7 @@ def text(row: Row) -> Text:
 
 def side_by_side(rows: list[Row]) -> Table:
     """Replies to one prompt for a terminal, each above what it pays and what it is worth."""
-    title = f"replies to {shorten(rows[0]['prompt'])!r}, each token by its log-ratio"
+    title = f"replies to {shorten(rows[0]['prompt'])!r}, coloured by log-ratio"
     table = Table(title=title, show_header=False, show_lines=True)
     for _ in rows:
         table.add_column(ratio=1, overflow="fold")

@@ -25,10 +25,11 @@ from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config
 from minirlhf.runs.log import read_jsonl, read_metrics
 from minirlhf.runs.pipeline import read_result
+from minirlhf.runs.snapshots import PROMPTS
 
 Row = dict[str, Any]
-MOST_RUNS, MOST_MOMENTS, PROMPTS = 5, 9, 4
-STAGES = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
+MOST_RUNS, MOST_MOMENTS = 5, 9
+HEADINGS = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 ROOT = "√KL to the reference [√nats]"
 LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
 LOGGED = {  # a row of the final table -> its unit, and what PPO logs of it at each iteration
@@ -40,7 +41,7 @@ LOGGED = {  # a row of the final table -> its unit, and what PPO logs of it at e
 }
 
 
-class Seen(NamedTuple):
+class Recorded(NamedTuple):
     """What a run folder says, without its models."""
 
     folder: Path
@@ -88,11 +89,11 @@ def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: boo
             "folders that `minirlhf train` wrote"
         )
     out = Path(out or Path(*folders[: len(folders) == 1]) / "report.html")
-    write_whole(out, page([seen(folder) for folder in folders], exact=exact).encode())
+    write_whole(out, page([recorded(folder) for folder in folders], exact=exact).encode())
     return out
 
 
-def seen(folder: str | Path) -> Seen:
+def recorded(folder: str | Path) -> Recorded:
     """Read a run, ended or not.
 
     Raises:   InputError: it is none, or its files are damaged.
@@ -106,10 +107,10 @@ def seen(folder: str | Path) -> Seen:
     if (folder / "result.json").exists():
         result = read_result(folder)
         ends, seconds = {"reference": result.reference, "policy": result.policy}, result.seconds
-    return Seen(folder, config, read_metrics(folder), samples, ends, seconds)
+    return Recorded(folder, config, read_metrics(folder), samples, ends, seconds)
 
 
-def page(runs: list[Seen], *, exact: bool = False) -> str:
+def page(runs: list[Recorded], *, exact: bool = False) -> str:
     """The HTML of what is known of the runs."""
     figures = [*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)]
     return coloured.template("page.html").render(
@@ -132,7 +133,7 @@ def page(runs: list[Seen], *, exact: bool = False) -> str:
 
 
 # -- replies -------------------------------------------------------------------------------------
-def replies(runs: list[Seen]) -> Row:
+def replies(runs: list[Recorded]) -> Row:
     """The same prompts in several columns of token rows, from the reference to the last policy.
 
     Of one run with snapshots these are its moments; else each policy is asked now.
@@ -173,7 +174,7 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
     return found
 
 
-def asked(runs: list[Seen]) -> list[tuple[str, list[Row]]]:
+def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
     """(label, replies) of each run's policy, of one beside its reference, to held-out prompts.
 
     The prompts that pay most stand first.
@@ -209,15 +210,15 @@ def readings() -> dict[str, Row]:
     return found
 
 
-def stages(runs: list[Seen]) -> Iterator[tuple[str, list[Row]]]:
+def stages(runs: list[Recorded]) -> Iterator[tuple[str, list[Row]]]:
     """Of each stage that has run its title and its charts."""
-    for stage, title in STAGES.items():
+    for stage, title in HEADINGS.items():
         panels = [panel(runs, stage, of) for of in readings().values()]
         if any(panels):
             yield title, [one for one in panels if one]
 
 
-def panel(runs: list[Seen], stage: str, of: Row) -> Row | None:
+def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
     """A chart with its sentences; of several runs one metric each, and no reading."""
     lines, values, alone = [], {}, len(runs) == 1
     for i, run in enumerate(runs):
@@ -260,7 +261,7 @@ def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
     return [part for pair in pairs for part in pair if part not in (None, "")]
 
 
-def paths(run: Seen) -> Iterator[Row]:
+def paths(run: Recorded) -> Iterator[Row]:
     """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
     kl = run.series("ppo", LOGGED["kl_seq"][1])[1]
     for name in ("proxy", "gold", "reward"):
@@ -294,7 +295,7 @@ def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
     return plain({"alpha": alpha, "beta": beta, "explained": explained, "peak": peak})
 
 
-def histograms(run: Seen) -> Iterator[Row]:
+def histograms(run: Recorded) -> Iterator[Row]:
     """Logged replies of the first and of the last fifth of the iterations."""
     steps = sorted({row["step"] for row in run.samples})
     n = len(steps) // 5 or 1
@@ -314,7 +315,7 @@ def histograms(run: Seen) -> Iterator[Row]:
             yield chart(f"{name} of the logged replies", "share of replies", x, lines)
 
 
-def frontier(runs: list[Seen]) -> Iterator[Row]:
+def frontier(runs: list[Recorded]) -> Iterator[Row]:
     """Where several runs have ended: score, and gold or reward, against the root of their KL."""
     for name in ("proxy", "gold", "reward"):
         lines, points = [], []
@@ -333,7 +334,7 @@ def frontier(runs: list[Seen]) -> Iterator[Row]:
 
 
 # -- tables --------------------------------------------------------------------------------------
-def ends(runs: list[Seen]) -> list[tuple[str, str, str, list[float]]]:
+def ends(runs: list[Recorded]) -> list[tuple[str, str, str, list[float]]]:
     """(name, what it is, its format, values of each policy that has ended).
 
     Those of the reference stand first, if there is one run: several need not have the same.
@@ -345,7 +346,7 @@ def ends(runs: list[Seen]) -> list[tuple[str, str, str, list[float]]]:
     return [row for row in rows if any(map(math.isfinite, row[-1]))]
 
 
-def settings(runs: list[Seen]) -> dict[str, list[tuple]]:
+def settings(runs: list[Recorded]) -> dict[str, list[tuple]]:
     """(name, value in each run, default) of those that somebody has changed, and of the others."""
     default = dict(flat(TrainConfig()))
     default.pop("out")
@@ -354,7 +355,7 @@ def settings(runs: list[Seen]) -> dict[str, list[tuple]]:
     return {"changed": changed, "others": [row for row in rows if row not in changed]}
 
 
-def partings(runs: list[Seen]) -> Iterator[Row]:
+def partings(runs: list[Recorded]) -> Iterator[Row]:
     """Where each further run leaves the first one: the first logged value that is another."""
     for run in runs[1:]:
         found = (
@@ -366,6 +367,6 @@ def partings(runs: list[Seen]) -> Iterator[Row]:
         yield next(found, {"run": run.name, "at": {}})
 
 
-def findings(runs: list[Seen]) -> list[tuple[Seen, Any]]:
+def findings(runs: list[Recorded]) -> list[tuple[Recorded, Any]]:
     """What `diagnose` says of each run."""
     return [(run, diagnose(run.folder)) for run in runs]

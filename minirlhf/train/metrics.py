@@ -56,8 +56,11 @@ def rollout_metrics(
     non_score_reward = -kl_coef * response_sum(kl_token, mask=mask).mean()
     score = ppo.final_score(rollout, settings=settings, stop_id=stop_id)
     cut = (mask > 0) & (rollout.old_logp - rollout.ref_logp < -LOG_RATIO_LIMIT)
+    kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask)
+    n_ended = ppo.ended(rollout, stop_id).sum()
     metrics = {
-        "objective/kl": summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask).mean(),
+        "objective/kl": kl_seq.mean(),
+        "objective/kl_sd": kl_seq.std(),
         "objective/kl_full_seq": response_sum(rollout.kl_full, mask=mask).mean(),
         "objective/clamped_log_ratios": cut.sum(),
         "objective/kl_coef": kl_coef,
@@ -67,9 +70,9 @@ def rollout_metrics(
         "objective/scores_sd": rollout.score.std(),
         "objective/rlhf_reward": score.mean() + non_score_reward,
         "policy/entropy_avg": masked_mean(rollout.entropy, mask=mask),
-        "val/num_eos_tokens": ppo.ended(rollout, stop_id).sum(),
+        "val/num_eos_tokens": n_ended,
         "response_length/mean": mask.sum(axis=1).mean(),
-        "response_length/clip_ratio": 1.0 - ppo.ended(rollout, stop_id).mean(),
+        "response_length/clip_ratio": 1.0 - n_ended / len(mask),
     }
     if settings.has_critic:
         metrics |= {
@@ -93,20 +96,18 @@ def rollout_metrics(
 
 
 def _of_responses(rollout: Rollout, stop_id: int) -> dict[str, Array]:
-    """Spread over the responses, what repeats in them, and what the score goes along with.
+    """Are they drawn as they are scored; what repeats in them, and what the score goes along with.
 
     objective/surprise is the mean of sum_t (-log pi(y_t|.) - H(pi(.|s_t))), H the entropy: 0 up to
     its standard error where the responses are samples of pi, and of no other temperature or age.
     """
     mask, n = rollout.batch.response_mask, len(rollout.score)
-    kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask)
     surprise = response_sum(-rollout.old_logp - rollout.entropy, mask=mask)
     score = to_host(rollout.score).astype(np.float64)
     plain = [[i for i in ids if i != stop_id] for ids in rollout.samples.response_ids]
     repeats = np.array([repeated_bigram_share(ids) for ids in plain])
     length = np.array([len(ids) for ids in plain], dtype=np.float64)
     return {
-        "objective/kl_sd": kl_seq.std(),
         "objective/surprise": surprise.mean(),
         "objective/surprise_se": surprise.std() / n**0.5,
         "response/repeated_bigrams": repeats.mean(),
