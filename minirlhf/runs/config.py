@@ -163,40 +163,28 @@ def load_config(path: str | Path, start: TrainConfig = TrainConfig()) -> TrainCo
 
 
 def unused_options(config: TrainConfig) -> list[str]:
-    """Options unlike their default that change nothing beside the others, one sentence each."""
-    turned, ppo, is_dpo, notes = _turned(config), config.ppo, config.is_dpo, []
-    n_pairs = ("reward_model.n_pairs", "reward_model.n_heldout_pairs")
-
-    def any_of(*begins: str, but: tuple[str, ...] = ()) -> bool:
-        return any(name.startswith(begins) and name not in but for name in turned)
-
-    clips, weighs = (is_dpo or way != "none" for way in (ppo.clip, ppo.importance))
-    for names, is_read, when in (
-        (["ppo.lam", "ppo.vf_coef"], is_dpo or ppo.has_critic, "without a critic"),
-        (["ppo.clip_eps", "ppo.clip_eps_high"], clips, "with --ppo.clip none"),
-        (["ppo.importance_cap"], weighs, "without --ppo.importance"),
-        (["corpus_unit"], config.corpus, "without --corpus"),
-        (["columns"], config.corpus or config.pairs, "without --corpus or --pairs"),
-        (["vocab_size"], config.init or not config.encoding, "beside --encoding"),
-        (["reward_timeout"], config.reward, "without --reward"),
-        (n_pairs, not config.pairs, "beside --pairs"),
+    """Options unlike their default that change nothing beside the others, a sentence a reason."""
+    ppo, is_ppo, turned, notes = config.ppo, not config.is_dpo, sorted(_turned(config)), []
+    n_pairs = "reward_model.n_pairs reward_model.n_heldout_pairs"
+    stages = "ppo. reward_model. eval_every checkpoint_every snapshots halt_on"
+    for when, is_so, begins, but in (  # then nothing reads what begins so, but for these
+        ("without a critic", is_ppo and not ppo.has_critic, "ppo.lam ppo.vf_coef", ""),
+        ("with --ppo.clip none", is_ppo and ppo.clip == "none", "ppo.clip_eps", ""),
+        ("without --ppo.importance", is_ppo and ppo.importance == "none", "ppo.importance_cap", ""),
+        ("without --corpus", not config.corpus, "corpus_unit", ""),
+        ("without --corpus or --pairs", not (config.corpus or config.pairs), "columns", ""),
+        ("beside --encoding", config.encoding and not config.init, "vocab_size", ""),
+        ("beside --init", config.init, "model. encoding vocab_size", ""),
+        ("without --reward", not config.reward, "reward_timeout", ""),
+        ("beside --reward", config.reward, "reward_model.", "reward_model.n_normalize"),
+        ("beside --pairs", config.pairs, n_pairs, ""),
+        ("with --stages sft,dpo", not is_ppo, stages, f"ppo.temperature {n_pairs}"),
+        ("without --stages sft,dpo", is_ppo, "dpo.", ""),
     ):
-        for name in () if is_read else sorted(turned.intersection(names)):
-            notes.append(f"--{name.replace('_', '-')} changes nothing {when}")
-    every = ("eval_every", "checkpoint_every", "snapshots", "halt_on")
-    if is_dpo and any_of("ppo.", "reward_model.", *every, but=("ppo.temperature", *n_pairs)):
-        notes.append(
-            "DPO has no use for options of reward model and PPO, but for the number of pairs "
-            "(--reward-model.n-pairs, n-heldout-pairs) and --ppo.temperature, of their samples"
-        )
-    if not is_dpo and any_of("dpo."):
-        notes.append("--dpo.* changes nothing without --stages sft,dpo")
-    if config.reward and any_of("reward_model.", but=("reward_model.n_normalize",)):
-        notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
-    sizes = {name.partition(".")[0] for name in turned} & {"model", "encoding", "vocab_size"}
-    if config.init and sizes:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(sizes))
-        notes.append(f"of {names} nothing is used beside --init, which has sizes and a tokenizer")
+        unread = [name for name in turned if name.startswith(tuple(begins.split()))]
+        flags = [f"--{name.replace('_', '-')}" for name in unread if name not in but.split()]
+        if is_so and flags:
+            notes.append(f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {when}")
     return notes
 
 

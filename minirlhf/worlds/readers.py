@@ -1,8 +1,8 @@
 """Files to rows: text, JSON, CSV and parquet, gzipped or not; held are a row and a buffer.
 
-A row is a dict keyed by what its columns mean (COLUMNS); what becomes of rows is in examples.py.
-Under None stands why a row is none. What a file is follows from its name, and where that says
-nothing, from how it begins.
+A row is a dict keyed by what its columns mean (readers.toml); what becomes of rows is in
+examples.py. Under None stands why a row is none. What a file is follows from its name, and where
+that says nothing, from how it begins.
 """
 
 import codecs
@@ -18,26 +18,11 @@ from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from minirlhf.disk import cannot_read, check_regular, parse_object, shorten
+from minirlhf.disk import cannot_read, check_regular, parse_object, read_toml, shorten
 from minirlhf.errors import InputError
 
-COLUMNS = {  # what a column means -> what it may be called, capitals aside
-    "prompt": ("prompt", "instruction", "question", "input"),
-    "input": ("input",),  # beside an instruction: what it is about
-    "response": ("response", "completion", "output", "answer"),
-    "messages": ("messages", "conversations", "conversation"),
-    "text": ("text",),
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
-    "responses": ("responses",),
-    "ranking": ("ranking",),
-}
-FORMS = {  # the option that names a file -> the columns that it needs, one of these rows
-    "corpus": (("prompt", "response"), ("messages",), ("text",)),
-    "pairs": (("chosen", "rejected"), ("prompt", "responses", "ranking")),
-}
-KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-KINDS[".parquet"] = "parquet"
+_TABLES = read_toml(Path(__file__).with_suffix(".toml"))
+COLUMNS, FORMS = _TABLES["columns"], _TABLES["forms"]
 LONGEST = 1 << 24  # characters of a line, which is parted, or of an entry of an array
 _LINES = 50_000  # of a document, which is parted
 _HEAD = 2000  # lines from which it is guessed whether blank lines part documents
@@ -60,7 +45,7 @@ def name_and_kind(path: str | Path) -> tuple[str, str]:
     """("plays", "json") of plays.JSONL.gz; the kind of an unknown ending is text."""
     path = Path(path)
     path = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return path.stem, KINDS.get(path.suffix.lower(), "text")
+    return path.stem, _TABLES["kinds"].get(path.suffix.lower(), "text")
 
 
 def rows_of(
@@ -69,11 +54,9 @@ def rows_of(
     """(line, row) of every row that is not blank; of parquet, the row's number.
 
     Args:     source: the option that names the file: "corpus" or "pairs".
-              unit: as of `corpus_world`.
               named: of `named_columns`; each counts if the file has it, else the usual names do.
               found: gets the names of those that it has.
               notes: gets a sentence if it was guessed what a row is.
-    Raises:   InputError: the file cannot be read, is no text, or has other columns.
     """
     kind = name_and_kind(path)[1]
     means = functools.partial(_meanings, source=source, named=named, found=found)
@@ -121,8 +104,10 @@ def _damaged(where: str | Path, expected: str, error: Exception) -> InputError:
 
 
 def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
-    if head.startswith(b"PAR1") or _JSON.match(start):
-        return "json" if _JSON.match(start) else "parquet"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if _JSON.match(start):
+        return "json"
     line = start.partition("\n")[0]
     names = tuple(name.strip('" \r').lower() for name in line.split(_delimiter(line)))
     here = tuple(pair for pair in named if pair[1] in names)

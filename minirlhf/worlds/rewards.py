@@ -8,7 +8,6 @@ The names of its parameters say what a function wants: text (prompt and response
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -37,11 +36,7 @@ _RESPONSES = {"response", "completion", "reply", "answer"} | (_PLURALS - {"texts
 
 @dataclass(frozen=True)
 class UserReward:
-    """The user's function, checked: a finite number for each reply.
-
-    Raises:   InputError: the function takes something else, raised, or returned something else;
-                  quotes the text and the value.
-    """
+    """The user's function, checked: a finite number for each reply, or a refusal that quotes it."""
 
     function: Callable
     name: str = "reward"
@@ -159,7 +154,7 @@ def absolute_reward(where: str) -> str:
 def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
     """A function, or the one at "package.module:function" or "file.py:function", checked.
 
-    The module may lie in the current directory. One that is loaded already is given back.
+    The module may lie in the current directory.
 
     Raises:   InputError: there is no such module, file or function, its import fails, or it cannot
                   be called.
@@ -177,21 +172,15 @@ def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
             "its name alone: pass reward= to minirlhf.open_run or minirlhf.resume"
         )
     if not (source and name):
-        near = difflib.get_close_matches(reward, READY_MADE, 1)
-        advice = f"perhaps {near[0]} is meant" if near else "name one of these"
         raise InputError(
             f"reward: expected file.py:function, module:function, {', '.join(READY_MADE)}; got "
-            f"{shorten(reward)!r}: {advice}"
+            f"{shorten(reward)!r}: name one of these"
         )
     return UserReward(load_function(reward, "reward"), reward, timeout)
 
 
 def load_function(place: str, what: str) -> Callable:
-    """The function at "package.module:function" or "file.py:function".
-
-    Args:     what: stands before a refusal.
-    Raises:   InputError: as `load_reward`.
-    """
+    """The function at "package.module:function" or "file.py:function"; `what` opens a refusal."""
     source, _, name = place.rpartition(":")
     if source.endswith(".py") and not Path(source).is_file():
         raise InputError(

@@ -53,26 +53,17 @@ class Tokenizer:
         return self.encoding.max_token_value + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text.
-
-        Raises:   InputError: the text is more than a pattern of others can split.
-        """
+        """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
         with _panic_refused():
             return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        r"""The text of the ids without the special ones; bytes that are not UTF-8 become "\ufffd".
-
-        Raises:   ValueError: an id outside the vocabulary.
-        """
+        r"""The text of all ids but the special ones; bytes that are not UTF-8 become "\ufffd"."""
         plain = (i for i in map(int, ids) if not self.encoding.is_special_token(i))
         return b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        r"""One printable string a token: a newline reads "\n", a lone byte "\xe2".
-
-        Raises:   ValueError: an id outside the vocabulary.
-        """
+        r"""One printable string a token: a newline reads "\n", a lone byte "\xe2"."""
         texts = (self._bytes(int(i)).decode("utf-8", errors="backslashreplace") for i in ids)
         return [
             "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -83,8 +74,6 @@ class Tokenizer:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
 
         A cut stands between characters, so that one token more or two may be missing.
-
-        Raises:   InputError: the prompt is empty.
         """
         if not text:
             raise InputError("prompt: expected some text; got an empty prompt: write one")
@@ -97,10 +86,8 @@ class Tokenizer:
     def response_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[*ids, eos]; of a response that is too long, the first max_tokens ids, without an eos.
 
-        Without a limit the empty response is [eos], as a policy that ends at once samples it. A cut
-        stands between characters, as of `prompt_ids`.
-
-        Raises:   InputError: there is a limit, as for text to train on or to score, and no text.
+        Without a limit the empty response is [eos], as a policy that ends at once samples it; with
+        one, as for text to train on or to score, it is refused. A cut is as of `prompt_ids`.
         """
         if max_tokens is not None and not text:
             raise InputError("response: expected some text; got an empty response: write one")
@@ -127,12 +114,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Byte-level BPE: give the most frequent adjacent pair the next rank, merge it, repeat.
 
     Pairs are counted within the pieces of PATTERN; ties go to the pair first in byte order, so the
-    order of the texts does not matter. Training ends early when no pair occurs twice.
-
-    Args:     texts: what to count.
-              vocab_size: ids wanted, with the 256 bytes and the 4 special tokens; the most there
-                  will be.
-    Raises:   InputError: vocab_size is below 260, or there is no text.
+    order of the texts does not matter. Training ends early when no pair occurs twice: `vocab_size`,
+    with the 256 bytes and the 4 special tokens, is the most ids there will be.
     """
     base = 256 + len(SPECIALS)
     if vocab_size < base:
@@ -210,8 +193,6 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
     """A known encoding of tiktoken ("gpt2", "cl100k_base", ...) and our special tokens after it.
 
     Its <|endoftext|> is our eos. tiktoken fetches the table from the network at first use.
-
-    Raises:   InputError: tiktoken does not know the name, or the table cannot be had.
     """
     names = tiktoken.list_encoding_names()
     if name not in names:
@@ -241,11 +222,7 @@ def with_ours(specials: dict[str, int], first: int) -> dict[str, int]:
 def make_tokenizer(
     name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]
 ) -> Tokenizer:
-    """A tokenizer from the parts of a tiktoken.Encoding; `specials` has all of SPECIALS.
-
-    Raises:   ValueError: an id is out of range or stands twice, a byte is missing, or the pattern
-                  is no regular expression.
-    """
+    """From the parts of a tiktoken.Encoding, or a ValueError; `specials` has all of SPECIALS."""
     ids = [*ranks.values(), *specials.values()]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError("an id is no whole number in its range")
@@ -275,10 +252,7 @@ def _panic_refused() -> Iterator[None]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write tiktoken.json (`runs/hugging_face.py` writes the tokenizer.json of transformers).
-
-    Raises:   InputError: the folder cannot be written.
-    """
+    """Write tiktoken.json (`runs/hugging_face.py` writes the tokenizer.json of transformers)."""
     encoding, ranks = tokenizer.encoding, tokenizer.encoding._mergeable_ranks
     in_order = sorted(ranks, key=ranks.__getitem__)
     content = {
@@ -292,24 +266,18 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read what `save_tokenizer` wrote.
-
-    Raises:   InputError: the file is missing, corrupt or of another kind.
-    """
+    """Read what `save_tokenizer` wrote."""
     path = settled(folder) / _FILE
     content = read_object(path)
-    if content.get("format") != _FORMAT:
-        raise InputError(
-            f"{path}: expected the format {_FORMAT!r}; got {content.get('format')!r}: name a "
-            "folder that minirlhf wrote"
-        )
     try:
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {shorten(repr(content['format']))}, not {_FORMAT!r}")
         name, pattern = str(content["name"]), str(content["pattern"])
         specials, stored = content["special_tokens"], content["ranks"].items()
         ranks = {base64.b64decode(token, validate=True): rank for token, rank in stored}
         return make_tokenizer(name, pattern, ranks, specials)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: expected a tokenizer; it is corrupt ({type(error).__name__}: {error}): "
-            "restore the file or train again"
+            f"{path}: expected a tokenizer that minirlhf wrote; it is corrupt "
+            f"({type(error).__name__}: {error}): restore the file or train again"
         ) from error

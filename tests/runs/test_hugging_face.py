@@ -310,9 +310,7 @@ def test_a_run_from_a_gpt2_keeps_its_sizes_and_repeats_itself(tmp_path, names, g
     pipeline.train(config, say=said.append)
     assert f"note: --init: {read_gpt2(gpt2).says}" in said
     assert not any("learning rates" in line for line in said)  # they are the test's own
-    assert any(
-        line.startswith("note: of --model and --vocab-size nothing is used") for line in said
-    )
+    assert any(re.match("note: --model.*, --vocab-size change nothing beside", s) for s in said)
     _, gpt, _ = load_model(tmp_path / "a/policy")
     assert gpt == read_gpt2(gpt2).config and gpt.n_ctx == 64  # the positions are kept
     monkeypatch.chdir(gpt2.parent)  # a path that is not absolute is found from anywhere

@@ -495,9 +495,12 @@ def test_no_pairs_that_differ_are_refused(tmp_path):
     [
         ({"corpus": "", "reward": "", "corpus_unit": "line"}, "--corpus-unit"),
         ({"encoding": "gpt2"}, "--vocab-size"),
-        ({"reward_model.epochs": 5}, "--reward-model.*"),
-        ({"reward_model.optimizer.eps": 1e-3}, "--reward-model.*"),
+        (
+            {"reward_model.optimizer.eps": 1e-3, "reward_model.epochs": 5},
+            "--reward-model.epochs, --reward-model.optimizer.eps change nothing beside --reward",
+        ),
         ({"pairs": "p.jsonl", "reward": "", "reward_model.n_pairs": 7}, "--reward-model.n-pairs"),
+        ({"reward_model.epochs": 5}, "--reward-model.epochs changes nothing beside --reward"),
         ({"reward_model.n_normalize": 7}, None),
         ({"ppo.advantages": "batch", "ppo.lam": 0.5}, "--ppo.lam changes nothing without a critic"),
         ({"ppo.advantages": "batch", "ppo.vf_coef": 0.5}, "--ppo.vf-coef changes nothing"),
