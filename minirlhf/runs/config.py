@@ -1,12 +1,11 @@
 """Everything that can be set about a run: one frozen dataclass a stage, one flag a field."""
 
-import dataclasses
 import inspect
 import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -73,15 +72,9 @@ class TrainConfig:
                 "reward_timeout",
             ),
         )
-        for name, least, why in (
-            ("max_prompt_tokens", 3, "a start, a token, a separator"),
-            ("max_response_tokens", 2, "a token and the stop token"),
-        ):
-            if 0 < getattr(self, name) < least:
-                raise InputError(
-                    f"{name}: expected at least {least} ({why}), or 0; got {getattr(self, name)}: "
-                    "choose such a number"
-                )
+        for name, least in (("max_prompt_tokens", 3), ("max_response_tokens", 2)):
+            if 0 < (came := getattr(self, name)) < least:
+                raise InputError(f"{name}: expected at least {least}, or 0; got {came}: raise it")
 
     @property
     def is_dpo(self) -> bool:
@@ -126,7 +119,7 @@ _document_fields(settings, sft, reward_model, dpo, sys.modules[__name__])
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("ppo.optimizer.eps", its value) of every field of a dataclass and of those in it."""
     for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
+        if is_dataclass(value):
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -136,7 +129,7 @@ def to_toml(config: Any, prefix: str = "") -> str:
     """A dataclass of numbers, strings, tuples of them, and further dataclasses as TOML."""
     lines, tables = [], []
     for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
+        if is_dataclass(value):
             tables.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
         elif value is not None:  # what JSON writes for a number, a list, a string is TOML too
             value = str(value) if isinstance(value, Path) else value
@@ -151,10 +144,7 @@ def save_config(path: Path, config: TrainConfig) -> None:
 
 
 def load_config(path: str | Path, start: TrainConfig = TrainConfig()) -> TrainConfig:
-    """Read a TOML file; what it leaves out is as in `start`.
-
-    Raises:   InputError: no TOML, an unknown field, or a value of the wrong type.
-    """
+    """Read a TOML file; what it leaves out is as in `start`."""
     values = read_toml(path)
     try:
         return settings.with_fields(start, values, "")

@@ -26,8 +26,6 @@ def response_metrics(
     kl_seq     sum_t log pi - log pi_ref [nats per response]
     entropy    of the next token [nats per token]
     length     tokens, the stop token included
-
-    Args:     score_mean, score_sd: score = (reward - score_mean) / score_sd.
     """
     samples = rollout.samples
     mask = to_host(rollout.batch.response_mask) > 0
@@ -58,10 +56,7 @@ def gold_of(samples: Samples, world: World) -> list[float]:
 def evaluate(
     session: Session, policy: Tree, reference: Tree, score: Score
 ) -> tuple[dict[str, float], Samples]:
-    """Held-out metrics, one response a prompt, always with the same coins: two calls compare.
-
-    Args:     policy, reference: {"transformer": ...}; what else is in them is not read.
-    """
+    """Held-out metrics, one response a prompt, always with the same coins: two calls compare."""
     config = session.config
     prompts = list(islice(cycle(session.world.heldout_prompts), config.eval_prompts))
     rng = np.random.default_rng(config.seed + 1_000_003)  # no stream of the training

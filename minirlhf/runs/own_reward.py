@@ -93,7 +93,6 @@ def reopened(folder: Path, config: TrainConfig, named: Reward, changed: bool) ->
 
     Args:     named: by the user, just now; where it is now, if it was moved.
               changed: take it though its source has changed.
-    Raises:   InputError: the user did not name it, or its source has changed; as `load_reward`.
     """
     if not config.reward and (config.pairs or not config.corpus):
         raise InputError(

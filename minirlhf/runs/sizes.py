@@ -14,7 +14,6 @@ def check_run(config: TrainConfig, gpt: GPTConfig, longest: tuple[int, int]) -> 
 
     Args:     config: with the number of workers resolved.
               longest: tokens of a prompt and of a response.
-    Raises:   InputError: names the option that takes most.
     """
     if config.device != "cpu":
         return

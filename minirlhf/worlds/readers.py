@@ -156,14 +156,11 @@ def _meanings(names, where: str, *, source: str, named: Named, found: set[str]) 
     if source in sources:
         return known
     came = shorten(", ".join(names), 120) or "none"
-    if missing := [name for _, name in named if name not in there]:
-        raise InputError(
-            f"{where}: expected the columns that --columns names, {shorten(missing[0])!r} too; got "
-            f"{came}: correct the name"
-        )
     forms = ", or ".join(" and ".join(form) for form in FORMS[source])
     example = " ".join(f"{meaning}=NAME" for meaning in FORMS[source][0])
     advice = f"give the file as --{sources[0]}" if sources else f"name yours: --columns {example}"
+    if missing := [name for _, name in named if name not in there]:
+        advice = f"correct {shorten(missing[0])!r} in --columns, it has no such column"
     raise InputError(f"{where}: expected the columns {forms}; got {came}: {advice}")
 
 

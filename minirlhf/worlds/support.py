@@ -3,11 +3,9 @@
     customer  Hello, where is my kettle?
     desk      Happy to help. Your kettle is on its way. You can track it online.
 
-1,296 customer messages, all sentences of the desk and what each is worth stand in `support.toml`,
-so a reply can be judged from its text alone: `gold_terms` looks up every sentence. A reward model
-never sees that judgement; it learns from noisy comparisons (`annotate`) of fluent, mostly right,
-short replies, and so has little reason to learn that a third detail earns nothing, or that garbled
-or repeated text is bad. A policy pushed too far against it moves in exactly those directions.
+All sentences of customers and of the desk and what each is worth stand in `support.toml`, so a
+reply can be judged from its text alone. A reward model never sees that judgement: README.md says
+what follows from it.
 
 Top down: 1 the grammar · 2 prompts and demonstrations · 3 gold · 4 annotator · 5 the world.
 """
@@ -97,8 +95,6 @@ def _demonstrate(topic: Meaning, rng: Generator) -> str:
 
 GOLD_WEIGHTS = _TABLES["gold"]  # term -> gold for each sentence that it counts
 MAX_WORDS = _TABLES["max_words"]  # of a reply; the term "length" counts those beyond
-
-_SENTENCE_END = re.compile(r"(?<=[.?!])")
 _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
@@ -161,7 +157,7 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
             f"support world: expected one of the {len(PROMPTS):,} prompts of its grammar, as no "
             f"other has a gold reward; got {prompt!r}; take one like {PROMPTS[0]!r}"
         )
-    *finished, rest = _SENTENCE_END.split(response)
+    *finished, rest = re.split(r"(?<=[.?!])", response)
     sentences = [_normalise(sentence) for sentence in finished]
     said = [_term(sentence, topic) for sentence in sentences]
     distinct = [_term(sentence, topic) for sentence in set(sentences)]
@@ -183,7 +179,7 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
 def gold_reward(prompt: str, response: str) -> float:
     """gold = sum of `gold_terms`: the true reward of a reply, from the text alone; at most 3.0.
 
-    It is logged and never trained on. Arguments and errors are those of `gold_terms`.
+    It is logged and never trained on.
     """
     return sum(gold_terms(prompt, response).values())
 
@@ -199,9 +195,7 @@ def annotate(prompt: str, a: str, b: str, rng: Generator) -> bool:
     Bradley & Terry 1952 with the gold reward as strength: a person who mostly, not always, sees the
     better reply.
 
-    Args:     prompt: one of PROMPTS. a, b: two responses to it.
     Returns:  True if this time the annotator prefers a.
-    Raises:   ValueError: the prompt is not of the grammar.
     Tested by: tests/worlds/test_support_world.py::test_annotator_is_logistic_in_the_gold_difference
     """
     difference = (gold_reward(prompt, a) - gold_reward(prompt, b)) / ANNOTATOR_TEMPERATURE
@@ -214,8 +208,6 @@ def make_world(*, rng: Generator) -> World:
     """The support desk: a random 80/20 split of the 1,296 prompts and 6,000 demonstrations.
 
     Demonstrations are drawn for training prompts only, prompts uniformly with repetition.
-
-    Args:     rng: decides the split and the demonstrations, nothing else.
     """
     prompts = [PROMPTS[i] for i in rng.permutation(len(PROMPTS))]
     n_train = round(TRAIN_SHARE * len(prompts))
