@@ -27,51 +27,36 @@ class TrainConfig:
     device: Literal["cpu", "cuda"] = "cpu"  # Where the arrays live: NumPy or CuPy
     workers: int = 0  # Processes that share the work of a batch on the CPU; 0: one for each core
     threads: int = 1  # Of NumPy's matrix products in each worker; 0: all. More slow small models
-    # Your own text, or JSON, CSV, parquet: prompt and response, question and answer, messages ..
-    corpus: str = ""
+    corpus: str = ""  # Your own text, or JSON, CSV, parquet: prompt and response, or messages
     corpus_unit: Literal["auto", "line", "document"] = "auto"  # What one example of the corpus is
-    # Preferences in JSON, CSV or parquet: prompt, chosen, rejected; or prompt, responses, ranking
-    pairs: str = ""
-    # Columns of other names, like prompt=title response=body, in whichever file has them
-    columns: tuple[str, ...] = ()
+    pairs: str = ""  # Preferences: JSON, CSV, parquet; chosen, rejected, or responses, ranking
+    columns: tuple[str, ...] = ()  # Columns of other names, like prompt=title response=body
     max_text_mb: int = 64  # Memory for the text of a file [MB]; of more, a part drawn at random
-    # FILE.py:function, module:function, length, regex:PATTERN, .. in the place of a reward model
-    reward: str = ""
+    reward: str = ""  # Instead of a reward model: FILE.py:function, module:function, length ..
     reward_timeout: float = 0.0  # Seconds that a call of the reward may take; 0: any
     init: str = ""  # Folder of a Hugging Face GPT-2 to start from, with its tokenizer
     encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
     vocab_size: int = 768  # Ids of the encoding that is trained
-    # Longest prompt, at least 3; 0: so that 95 % of the prompts are whole
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: int = 0  # Longest prompt, at least 3; 0: so that 95 % are whole
     max_response_tokens: int = 0  # Longest response, at least 2, with its stop token; 0: likewise
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # Iterations between evaluations; 0: at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
     snapshots: int = 0  # Times that PPO's replies to the same prompts are kept, for `report`
-    # The metrics also in tensorboard/, as event files; or in metrics.csv
-    log: Literal["", "tensorboard", "csv"] = ""
-    # Rules of `minirlhf diagnose` that stop PPO where they hold; any: each of them
-    halt_on: tuple[str, ...] = ()
-    # What to run; `resume` does the rest
-    stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
-    # The policy's transformer
-    model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
+    log: Literal["", "tensorboard", "csv"] = ""  # The metrics also in tensorboard/ or metrics.csv
+    halt_on: tuple[str, ...] = ()  # Rules of `diagnose` that stop PPO where they hold, or any
+    stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"  # To run; `resume` does the rest
+    model: settings.ModelConfig = field(default_factory=settings.ModelConfig)  # The policy's sizes
     sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
     ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
     dpo: DPOConfig = field(default_factory=DPOConfig)  # Of --stages sft,dpo
 
     def __post_init__(self):
-        settings.check_fields(
-            self,
-            "",
-            at_least_1=("vocab_size", "max_text_mb", "eval_prompts", "checkpoint_every"),
-            at_least_0=(
-                *("seed", "workers", "threads"),
-                *("max_prompt_tokens", "max_response_tokens", "eval_every", "snapshots"),
-                "reward_timeout",
-            ),
-        )
+        sizes = "vocab_size max_text_mb eval_prompts checkpoint_every".split()
+        limits = "max_prompt_tokens max_response_tokens reward_timeout".split()
+        counts = "seed workers threads eval_every snapshots".split()
+        settings.check_fields(self, "", at_least_1=sizes, at_least_0=counts + limits)
         for name, least in (("max_prompt_tokens", 3), ("max_response_tokens", 2)):
             if 0 < (came := getattr(self, name)) < least:
                 raise InputError(f"{name}: expected at least {least}, or 0; got {came}: raise it")

@@ -29,9 +29,8 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
     judged = [text for _, *texts in world.pairs or [] for text in texts]
     in_pairs = [len(tokenizer.response_ids(text)) for text in judged]
     if of_files := bool(config.corpus or config.pairs):
-        most_prompt, most, notes = _chosen(
-            config, tokenizer.vocab_size, prompts, replies + in_pairs
-        )
+        room = most_tokens(config.model, tokenizer.vocab_size)
+        most_prompt, most, notes = _chosen(config, room, prompts, replies + in_pairs)
     else:
         most_prompt = config.max_prompt_tokens or world.max_prompt_tokens
         most, notes = config.max_response_tokens or world.max_response_tokens, []
@@ -57,17 +56,14 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
     return replace(world, **limits, notes=(*world.notes, *notes))
 
 
-def _chosen(
-    config: TrainConfig, vocab_size: int, prompts: list[int], replies: list[int]
-) -> tuple[int, int, list[str]]:
-    """The limits that are set; for the others those that leave 95 % of the texts whole, or less.
+def _chosen(config: TrainConfig, room: int, prompts: list[int], replies: list[int]) -> tuple:
+    """The limits that are set; for the others those that leave 95 % of the lengths whole, or less.
 
-    Less where a sequence would take too much memory: then half of it is for the response. And a
-    note on what was chosen. Of prompts and replies come the lengths.
+    Less where they exceed the room: then half of it is for the response. And a note on the choice.
     """
     prompt = config.max_prompt_tokens or _enough(prompts)
     response = config.max_response_tokens or _enough(replies)
-    whole, room = (prompt, response), most_tokens(config.model, vocab_size)
+    whole = prompt, response
     least = 3 if config.max_response_tokens else room // 2  # a prompt leaves half, if it may
     response = config.max_response_tokens or min(response, max(2, room // 2, room - prompt))
     prompt = config.max_prompt_tokens or min(prompt, max(3, least, room - response))

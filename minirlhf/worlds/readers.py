@@ -36,7 +36,6 @@ _BEFORE = re.compile(  # of rows that are not one a line: a bracket, an object u
 )
 _BROKEN = 10  # lines that are no JSON may be skipped, or one in a hundred
 
-Line = tuple[int, str]
 Named = tuple[tuple[str, str], ...]  # what a column means, its name in small letters
 Rows = Iterator[tuple[int, dict[str | None, Any]]]
 
@@ -120,9 +119,7 @@ def named_columns(columns: tuple[str, ...]) -> Named:
     known = {name: meaning for meaning, names in COLUMNS.items() for name in (*names, meaning)}
     split = (column.partition("=") for column in columns)
     named = tuple((known.get(m, m), name.strip().lower()) for m, _, name in split)
-    if not all(
-        meaning in COLUMNS and name and not _NO_TEXT.search(name) for meaning, name in named
-    ):
+    if any(m not in COLUMNS or not name or _NO_TEXT.search(name) for m, name in named):
         raise InputError(
             f"--columns: expected MEANING=NAME, each meaning one of {', '.join(COLUMNS)}; got "
             f"{shorten(' '.join(columns))!r}: write, for example, prompt=title"
@@ -165,7 +162,7 @@ def _meanings(names, where: str, *, source: str, named: Named, found: set[str]) 
 
 
 # --- the kinds of files
-def _lines(text: TextIO, path: str | Path) -> Iterator[Line]:
+def _lines(text: TextIO, path: str | Path) -> Iterator[tuple[int, str]]:
     """(number, line), its end included."""
     for number, line in enumerate(iter(lambda: text.readline(LONGEST), ""), 1):
         _refuse_bytes(line, path, number)
