@@ -7,7 +7,6 @@ The names of its parameters say what a function wants: text (prompt and response
 (prompt, response); lists of them where the names are plural: texts, (prompts, responses).
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -19,6 +18,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -80,46 +80,40 @@ class UserReward:
         else:
             values = [self._ask(*row) for row in zip(texts, *columns, strict=True)]
         if not isinstance(values, list | tuple) or len(values) != len(texts):
-            raise InputError(
-                f"{self.name}: expected a list of {len(texts)} numbers, one a reply; got "
-                f"{shorten(repr(values))}: {self.then}"
-            )
+            expected = f"a list of {len(texts)} numbers, one a reply"
+            raise self._refusal(expected, f"got {shorten(repr(values))}")
         return [self._number(value, text) for value, text in zip(values, texts, strict=True)]
 
     def _ask(self, text: str, *arguments: Any) -> Any:
         try:
-            with _alarm(self.timeout):
+            with _alarm(self.timeout) if self.timeout else nullcontext():
                 return self.function(*arguments)
         except BaseException as error:  # the user's code may raise anything
-            raise InputError(
-                f"{self.name}: expected a number for the text {shorten(text)!r}; "
-                f"{_raised(error)}: {self.then}"
-            ) from error
+            expected = f"a number for the text {shorten(text)!r}"
+            raise self._refusal(expected, _raised(error)) from error
 
     def _number(self, value: Any, text: str) -> float:
         number = value.item() if getattr(value, "shape", None) == () else value
         if not isinstance(number, numbers.Real) or not abs(number) <= LARGEST:
-            raise InputError(
-                f"{self.name}: expected a finite number of at most {LARGEST:g} for the text "
-                f"{shorten(text)!r}; got {shorten(repr(value))}: {self.then}"
-            )
+            expected = f"a finite number of at most {LARGEST:g} for the text {shorten(text)!r}"
+            raise self._refusal(expected, f"got {shorten(repr(value))}")
         return float(number)
+
+    def _refusal(self, expected: str, came: str) -> InputError:
+        return InputError(f"{self.name}: expected {expected}; {came}: {self.then}")
 
 
 class Timeout(BaseException):
     """A call took too long. It is no Exception, which the user's code may catch."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raise Timeout in the block after so many seconds; 0: never."""
+    """Raise Timeout in the block after so many seconds."""
 
     def ring(*_):
         raise Timeout(f"longer than --reward-timeout {seconds:g}")
 
-    if not seconds:
-        yield
-        return
     before = signal.signal(signal.SIGALRM, ring)
     every = min(seconds, 1e8)  # again and again, should the code go on in spite of it
     signal.setitimer(signal.ITIMER_REAL, every, every)
@@ -140,15 +134,6 @@ def _raised(error: BaseException) -> str:
     theirs = [f for f in frames if f.filename == frames[0].filename]
     where = f" in line {theirs[-1].lineno} of {theirs[-1].filename}" if theirs else ""
     return f"it raised {type(error).__name__}{where}: {shorten(str(error), 120)}"
-
-
-def absolute_reward(where: str) -> str:
-    """The same function, named so that it is found from any directory if it lies in a file."""
-    source, _, name = where.rpartition(":")
-    if where.startswith("words:"):
-        return f"words:{os.path.abspath(where[len('words:') :])}"
-    in_file = source.endswith(".py") and not ready_made(where)
-    return f"{os.path.abspath(source)}:{name}" if in_file else where
 
 
 def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
@@ -231,12 +216,16 @@ def module_file(module: str) -> str:
 
 
 def name_of(reward: Reward) -> str:
-    """module:function where the function can be found again; python:NAME where it cannot."""
-    if isinstance(reward, str):
-        return absolute_reward(reward)
-    module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "reward")
-    found = getattr(sys.modules.get(module), name, None) is reward and module != "__main__"
-    return f"{module}:{name}" if found else f"python:{name}"
+    """A name that finds the function from any directory; python:NAME where none does."""
+    if not isinstance(reward, str):
+        module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "reward")
+        found = getattr(sys.modules.get(module), name, None) is reward and module != "__main__"
+        return f"{module}:{name}" if found else f"python:{name}"
+    source, _, name = reward.rpartition(":")
+    if reward.startswith("words:"):
+        return f"words:{os.path.abspath(reward[len('words:') :])}"
+    in_file = source.endswith(".py") and not ready_made(reward)
+    return f"{os.path.abspath(source)}:{name}" if in_file else reward
 
 
 # -- ready-made ----------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ import base64
 import heapq
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import add
 from pathlib import Path
@@ -54,8 +53,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
-        with _panic_refused():
+        try:
             return self.encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+                raise
+            raise InputError(
+                "encoding: expected a pattern that splits every text; tiktoken gave up "
+                f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore "
+                "the file of the tokenizer"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         r"""The text of all ids but the special ones; bytes that are not UTF-8 become "\ufffd"."""
@@ -117,12 +124,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     order of the texts does not matter. Training ends early when no pair occurs twice: `vocab_size`,
     with the 256 bytes and the 4 special tokens, is the most ids there will be.
     """
-    base = 256 + len(SPECIALS)
-    if vocab_size < base:
-        raise InputError(
-            f"vocab_size: expected at least {base}, 256 bytes and {len(SPECIALS)} special tokens; "
-            f"got {vocab_size}: raise it"
-        )
+    least = 256 + len(SPECIALS)  # each byte is a token
+    if vocab_size < least:
+        raise InputError(f"vocab_size: expected at least {least}; got {vocab_size}: raise it")
     words: Counter[str] = Counter()  # pieces as bytes, one character a byte; long ones in parts
     pieces = Counter(piece for text in texts for piece in re.findall(PATTERN, text))
     for piece, times in pieces.items():
@@ -230,37 +234,20 @@ def make_tokenizer(
         raise ValueError("two tokens share an id")
     if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError("the tokens are not the 256 bytes and longer ones")
-    parts = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": specials}
-    with _panic_refused():
-        bpe = tiktoken.Encoding(name, **parts)  # its README, "Extending", documents the parts
+    bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
     return Tokenizer(bpe, specials[BOS], specials[SEP], specials[EOS], specials[PAD])
-
-
-@contextmanager
-def _panic_refused() -> Iterator[None]:
-    """A panic of tiktoken's Rust, which is no Exception, becomes one."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise InputError(
-            "encoding: expected a pattern that splits every text; tiktoken gave up "
-            f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore the "
-            "file of the tokenizer"
-        ) from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write tiktoken.json (`runs/hugging_face.py` writes the tokenizer.json of transformers)."""
-    encoding, ranks = tokenizer.encoding, tokenizer.encoding._mergeable_ranks
-    in_order = sorted(ranks, key=ranks.__getitem__)
+    encoding = tokenizer.encoding
+    ranks = encoding._mergeable_ranks.items()
     content = {
         "format": _FORMAT,
         "name": encoding.name,
         "pattern": encoding._pat_str,
         "special_tokens": encoding._special_tokens,
-        "ranks": {base64.b64encode(token).decode("ascii"): ranks[token] for token in in_order},
+        "ranks": {base64.b64encode(token).decode("ascii"): rank for token, rank in ranks},
     }
     write_whole(Path(folder) / _FILE, to_json(content))
 

@@ -15,7 +15,6 @@ from minirlhf.errors import InputError
 from minirlhf.worlds.files import _split_prompts, corpus_world, split_pairs, split_world
 from minirlhf.worlds.rewards import (
     UserReward,
-    absolute_reward,
     distinct_words,
     load_reward,
     name_of,
@@ -210,9 +209,9 @@ def test_demonstrations_of_heldout_prompts_are_kept_apart(tmp_path):
 
 def test_a_reward_in_a_file_is_named_absolutely(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert absolute_reward("mine.py:f") == f"{tmp_path / 'mine.py'}:f"
-    assert absolute_reward("package.module:f") == "package.module:f"
-    assert absolute_reward("") == ""
+    assert name_of("mine.py:f") == f"{tmp_path / 'mine.py'}:f"
+    assert name_of("package.module:f") == "package.module:f"
+    assert name_of("") == ""
 
 
 # --- pairs
