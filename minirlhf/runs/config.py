@@ -94,8 +94,7 @@ def _document_fields(*modules: ModuleType) -> None:
         for name, body in _CLASS.findall(inspect.getsource(module)):
             found = [(field, above or beside) for above, field, beside in _FIELD.findall(body)]
             lines = [f"    {field}: {says}" for field, says in found if says]
-            said = vars(module)[name].__doc__.partition("\n\nAttributes:")[0]
-            vars(module)[name].__doc__ = "\n".join([f"{said}\n\nAttributes:", *lines])
+            vars(module)[name].__doc__ += "\n".join(["\n\nAttributes:", *lines])
 
 
 _document_fields(settings, sft, reward_model, dpo, sys.modules[__name__])

@@ -18,15 +18,7 @@ from minirlhf.worlds.world import World
 def response_metrics(
     rollout: Rollout, *, world: World, stop_id: int, score_mean: float = 0.0, score_sd: float = 1.0
 ) -> dict[str, float]:
-    """The columns of the final table, means over responses.
-
-    proxy      normalised score that training maximises [reward units]; nan where there is none
-    gold       the world's true reward, if it has one
-    reward     the user's own reward, if there is one, before normalisation
-    kl_seq     sum_t log pi - log pi_ref [nats per response]
-    entropy    of the next token [nats per token]
-    length     tokens, the stop token included
-    """
+    """The columns of the final table, means over responses; README.md says what they are."""
     samples = rollout.samples
     mask = to_host(rollout.batch.response_mask) > 0
     log_ratio = to_host(rollout.old_logp - rollout.ref_logp).astype(np.float64)

@@ -94,11 +94,7 @@ class Kept:
 
 # --- a corpus
 def examples_of(kept: Kept, notes: list[str]) -> tuple[list[Texts], str]:
-    r"""(prompt, response) of every example, and the joiner between them.
-
-    The prompt of a text without columns is its first line (joiner "\n"). Where most examples are
-    one line it is the first word (" "); where most are one word, the first character ("").
-    """
+    """(prompt, response) of every example, and the joiner between them, as README.md has it."""
     whole = [texts[0] for _, texts in kept.rows if len(texts) == 1]
     n_lines = sum("\n" in text for text in whole)
     n_words = sum(len(text.split(None, 1)) > 1 for text in whole)

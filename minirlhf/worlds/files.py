@@ -1,8 +1,4 @@
-"""The user's own world: a corpus and preferences of one's own, and what of them is held out.
-
-Which files and columns are read is in readers.py and examples.py, what a reward may be in
-rewards.py.
-"""
+"""The user's own world: a corpus and preferences of one's own, and what of them is held out."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -33,7 +29,7 @@ def corpus_world(
     max_chars: int = 64_000_000,
     rng: Generator,
 ) -> World:
-    """A world from files, all prompts to train on; `split_world` holds some of them out.
+    """A world from one file or two, all prompts to train on; `split_world` holds some of them out.
 
     Args:     path: corpus; None: the best replies of the pairs are the demonstrations.
               pairs_path: preferences; their prompts join those of the corpus.
@@ -48,10 +44,6 @@ def corpus_world(
             "corpus: expected either preference pairs or a reward function, to say which response "
             f"is better; got {came}: give --pairs FILE or --reward module:function"
         )
-    if path is None and pairs_path is None:
-        raise InputError("corpus: expected a corpus or preference pairs; got none: give --corpus")
-    if unit not in ("auto", "line", "document"):
-        raise InputError(f"unit: expected auto, line or document; got {unit!r}: choose one of them")
     notes: list[str] = []
     keep = {"max_chars": max_chars, "rng": rng.spawn(1)[0]}  # the split draws what it always drew
     read = {"unit": unit, "named": named_columns(columns), "notes": notes}
@@ -117,12 +109,10 @@ def split_world(
 def _split_prompts(
     weights: dict[Hashable, int], rng: Generator, judged: frozenset | set = frozenset()
 ) -> tuple[list, list]:
-    """(train, held-out) prompts, 15 % of them held out; a single prompt is in both lists.
-
-    But never more than 20 % of the examples unless one prompt has more than that (26 first letters
-    of names are few prompts). At least one prompt of the pairs, one of `judged`, is trained on.
+    """(train, held-out) prompts, as README.md has it; a single one is in both lists.
 
     Args:     weights: prompt -> how many examples it has.
+              judged: prompts of pairs, of which at least one has to be among those of training.
     """
     prompts = list(weights)
     if len(prompts) == 1:

@@ -277,8 +277,7 @@ def _csv_rows(text: TextIO, path: str | Path, means: Callable) -> Rows:
 
 def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
     try:
-        import pyarrow
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(
             f"{path}: expected the package pyarrow, which reads parquet; it is not installed: pip "
@@ -292,5 +291,5 @@ def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
         batches = table.iter_batches(batch_size=256, columns=list(known.values()))
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield number, {meaning: row[name] for meaning, name in known.items()}
-    except (pyarrow.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise _damaged(path, "parquet", error) from error

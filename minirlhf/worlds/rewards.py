@@ -1,8 +1,5 @@
 """A reward of one's own: which functions can be one, how it is found and called; and some to use.
 
-    --reward file.py:function     or package.module:function
-    --reward length               or another of READY_MADE
-
 The names of its parameters say what a function wants: text (prompt and response as one text), or
 (prompt, response); lists of them where the names are plural: texts, (prompts, responses).
 """
@@ -45,11 +42,10 @@ class UserReward:
 
     def __post_init__(self):
         if len(self._wants) > 2:
-            raise InputError(
-                f"{self.name}: expected a function of text, (prompt, response), texts or "
-                f"(prompts, responses); got the parameters {', '.join(self._wants)}: give those "
-                "beyond two a default"
+            expected = (
+                "text, (prompt, response), texts or (prompts, responses), defaults for others"
             )
+            raise self._refusal(expected, f"got the parameters {', '.join(self._wants)}")
 
     @property
     def _wants(self) -> list[str]:

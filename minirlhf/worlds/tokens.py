@@ -133,8 +133,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         data = piece.encode("utf-8", errors="replace").decode("latin-1")
         for start in range(0, len(data), _LONGEST_PIECE):
             words[data[start : start + _LONGEST_PIECE]] += times
-    if not words:
-        raise InputError("tokenizer: expected some text to train on; got none: give a corpus")
     ranks = _train_ranks(words, n_ranks=vocab_size - len(SPECIALS))
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
     return make_tokenizer("minirlhf", PATTERN, ranks, specials)

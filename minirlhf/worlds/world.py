@@ -12,9 +12,7 @@ from minirlhf.worlds.rewards import UserReward
 class World:
     """Everything that training needs to know about its subject; text only, no tokens, no arrays.
 
-    The full text of an example is prompt + joiner + response. A world has at least one source of
-    preference: `annotate` (simulated annotator), `pairs` (given by the user) or `reward`, which
-    replaces the reward model. `gold` is the true reward: logged, never trained on.
+    It has at least one source of preference: `annotate`, `pairs` or `reward`.
     """
 
     name: str
@@ -22,7 +20,7 @@ class World:
     train_prompts: list[str]
     heldout_prompts: list[str]  # disjoint from train_prompts, unless there is one prompt in all
     heldout_demonstrations: list[tuple[str, str]] = field(default_factory=list)  # of those prompts
-    gold: Callable[[str, str], float] | None = None  # (prompt, response) -> true reward
+    gold: Callable[[str, str], float] | None = None  # (prompt, reply) -> true reward, only logged
     annotate: Callable[[str, str, str, Generator], bool] | None = None  # (prompt, a, b, rng): a?
     pairs: list[tuple[str, ...]] | None = None  # (prompt, best reply, .., worst reply)
     reward: UserReward | None = None  # the user's own
