@@ -5,7 +5,6 @@ The names of its parameters say what a function wants: text (prompt and response
 """
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import numbers
@@ -42,10 +41,9 @@ class UserReward:
 
     def __post_init__(self):
         if len(self._wants) > 2:
-            expected = (
-                "text, (prompt, response), texts or (prompts, responses), defaults for others"
-            )
-            raise self._refusal(expected, f"got the parameters {', '.join(self._wants)}")
+            expected = "a function of text, (prompt, response), texts or (prompts, responses)"
+            came = f"got the parameters {', '.join(self._wants)}, none with a default"
+            raise self._refusal(expected, came)
 
     @property
     def _wants(self) -> list[str]:

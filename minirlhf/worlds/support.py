@@ -131,10 +131,8 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
 
     The response is split after each of . ? ! and every sentence looked up, exactly but for capitals
     and spacing. A sentence said again costs "repeated" on top of what its kind costs, and never
-    earns twice. The highest possible gold is 3.0; that of an empty response is 0.
+    earns twice.
 
-    Args:     prompt: one of PROMPTS, capitals and spacing aside.
-              response: any text.
     Returns:  a value for each key of GOLD_WEIGHTS [reward units], in that order.
     Raises:   ValueError: the prompt is not of the grammar, so that nothing can be right or wrong.
     Tested by: tests/worlds/test_support_world.py::test_gold_of_a_worked_example

@@ -29,13 +29,10 @@ class World:
     max_response_tokens: int = 32  # suggestion, the end token included
     notes: tuple[str, ...] = ()  # what was dropped or cut, one sentence each, to be shown
 
-    def full_text(self, prompt: str, response: str) -> str:
-        """prompt + joiner + response, the text that a reward of texts sees."""
-        return prompt + self.joiner + response
-
     def rewards(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """The user's own reward of each reply."""
-        return self.reward(prompts, responses, list(map(self.full_text, prompts, responses)))
+        """The user's own reward of each reply; its text is prompt + joiner + response."""
+        texts = [self.joiner.join(both) for both in zip(prompts, responses, strict=True)]
+        return self.reward(prompts, responses, texts)
 
     def gold_or_none(self, prompt: str, response: str) -> float | None:
         """The true reward, or None where there is none, or none for this prompt."""
