@@ -15,9 +15,7 @@ _METRICS, _SAMPLES = {"step": int, "stage": str}, {"step": int}  # what every li
 class RunLog:
     """Appends to the two files of a run folder; every line is in the file when the call returns.
 
-    Goes on where an earlier run stopped: a line that it left unfinished is cut off.
-
-    Args:     watch: called with (step, stage, values) after their line has been written.
+    A line that an earlier run left unfinished is cut off. `watch` sees each line of metrics after.
     """
 
     def __init__(self, folder: str | Path, watch: Callable[..., None] = lambda *row: None):
@@ -34,21 +32,12 @@ class RunLog:
             read_jsonl(path, has)  # refuse a damaged one before hours of work are written below it
 
     def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
-        """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null.
-
-        Raises:   ValueError: values has a key "step" or "stage".
-                  TypeError: a value is neither a number, a string, None, nor a dict or list of
-                      them.
-        """
+        """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null."""
         _append(self.metrics_path, [_line({"step": step, "stage": stage}, values)])
         self.watch(step, stage, values)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Append {"step", **sample} to samples.jsonl for each sample.
-
-        Raises:   ValueError: a sample has a key "step".
-                  TypeError: as `metrics`.
-        """
+        """Append {"step", **sample} to samples.jsonl for each sample."""
         _append(self.samples_path, [_line({"step": step}, sample) for sample in samples])
 
     def position(self) -> dict[str, int]:
@@ -76,17 +65,14 @@ class RunLog:
         self._cut(kept, 0)
 
     def rewind(self, position: dict[str, int], stage: str, step: int) -> None:
-        """Drop what was written after `position`, when `step` of `stage` was the last one.
-
-        Raises:   InputError: no such step ends there: the position or a file is not what it was.
-        """
+        """Drop what was written after `position`; `step` of `stage` has to be the last before it."""
         last = {"step": step, "stage": stage}, {"step": step} if stage == "ppo" else {}
         ends = [position.get(path.name) for path in self.paths]
         for path, end, expected in zip(self.paths, ends, last, strict=True):
-            data = read_bytes(path)
-            fits = type(end) is int and 0 <= end <= len(data)
-            line = data[data.rfind(b"\n", 0, end - 1) + 1 : end] if fits and end else b"{}\n"
-            row = parse_object(line, str(path)) if fits and line.endswith(b"\n") else None
+            data, row = read_bytes(path), None
+            if type(end) is int and 0 <= end <= len(data):
+                *_, line = [b"{}\n", *data[:end].splitlines(keepends=True)]
+                row = parse_object(line, str(path)) if line.endswith(b"\n") else None
             if row is None or {name: row.get(name) for name in expected or row} != expected:
                 raise InputError(
                     f"{path}: expected {expected or 'nothing'} up to byte {end}, as at the last "
@@ -101,16 +87,14 @@ class RunLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, each with its step and stage; refused as by `read_jsonl`."""
+    """The lines of metrics.jsonl, each with its step and stage."""
     return read_jsonl(Path(folder) / "metrics.jsonl", _METRICS)
 
 
 def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dict[str, Any]]:
     """The objects of a JSONL file. An unfinished last line, of a run that crashed, is dropped.
 
-    Args:     has: the keys that every line has, and the types of their values.
-    Raises:   InputError: the file is missing, or a finished line is no such JSON object (says
-                  which).
+    Args:     has: the keys that every line has to have, and the types of their values.
     """
     data, rows = read_bytes(path), []
     for number, line in enumerate(data[: _whole(data)].split(b"\n"), 1):
