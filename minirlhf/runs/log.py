@@ -65,7 +65,7 @@ class RunLog:
         self._cut(kept, 0)
 
     def rewind(self, position: dict[str, int], stage: str, step: int) -> None:
-        """Drop what was written after `position`; `step` of `stage` has to be the last before it."""
+        """Drop what was written after `position`, where `step` of `stage` has to be the last."""
         last = {"step": step, "stage": stage}, {"step": step} if stage == "ppo" else {}
         ends = [position.get(path.name) for path in self.paths]
         for path, end, expected in zip(self.paths, ends, last, strict=True):

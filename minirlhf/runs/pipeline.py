@@ -38,7 +38,7 @@ from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set
 from minirlhf.train.sft import sft_loss, train_sft
-from minirlhf.tree import Tree, tree_unpack
+from minirlhf.tree import Tree
 from minirlhf.workers import side_by_side
 
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model"}
@@ -98,30 +98,25 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
         session.note(f"{session.folder} has no policy yet: its reference stands for it")
         return reference, reference
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    moved = folder.moved_reference(session, reference)
-    done, *_ = folder.load_state(session, "ppo", optimizer, settings.iterations, arrays=moved)
+    done, *_ = folder.load_state(session, "ppo", optimizer, settings.iterations, reference)
     session.note(f"the policy is that after {done} of {settings.iterations} iterations of PPO")
     return optimizer.params, reference
 
 
 def run_stages(session: Session) -> Result | None:
-    """The stages in order; a stage whose result lies in the folder is not run again.
+    """The stages in order, and the comparison, if they end with a policy.
 
-    Returns:  the comparison; None where config.stages end before there is a policy.
+    A stage whose result lies in the folder is not run again.
     """
-    if session.stored is None:
-        session.say(
-            f"run {session.folder}: finished; its texts or reward have gone or changed since"
-        )
-        return read_result(session.folder)
     config = session.config
-    n_workers = config.workers if config.device == "cpu" else 1
-    threads = config.threads or None
+    if session.stored is None:
+        session.say(f"run {config.out}: finished; its texts or reward have gone or changed since")
+        return read_result(config.out)
     with (
         session.at_work(),
         mirrored(session.log, config.log),
-        threadpool_limits(limits=threads),
-        side_by_side(n_workers),
+        threadpool_limits(limits=config.threads or None),
+        side_by_side(config.workers if config.device == "cpu" else 1),
     ):
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
@@ -189,9 +184,9 @@ def banner(session: Session) -> str:
     return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
 
 
-def _follow(session: Session, stage: str, loop: Iterable, steps: range, title: str) -> Iterator:
+def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Iterator:
     """(step, what the loop yields) for the steps that are left, with progress."""
-    unit = "iteration" if stage == "ppo" else "step"
+    title, unit = TITLES[stage], "iteration" if stage == "ppo" else "step"
     session.made, session.kept, session.steps = steps.start, steps.start, f"{steps.stop} {unit}s"
     if 0 < steps.start < steps.stop:
         session.say(f"stage {stage} goes on after {steps.start} of {session.steps}")
@@ -211,8 +206,8 @@ def _learn(
 ) -> dict[str, float]:
     """Let the loop of any stage but PPO run to its end, with log and checkpoints.
 
-    Args:     measure: metrics of some of the n held-out rows, as training leaves off.
-    Returns:  those of all of them at the end; {} if there are none.
+    Args:     measure: metrics of a slice of the n held-out rows, as training leaves off.
+    Returns:  those of all rows at the end; {} if there are none.
     """
     n_steps = optimizer.total_steps
     trained = n_steps * getattr(session.config, stage).batch_size
@@ -225,7 +220,7 @@ def _learn(
     done, *_ = folder.load_state(session, stage, optimizer, n_steps)
     saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
     last = look(done)
-    for step, metrics in _follow(session, stage, loop, range(done, n_steps), TITLES[stage]):
+    for step, metrics in _follow(session, stage, loop, range(done, n_steps)):
         session.log.metrics(step, stage, metrics | last)  # held out: as it was before this step
         if (began := time.perf_counter()) - saved >= pause:
             folder.save_state(session, stage, optimizer, step + 1)
@@ -344,10 +339,9 @@ def dpo_stage(session: Session, reference: Tree) -> Tree:
 def _learn_pairs(
     session: Session, stage: str, start: Tree, pairs: tuple, train: Callable, measure: Callable
 ) -> Tree:
-    """What `train` makes of a copy of `start`; its accuracy on held-out pairs is logged and said.
+    """What `train` makes of a copy of `start` and of what `preference_pairs` gives.
 
-    Args:     pairs: as `preference_pairs` gives them.
-              measure: metrics of (parameters, held-out pairs, their difference of gold or None).
+    Args:     measure: metrics of (parameters, held-out pairs, their difference of gold or None).
     """
     settings, (pairs, heldout, gold_difference) = getattr(session.config, stage), pairs
     updates, n = reward_model.n_updates(len(pairs), settings), len(heldout)
@@ -370,21 +364,15 @@ def _learn_pairs(
 
 
 def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
-    """Stage 3: PPO from the reference, with checkpoints.
-
-    Raises:   NonFiniteError: a loss is not finite; the message names the last good checkpoint.
-    """
+    """Stage 3: PPO from the reference, with checkpoints."""
     folder.begin_stage(session, "ppo")
     settings, config, stop_id = session.config.ppo, session.config, session.tokenizer.eos
+    total = settings.iterations
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    moved = folder.moved_reference(session, reference)
-    done, kl_coef, found = folder.load_state(
-        session, "ppo", optimizer, settings.iterations, arrays=moved
-    )
-    moved = [session.on_device(tree_unpack(flat, reference)) for flat in found.values()]
+    done, kl_coef, origin = folder.load_state(session, "ppo", optimizer, total, reference)
     loop = train_ppo(
         optimizer,
-        moved[0] if moved else reference,
+        origin,
         Task(partial(_sample_batch, session), score, stop_id),
         config=session.gpt,
         settings=settings,
@@ -395,8 +383,8 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     look = partial(snapshots.take_snapshot, session, score=score)
     if looks and not done:
         look(optimizer.params, reference, done=0, kl_coef=settings.kl_coef)
-    started, steps = time.perf_counter(), range(done, settings.iterations)
-    for step, iteration in _follow(session, "ppo", loop, steps, TITLES["ppo"]):
+    started = time.perf_counter()
+    for step, iteration in _follow(session, "ppo", loop, range(done, total)):
         metrics = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
         metrics["time/iteration"] = time.perf_counter() - started
         done = step + 1
@@ -410,12 +398,12 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
             metrics |= {f"eval/{name}": value for name, value in heldout.items()}
         session.log.metrics(step, "ppo", metrics)
         session.log.samples(step, folder.sample_rows(session, iteration.rollout))
-        beta, moved = iteration.next_kl_coef, iteration.next_reference
+        beta, origin = iteration.next_kl_coef, iteration.next_reference
         if done in looks:
-            look(optimizer.params, moved, done=done, kl_coef=beta)
-        if done % config.checkpoint_every == 0 or done == settings.iterations or session.stop:
-            arrays = folder.moved_reference(session, moved)
-            folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
+            look(optimizer.params, origin, done=done, kl_coef=beta)
+        if done % config.checkpoint_every == 0 or done == total or session.stop:
+            state = {"reference": origin, "kl_coef": float(beta)}
+            folder.save_state(session, "ppo", optimizer, done, **state)
         if session.stop:
             raise session.stop
         started = time.perf_counter()

@@ -94,10 +94,7 @@ class Session:
 
     @cached_property
     def gpt(self) -> GPTConfig:
-        """The policy's sizes: those asked for, with room for the longest prompt and response.
-
-        Raises:   InputError: there are fewer positions than that.
-        """
+        """The policy's sizes: those asked for, with room for the longest prompt and response."""
         model, (prompt, response) = self.config.model, self.longest
         n_ctx = model.n_ctx or prompt + response
         if n_ctx < prompt + response:
@@ -109,10 +106,7 @@ class Session:
         return GPTConfig(self.tokenizer.vocab_size, **asdict(replace(model, n_ctx=n_ctx)))
 
     def first_weights(self) -> Tree:
-        """Of the policy, on the host: random ones, or those of --init.
-
-        Raises:   InputError: --init is no longer what the run began with.
-        """
+        """Of the policy, on the host: random ones, or those of --init as the run began."""
         if not self.config.init:
             return init_transformer(self.gpt, rng=self.rng["init"])
         start = hugging_face.read_gpt2(self.config.init)
@@ -147,11 +141,10 @@ class Session:
         samples = sample_responses(
             params, ids, config=self.gpt, rng=rng, sampling=sampling, **ends, **self.padding
         )
-        texts = ((ids[-1], self.tokenizer.decode(ids)) for ids in samples.response_ids)
-        # the limit may have cut a character, of which the beginning says nothing
-        responses = [
-            t if end == self.tokenizer.eos else t.removesuffix("\ufffd") for end, t in texts
-        ]
+        responses = [self.tokenizer.decode(ids) for ids in samples.response_ids]
+        for i, ids in enumerate(samples.response_ids):
+            if ids[-1] != self.tokenizer.eos:  # the limit may have cut a character
+                responses[i] = responses[i].removesuffix("\ufffd")
         return samples._replace(prompts=list(prompts), responses=responses)
 
     def score_with(self, model: RewardModel) -> "Score":
