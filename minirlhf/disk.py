@@ -154,16 +154,15 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _new_beside(path: Path) -> Iterator[Path]:
-    """The neighbour `.NAME.new`, which the block writes and gives the name; removed if it fails."""
+    """The neighbour `.NAME.new`, which the block writes and gives the name."""
     new = path.with_name(f".{path.name}.new")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove(new)  # of a writer that crashed
             yield new
-        except BaseException:  # Ctrl-C, too
-            _remove(new)
-            raise
+        finally:
+            _remove(new)  # of this one, if it failed
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ class RunLog:
 
     def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
         """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null."""
-        _append(self.metrics_path, [_line({"step": step, "stage": stage}, values)])
+        _append(self.metrics_path, jsonl([_joined({"step": step, "stage": stage}, values)]))
         self.watch(step, stage, values)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append {"step", **sample} to samples.jsonl for each sample."""
-        _append(self.samples_path, [_line({"step": step}, sample) for sample in samples])
+        _append(self.samples_path, jsonl(_joined({"step": step}, sample) for sample in samples))
 
     def position(self) -> dict[str, int]:
         """Sizes of the files [bytes], for the checkpoint: `rewind` returns to this moment.
@@ -109,16 +109,22 @@ def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dic
     return rows
 
 
-def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
+def jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
+    """A line a row, as `read_jsonl` reads it; NaN and inf become null."""
+    lines = (json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
+    return "".join(lines).encode(errors="backslashreplace")
+
+
+def _joined(head: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     if clash := sorted(head.keys() & values.keys()):
         raise ValueError(f"run log: expected other keys than {clash}, which are set already")
-    return json.dumps(plain(head | values), ensure_ascii=False, allow_nan=False) + "\n"
+    return head | values
 
 
-def _append(path: Path, lines: list[str]) -> None:
-    # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
+def _append(path: Path, data: bytes) -> None:
     with writing(path), open(path, "ab") as file:
-        file.write("".join(lines).encode("utf-8", errors="backslashreplace"))
+        file.write(data)
 
 
 def _whole(data: bytes) -> int:
@@ -137,4 +143,4 @@ def _mend(path: Path) -> None:
     size = _whole(data)
     os.truncate(path, size)
     if size and not data[:size].endswith(b"\n"):
-        _append(path, ["\n"])
+        _append(path, b"\n")

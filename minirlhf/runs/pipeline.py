@@ -10,7 +10,6 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,11 @@ from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs import folder, snapshots
-from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
-from minirlhf.runs.session import Score, Session, open_session, reopen_session
+from minirlhf.runs.session import Score, Session
 from minirlhf.train import dpo, reward_model
 from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
@@ -59,23 +57,6 @@ class Result(NamedTuple):
     reference_samples: Samples
     policy_samples: Samples
     seconds: dict[str, float]  # time of each stage
-
-
-def train(config: TrainConfig, **shown: Any) -> Result | None:
-    """SFT, reward model, PPO and the final comparison, from nothing.
-
-    Args:     shown: `track` (wraps a range of steps to show progress), `say` (prints a line) and
-                  `watch` (sees each line of metrics.jsonl) of the Session.
-    """
-    return run_stages(open_session(config, **shown))
-
-
-def resume(run: str | Path, **options: Any) -> Result:
-    """Go on where a run stopped: finished stages are read back, a begun one from its checkpoint.
-
-    Args:     options: of `reopen_session`.
-    """
-    return run_stages(reopen_session(run, **options))
 
 
 def load_models(session: Session) -> tuple[Tree, Tree]:
@@ -121,38 +102,33 @@ def run_stages(session: Session) -> Result | None:
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))
-        with _at_stage(session, "sft"):
-            reference = reference_stage(session)
+        reference = _run("sft", reference_stage, session)
         if config.stages == "sft":
             return None
         if config.is_dpo:
             score = session.score_with(RewardModel({}, session.gpt))
-            with _at_stage(session, "dpo"):
-                policy = dpo_stage(session, reference)
+            policy = _run("dpo", dpo_stage, session, reference)
         else:
-            with _at_stage(session, "reward_model"):
-                score = session.score_with(reward_stage(session, reference))
+            score = session.score_with(_run("reward_model", reward_stage, session, reference))
             if config.stages == "sft,reward":
                 return None
-            with _at_stage(session, "ppo"):
-                policy = ppo_stage(session, reference, score)
-        with _at_stage(session, "evaluation"):
-            session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
-            before, first = evaluate(session, reference, reference, score)
-            after, last = evaluate(session, policy, reference, score)
+            policy = _run("ppo", ppo_stage, session, reference, score)
+        session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
+        before, first = _run("evaluation", evaluate, session, reference, reference, score)
+        after, last = _run("evaluation", evaluate, session, policy, reference, score)
         content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
         write_whole(session.folder / "result.json", content)
     return Result(before, after, last.prompts, first, last, session.seconds)
 
 
-@contextmanager
-def _at_stage(session: Session, stage: str) -> Iterator[None]:
-    """Note how long the block takes; it leaves a result, so no checkpoint but PPO's is needed."""
+def _run(stage: str, make: Callable, session: Session, *made: Any) -> Any:
+    """What a stage makes; how long it takes is noted, and its checkpoint dropped, but PPO's."""
     session.stage, session.steps, started = stage, "", time.perf_counter()
-    yield
-    session.seconds[stage] = time.perf_counter() - started
+    result = make(session, *made)
+    session.seconds[stage] = session.seconds.get(stage, 0.0) + time.perf_counter() - started
     if stage in HELDOUT:
         folder.drop_state(session, stage)
+    return result
 
 
 def read_result(run: Path) -> Result:

@@ -49,11 +49,6 @@ BEGAN = Path("checkpoint", "config.toml")  # the settings that what is in the fo
 TOKENIZER_CHARS = 8_000_000  # of the texts that an encoding is trained on
 
 
-def no_progress(steps: Iterable, title: str) -> Iterable:
-    """The default `track`: shows nothing."""
-    return steps
-
-
 @dataclass
 class Session:
     """What the stages share. Arrays live on `config.device`."""
@@ -62,7 +57,7 @@ class Session:
     world: World
     tokenizer: tokens.Tokenizer
     rng: dict[str, Generator]
-    track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
+    track: Callable[[Iterable, str], Iterable] = lambda steps, title: steps  # shows progress
     say: Callable[[str], None] = lambda line: None  # prints a line
     watch: Callable[[int, str, dict], None] = lambda *row: None  # sees each line of metrics.jsonl
     stop: InputError | None = None  # set by who watches: PPO stops after this iteration
@@ -201,7 +196,6 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
 
     Args:     reward: a function in the place of config.reward, which names one.
               shown: `track`, `say` and `watch` of the Session.
-    Raises:   InputError: the folder holds a run already, or a setting or file cannot be used.
     """
     array_module(config.device)  # refuse what is not there before anything is written
     mirrors.require(config.log)
@@ -268,7 +262,6 @@ def reopen_session(
               reward, accept_changed_reward: `named` and `changed` of `own_reward.reopened`.
               look: to sample and score alone: reads no texts, and no reward before it is asked. So
                   is a finished run whose texts or reward have gone, or whose texts have changed.
-    Raises:   InputError: no run, damaged files, or texts or a reward that have changed since.
     """
     folder = Path(folder)
     if not os.path.exists(folder / "config.toml"):
@@ -318,9 +311,7 @@ def fork_run(
 ) -> Path:
     """A new run folder with the encoding, reference and reward model of another, and its own PPO.
 
-    `resume(out)` then runs the PPO stage alone: what differs between two forks is PPO's settings.
-
-    Raises:   InputError: `folder` has no reference and reward model yet, or `out` exists.
+    A resume of it runs the PPO stage alone: what differs between two forks is PPO's settings.
     """
     folder, out = Path(folder), Path(out)
     shared = ("tiktoken.json", "world.json", "reference", "reward_model", "metrics.jsonl")
@@ -365,10 +356,7 @@ def _new_tokenizer(config: TrainConfig, world: World) -> tokens.Tokenizer:
 
 
 def build_world(config: TrainConfig, reward: Reward, rng: Generator) -> World:
-    """The support world, or the user's own text, all of it to train on (`fit_world` splits it).
-
-    Raises:   InputError: options that contradict each other, or files that cannot be used.
-    """
+    """The support world, or the user's own text, all of it to train on (`fit_world` splits it)."""
     if not (config.corpus or config.pairs):
         return replace(support.make_world(rng=rng), reward=reward or None)
     return files.corpus_world(

@@ -4,17 +4,16 @@ A snapshot is a few replies of the policy as it is then, always to the first hel
 with the same coins: what differs from one to the next is the policy.
 """
 
-import json
 from typing import Any
 
 import numpy as np
 
 from minirlhf.backend import to_host
-from minirlhf.disk import plain, write_whole
+from minirlhf.disk import write_whole
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.kl import summed_penalty
-from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.log import jsonl, read_jsonl
 from minirlhf.runs.session import Session
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import final_score, rollout_penalty
@@ -56,13 +55,12 @@ def token_rows(
     judged = scores is not None
     known = scores if judged else np.zeros(len(samples.response_ids))
     rollout = score_rollout(policy, reference, samples, score=lambda _: known, **same)
-    mask, values = rollout.batch.response_mask, rollout.values
+    mask, values, has_critic = rollout.batch.response_mask, rollout.values, "value_head" in policy
     final = final_score(rollout, settings=settings, stop_id=session.tokenizer.eos)
     penalty = rollout_penalty(rollout, settings)
     rewards = token_rewards(final, penalty, mask=mask, kl_coef=kl_coef)
     advantages, _ = gae(rewards, values, mask=mask, gamma=settings.gamma, lam=settings.lam)
     arrays = {"logp": rollout.old_logp, "ref_logp": rollout.ref_logp, "entropy": rollout.entropy}
-    has_critic = "value_head" in policy
     arrays["value"] = values if has_critic else None
     arrays["reward_token"] = rewards if judged else None
     arrays["advantage"] = advantages if judged and has_critic else None
@@ -93,15 +91,13 @@ def _likeliest(session: Session, params: Tree, samples: Samples) -> list[list[li
     rows = []
     for z in logits:  # a reply at a time: of a large vocabulary a copy counts
         some = np.argpartition(-z, LIKELIEST, axis=-1)[:, :LIKELIEST]
-        best = np.take_along_axis(z, some, axis=-1)
-        order = np.argsort(-best, axis=-1)
-        highest = best.max(axis=-1, keepdims=True)
-        p = np.exp(best - highest) / np.exp(z - highest).sum(axis=-1, keepdims=True)
-        ids, shares = (np.take_along_axis(of, order, axis=-1) for of in (some, p))
-        pieces = map(session.tokenizer.pieces, ids)
-        shares = shares.astype(np.float64).round(4).tolist()
-        pairs = (zip(*of_token, strict=True) for of_token in zip(pieces, shares, strict=True))
-        rows.append([list(map(list, of_token)) for of_token in pairs])
+        order = np.argsort(-np.take_along_axis(z, some, axis=-1), axis=-1)
+        ids = np.take_along_axis(some, order, axis=-1)
+        best = np.take_along_axis(z, ids, axis=-1)
+        p = np.exp(best - best[:, :1]) / np.exp(z - best[:, :1]).sum(axis=-1, keepdims=True)
+        shares = p.astype(np.float64).round(4).tolist()
+        tops = zip(map(session.tokenizer.pieces, ids), shares, strict=True)
+        rows.append([list(map(list, zip(*top, strict=True))) for top in tops])
     return rows
 
 
@@ -122,10 +118,8 @@ def take_snapshot(
     scores = score(samples)
     rows = token_rows(session, policy, reference, samples, scores=scores, kl_coef=kl_coef)
     kept = [row for row in read_snapshots(session) if row["step"] < done]
-    lines = [json.dumps(plain(row), ensure_ascii=False) for row in kept]
-    lines += [json.dumps(plain({"step": done, **row}), ensure_ascii=False) for row in rows]
-    content = "".join(line + "\n" for line in lines)
-    write_whole(session.folder / "snapshots.jsonl", content.encode(errors="backslashreplace"))
+    content = jsonl(kept + [{"step": done, **row} for row in rows])
+    write_whole(session.folder / "snapshots.jsonl", content)
 
 
 def read_snapshots(session: Session) -> list[dict[str, Any]]:
