@@ -154,7 +154,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _new_beside(path: Path) -> Iterator[Path]:
-    """The neighbour `.NAME.new`, which the block writes and gives the name."""
+    """The neighbour `.NAME.new`, which the block writes and gives the name; gone if it fails."""
     new = path.with_name(f".{path.name}.new")
     with writing(path):
         try:
@@ -162,7 +162,7 @@ def _new_beside(path: Path) -> Iterator[Path]:
             _remove(new)  # of a writer that crashed
             yield new
         finally:
-            _remove(new)  # of this one, if it failed
+            _remove(new)
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

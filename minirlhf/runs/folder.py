@@ -74,10 +74,7 @@ def begin_stage(session: Session, stage: str) -> None:
 def save_params(
     session: Session, name: str, params: Tree, config: GPTConfig, **scale: float
 ) -> None:
-    """{"transformer": ..., head: ...} as a model of transformers, with its tokenizer.
-
-    Args:     scale: score_mean and score_sd of a reward model; they stand in config.json too.
-    """
+    """{"transformer": ..., head: ...} as a model of transformers; `scale`: of a reward model."""
     encoding = session.tokenizer
     ids = {f"{token}_token_id": getattr(encoding, token) for token in ("bos", "eos", "pad")}
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}

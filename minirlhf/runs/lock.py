@@ -14,10 +14,7 @@ from minirlhf.errors import InputError
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """In the block nobody else gets into such a block; the file `.lock` says who is in it.
-
-    Raises:   InputError: another process is in it, or the folder cannot be written.
-    """
+    """In the block nobody else gets into such a block; the file `.lock` says who is in it."""
     path, who = folder / ".lock", "another process"
     # through no link; a process that is forked in the block does not hold it
     lock = FileLock(path, blocking=False, fallback_to_soft=False)

@@ -15,7 +15,7 @@ _METRICS, _SAMPLES = {"step": int, "stage": str}, {"step": int}  # what every li
 class RunLog:
     """Appends to the two files of a run folder; every line is in the file when the call returns.
 
-    A line that an earlier run left unfinished is cut off. `watch` sees each line of metrics after.
+    A line that an earlier run left unfinished is cut off. `watch` sees each line of metrics then.
     """
 
     def __init__(self, folder: str | Path, watch: Callable[..., None] = lambda *row: None):
@@ -24,12 +24,11 @@ class RunLog:
         self.paths = (self.metrics_path, self.samples_path)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in self.paths:
+            for path, has in zip(self.paths, (_METRICS, _SAMPLES), strict=True):
                 refuse_link(path)
                 path.touch()
                 _mend(path)
-        for path, has in zip(self.paths, (_METRICS, _SAMPLES), strict=True):
-            read_jsonl(path, has)  # refuse a damaged one before hours of work are written below it
+                read_jsonl(path, has)  # refuse a damaged one before hours of work stand below it
 
     def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
         """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null."""
@@ -41,10 +40,7 @@ class RunLog:
         _append(self.samples_path, jsonl(_joined({"step": step}, sample) for sample in samples))
 
     def position(self) -> dict[str, int]:
-        """Sizes of the files [bytes], for the checkpoint: `rewind` returns to this moment.
-
-        Up to there they are on the disk: no power cut leaves a checkpoint with a shorter log.
-        """
+        """Sizes of the files [bytes]; so much of them is on the disk now: no power cut takes it."""
         sizes = {}
         for path in self.paths:
             with writing(path), open(path, "r+b") as file:
@@ -53,16 +49,13 @@ class RunLog:
         return sizes
 
     def restart(self, stage: str) -> None:
-        """Drop the lines that `stage` wrote before it was interrupted: it begins again.
-
-        Only PPO, the last stage, writes samples: where a stage begins there are none.
-        """
+        """Drop the lines that `stage` wrote before it was interrupted: it begins again."""
         kept = 0
         for line in read_bytes(self.metrics_path).splitlines(keepends=True):
             if parse_object(line, str(self.metrics_path))["stage"] == stage:
                 break
             kept += len(line)
-        self._cut(kept, 0)
+        self._cut(kept, 0)  # samples are PPO's, which is the last stage
 
     def rewind(self, position: dict[str, int], stage: str, step: int) -> None:
         """Drop what was written after `position`, where `step` of `stage` has to be the last."""
@@ -92,10 +85,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. An unfinished last line, of a run that crashed, is dropped.
-
-    Args:     has: the keys that every line has to have, and the types of their values.
-    """
+    """The objects of a JSONL file, each with what it `has` to; half a last line is dropped."""
     data, rows = read_bytes(path), []
     for number, line in enumerate(data[: _whole(data)].split(b"\n"), 1):
         if line.strip():

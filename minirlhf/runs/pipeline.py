@@ -3,7 +3,7 @@ reward model, by DPO.
 
 `run_stages` names the stages, which stand below it in this order. A stage hands its texts, a random
 stream and an optimiser to a loop of `train/`, follows it with a log, and leaves a folder; where the
-folder is there already, the stage is read back from it (`folder.py` says what a run leaves where).
+folder is there already, the stage is read back from it (README.md says what a run leaves where).
 """
 
 import math
@@ -60,10 +60,7 @@ class Result(NamedTuple):
 
 
 def load_models(session: Session) -> tuple[Tree, Tree]:
-    """(policy, reference) of a run; before PPO has ended that of its checkpoint, or the reference.
-
-    Raises:   InputError: the run has no reference yet.
-    """
+    """(policy, reference); before PPO has ended the policy of its checkpoint, or the reference."""
     config, settings = session.config, session.config.ppo
     saved = {name for name in ("policy", "reference") if folder.is_saved(session, name)}
     if not saved:
@@ -85,10 +82,7 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
 
 
 def run_stages(session: Session) -> Result | None:
-    """The stages in order, and the comparison, if they end with a policy.
-
-    A stage whose result lies in the folder is not run again.
-    """
+    """The stages in order, and the comparison; None where config.stages end before the policy."""
     config = session.config
     if session.stored is None:
         session.say(f"run {config.out}: finished; its texts or reward have gone or changed since")
@@ -237,10 +231,8 @@ def reference_stage(session: Session) -> Tree:
         return folder.load_params(session, "reference", session.gpt)
     folder.begin_stage(session, "sft")
     settings, world = session.config.sft, session.world
-    examples, heldout = (
-        [session.example_ids(*example) for example in texts]
-        for texts in (world.demonstrations, world.heldout_demonstrations)
-    )
+    examples = [session.example_ids(*texts) for texts in world.demonstrations]
+    heldout = [session.example_ids(*texts) for texts in world.heldout_demonstrations]
     same = {"config": session.gpt, **session.padding}
     first = {"transformer": session.on_device(session.first_weights())}
     optimizer = Optimizer(first, settings.optimizer, total_steps=settings.steps)
@@ -343,18 +335,11 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     """Stage 3: PPO from the reference, with checkpoints."""
     folder.begin_stage(session, "ppo")
     settings, config, stop_id = session.config.ppo, session.config, session.tokenizer.eos
-    total = settings.iterations
+    total, task = settings.iterations, Task(partial(_sample_batch, session), score, stop_id)
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
     done, kl_coef, origin = folder.load_state(session, "ppo", optimizer, total, reference)
-    loop = train_ppo(
-        optimizer,
-        origin,
-        Task(partial(_sample_batch, session), score, stop_id),
-        config=session.gpt,
-        settings=settings,
-        rng=session.rng["shuffle"],
-        kl_coef=kl_coef,
-    )
+    how = {"config": session.gpt, "settings": settings, "rng": session.rng["shuffle"]}
+    loop = train_ppo(optimizer, origin, task, kl_coef=kl_coef, **how)
     looks = snapshots.moments(session)
     look = partial(snapshots.take_snapshot, session, score=score)
     if looks and not done:

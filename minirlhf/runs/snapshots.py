@@ -32,21 +32,11 @@ def token_rows(
     scores: np.ndarray | None,
     kl_coef: float,
 ) -> list[dict[str, Any]]:
-    """What each reply of `samples` pays, a dict of T tokens each; in nats, if nothing is said.
+    """What each reply of `samples` pays: a dict each, of `app.api.TokenScores`'s fields.
 
-    prompt, response  the texts
-    pieces, ids       (T,) the tokens; a piece is printable text
-    logp, ref_logp    (T,) log pi_theta(y_t|.) and log pi_ref(y_t|.)
-    entropy           (T,) of pi_theta(.|x, y_<t)
-    value             (T,) V(x, y_<t) [reward units]; None where the policy has no value head
-    reward_token      (T,) -beta times what kl_mode takes off the reward of each token, and the
-                      score on the last token [reward units]; None without a score
-    advantage         (T,) of GAE, not whitened [reward units]; None without a value or a score
-    top, ref_top      (T, 5) [piece, probability] of the likeliest next tokens of either policy
-    kl_seq            sum over t of logp - ref_logp: the penalty
-    score             normalised reward of the whole reply; None without one
-    gold              the world's true reward, where there is one
-    kl_coef           beta [reward units per nat]
+    reward_token      -beta times what kl_mode takes off the reward of each token, and the score on
+                      the last token; None without a score
+    value, advantage  None without a value head; advantage, of GAE, also without a score
 
     Args:     scores: (B,) normalised; None where there is no reward yet.
     """
