@@ -37,7 +37,6 @@ from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
 from minirlhf.workers import resolved, share_packed
 from minirlhf.worlds import files, support, tokens
-from minirlhf.worlds.readers import name_and_kind
 from minirlhf.worlds.rewards import Reward, load_reward, name_of
 from minirlhf.worlds.world import World
 
@@ -204,7 +203,6 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     config.refuse_in_dpo(reward)
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     notes = [*(own_reward.try_reward(world) if world.reward else ()), *unused_options(config)]
-    named = config.corpus or config.pairs or "support"
     digests = {"reward_sha256": own_reward.fingerprint(reward)} if reward else {}
     if config.init:
         start = hugging_face.read_gpt2(config.init)
@@ -220,7 +218,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     config = replace(config, workers=workers, reward=name_of(reward), **paths)
     session = Session(config, world, tokenizer, rng, **shown)
     sizes.check_run(config, session.gpt, session.longest)  # sizes may contradict each other
-    out = config.out or new_numbered_folder(name_and_kind(named)[0])
+    out = config.out or new_numbered_folder(world.name)
     session.config, session.world = replace(config, out=out), own_reward.going_on(world, out)
     for note in (*world.notes, *notes):
         session.note(note)

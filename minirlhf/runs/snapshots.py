@@ -105,8 +105,7 @@ def take_snapshot(
     coins = np.random.default_rng(session.config.seed + 1_000_003)  # those of `evaluate`
     sampling = Sampling(session.config.ppo.temperature)
     samples = session.sample(policy, prompts, coins, sampling)._replace(hidden=None)
-    scores = score(samples)
-    rows = token_rows(session, policy, reference, samples, scores=scores, kl_coef=kl_coef)
+    rows = token_rows(session, policy, reference, samples, scores=score(samples), kl_coef=kl_coef)
     kept = [row for row in read_snapshots(session) if row["step"] < done]
     content = jsonl(kept + [{"step": done, **row} for row in rows])
     write_whole(session.folder / "snapshots.jsonl", content)
