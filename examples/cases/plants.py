@@ -30,7 +30,7 @@ from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import fingerprint, remember
-from minirlhf.runs.session import BEGAN, Score, fork_run, open_session
+from minirlhf.runs.session import BEGAN, Score, fork_run, open_session, reopen_session
 from minirlhf.train import ppo, recipes
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.settings import with_fields
@@ -308,7 +308,7 @@ def plant_run(name: str, seed: int, out: Path, *, fast: bool = False) -> Path:
     for path in (folder / "config.toml", folder / BEGAN):
         save_config(path, config)
     with plant.fault(seed) if plant.fault else contextlib.nullcontext(), np.errstate(all="ignore"):
-        pipeline.resume(folder)
+        pipeline.run_stages(reopen_session(folder))
     return folder
 
 

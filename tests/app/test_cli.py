@@ -30,6 +30,7 @@ from tiny_run import (
     outcome,
     refusal,
     tiny_config,
+    train,
     write_names,
     write_pairs,
 )
@@ -40,7 +41,6 @@ from minirlhf.app.commands import parse_config
 from minirlhf.errors import LONGEST, InputError
 from minirlhf.nn.heads import tied_logits_forward
 from minirlhf.nn.transformer import transformer_forward
-from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.train.dpo import DPOConfig
@@ -57,7 +57,7 @@ def desk(tmp_path_factory):
     """A finished run on the support world, at a temperature of its own; no test changes it."""
     out = tmp_path_factory.mktemp("desk") / "run"
     config = tiny_config(out, max_response_tokens=20, ppo__temperature=0.8, ppo__kl_coef=0.3)
-    pipeline.train(config)
+    train(config)
     return out
 
 
@@ -293,7 +293,7 @@ def test_train_shows_before_and_after_and_where_it_lies(capsys, tmp_path):
 
 def test_a_run_from_flags_is_the_run_from_python(capsys, tmp_path, names):
     config = tiny_config(tmp_path / "python", corpus=names, reward=VOWELS)
-    pipeline.train(config)
+    train(config)
     call(capsys, "train", *as_flags(changed(config, {"out": tmp_path / "flags"})))
     assert differences(outcome(config.out), outcome(tmp_path / "flags")) == []
 
@@ -432,7 +432,7 @@ def test_score_uses_the_beta_that_training_arrived_at(capsys, tmp_path, names):
     config = tiny_config(
         tmp_path / "run", corpus=names, reward=VOWELS, ppo__kl_target=0.01, ppo__kl_horizon=50.0
     )
-    pipeline.train(config)
+    train(config)
     _, meta = load_state(config.out / "checkpoint")
     assert abs(meta["kl_coef"] - config.ppo.kl_coef) > 0.005
     _, out, _ = call(capsys, "score", config.out, "--prompt", "k", "--response", "alo")
@@ -450,7 +450,7 @@ def test_a_run_outlives_its_files(capsys, tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     write_pairs("pairs.jsonl")
     config = tiny_config(tmp_path / "run", corpus=write_names(tmp_path / "names.txt"), **source)
-    pipeline.train(config)
+    train(config)
     commands = (
         ("score", config.out, "--prompt", "k", "--response", "alo"),
         ("sample", config.out, "--prompt", "k"),
@@ -467,7 +467,7 @@ def test_a_finished_run_shows_its_table_though_its_files_have_gone(capsys, tmp_p
     (tmp_path / "mine.py").write_text("def count(text):\n    return text.count('a')\n")
     corpus, reward = write_names(tmp_path / "names.txt"), f"{tmp_path / 'mine.py'}:count"
     config = tiny_config(tmp_path / "run", corpus=corpus, reward=reward)
-    pipeline.train(config)
+    train(config)
     _, whole, _ = call(capsys, "resume", config.out)
     (tmp_path / gone).unlink()
     before = outcome(config.out)
@@ -495,7 +495,7 @@ def test_a_finished_run_shows_its_table_though_its_files_have_gone(capsys, tmp_p
 def test_a_finished_run_shows_its_table_though_its_texts_have_changed(capsys, tmp_path, text):
     corpus, pairs = Path(write_names(tmp_path / "n.txt")), Path(write_pairs(tmp_path / "p.jsonl"))
     config = tiny_config(tmp_path / "run", corpus=str(corpus), pairs=str(pairs))
-    pipeline.train(config)
+    train(config)
     whole, before = corpus.read_text(), outcome(config.out)
     corpus.write_text(text)
     status, out, err = call(capsys, "resume", config.out)
@@ -516,7 +516,7 @@ def test_a_finished_run_shows_its_table_though_its_texts_have_changed(capsys, tm
 def test_a_part_is_sampled_from_and_scored_with(capsys, tmp_path, names, stages):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     config = tiny_config(tmp_path / "run", corpus=names, pairs=pairs, stages=stages)
-    pipeline.train(config)
+    train(config)
     before = files_under(config.out)
     said = f"note: {config.out} has no policy yet: its reference stands for it\n"
     status, out, err = call(capsys, "sample", config.out, "--prompt", "k")

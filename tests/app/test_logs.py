@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_run import metrics, tiny_config, write_pairs
+from tiny_run import metrics, tiny_config, train, write_pairs
 
 from minirlhf.app.logs import TABLES, read_log
 from minirlhf.errors import InputError
-from minirlhf.runs import pipeline
 from minirlhf.runs.log import RunLog
 
 PPO_STATE = Path(__file__).with_name("trl-1.12.0-ppo") / "trainer_state.json"
@@ -212,7 +211,7 @@ def test_a_mean_over_tokens_is_never_the_sum():
 def desk(tmp_path_factory):
     """A finished run of the support world, with its mirror for spreadsheets."""
     config = tiny_config(tmp_path_factory.mktemp("desk") / "desk", log="csv")
-    pipeline.train(config)
+    train(config)
     return config.out
 
 
@@ -244,7 +243,7 @@ def test_its_files_elsewhere_are_the_same_log(desk, tmp_path):
 
 def test_dpo_is_a_stage(tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
-    pipeline.train(tiny_config(tmp_path / "run", pairs=pairs, stages="sft,dpo"))
+    train(tiny_config(tmp_path / "run", pairs=pairs, stages="sft,dpo"))
     assert list(read_log(tmp_path / "run").stages) == ["sft", "dpo"]
     assert "rewards/margins" in series(tmp_path / "run", "dpo")[0]
 

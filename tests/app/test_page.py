@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from tiny_run import VOWELS, call, interrupted_after, metrics, refusal, tiny_config, write_pairs
+from tiny_run import (
+    VOWELS,
+    call,
+    interrupted_after,
+    metrics,
+    refusal,
+    tiny_config,
+    train,
+    write_pairs,
+)
 
 import minirlhf
 from minirlhf.app import charts, page
@@ -23,7 +32,6 @@ from minirlhf.app.pictures import CURVES
 from minirlhf.app.tables import ROWS
 from minirlhf.disk import parse_object
 from minirlhf.exact import ground_truth, tiny
-from minirlhf.runs import pipeline
 from minirlhf.runs.log import read_jsonl
 
 EVIL = "<script>alert(1)</script>&'\"]]>"
@@ -35,7 +43,7 @@ def runs(tmp_path_factory):
     """Two runs of other betas, with snapshots; no test changes them."""
     folder = tmp_path_factory.mktemp("runs")
     for name, beta in (("some", 0.2), ("none", 0.0)):
-        pipeline.train(tiny_config(folder / name, ppo__kl_coef=beta, snapshots=2, seed=3))
+        train(tiny_config(folder / name, ppo__kl_coef=beta, snapshots=2, seed=3))
     return folder / "some", folder / "none"
 
 
@@ -299,7 +307,7 @@ def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
 def test_a_run_that_stopped_shows_what_it_has(tmp_path, capsys, title, steps):
     track = interrupted_after(title, steps)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(tiny_config(tmp_path / "run"), track=track)
+        train(tiny_config(tmp_path / "run"), track=track)
     found = text_of(capsys, tmp_path / "run")
     assert "This run has not ended" in found.said and "minirlhf resume" in found.said
     if title == "PPO":
@@ -313,7 +321,7 @@ def test_a_run_that_stopped_shows_what_it_has(tmp_path, capsys, title, steps):
 
 
 def test_dpo_has_its_own_curves(tmp_path, capsys):
-    pipeline.train(tiny_config(tmp_path / "run", stages="sft,dpo", dpo__epochs=1))
+    train(tiny_config(tmp_path / "run", stages="sft,dpo", dpo__epochs=1))
     found = text_of(capsys, tmp_path / "run")
     assert set(found.lines("rewards/chosen")[0]) == {"chosen", "rejected"}
     assert found.lines("rewards/chosen")[0]["rejected"] == measured(
@@ -325,15 +333,15 @@ def test_dpo_has_its_own_curves(tmp_path, capsys):
 def test_where_there_is_nobody_to_ask_it_says_so(tmp_path, capsys):
     """Pairs of one's own are not read again, and DPO logs no replies; or there is no policy yet."""
     pairs = write_pairs(tmp_path / "pairs.jsonl")
-    pipeline.train(tiny_config(tmp_path / "pairs", stages="sft,dpo", pairs=pairs, dpo__epochs=1))
-    pipeline.train(tiny_config(tmp_path / "sft", stages="sft"))
+    train(tiny_config(tmp_path / "pairs", stages="sft,dpo", pairs=pairs, dpo__epochs=1))
+    train(tiny_config(tmp_path / "sft", stages="sft"))
     for name in ("pairs", "sft"):
         assert "Not shown: replies: expected" in text_of(capsys, tmp_path / name).said
 
 
 def test_a_reward_of_ones_own_has_its_units_and_no_gold(tmp_path, capsys, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, eval_every=0)
-    pipeline.train(config)
+    train(config)
     found = text_of(capsys, tmp_path / "run")
     (reward,) = found.lines("objective/reward")
     assert reward["training"] == measured(tmp_path / "run", "objective/reward")
@@ -348,7 +356,7 @@ def test_a_reward_of_ones_own_has_its_units_and_no_gold(tmp_path, capsys, names)
 def test_texts_are_text_wherever_they_stand(tmp_path, capsys):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     run = tmp_path / EVIL.replace("/", "|")
-    pipeline.train(tiny_config(run, pairs=pairs, snapshots=1, ppo__iterations=2))
+    train(tiny_config(run, pairs=pairs, snapshots=1, ppo__iterations=2))
     for name, key in (("samples.jsonl", "response"), ("snapshots.jsonl", "prompt")):
         rows = read_jsonl(run / name)
         content = "".join(json.dumps(row | {key: EVIL}) + "\n" for row in rows)

@@ -4,11 +4,19 @@ import json
 import shutil
 
 import pytest
-from tiny_run import call, changed, differences, interrupted_after, outcome, refusal, tiny_config
+from tiny_run import (
+    call,
+    changed,
+    differences,
+    interrupted_after,
+    outcome,
+    refusal,
+    tiny_config,
+    train,
+)
 
 import minirlhf
 from minirlhf.app import sweep
-from minirlhf.runs import pipeline
 from minirlhf.runs.config import load_config, save_config
 
 RATE = "ppo.optimizer.learning_rate"
@@ -31,7 +39,7 @@ def alone(tmp_path_factory):
         key = tuple(changes.items())
         if key not in made:
             out = tmp_path_factory.mktemp("alone") / "run"
-            pipeline.train(tiny_config(out, **changes))
+            train(tiny_config(out, **changes))
             made[key] = outcome(out)
         return made[key]
 

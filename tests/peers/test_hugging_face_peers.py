@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import CHATS, VOWELS, tiny_config, write_names, write_pairs
+from tiny_run import CHATS, VOWELS, tiny_config, train, write_names, write_pairs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
@@ -114,7 +114,7 @@ def test_what_transformers_saves_again_is_read(pair, tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     pairs = write_pairs(folder / "pairs.jsonl")
-    pipeline.train(tiny_config(folder / "run", pairs=pairs, sft__steps=150))
+    train(tiny_config(folder / "run", pairs=pairs, sft__steps=150))
     return folder / "run"
 
 

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import CHATS, VOWELS, differences, interrupted_after, outcome, tiny_config
+from tiny_run import (
+    CHATS,
+    VOWELS,
+    differences,
+    interrupted_after,
+    outcome,
+    resume,
+    tiny_config,
+    train,
+)
 
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
@@ -25,7 +34,7 @@ from minirlhf.runs.hugging_face import (
     read_gpt2,
     read_tokenizer,
 )
-from minirlhf.runs.session import open_session
+from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.tree import tree_items
 from minirlhf.worlds.examples import as_example
 from minirlhf.worlds.tokens import BOS, EOS, PAD, PATTERN, SEP, make_tokenizer, train_tokenizer
@@ -307,7 +316,7 @@ def test_learning_rates_of_tiny_models_are_noted_beside_init():
 def test_a_run_from_a_gpt2_keeps_its_sizes_and_repeats_itself(tmp_path, names, gpt2, monkeypatch):
     said = []
     config = of_gpt2(tmp_path / "a", names, gpt2)
-    pipeline.train(config, say=said.append)
+    train(config, say=said.append)
     assert f"note: --init: {read_gpt2(gpt2).says}" in said
     assert not any("learning rates" in line for line in said)  # they are the test's own
     assert any(re.match("note: --model.*, --vocab-size change nothing beside", s) for s in said)
@@ -316,9 +325,9 @@ def test_a_run_from_a_gpt2_keeps_its_sizes_and_repeats_itself(tmp_path, names, g
     monkeypatch.chdir(gpt2.parent)  # a path that is not absolute is found from anywhere
     interrupted = of_gpt2(tmp_path / "b", names, gpt2.name)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(interrupted, track=interrupted_after("supervised fine-tuning", 2))
+        train(interrupted, track=interrupted_after("supervised fine-tuning", 2))
     monkeypatch.chdir(tmp_path)
-    pipeline.resume(tmp_path / "b")
+    resume(tmp_path / "b")
     assert not differences(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
 
 
@@ -326,10 +335,10 @@ def test_a_finished_reference_needs_its_gpt2_no_more(tmp_path, names, gpt2):
     moved = shutil.copytree(gpt2, tmp_path / "moved")
     config = of_gpt2(tmp_path / "run", names, moved)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config, track=interrupted_after("PPO", 1))
+        train(config, track=interrupted_after("PPO", 1))
     shutil.rmtree(moved)
-    pipeline.resume(config.out)
-    policy, reference = pipeline.load_models(pipeline.reopen_session(config.out, look=True))
+    resume(config.out)
+    policy, reference = pipeline.load_models(reopen_session(config.out, look=True))
     assert policy["transformer"].keys() == reference["transformer"].keys()
 
 
@@ -337,13 +346,13 @@ def test_another_gpt2_than_the_run_began_with_is_refused(tmp_path, names, gpt2):
     moved = shutil.copytree(gpt2, tmp_path / "moved")
     config = of_gpt2(tmp_path / "run", names, moved)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config, track=interrupted_after("supervised fine-tuning", 1))
+        train(config, track=interrupted_after("supervised fine-tuning", 1))
     for other in ({"seed": 1}, {"config": GPTConfig(**vars(CONFIG) | {"n_ctx": 40})}):
         write_gpt2(moved, **other)
         with pytest.raises(InputError, match="expected the weights that were there when the run"):
-            pipeline.resume(config.out)
+            resume(config.out)
     write_gpt2(moved)
-    pipeline.resume(config.out)
+    resume(config.out)
 
 
 def test_texts_longer_than_its_positions_are_refused(tmp_path, names, gpt2):
@@ -354,7 +363,7 @@ def test_texts_longer_than_its_positions_are_refused(tmp_path, names, gpt2):
 
 
 def test_what_a_run_made_can_be_started_from(tmp_path, names, gpt2):
-    pipeline.train(of_gpt2(tmp_path / "first", names, gpt2))
+    train(of_gpt2(tmp_path / "first", names, gpt2))
     start = read_gpt2(tmp_path / "first/policy")
     assert "of its tokenizer.json" in start.says and "new" not in start.says
     second = of_gpt2(tmp_path / "second", names, tmp_path / "first/policy", sft__steps=0)
