@@ -36,6 +36,9 @@ def template(name: str) -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.globals |= {"limit": LIMIT, "pays": BAD, "earns": GOOD, "steps": MARKS}
+    tools = (differences, accumulate, extremes, marks)
+    environment.globals |= {tool.__name__: tool for tool in tools}
     return environment.get_template(name)
 
 
@@ -67,20 +70,8 @@ def marks(d: float) -> str:
 
 def html(rows: list[Row], *, document: bool = False) -> str:
     """The replies below each other, as a part of a page or as one that stands alone."""
-    same = {"rows": rows, "span": span(rows), "of": tools()}
-    of_template = template("coloured.html").module
-    return str(of_template.document(**same) if document else of_template.fragment(**same))
-
-
-def tools() -> dict[str, Any]:
-    """What the macros of coloured.html ask of this file."""
-    shades = {"limit": LIMIT, "pays": BAD, "earns": GOOD, "steps": MARKS}
-    return shades | {
-        "differences": differences,
-        "sums": lambda row: list(accumulate(differences(row))),
-        "extremes": extremes,
-        "marks": marks,
-    }
+    made = template("coloured.html").module
+    return str((made.document if document else made.fragment)(rows, span(rows)))
 
 
 def text(row: Row) -> Text:
@@ -122,6 +113,5 @@ def picture(rows: dict[str, Row], path: Path) -> Path:
     lines = sum(-(-len(row["pieces"]) // 12) + 0.5 for row in rows.values())
     figure, ((axis,),) = pictures.new_figure(11, 0.62 * lines + 0.5, 1, 1)
     pictures.draw_tokens(axis, replies, limit=LIMIT)
-    axis.set_axis_off()
     axis.set_title(f"log π − log π_ref of each token [nats]; colours end at ±{LIMIT:g}", fontsize=9)
     return pictures.save(figure, path)

@@ -6,7 +6,6 @@ too, as the run has logged them. Nothing is loaded when the page is opened.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -19,8 +18,8 @@ from minirlhf.app.api import open_run
 from minirlhf.app.charts import Line, chart
 from minirlhf.app.diagnose import diagnose
 from minirlhf.app.known import known_world
-from minirlhf.app.tables import ROWS, WORDS
-from minirlhf.disk import plain, read_toml, write_whole
+from minirlhf.app.tables import ROWS
+from minirlhf.disk import plain, write_whole
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config
 from minirlhf.runs.log import read_jsonl, read_metrics
@@ -31,14 +30,9 @@ Row = dict[str, Any]
 MOST_RUNS, MOST_MOMENTS = 5, 9
 HEADINGS = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 ROOT = "√KL to the reference [√nats]"
+UNITS = {"score": "sd of the reference's scores", "kl_seq": "nats", "length": "characters"}
 LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
-LOGGED = {  # a row of the final table -> its unit, and what PPO logs of it at each iteration
-    "proxy": ("sd of the reference's scores", "objective/scores"),
-    "gold": ("its own units", "objective/gold"),
-    "reward": ("units of your reward", "objective/reward"),
-    "kl_seq": ("nats a reply", "objective/kl"),
-    "length": ("tokens a reply", "response_length/mean"),
-}
+PANELS, STORY = pictures.METRICS["panels"], pictures.METRICS["story"]
 
 
 class Recorded(NamedTuple):
@@ -56,24 +50,18 @@ class Recorded(NamedTuple):
         return self.folder.resolve().name
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]]:
-        """After how many steps a metric was measured, and its numbers, None for nan."""
         rows = [row for row in self.rows if row["stage"] == stage]
-        last = self.ends.get("policy", {}).get(name.removeprefix("eval/"))
-        if stage == "ppo" and name.startswith("eval/") and last is not None and rows:
-            rows += [{"step": rows[-1]["step"], name: last}] * (name not in rows[-1])
-        rows = [row for row in rows if isinstance(row.get(name, ""), int | float | None)]
-        before = name.startswith("heldout/")  # measured before the step of its line
-        y = plain([row[name] for row in rows])
-        return ([row["step"] + (not before) for row in rows], y) if {*y} - {None} else ([], [])
+        return pictures.series(rows, name, self.ends.get("policy", {}))
 
     @property
     def story(self) -> dict[str, tuple[float, float]]:
-        """{row of LOGGED: (before, after)}, of the final table or as far as PPO has come."""
-        ends, found = self.ends.values(), {}
-        for name, (_, logged) in LOGGED.items():
-            values = plain([of.get(name) for of in ends]) or self.series("ppo", logged)[1]
-            values = [x for x in values if x is not None]
-            found |= {name: (values[0], values[-1])} if len(values) > 1 else {}
+        """{row of the final table: (before, after)}, or as far as PPO has come."""
+        found = {}
+        for name, logged in STORY.items():
+            ends = plain([end.get(name) for end in self.ends.values()])
+            values = [x for x in ends or self.series("ppo", logged)[1] if x is not None]
+            if len(values) > 1:
+                found[name] = values[0], values[-1]
         return found
 
 
@@ -94,16 +82,11 @@ def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: boo
 
 
 def recorded(folder: str | Path) -> Recorded:
-    """Read a run, ended or not.
-
-    Raises:   InputError: it is none, or its files are damaged.
-    """
+    """Read a run, ended or not."""
     folder, ends, seconds = Path(folder), {}, {}
     config = dict(flat(load_config(folder / "config.toml")))
-    path = folder / "samples.jsonl"
-    samples = (
-        read_jsonl(path, {"step": int, "prompt": str, "response": str}) if path.exists() else []
-    )
+    path, has = folder / "samples.jsonl", {"step": int, "prompt": str, "response": str}
+    samples = read_jsonl(path, has) if path.exists() else []
     if (folder / "result.json").exists():
         result = read_result(folder)
         ends, seconds = {"reference": result.reference, "policy": result.policy}, result.seconds
@@ -115,7 +98,7 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
     figures = [*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)]
     return coloured.template("page.html").render(
         runs=runs,
-        findings=findings(runs),
+        findings=[(run, diagnose(run.folder)) for run in runs],
         replies=replies(runs),
         ends=ends(runs),
         stages=[*stages(runs)],
@@ -123,9 +106,7 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
         figures=figures,
         partings=[*partings(runs)],
         settings=settings(runs),
-        logged=LOGGED,
-        table={"rows": ROWS, "words": WORDS},
-        of=coloured.tools(),
+        metrics=pictures.METRICS,
         size=charts,
         number=charts.number,
         version=__version__,
@@ -152,10 +133,7 @@ def replies(runs: list[Recorded]) -> Row:
 
 
 def moments(path: Path) -> list[tuple[str, list[Row]]]:
-    """(label, replies) of the first snapshot of a run, of the last, and of some between.
-
-    Raises:   InputError: the file is damaged.
-    """
+    """(label, replies) of the first snapshot of a run, of the last, and of some between."""
     from jinja2 import UndefinedError
 
     rows = read_jsonl(path, {"step": int})
@@ -175,12 +153,7 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
 
 
 def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
-    """(label, replies) of each run's policy, of one beside its reference, to held-out prompts.
-
-    The prompts that pay most stand first.
-
-    Raises:   InputError: a run has no reference yet, there is nothing to ask, or it is damaged.
-    """
+    """(label, replies) of each run, of one beside its reference; what pays most stands first."""
     opened = [open_run(run.folder) for run in runs]
     known = [*opened[0].session.world.heldout_prompts, *(row["prompt"] for row in runs[0].samples)]
     same = {"prompts": [*dict.fromkeys(known)][:PROMPTS], "seed": opened[0].config.seed}
@@ -201,19 +174,10 @@ def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
 
 
 # -- curves --------------------------------------------------------------------------------------
-@cache
-def readings() -> dict[str, Row]:
-    """Each panel by its first metric: title, unit, metrics, and how it is read."""
-    found = read_toml(Path(__file__).with_name("readings.toml"))
-    for title, (unit, *metrics) in pictures.CURVES.items():
-        found[metrics[0]] |= {"title": title, "unit": unit, "metrics": metrics}
-    return found
-
-
 def stages(runs: list[Recorded]) -> Iterator[tuple[str, list[Row]]]:
     """Of each stage that has run its title and its charts."""
     for stage, title in HEADINGS.items():
-        panels = [panel(runs, stage, of) for of in readings().values()]
+        panels = [panel(runs, stage, of) for of in PANELS.values()]
         if any(panels):
             yield title, [one for one in panels if one]
 
@@ -222,13 +186,12 @@ def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
     """A chart with its sentences; of several runs one metric each, and no reading."""
     lines, values, alone = [], {}, len(runs) == 1
     for i, run in enumerate(runs):
-        names = sorted(of["metrics"], key=is_held)
-        found = {name: xy for name in names if (xy := run.series(stage, name))[0]}
+        found = {name: xy for name in of["metrics"] if (xy := run.series(stage, name))[0]}
         for j, (name, (x, y)) in enumerate([*found.items()][: None if alone else 1]):
-            held = is_held(name)
+            held = pictures.is_held(name)
             label = LABELS.get(name, "held out" if held else "training") if alone else run.name
-            dots = held and len(x) < 60
-            lines.append(Line(label, *charts.thinned(x, y), f"l{i + j}", dots=dots))
+            points, dots = charts.thinned(x, y), held and len(x) < 60
+            lines.append(Line(label, *points, f"l{i + j}", dots=dots))
             values.setdefault(held, [v for v in y if v is not None])
     if not lines:
         return None
@@ -239,13 +202,8 @@ def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
     return chart(of["title"], of["unit"], x, lines, **told)
 
 
-def is_held(name: str) -> bool:
-    """Is a metric of texts that nobody trains on?"""
-    return name.startswith(("heldout/", "eval/"))
-
-
 def numbers_of(ours: list[float], held: list[float]) -> dict[str, float]:
-    """What sentences may speak of: readings.toml."""
+    """What sentences may speak of: metrics.toml."""
     first, last, most = ours[0], ours[-1], max(ours)
     found = {"first": first, "last": last, "change": last - first, "most": most}
     found |= {"span": most - min(ours), "fall": most - last, "exp": math.exp(min(last, 700.0))}
@@ -263,22 +221,20 @@ def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
 
 def paths(run: Recorded) -> Iterator[Row]:
     """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
-    kl = run.series("ppo", LOGGED["kl_seq"][1])[1]
-    for name in ("proxy", "gold", "reward"):
-        unit, logged = LOGGED[name]
-        pairs = zip(kl, run.series("ppo", logged)[1], strict=False)
+    kl = run.series("ppo", STORY["kl_seq"])[1]
+    for name in pictures.GAINS:
+        pairs = zip(kl, run.series("ppo", STORY[name])[1], strict=False)
         points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
         if len(points) > 1:
             (d, y), law = np.array(points).T, None
-            some = slice(None, None, len(d) // charts.MOST_POINTS + 1)
             look = "l0" if name == "proxy" else "l1"
-            lines = [Line("PPO", d[some], y[some], look, dots=True)]
+            lines = [Line("PPO", *charts.thinned(d, y), look, dots=True)]
             if len(points) >= 8 and d.max() > 0.3:
                 start, at = run.story[name][0], np.linspace(0, d.max(), 40)
                 law = fitted(d, y - start)
                 gain = at * (law["alpha"] - law["beta"] * at)
                 lines.append(Line("fitted law", at, start + gain, "fit"))
-            yield chart(f"{name} on the way", unit, ROOT, lines, law=law)
+            yield chart(f"{name} on the way", PANELS[STORY[name]]["unit"], ROOT, lines, law=law)
 
 
 def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
@@ -299,25 +255,21 @@ def histograms(run: Recorded) -> Iterator[Row]:
     """Logged replies of the first and of the last fifth of the iterations."""
     steps = sorted({row["step"] for row in run.samples})
     n = len(steps) // 5 or 1
+    parts = {f"first {n} iterations": steps[:n], f"last {n} iterations": steps[-n:]}
     rows = [{**row, "length": float(len(row["response"]))} for row in run.samples]
-    for name, unit in (("score", LOGGED["proxy"][0]), ("kl_seq", "nats"), ("length", "characters")):
-        first, last = (
-            [row[name] for row in rows if row["step"] in some and isinstance(row.get(name), float)]
-            for some in (steps[:n], steps[-n:])
-        )
-        if steps[1:] and first and last:
-            edges = np.histogram_bin_edges(first + last, 14)
-            lines = [
-                charts.stairs(f"first {n} iterations", first, edges, "l1"),
-                charts.stairs(f"last {n} iterations", last, edges, "l0"),
-            ]
-            x = f"{name} [{unit}]"
-            yield chart(f"{name} of the logged replies", "share of replies", x, lines)
+    for name, unit in UNITS.items():
+        known = [row for row in rows if isinstance(row.get(name), float)]
+        values = [[row[name] for row in known if row["step"] in some] for some in parts.values()]
+        if steps[1:] and all(values):
+            edges = np.histogram_bin_edges(np.concatenate(values), 14)
+            lines = map(charts.stairs, parts, values, [edges] * 2, ("l1", "l0"))
+            title, x = f"{name} of the logged replies", f"{name} [{unit}]"
+            yield chart(title, "share of replies", x, [*lines])
 
 
 def frontier(runs: list[Recorded]) -> Iterator[Row]:
     """Where several runs have ended: score, and gold or reward, against the root of their KL."""
-    for name in ("proxy", "gold", "reward"):
+    for name in pictures.GAINS:
         lines, points = [], []
         for i, run in enumerate(runs):
             if run.ends and name in run.story:
@@ -330,20 +282,20 @@ def frontier(runs: list[Recorded]) -> Iterator[Row]:
         if len(lines) > 1:
             x, y = zip(*sorted(set(points)), strict=True)
             lines.append(Line("from the reference on", x, y, "fit"))
-            yield chart(f"{name} for its KL", LOGGED[name][0], ROOT, lines)
+            yield chart(f"{name} for its KL", PANELS[STORY[name]]["unit"], ROOT, lines)
 
 
 # -- tables --------------------------------------------------------------------------------------
-def ends(runs: list[Recorded]) -> list[tuple[str, str, str, list[float]]]:
-    """(name, what it is, its format, values of each policy that has ended).
+def ends(runs: list[Recorded]) -> dict[str, list[float]]:
+    """{row of the final table: its value for each policy that has ended}.
 
-    Those of the reference stand first, if there is one run: several need not have the same.
+    That of the reference stands first, if there is one run: several need not have the same.
     """
     columns = [run.ends["policy"] for run in runs if run.ends]
     if len(runs) == 1:
-        columns = [run.ends["reference"] for run in runs if run.ends] + columns
-    rows = ((name, *of, [end.get(name, math.nan) for end in columns]) for name, of in ROWS.items())
-    return [row for row in rows if any(map(math.isfinite, row[-1]))]
+        columns = [*runs[0].ends.values()]
+    rows = {name: [end.get(name, math.nan) for end in columns] for name in ROWS}
+    return {name: values for name, values in rows.items() if any(map(math.isfinite, values))}
 
 
 def settings(runs: list[Recorded]) -> dict[str, list[tuple]]:
@@ -365,8 +317,3 @@ def partings(runs: list[Recorded]) -> Iterator[Row]:
             if a.get(name) != b.get(name) and not name.startswith("time/")
         )
         yield next(found, {"run": run.name, "at": {}})
-
-
-def findings(runs: list[Recorded]) -> list[tuple[Recorded, Any]]:
-    """What `diagnose` says of each run."""
-    return [(run, diagnose(run.folder)) for run in runs]

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from minirlhf.disk import write_whole
+from minirlhf.disk import plain, read_toml, write_whole
 
 Row = dict[str, Any]
+METRICS = read_toml(Path(__file__).with_name("metrics.toml"))
 ROUNDING = 1e-12  # below, an error is rounding
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
 LOOKS = [  # of the lines of an axis, in their order
@@ -101,43 +102,46 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
     return groups
 
 
-CURVES = {  # title -> unit, what is measured while a stage learns, and of what was held out
-    "fine-tuning: its loss": ("nats per token", "loss/sft", "heldout/loss_sft"),
-    "reward model: its loss": ("nats per pair", "loss/reward_model", "heldout/loss_reward_model"),
-    "pairs in the right order": ("share", "accuracy", "heldout/accuracy", "rewards/accuracies"),
-    "DPO: its loss": ("per pair", "loss/dpo", "heldout/loss_dpo"),
-    "score: what PPO raises": ("sd of the reference's scores", "objective/scores", "eval/proxy"),
-    "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
-    "your reward": ("its own units", "objective/reward", "eval/reward"),
-    "KL to the reference: how far it went": ("nats per reply", "objective/kl", "eval/kl_seq"),
-    "entropy: 0 is no choice": ("nats per token", "policy/entropy_avg", "eval/entropy"),
-    "length of a reply": ("tokens", "response_length/mean", "eval/length"),
-}
+def series(rows: list[Row], name: str, last: Row) -> tuple[list[int], list[float | None]]:
+    """After how many steps a metric was measured, and its numbers, None for nan; [] if it has none.
+
+    Args:     rows: lines of metrics.jsonl, one stage at a time.
+              last: the final table: an evaluation after PPO's last step, if there was none.
+    """
+    end = last.get(name.removeprefix("eval/"))
+    if name.startswith("eval/") and end is not None and rows and rows[-1]["stage"] == "ppo":
+        rows = [*rows[:-1], {name: end, **rows[-1]}]
+    rows = [row for row in rows if isinstance(row.get(name, ""), int | float | None)]
+    before = name.startswith("heldout/")  # measured before the step of its line
+    y = plain([row[name] for row in rows])
+    return ([row["step"] + (not before) for row in rows], y) if {*y} - {None} else ([], [])
+
+
+def is_held(name: str) -> bool:
+    """Is a metric of texts that nobody trains on?"""
+    return name.startswith(("heldout/", "eval/"))
 
 
 def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
-    """The panels of CURVES for which a run's metrics, or the last table of PPO, have numbers."""
+    """What a run's metrics, and the last table of PPO, say of each stage that it went through."""
     panels = []
-    if last and metrics and metrics[-1]["stage"] == "ppo" and "eval/kl_seq" not in metrics[-1]:
-        of_last = {f"eval/{name}": x for name, x in last.items() if x == x}
-        metrics = [*metrics, {"stage": "ppo", "step": metrics[-1]["step"], **of_last}]
-    for title, (unit, *names) in CURVES.items():
-        rows = [[row for row in metrics if isinstance(row.get(n), int | float)] for n in names]
-        if any(rows):
-            panels.append((title, unit, zip(LOOKS, names, rows, strict=False)))
+    for stage in dict.fromkeys(row["stage"] for row in metrics):
+        rows = [row for row in metrics if row["stage"] == stage]
+        x = "PPO iteration" if stage == "ppo" else "update"
+        for of in METRICS["panels"].values():
+            lines = {n: xy for n in of["metrics"] if (xy := series(rows, n, last or {}))[0]}
+            if lines and "curve" in of:
+                panels.append((x, of, lines))
     columns = min(3, len(panels)) or 1
     n_rows = -(-len(panels) // columns) or 1
     figure, axes = new_figure(3.7 * columns, 2.8 * n_rows, n_rows, columns)
-    for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
-        for look, name, rows in (line for line in lines if line[2]):
-            counts = name.startswith("heldout/")  # the updates before it, not the one of its row
-            points = [row["step"] + (not counts) for row in rows], [row[name] for row in rows]
-            label = "held out" if counts or name.startswith("eval/") else "training"
-            every = -(-len(rows) // 20)  # 850 markers would hide the line
+    for axis, (x, of, lines) in zip(axes.flat, panels, strict=False):
+        for look, (name, points) in zip(LOOKS, lines.items(), strict=False):
+            label = "held out" if is_held(name) else "training"
+            every = -(-len(points[0]) // 20)  # 850 markers would hide the line
             draw_lines(axis, {label: points}, [{**look, "markevery": every}])
-            x = "PPO iteration" if rows[0]["stage"] == "ppo" else "update"
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        say(axis, title, x, unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        say(axis, of["title"], x, of["unit"])
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     return figure

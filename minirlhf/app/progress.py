@@ -13,19 +13,10 @@ from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.text import Text
 
+from minirlhf.app.pictures import METRICS
+
 SECONDS_BETWEEN_LINES = 10.0
-FIGURES = {  # metric -> what it is called beside the bar; a line has the first three
-    "objective/scores": "score",
-    "objective/kl": "kl_seq",
-    "objective/gold": "gold",
-    "objective/reward": "reward",
-    "policy/entropy_avg": "entropy",
-    "response_length/mean": "length",
-    "objective/kl_coef": "beta",
-    **{f"loss/{stage}": "loss" for stage in ("sft", "reward_model", "dpo")},
-    **{f"heldout/loss_{stage}": "held out" for stage in ("sft", "reward_model", "dpo")},
-    **dict.fromkeys(("accuracy", "rewards/accuracies"), "accuracy"),
-}
+FIGURES = METRICS["bar"]
 BLOCKS, ASCII, WIDTH = "▁▂▃▄▅▆▇█", "_.-=+*#@", 16  # of a sparkline
 
 _figures: dict[str, list[float]] = {}  # of the stage at work: what each was, step by step

@@ -13,28 +13,13 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from minirlhf.app.pictures import METRICS
 from minirlhf.disk import shorten
 from minirlhf.runs.pipeline import Result
 from minirlhf.worlds.world import World
 
 GOOD, BAD = "#0072b2", "#d55e00"  # blue and vermilion: every eye can tell them apart
-ROWS = {  # metric of `evaluate.response_metrics` -> (label, format)
-    "proxy": ("proxy reward (what training sees)", "{:.2f}"),
-    "gold": ("gold reward (what is wanted)", "{:.2f}"),
-    "reward": ("your reward", "{:.4g}"),
-    "kl_seq": ("kl_seq, sum of log-ratios [nats]", "{:.2f}"),
-    "kl_full_seq": ("kl_full_seq, whole vocabulary [nats]", "{:.2f}"),
-    "entropy": ("entropy [nats per token]", "{:.2f}"),
-    "length": ("length [tokens]", "{:.1f}"),
-    "distinct_2": ("distinct-2, all replies", "{:.3f}"),
-    "repeated_bigrams": ("repeated bigrams inside a reply", "{:.3f}"),
-    "ended": ("replies that end by themselves", "{:.2f}"),
-}
-WORDS = {  # what the words of the table mean, where its rows need it
-    "proxy": "proxy: the score of the reward model or your own, scaled: what PPO maximises",
-    "gold": "gold: the world's own measure of a good reply, which training never sees",
-    "distinct_2": "distinct-2: different pairs of neighbouring tokens / all pairs, of all replies",
-}
+ROWS, WORDS = METRICS["rows"], METRICS["words"]
 
 
 class NumberTable(Table):

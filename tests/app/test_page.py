@@ -17,9 +17,8 @@ import pytest
 from tiny_run import VOWELS, call, interrupted_after, metrics, refusal, tiny_config, write_pairs
 
 import minirlhf
-from minirlhf.app import charts, page
+from minirlhf.app import charts, page, pictures
 from minirlhf.app.known import BETAS, known_world
-from minirlhf.app.pictures import CURVES
 from minirlhf.app.tables import ROWS
 from minirlhf.disk import parse_object
 from minirlhf.exact import ground_truth, tiny
@@ -101,14 +100,14 @@ def measured(run, name):
 
 def test_every_curve_is_that_of_metrics_jsonl(shown, runs):
     last = json.loads((runs[0] / "result.json").read_text())["policy"]
-    for metric, panel in page.readings().items():
+    for metric, panel in page.PANELS.items():
         expected = {}
         for name in panel["metrics"]:
             x, y = measured(runs[0], name)
             if name.startswith("eval/") and y and x[-1] < 3:  # the final table is the last one
                 x, y = [*x, 3], [*y, last[name.removeprefix("eval/")]]
             if any(of is not None for of in y):
-                expected["held out" if page.is_held(name) else "training"] = x, y
+                expected["held out" if pictures.is_held(name) else "training"] = x, y
         found = shown.lines(metric)
         assert found == ([expected] if expected else []), metric
     assert len(shown.lines("objective/kl")[0]["training"][0]) == 3
@@ -200,11 +199,10 @@ def test_ticks_are_round_and_inside(low, high):
 
 
 def test_every_panel_has_a_reading_and_every_reading_an_end():
-    readings = page.readings()
-    assert {metrics[0] for _, *metrics in (of for of in CURVES.values())} <= readings.keys()
     some = page.numbers_of([1.0, 2.0], [3.0, 4.0])
-    for metric, of in readings.items():
+    for metric, of in page.PANELS.items():
         assert of["metrics"][0] == metric and of["healthy"].endswith(".")
+        assert of["metrics"] == sorted(of["metrics"], key=pictures.is_held)  # these stand last
         for number, _, text in of["says"]:
             assert text[-1] in ".?" and number in some
             assert set(re.findall(r"{(\w+)}", text)) <= some.keys()
@@ -212,7 +210,7 @@ def test_every_panel_has_a_reading_and_every_reading_an_end():
 
 
 def said(metric, ours, held=()):
-    parts = page.sentence(page.readings()[metric]["says"], page.numbers_of(ours, list(held)))
+    parts = page.sentence(page.PANELS[metric]["says"], page.numbers_of(ours, list(held)))
     return "".join(part if isinstance(part, str) else charts.number(part) for part in parts)
 
 
@@ -394,7 +392,7 @@ def test_findings_follow_the_replies_and_are_text(runs, monkeypatch):
     finding = SimpleNamespace(rule="r<b>", severity="warning", onset=7)
     finding.evidence, finding.cause, finding.knob = "<i>", "c", "k"
     found = Found([finding], ["a rule: without its metric"])
-    monkeypatch.setattr(page, "findings", lambda runs: [(runs[0], found)])
+    monkeypatch.setattr(page, "diagnose", lambda folder: found)
     shown = Page(page.page([page.recorded(runs[0])]))
     assert "warning: r<b> , from step 7 on <i> c First: k" in shown.said
     assert "a rule: without its metric" in shown.said and "<i>" not in shown.text
