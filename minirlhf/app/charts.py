@@ -22,8 +22,8 @@ class Line(NamedTuple):
 
 def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict[str, Any]:
     """What page.html needs to draw the lines on one pair of axes; `more` goes with it."""
-    numbers = [v for line in lines for v in line.x], [v for line in lines for v in line.y]
-    (x_low, x_high), (y_low, y_high) = _range(numbers[0], 0.0), _range(numbers[1], 0.05)
+    x_low, x_high = _range([v for line in lines for v in line.x], 0.0)
+    y_low, y_high = _range([v for line in lines for v in line.y], 0.05)
     per_x = (WIDTH - LEFT - RIGHT) / (x_high - x_low)
     per_y = (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
 
@@ -32,13 +32,10 @@ def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict
 
     drawn = []
     for line in lines:
-        points, path, pen = [], "", "M"
-        for v, w in zip(line.x, line.y, strict=True):
-            if w is not None:
-                points.append(at(v, w))
-                path += "{}{} {}".format(pen, *points[-1])
-            pen = "M" if w is None else "L"
-        drawn.append(line._asdict() | {"points": points, "path": path})
+        points = [w if w is None else at(v, w) for v, w in zip(line.x, line.y, strict=True)]
+        pens = ["L" if before else "M" for before in [None, *points]]
+        path = (f"{pen}{p[0]} {p[1]}" for pen, p in zip(pens, points, strict=False) if p)
+        drawn.append(line._asdict() | {"points": [p for p in points if p], "path": "".join(path)})
     axes = {"box": [x_low, x_high, y_low, y_high]}
     axes["numbers"] = [{"label": of.label, "x": [*of.x], "y": [*of.y]} for of in lines]
     axes["x_ticks"] = [(at(v, y_low)[0], text) for v, text in ticks(x_low, x_high)]
@@ -57,7 +54,7 @@ def stairs(label: str, values: list[float], edges: np.ndarray, look: str) -> Lin
 def _range(values: Sequence[float | None], margin: float) -> tuple[float, float]:
     """From the least to the largest, and some room."""
     known = [v for v in values if v is not None]
-    low, high = min(known, default=0.0), max(known, default=1.0)
+    low, high = min(known), max(known)
     room = margin * (high - low) if high - low > 1e-9 * abs(high) else 0.1 * abs(high) or 1.0
     return float(low - room), float(high + room)
 

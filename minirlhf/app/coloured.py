@@ -37,7 +37,7 @@ def template(name: str) -> Any:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals |= {"limit": LIMIT, "pays": BAD, "earns": GOOD, "steps": MARKS}
-    tools = (differences, accumulate, extremes, marks)
+    tools = (differences, accumulate, span, extremes, marks)
     environment.globals |= {tool.__name__: tool for tool in tools}
     return environment.get_template(name)
 
@@ -53,13 +53,9 @@ def span(rows: list[Row]) -> tuple[float, float]:
     return min([0.0, *sums]), max([0.0, *sums])
 
 
-def extremes(rows: list[Row], n: int = 6) -> list[tuple[float, str, str]]:
-    """(difference, piece, what stood before it) of the n tokens furthest from 0."""
-    found = [
-        (d, row["pieces"][i], "".join(row["pieces"][:i]))
-        for row in rows
-        for i, d in enumerate(differences(row))
-    ]
+def extremes(rows: list[Row], n: int = 6) -> list[tuple[float, Row, int]]:
+    """(difference, reply, index in it) of the n tokens furthest from 0."""
+    found = [(d, row, i) for row in rows for i, d in enumerate(differences(row))]
     return sorted(found, key=lambda of: -abs(of[0]))[:n]
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,19 +35,19 @@ LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
 PANELS, STORY = pictures.METRICS["panels"], pictures.METRICS["story"]
 
 
-class Recorded(NamedTuple):
-    """What a run folder says, without its models."""
+class Recorded:
+    """What a run folder says, ended or not, without its models."""
 
-    folder: Path
-    config: Row  # {"ppo.kl_coef": 0.2, ..}
-    rows: list[Row]  # of metrics.jsonl
-    samples: list[Row]  # of samples.jsonl
-    ends: dict[str, Row]  # "reference" and "policy": the final table; {} before it
-    seconds: Row  # of each stage; {} before the end
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
+    def __init__(self, folder: str | Path):
+        self.folder, self.name = Path(folder), Path(folder).resolve().name
+        self.config = dict(flat(load_config(self.folder / "config.toml")))  # {"ppo.kl_coef": 0.2}
+        self.rows = read_metrics(self.folder)
+        samples, has = self.folder / "samples.jsonl", {"step": int, "prompt": str, "response": str}
+        self.samples = read_jsonl(samples, has) if samples.exists() else []
+        self.ends, self.seconds = {}, {}  # the final table, and the time of each stage
+        if (self.folder / "result.json").exists():
+            reference, policy, *_, self.seconds = read_result(self.folder)
+            self.ends = {"reference": reference, "policy": policy}
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]]:
         rows = [row for row in self.rows if row["stage"] == stage]
@@ -77,25 +77,13 @@ def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: boo
             "folders that `minirlhf train` wrote"
         )
     out = Path(out or Path(*folders[: len(folders) == 1]) / "report.html")
-    write_whole(out, page([recorded(folder) for folder in folders], exact=exact).encode())
+    write_whole(out, page([*map(Recorded, folders)], exact=exact).encode())
     return out
-
-
-def recorded(folder: str | Path) -> Recorded:
-    """Read a run, ended or not."""
-    folder, ends, seconds = Path(folder), {}, {}
-    config = dict(flat(load_config(folder / "config.toml")))
-    path, has = folder / "samples.jsonl", {"step": int, "prompt": str, "response": str}
-    samples = read_jsonl(path, has) if path.exists() else []
-    if (folder / "result.json").exists():
-        result = read_result(folder)
-        ends, seconds = {"reference": result.reference, "policy": result.policy}, result.seconds
-    return Recorded(folder, config, read_metrics(folder), samples, ends, seconds)
 
 
 def page(runs: list[Recorded], *, exact: bool = False) -> str:
     """The HTML of what is known of the runs."""
-    figures = [*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)]
+    defaults = {name: value for name, value in flat(TrainConfig()) if name != "out"}
     return coloured.template("page.html").render(
         runs=runs,
         findings=[(run, diagnose(run.folder)) for run in runs],
@@ -103,9 +91,10 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
         ends=ends(runs),
         stages=[*stages(runs)],
         known=known_world() if exact else None,
-        figures=figures,
+        figures=[*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)],
         partings=[*partings(runs)],
-        settings=settings(runs),
+        defaults=defaults,
+        changed={name for run in runs for name in defaults if run.config[name] != defaults[name]},
         metrics=pictures.METRICS,
         size=charts,
         number=charts.number,
@@ -115,10 +104,7 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
 
 # -- replies -------------------------------------------------------------------------------------
 def replies(runs: list[Recorded]) -> Row:
-    """The same prompts in several columns of token rows, from the reference to the last policy.
-
-    Of one run with snapshots these are its moments; else each policy is asked now.
-    """
+    """The same prompts in columns of token rows: moments of a run, or what policies say now."""
     why, columns = "", []
     paths = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
     kept = len(runs) == len(paths) == 1
@@ -128,8 +114,7 @@ def replies(runs: list[Recorded]) -> Row:
     except InputError as error:
         why = str(error)
     rows = [row for _, some in columns for row in some]
-    found = {"why": why, "columns": columns, "moments": kept, "rows": rows}
-    return found | {"span": coloured.span(rows)}
+    return {"why": why, "columns": columns, "moments": kept, "rows": rows}
 
 
 def moments(path: Path) -> list[tuple[str, list[Row]]]:
@@ -205,11 +190,11 @@ def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
 def numbers_of(ours: list[float], held: list[float]) -> dict[str, float]:
     """What sentences may speak of: metrics.toml."""
     first, last, most = ours[0], ours[-1], max(ours)
+    held = held or [math.nan]
     found = {"first": first, "last": last, "change": last - first, "most": most}
     found |= {"span": most - min(ours), "fall": most - last, "exp": math.exp(min(last, 700.0))}
     found["ratio"] = last / first if first > 0 else math.nan
-    found["held"] = held[-1] if held else math.nan
-    return found | {"rise": held[-1] - min(held) if held else math.nan}
+    return found | {"held": held[-1], "rise": held[-1] - min(held)}
 
 
 def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
@@ -287,24 +272,12 @@ def frontier(runs: list[Recorded]) -> Iterator[Row]:
 
 # -- tables --------------------------------------------------------------------------------------
 def ends(runs: list[Recorded]) -> dict[str, list[float]]:
-    """{row of the final table: its value for each policy that has ended}.
-
-    That of the reference stands first, if there is one run: several need not have the same.
-    """
+    """{row of the final table: its values}: the policies', and of one run the reference's first."""
     columns = [run.ends["policy"] for run in runs if run.ends]
     if len(runs) == 1:
         columns = [*runs[0].ends.values()]
     rows = {name: [end.get(name, math.nan) for end in columns] for name in ROWS}
     return {name: values for name, values in rows.items() if any(map(math.isfinite, values))}
-
-
-def settings(runs: list[Recorded]) -> dict[str, list[tuple]]:
-    """(name, value in each run, default) of those that somebody has changed, and of the others."""
-    default = dict(flat(TrainConfig()))
-    default.pop("out")
-    rows = [(name, [run.config[name] for run in runs], x) for name, x in default.items()]
-    changed = [row for row in rows if any(value != row[2] for value in row[1])]
-    return {"changed": changed, "others": [row for row in rows if row not in changed]}
 
 
 def partings(runs: list[Recorded]) -> Iterator[Row]:

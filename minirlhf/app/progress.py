@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from rich import progress
 from rich.columns import Columns
-from rich.console import Console, ConsoleOptions, Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
@@ -50,16 +50,14 @@ def track(steps: Iterable, title: str) -> Iterator:
             show(first + made, spent, made / spent)
 
 
-class _Figures:
+def figures(console: Console) -> Columns:
     """The last value and the history of each key figure, as many in a line as find room."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Columns]:
-        blocks = ASCII if options.ascii_only else BLOCKS
-        cells = [
-            Text.assemble(f"{label:9}{x[-1]:>8.3g} ", (f"{sparkline(x, blocks):{WIDTH}}", "cyan"))
-            for label, x in list(_figures.items())
-        ]
-        yield Columns(cells, padding=(0, 2))
+    blocks = ASCII if console.options.ascii_only else BLOCKS
+    cells = [
+        Text.assemble(f"{label:9}{x[-1]:>8.3g} ", (f"{sparkline(x, blocks):{WIDTH}}", "cyan"))
+        for label, x in list(_figures.items())
+    ]
+    return Columns(cells, padding=(0, 2))
 
 
 def sparkline(history: list[float], blocks: str = BLOCKS) -> str:
@@ -90,7 +88,8 @@ def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, f
         wide = progress.BarColumn(min(room, 40))
         columns = ("{task.description:24}", wide, made, "{task.fields[rate]}", *times)
     bar = progress.Progress(*columns, console=console)
-    with Live(Group(bar, _Figures()), console=console, refresh_per_second=10):
+    shown = {"get_renderable": lambda: Group(bar, figures(console)), "refresh_per_second": 10}
+    with Live(console=console, **shown):
         task = bar.add_task(title, completed=first, total=total, rate="")
         yield lambda done, _, rate: bar.update(task, completed=done, rate=_speed(rate))
 

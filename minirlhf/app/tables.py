@@ -105,18 +105,14 @@ def replies_table(title: str, world: World, prompts, *replies, with_prompts=Fals
     for head in (*["prompt"] * with_prompts, *("reference", "policy")[: len(replies)]):
         table.add_column(head, ratio=1, overflow="fold")
     for prompt, *texts in zip(prompts, *replies, strict=True):
-        cells = [reply_cell(world, prompt, text) for text in texts]
-        table.add_row(*[Text(printable(prompt))] * with_prompts, *cells)
+        cells = [Text(printable(prompt))] * with_prompts
+        for text in texts:
+            cells.append(Text(printable(text)))
+            gold = world.gold_or_none(prompt, text)
+            if gold is not None:
+                cells[-1].append(f"\ngold {gold:+.2f}", style=GOOD if gold > 0 else BAD)
+        table.add_row(*cells)
     return table
-
-
-def reply_cell(world: World, prompt: str, reply: str) -> Text:
-    """A reply, and its gold reward below it."""
-    text = Text(printable(reply))
-    gold = world.gold_or_none(prompt, reply)
-    if gold is not None:
-        text.append(f"\ngold {gold:+.2f}", style=GOOD if gold > 0 else BAD)
-    return text
 
 
 def printable(text: str) -> str:

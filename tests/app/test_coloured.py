@@ -67,7 +67,9 @@ def test_a_text_is_text():
 
 def test_the_extreme_tokens_are_named():
     of = row(["a", " b", " c"], [0.25, -4.0, 2.0])
-    assert coloured.extremes([of], n=2) == [(-4.0, " b", "a"), (2.0, " c", "a b")]
+    assert coloured.extremes([of], n=2) == [(-4.0, of, 1), (2.0, of, 2)]
+    said = re.sub("<[^>]+>", "", coloured.html([of]))
+    assert "·b -4.00 after “a”; \n·c +2.00 after “a b”; " in said
 
 
 def test_the_terminal_shows_the_same_colours():

@@ -393,7 +393,7 @@ def test_findings_follow_the_replies_and_are_text(runs, monkeypatch):
     finding.evidence, finding.cause, finding.knob = "<i>", "c", "k"
     found = Found([finding], ["a rule: without its metric"])
     monkeypatch.setattr(page, "diagnose", lambda folder: found)
-    shown = Page(page.page([page.recorded(runs[0])]))
+    shown = Page(page.page([page.Recorded(runs[0])]))
     assert "warning: r<b> , from step 7 on <i> c First: k" in shown.said
     assert "a rule: without its metric" in shown.said and "<i>" not in shown.text
     assert shown.text.index('id="replies"') < shown.text.index('id="findings"')
@@ -526,7 +526,7 @@ def in_browser(text, folder, *, width=1400):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_in_a_browser_it_fits_asks_for_nothing_and_makes_no_error(runs, tmp_path, known, width):
-    text = page.page([page.recorded(runs[0])]).replace("</main>", "")
+    text = page.page([page.Recorded(runs[0])]).replace("</main>", "")
     seen, asked = in_browser(text, tmp_path, width=width)
     assert seen["errors"] == [] and asked == set()
     assert seen["wide"] <= seen["window"] == width
