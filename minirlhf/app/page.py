@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from minirlhf import __version__
-from minirlhf.app import charts, coloured, pictures
-from minirlhf.app.api import open_run
+from minirlhf.app import api, charts, coloured, known, pictures
 from minirlhf.app.charts import Line, chart
 from minirlhf.app.diagnose import diagnose
-from minirlhf.app.known import known_world
-from minirlhf.app.tables import ROWS
+from minirlhf.app.pictures import METRICS
 from minirlhf.disk import plain, write_whole
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config
@@ -28,11 +26,9 @@ from minirlhf.runs.snapshots import PROMPTS
 
 Row = dict[str, Any]
 MOST_RUNS, MOST_MOMENTS = 5, 9
-HEADINGS = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 ROOT = "√KL to the reference [√nats]"
-UNITS = {"score": "sd of the reference's scores", "kl_seq": "nats", "length": "characters"}
 LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
-PANELS, STORY = pictures.METRICS["panels"], pictures.METRICS["story"]
+PANELS, STORY = METRICS["panels"], METRICS["story"]
 
 
 class Recorded:
@@ -90,12 +86,12 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
         replies=replies(runs),
         ends=ends(runs),
         stages=[*stages(runs)],
-        known=known_world() if exact else None,
+        known=known.known_world() if exact else None,
         figures=[*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)],
         partings=[*partings(runs)],
         defaults=defaults,
         changed={name for run in runs for name in defaults if run.config[name] != defaults[name]},
-        metrics=pictures.METRICS,
+        metrics=METRICS,
         size=charts,
         number=charts.number,
         version=__version__,
@@ -139,10 +135,13 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
 
 def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
     """(label, replies) of each run, of one beside its reference; what pays most stands first."""
-    opened = [open_run(run.folder) for run in runs]
-    known = [*opened[0].session.world.heldout_prompts, *(row["prompt"] for row in runs[0].samples)]
-    same = {"prompts": [*dict.fromkeys(known)][:PROMPTS], "seed": opened[0].config.seed}
-    if not (known and any(run.is_trained for run in opened)):
+    opened = [api.open_run(run.folder) for run in runs]
+    prompts = [
+        *opened[0].session.world.heldout_prompts,
+        *(row["prompt"] for row in runs[0].samples),
+    ]
+    same = {"prompts": [*dict.fromkeys(prompts)][:PROMPTS], "seed": opened[0].config.seed}
+    if not (prompts and any(run.is_trained for run in opened)):
         raise InputError(
             "replies: expected a policy, and held-out prompts or logged replies; found none: see "
             "minirlhf score"
@@ -161,7 +160,7 @@ def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
 # -- curves --------------------------------------------------------------------------------------
 def stages(runs: list[Recorded]) -> Iterator[tuple[str, list[Row]]]:
     """Of each stage that has run its title and its charts."""
-    for stage, title in HEADINGS.items():
+    for stage, title in METRICS["stages"].items():
         panels = [panel(runs, stage, of) for of in PANELS.values()]
         if any(panels):
             yield title, [one for one in panels if one]
@@ -207,7 +206,7 @@ def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
 def paths(run: Recorded) -> Iterator[Row]:
     """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
     kl = run.series("ppo", STORY["kl_seq"])[1]
-    for name in pictures.GAINS:
+    for name in METRICS["gains"]:
         pairs = zip(kl, run.series("ppo", STORY[name])[1], strict=False)
         points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
         if len(points) > 1:
@@ -242,9 +241,9 @@ def histograms(run: Recorded) -> Iterator[Row]:
     n = len(steps) // 5 or 1
     parts = {f"first {n} iterations": steps[:n], f"last {n} iterations": steps[-n:]}
     rows = [{**row, "length": float(len(row["response"]))} for row in run.samples]
-    for name, unit in UNITS.items():
-        known = [row for row in rows if isinstance(row.get(name), float)]
-        values = [[row[name] for row in known if row["step"] in some] for some in parts.values()]
+    for name, unit in METRICS["samples"].items():
+        some = [row for row in rows if isinstance(row.get(name), float)]
+        values = [[row[name] for row in some if row["step"] in part] for part in parts.values()]
         if steps[1:] and all(values):
             edges = np.histogram_bin_edges(np.concatenate(values), 14)
             lines = map(charts.stairs, parts, values, [edges] * 2, ("l1", "l0"))
@@ -254,7 +253,7 @@ def histograms(run: Recorded) -> Iterator[Row]:
 
 def frontier(runs: list[Recorded]) -> Iterator[Row]:
     """Where several runs have ended: score, and gold or reward, against the root of their KL."""
-    for name in pictures.GAINS:
+    for name in METRICS["gains"]:
         lines, points = [], []
         for i, run in enumerate(runs):
             if run.ends and name in run.story:
@@ -276,7 +275,7 @@ def ends(runs: list[Recorded]) -> dict[str, list[float]]:
     columns = [run.ends["policy"] for run in runs if run.ends]
     if len(runs) == 1:
         columns = [*runs[0].ends.values()]
-    rows = {name: [end.get(name, math.nan) for end in columns] for name in ROWS}
+    rows = {name: [end.get(name, math.nan) for end in columns] for name in METRICS["rows"]}
     return {name: values for name, values in rows.items() if any(map(math.isfinite, values))}
 
 

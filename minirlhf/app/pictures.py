@@ -103,10 +103,9 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
 
 
 def series(rows: list[Row], name: str, last: Row) -> tuple[list[int], list[float | None]]:
-    """After how many steps a metric was measured, and its numbers, None for nan; [] if it has none.
+    """After how many steps of a stage a metric was measured, and its numbers, None for nan.
 
-    Args:     rows: lines of metrics.jsonl, one stage at a time.
-              last: the final table: an evaluation after PPO's last step, if there was none.
+    `last` is the final table: the evaluation after PPO's last step, where that has none.
     """
     end = last.get(name.removeprefix("eval/"))
     if name.startswith("eval/") and end is not None and rows and rows[-1]["stage"] == "ppo":
@@ -147,9 +146,6 @@ def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
     return figure
 
 
-GAINS = {"proxy": "proxy: what PPO sees", "gold": "gold: what is wanted", "reward": "your reward"}
-
-
 def shown(value: Any) -> str:
     """A setting as one would type it."""
     return f"{value:.10g}" if isinstance(value, float) else str(value)
@@ -168,9 +164,10 @@ def frontier_figure(rows: list[Row]) -> Any:
         point = shown(varied.pop(along))
         line = ", ".join(f"{name} {shown(value)}" for name, value in varied.items())
         lines.setdefault(line, {}).setdefault(point, []).append(row)
-    panels = [n for n in GAINS if any(np.isfinite(row.get(n, np.nan)) for row in rows)]
+    gains = METRICS["gains"].items()
+    panels = [of for of in gains if any(np.isfinite(row.get(of[0], np.nan)) for row in rows)]
     figure, (axes,) = new_figure(4.6 * len(panels), 3.6, 1, len(panels))
-    for axis, name in zip(axes, panels, strict=True):
+    for axis, (name, title) in zip(axes, panels, strict=True):
         for look, (label, points) in zip(itertools.cycle(LOOKS), lines.items(), strict=False):
             means = []
             for point, same in points.items():
@@ -181,7 +178,7 @@ def frontier_figure(rows: list[Row]) -> Any:
                 axis.annotate(point, means[-1], **beside)
             draw_lines(axis, {label: tuple(zip(*means, strict=True))}, [look])
         distance = "distance from the reference, √kl_seq [nats^½]"
-        say(axis, f"{GAINS[name]}; beside a point its {along}", distance)
+        say(axis, f"{title}; beside a point its {along}", distance)
     return figure
 
 
