@@ -20,10 +20,7 @@ BETAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0)
 
 
 def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
-    """Train a policy there by PPO; the policy, its reference and the optima, exactly.
-
-    Args:     max_tokens: 5 make 19,608 replies.
-    """
+    """Train a policy there by PPO: it, its reference and the optima, exactly; 19,608 replies."""
     rng = np.random.default_rng(0)
     world = tiny.make_tiny_world(max_tokens=max_tokens, n_demonstrations=1, rng=rng)
     reference = tiny.tiny_reference(0, max_tokens=max_tokens)

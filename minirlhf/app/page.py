@@ -44,10 +44,10 @@ class Recorded:
         if (self.folder / "result.json").exists():
             reference, policy, *_, self.seconds = read_result(self.folder)
             self.ends = {"reference": reference, "policy": policy}
+        self.curves = pictures.curves(self.rows, self.ends.get("policy", {}))
 
-    def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]]:
-        rows = [row for row in self.rows if row["stage"] == stage]
-        return pictures.series(rows, name, self.ends.get("policy", {}))
+    def of_ppo(self, name: str) -> list[float | None]:
+        return self.curves.get(("ppo", name), ([], []))[1]
 
     @property
     def story(self) -> dict[str, tuple[float, float]]:
@@ -55,10 +55,18 @@ class Recorded:
         found = {}
         for name, logged in STORY.items():
             ends = plain([end.get(name) for end in self.ends.values()])
-            values = [x for x in ends or self.series("ppo", logged)[1] if x is not None]
+            values = [x for x in ends or self.of_ppo(logged) if x is not None]
             if len(values) > 1:
                 found[name] = values[0], values[-1]
         return found
+
+    def parting(self, other: "Recorded") -> tuple | None:
+        """(line, metric, value there, value here) where this run leaves the other one."""
+        for there, here in zip(other.rows, self.rows, strict=False):
+            for name in there | here:
+                if there.get(name) != here.get(name) and not name.startswith("time/"):
+                    return there, name, there.get(name), here.get(name)
+        return None
 
 
 def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: bool = False) -> Path:
@@ -88,7 +96,6 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
         stages=[*stages(runs)],
         known=known.known_world() if exact else None,
         figures=[*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)],
-        partings=[*partings(runs)],
         defaults=defaults,
         changed={name for run in runs for name in defaults if run.config[name] != defaults[name]},
         metrics=METRICS,
@@ -170,7 +177,7 @@ def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
     """A chart with its sentences; of several runs one metric each, and no reading."""
     lines, values, alone = [], {}, len(runs) == 1
     for i, run in enumerate(runs):
-        found = {name: xy for name in of["metrics"] if (xy := run.series(stage, name))[0]}
+        found = {n: run.curves[stage, n] for n in of["metrics"] if (stage, n) in run.curves}
         for j, (name, (x, y)) in enumerate([*found.items()][: None if alone else 1]):
             held = pictures.is_held(name)
             label = LABELS.get(name, "held out" if held else "training") if alone else run.name
@@ -205,9 +212,9 @@ def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
 
 def paths(run: Recorded) -> Iterator[Row]:
     """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
-    kl = run.series("ppo", STORY["kl_seq"])[1]
+    kl = run.of_ppo(STORY["kl_seq"])
     for name in METRICS["gains"]:
-        pairs = zip(kl, run.series("ppo", STORY[name])[1], strict=False)
+        pairs = zip(kl, run.of_ppo(STORY[name]), strict=False)
         points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
         if len(points) > 1:
             (d, y), law = np.array(points).T, None
@@ -277,15 +284,3 @@ def ends(runs: list[Recorded]) -> dict[str, list[float]]:
         columns = [*runs[0].ends.values()]
     rows = {name: [end.get(name, math.nan) for end in columns] for name in METRICS["rows"]}
     return {name: values for name, values in rows.items() if any(map(math.isfinite, values))}
-
-
-def partings(runs: list[Recorded]) -> Iterator[Row]:
-    """Where each further run leaves the first one: the first logged value that is another."""
-    for run in runs[1:]:
-        found = (
-            {"run": run.name, "at": a, "metric": name, "pair": (a.get(name), b.get(name))}
-            for a, b in zip(runs[0].rows, run.rows, strict=False)
-            for name in a | b
-            if a.get(name) != b.get(name) and not name.startswith("time/")
-        )
-        yield next(found, {"run": run.name, "at": {}})

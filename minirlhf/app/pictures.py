@@ -102,18 +102,21 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
     return groups
 
 
-def series(rows: list[Row], name: str, last: Row) -> tuple[list[int], list[float | None]]:
-    """After how many steps of a stage a metric was measured, and its numbers, None for nan.
+def curves(rows: list[Row], last: Row) -> dict[tuple[str, str], tuple[list, list]]:
+    """{(stage, metric): (after how many steps it was measured, its numbers, None for nan)}.
 
     `last` is the final table: the evaluation after PPO's last step, where that has none.
     """
-    end = last.get(name.removeprefix("eval/"))
-    if name.startswith("eval/") and end is not None and rows and rows[-1]["stage"] == "ppo":
-        rows = [*rows[:-1], {name: end, **rows[-1]}]
-    rows = [row for row in rows if isinstance(row.get(name, ""), int | float | None)]
-    before = name.startswith("heldout/")  # measured before the step of its line
-    y = plain([row[name] for row in rows])
-    return ([row["step"] + (not before) for row in rows], y) if {*y} - {None} else ([], [])
+    found: dict[tuple[str, str], tuple[list, list]] = {}
+    if rows and rows[-1]["stage"] == "ppo":
+        rows = [*rows[:-1], {f"eval/{name}": x for name, x in last.items()} | rows[-1]]
+    for row in rows:
+        for name, number in row.items():
+            if isinstance(number, int | float | None):
+                x, y = found.setdefault((row["stage"], name), ([], []))
+                x.append(row["step"] + (not name.startswith("heldout/")))  # those before the step
+                y.append(plain(number))
+    return {of: (x, y) for of, (x, y) in found.items() if {*y} - {None}}
 
 
 def is_held(name: str) -> bool:
@@ -123,14 +126,11 @@ def is_held(name: str) -> bool:
 
 def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
     """What a run's metrics, and the last table of PPO, say of each stage that it went through."""
-    panels = []
-    for stage in dict.fromkeys(row["stage"] for row in metrics):
-        rows = [row for row in metrics if row["stage"] == stage]
-        x = "PPO iteration" if stage == "ppo" else "update"
-        for of in METRICS["panels"].values():
-            lines = {n: xy for n in of["metrics"] if (xy := series(rows, n, last or {}))[0]}
-            if lines and "curve" in of:
-                panels.append((x, of, lines))
+    found, panels = curves(metrics, last or {}), []
+    for stage, of in itertools.product(METRICS["stages"], METRICS["panels"].values()):
+        lines = {name: found[stage, name] for name in of["metrics"] if (stage, name) in found}
+        if lines and "curve" in of:
+            panels.append(("PPO iteration" if stage == "ppo" else "update", of, lines))
     columns = min(3, len(panels)) or 1
     n_rows = -(-len(panels) // columns) or 1
     figure, axes = new_figure(3.7 * columns, 2.8 * n_rows, n_rows, columns)
