@@ -1,4 +1,4 @@
-"""Lines as charts for page.html: in its pixels to be drawn, and as numbers to be read back."""
+"""Lines as charts, which chart.html draws."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 42, 12, 26, 34  # margins around what is drawn
 MOST_POINTS = 300
 
 
@@ -17,31 +15,17 @@ class Line(NamedTuple):
     y: Sequence[float | None]  # None: no number, a gap
     look: str = "l0"  # its class in page.html
     dots: bool = False
-    tags: Sequence[str] = ()  # of the dots
+    tag: str = ""  # of its first dot
 
 
 def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict[str, Any]:
-    """What page.html needs to draw the lines on one pair of axes; `more` goes with it."""
-    x_low, x_high = _range([v for line in lines for v in line.x], 0.0)
-    y_low, y_high = _range([v for line in lines for v in line.y], 0.05)
-    per_x = (WIDTH - LEFT - RIGHT) / (x_high - x_low)
-    per_y = (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
-
-    def at(v: float, w: float) -> tuple[float, float]:
-        return round(LEFT + (v - x_low) * per_x, 1), round(TOP + (y_high - w) * per_y, 1)
-
-    drawn = []
-    for line in lines:
-        points = [w if w is None else at(v, w) for v, w in zip(line.x, line.y, strict=True)]
-        pens = ["L" if before else "M" for before in [None, *points]]
-        path = (f"{pen}{p[0]} {p[1]}" for pen, p in zip(pens, points, strict=False) if p)
-        drawn.append(line._asdict() | {"points": [p for p in points if p], "path": "".join(path)})
-    axes = {"box": [x_low, x_high, y_low, y_high]}
-    axes["numbers"] = [{"label": of.label, "x": [*of.x], "y": [*of.y]} for of in lines]
-    axes["x_ticks"] = [(at(v, y_low)[0], text) for v, text in ticks(x_low, x_high)]
-    axes["y_ticks"] = [(at(x_low, w)[1], text) for w, text in ticks(y_low, y_high)]
+    """What chart.html needs to draw the lines on one pair of axes; `more` goes with it."""
+    across = _range([v for line in lines for v in line.x], 0.0)
+    up = _range([w for line in lines for w in line.y], 0.05)
+    axes = {"box": [*across, *up], "x_ticks": ticks(*across), "y_ticks": ticks(*up)}
+    axes["lines"] = [line._asdict() | {"x": [*line.x], "y": [*line.y]} for line in lines]
     more = dict.fromkeys(("metric", "healthy", "says", "law")) | more
-    return more | {"title": title, "unit": unit, "x": x, "lines": drawn} | axes
+    return more | axes | {"title": title, "unit": unit, "x": x}
 
 
 def stairs(label: str, values: list[float], edges: np.ndarray, look: str) -> Line:

@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from minirlhf.app import pictures
+from minirlhf.app import charts, pictures
 from minirlhf.app.tables import BAD, GOOD
 from minirlhf.disk import shorten
 
@@ -37,7 +37,7 @@ def template(name: str) -> Any:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals |= {"limit": LIMIT, "pays": BAD, "earns": GOOD, "steps": MARKS}
-    tools = (differences, accumulate, span, extremes, marks)
+    tools = (accumulate, differences, extremes, marks, charts.number, span, zip)
     environment.globals |= {tool.__name__: tool for tool in tools}
     return environment.get_template(name)
 

@@ -99,8 +99,6 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
         defaults=defaults,
         changed={name for run in runs for name in defaults if run.config[name] != defaults[name]},
         metrics=METRICS,
-        size=charts,
-        number=charts.number,
         version=__version__,
     )
 
@@ -268,8 +266,8 @@ def frontier(runs: list[Recorded]) -> Iterator[Row]:
                 before, after = run.story[name]
                 d = max(run.story["kl_seq"][1], 0.0) ** 0.5
                 points += [(0.0, before), (d, after)]
-                tags = [f"β {beta:g}"]
-                lines.append(Line(run.name, [d], [after], f"l{i} loose", dots=True, tags=tags))
+                look = {"look": f"l{i} loose", "dots": True, "tag": f"β {beta:g}"}
+                lines.append(Line(run.name, [d], [after], **look))
         if len(lines) > 1:
             x, y = zip(*sorted(set(points)), strict=True)
             lines.append(Line("from the reference on", x, y, "fit"))

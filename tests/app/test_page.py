@@ -17,7 +17,7 @@ import pytest
 from tiny_run import VOWELS, call, interrupted_after, metrics, refusal, tiny_config, write_pairs
 
 import minirlhf
-from minirlhf.app import charts, page, pictures
+from minirlhf.app import charts, coloured, page, pictures
 from minirlhf.app.known import BETAS, known_world
 from minirlhf.app.tables import ROWS
 from minirlhf.disk import parse_object
@@ -177,11 +177,11 @@ def test_a_long_series_keeps_its_ends_and_its_extremes():
 
 
 def test_a_chart_has_gaps_where_there_was_no_number():
-    line = charts.Line("a", [0, 1, 2, 3], [1.0, None, 3.0, 5.0])
-    found = charts.chart("t", "u", "x", [line])
-    (drawn,) = found["lines"]
-    assert re.sub(r"[\d. ]+", "", drawn["path"]) == "MML" and len(drawn["points"]) == 3
-    assert found["numbers"] == [{"label": "a", "x": [0, 1, 2, 3], "y": [1.0, None, 3.0, 5.0]}]
+    line = charts.Line("a", [0, 1, 2, 3], [1.0, None, 3.0, 5.0], "here", dots=True)
+    drawn = coloured.template("chart.html").module.figure(charts.chart("t", "u", "x", [line]))
+    path, rest = re.search(r'<g class="here"><path d="(.*?)"/>(.*?)</g>', drawn, re.DOTALL).groups()
+    assert re.sub(r"[\d. ]+", "", path) == "MML" and rest.count("<circle") == 3
+    assert Page(drawn).lines(None) == [{"a": ([0, 1, 2, 3], [1.0, None, 3.0, 5.0])}]
     flat = charts.chart("t", "u", "x", [charts.Line("a", [5], [0.2])])
     assert len(flat["y_ticks"]) > 1  # one point, or a level line
 
