@@ -43,7 +43,7 @@ class Recorded:
         self.ends, self.seconds = {}, {}  # the final table, and the time of each stage
         if (self.folder / "result.json").exists():
             reference, policy, *_, self.seconds = read_result(self.folder)
-            self.ends = {"reference": reference, "policy": policy}
+            self.ends = plain({"reference": reference, "policy": policy})
         self.curves = pictures.curves(self.rows, self.ends.get("policy", {}))
 
     def of_ppo(self, name: str) -> list[float | None]:
@@ -54,7 +54,7 @@ class Recorded:
         """{row of the final table: (before, after)}, or as far as PPO has come."""
         found = {}
         for name, logged in STORY.items():
-            ends = plain([end.get(name) for end in self.ends.values()])
+            ends = [end.get(name) for end in self.ends.values()]
             values = [x for x in ends or self.of_ppo(logged) if x is not None]
             if len(values) > 1:
                 found[name] = values[0], values[-1]
@@ -92,7 +92,6 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
         runs=runs,
         findings=[(run, diagnose(run.folder)) for run in runs],
         replies=replies(runs),
-        ends=ends(runs),
         stages=[*stages(runs)],
         known=known.known_world() if exact else None,
         figures=[*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)],
@@ -114,8 +113,7 @@ def replies(runs: list[Recorded]) -> Row:
             columns = moments(*paths) if kept else asked(runs)
     except InputError as error:
         why = str(error)
-    rows = [row for _, some in columns for row in some]
-    return {"why": why, "columns": columns, "moments": kept, "rows": rows}
+    return {"why": why, "columns": columns, "moments": kept}
 
 
 def moments(path: Path) -> list[tuple[str, list[Row]]]:
@@ -272,13 +270,3 @@ def frontier(runs: list[Recorded]) -> Iterator[Row]:
             x, y = zip(*sorted(set(points)), strict=True)
             lines.append(Line("from the reference on", x, y, "fit"))
             yield chart(f"{name} for its KL", PANELS[STORY[name]]["unit"], ROOT, lines)
-
-
-# -- tables --------------------------------------------------------------------------------------
-def ends(runs: list[Recorded]) -> dict[str, list[float]]:
-    """{row of the final table: its values}: the policies', and of one run the reference's first."""
-    columns = [run.ends["policy"] for run in runs if run.ends]
-    if len(runs) == 1:
-        columns = [*runs[0].ends.values()]
-    rows = {name: [end.get(name, math.nan) for end in columns] for name in METRICS["rows"]}
-    return {name: values for name, values in rows.items() if any(map(math.isfinite, values))}
