@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from minirlhf.app import charts, pictures
-from minirlhf.app.tables import BAD, GOOD
+from minirlhf.app.pictures import BLUE, VERMILION
 from minirlhf.disk import shorten
 
 LIMIT = 3.0  # nats a token; what is beyond has the colour of the limit
@@ -36,7 +35,7 @@ def template(name: str) -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals |= {"limit": LIMIT, "pays": BAD, "earns": GOOD, "steps": MARKS}
+    environment.globals |= {"limit": LIMIT, "pays": VERMILION, "earns": BLUE, "steps": MARKS}
     tools = (accumulate, differences, extremes, marks, charts.number, span, zip)
     environment.globals |= {tool.__name__: tool for tool in tools}
     return environment.get_template(name)
@@ -72,11 +71,8 @@ def html(rows: list[Row], *, document: bool = False) -> str:
 
 def text(row: Row) -> Text:
     """The reply for a terminal; a token is coloured from the first of MARKS on."""
-    line = Text()
-    for piece, d in zip(row["pieces"], differences(row), strict=True):
-        style = Style(color="black", bgcolor=_mixed(d)) if marks(d) else Style()
-        line.append(piece, style)
-    return line
+    tokens = zip(row["pieces"], differences(row), strict=True)
+    return Text.assemble(*((of, f"black on {_mixed(d)}" if marks(d) else "") for of, d in tokens))
 
 
 def side_by_side(rows: list[Row]) -> Table:
@@ -95,7 +91,7 @@ def side_by_side(rows: list[Row]) -> Table:
 
 def _mixed(d: float) -> str:
     """White to the full colour at the limit."""
-    share, full = min(1.0, abs(d) / LIMIT), BAD if d > 0 else GOOD
+    share, full = min(1.0, abs(d) / LIMIT), VERMILION if d > 0 else BLUE
     parts = (int(full[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(255 + share * (part - 255)):02x}" for part in parts)
 

@@ -154,8 +154,8 @@ def shown(value: Any) -> str:
 def frontier_figure(rows: list[Row]) -> Any:
     """What runs gained against how far they went: each run faint, the means over seeds joined.
 
-    Args:     rows: of each run kl_seq, proxy, gold, kl_coef; and `settings`, {what varies: its
-                  value}, where it is not beta alone: what varies besides gets lines of its own.
+    A row has kl_seq, proxy, gold, kl_coef, and `settings`, {what varies: its value}, where it is
+    not beta alone: what varies besides gets lines of its own.
     """
     lines: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(rows, key=lambda row: row["kl_coef"]):

@@ -3,16 +3,15 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from html import escape
 from typing import Any
 
 import numpy as np
 from rich import box
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from minirlhf.app.coloured import template
 from minirlhf.app.pictures import METRICS
 from minirlhf.disk import shorten
 from minirlhf.runs.pipeline import Result
@@ -29,8 +28,8 @@ class NumberTable(Table):
         texts = [column for column in self.columns if not column.no_wrap]
         pieces, room = [], 0
         for column in (column for column in self.columns if column.no_wrap):
-            lines = "\n".join(map(str, (column.header, *column.cells))).split("\n")
-            width = max(map(cell_len, lines)) + sum(self.padding[1::2]) + 1
+            text = Text("\n".join(map(str, (column.header, *column.cells))))
+            width = console.measure(text).maximum + sum(self.padding[1::2]) + 1
             if width > room:
                 pieces.append([*texts])
                 room = options.max_width - 1 - 10 * len(texts)
@@ -91,12 +90,7 @@ def result_table(result: Result, world: World) -> NumberTable:
 
 def html(table: Table) -> str:
     """The table for a notebook; what it shows of a user's text is escaped."""
-    heads = "".join(f"<th>{escape(str(column.header))}</th>" for column in table.columns)
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    lines = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines).replace("\n", "<br>")
-    caption = f"<caption>{escape(str(table.title or ''))}</caption>"
-    return f"<table>{caption}<tr>{heads}</tr>{body}</table>"
+    return template("table.html").render(table=table)
 
 
 def replies_table(title: str, world: World, prompts, *replies, with_prompts=False) -> Table:
@@ -125,16 +119,14 @@ def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> 
 
     A token that the policy has made more likely pays a penalty; one it has made rarer earns it.
     """
-    title = "log pi_theta - log pi_ref by token [nats]"
-    table = Table(title=title, padding=(0, 1, 0, 0))
+    table = Table(title="log pi_theta - log pi_ref by token [nats]", padding=(0, 1, 0, 0))
     table.add_column("token", overflow="fold", min_width=1)
     for column in ("log\npi_theta", "log\npi_ref", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
     difference = logp - ref_logp
     for piece, ours, theirs, d in zip(pieces, logp, ref_logp, difference, strict=True):
         style = BAD if d > 0.5 else GOOD if d < -0.5 else ""
-        numbers = (f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style))
-        table.add_row(Text(piece), *numbers)
+        table.add_row(Text(piece), f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style))
     table.add_section()
     total = Text(f"{difference.sum():+.4f}", "bold")
     table.add_row("sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}", total)

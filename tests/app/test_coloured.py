@@ -6,6 +6,7 @@ import re
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.style import Style
 
 from minirlhf.app import coloured
 
@@ -75,7 +76,9 @@ def test_the_extreme_tokens_are_named():
 def test_the_terminal_shows_the_same_colours():
     line = coloured.text(row(["a", " b", " c"], [0.05, -3.0, 1.5]))
     assert line.plain == "a b c"
-    backgrounds = {line.plain[of.start : of.end]: of.style.bgcolor for of in line.spans}
+    backgrounds = {
+        line.plain[of.start : of.end]: Style.parse(of.style).bgcolor for of in line.spans
+    }
     assert backgrounds.pop("a", None) is None  # below the first mark there is none
     assert [of.name for of in backgrounds.values()] == ["#0072b2", "#eaae80"]
     assert list(backgrounds) == [" b", " c"]
