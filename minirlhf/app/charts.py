@@ -21,24 +21,16 @@ class Line(NamedTuple):
 def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict[str, Any]:
     """What chart.html needs to draw the lines on one pair of axes; `more` goes with it."""
     across = _range([v for line in lines for v in line.x], 0.0)
-    up = _range([w for line in lines for w in line.y], 0.05)
+    up = _range([w for line in lines for w in line.y if w is not None], 0.05)
     axes = {"box": [*across, *up], "x_ticks": ticks(*across), "y_ticks": ticks(*up)}
     axes["lines"] = [line._asdict() | {"x": [*line.x], "y": [*line.y]} for line in lines]
     more = dict.fromkeys(("metric", "healthy", "says", "law")) | more
     return more | axes | {"title": title, "unit": unit, "x": x}
 
 
-def stairs(label: str, values: list[float], edges: np.ndarray, look: str) -> Line:
-    """A histogram as a line: the share of the values between each two edges."""
-    share = np.histogram(values, edges)[0] / len(values)
-    y = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
-    return Line(label, np.repeat(edges, 2), y, f"{look} area")
-
-
-def _range(values: Sequence[float | None], margin: float) -> tuple[float, float]:
+def _range(values: list[float], margin: float) -> tuple[float, float]:
     """From the least to the largest, and some room."""
-    known = [v for v in values if v is not None]
-    low, high = min(known), max(known)
+    low, high = min(values), max(values)
     room = margin * (high - low) if high - low > 1e-9 * abs(high) else 0.1 * abs(high) or 1.0
     return float(low - room), float(high + room)
 

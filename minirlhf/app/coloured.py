@@ -15,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from minirlhf.app import charts, pictures
-from minirlhf.app.pictures import BLUE, VERMILION
+from minirlhf.app.pictures import BLUE, VERMILION, Row
 from minirlhf.disk import shorten
 
 LIMIT = 3.0  # nats a token; what is beyond has the colour of the limit
 MARKS = 0.1, 1.0, 2.0  # nats from which a token has one mark, two, three: for print, without colour
-Row = dict[str, Any]
 
 
 @cache
@@ -28,13 +27,9 @@ def template(name: str) -> Any:
     """A template of this room; what it shows of a user's text is escaped."""
     import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True,
-        loader=jinja2.PackageLoader("minirlhf", "app"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.loader = jinja2.PackageLoader("minirlhf", "app")
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.globals |= {"limit": LIMIT, "pays": VERMILION, "earns": BLUE, "steps": MARKS}
     tools = (accumulate, differences, extremes, marks, charts.number, span, zip)
     environment.globals |= {tool.__name__: tool for tool in tools}

@@ -1,14 +1,13 @@
 """A run, or several, as one page to look at and to hand on: report.html, complete in itself.
 
-`report` gathers what runs have left, page.html lays it out. What is drawn stands there as numbers
-too, as the run has logged them. Nothing is loaded when the page is opened.
+What is drawn stands there as numbers too, as the run has logged them. Nothing is loaded when the
+page is opened.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from minirlhf import __version__
 from minirlhf.app import api, charts, coloured, known, pictures
 from minirlhf.app.charts import Line, chart
 from minirlhf.app.diagnose import diagnose
-from minirlhf.app.pictures import METRICS
+from minirlhf.app.pictures import METRICS, Row
 from minirlhf.disk import plain, write_whole
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config
@@ -24,10 +23,8 @@ from minirlhf.runs.log import read_jsonl, read_metrics
 from minirlhf.runs.pipeline import read_result
 from minirlhf.runs.snapshots import PROMPTS
 
-Row = dict[str, Any]
 MOST_RUNS, MOST_MOMENTS = 5, 9
 ROOT = "√KL to the reference [√nats]"
-LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
 PANELS, STORY = METRICS["panels"], METRICS["story"]
 
 
@@ -139,10 +136,8 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
 def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
     """(label, replies) of each run, of one beside its reference; what pays most stands first."""
     opened = [api.open_run(run.folder) for run in runs]
-    prompts = [
-        *opened[0].session.world.heldout_prompts,
-        *(row["prompt"] for row in runs[0].samples),
-    ]
+    logged = (row["prompt"] for row in runs[0].samples)
+    prompts = [*opened[0].session.world.heldout_prompts, *logged]
     same = {"prompts": [*dict.fromkeys(prompts)][:PROMPTS], "seed": opened[0].config.seed}
     if not (prompts and any(run.is_trained for run in opened)):
         raise InputError(
@@ -163,25 +158,24 @@ def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
 # -- curves --------------------------------------------------------------------------------------
 def stages(runs: list[Recorded]) -> Iterator[tuple[str, list[Row]]]:
     """Of each stage that has run its title and its charts."""
+    measured = {of for run in runs for of in run.curves}
     for stage, title in METRICS["stages"].items():
-        panels = [panel(runs, stage, of) for of in PANELS.values()]
-        if any(panels):
-            yield title, [one for one in panels if one]
+        panels = [of for of in PANELS.values() if measured & {(stage, n) for n in of["metrics"]}]
+        if panels:
+            yield title, [panel(runs, stage, of) for of in panels]
 
 
-def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
+def panel(runs: list[Recorded], stage: str, of: Row) -> Row:
     """A chart with its sentences; of several runs one metric each, and no reading."""
     lines, values, alone = [], {}, len(runs) == 1
     for i, run in enumerate(runs):
         found = {n: run.curves[stage, n] for n in of["metrics"] if (stage, n) in run.curves}
         for j, (name, (x, y)) in enumerate([*found.items()][: None if alone else 1]):
             held = pictures.is_held(name)
-            label = LABELS.get(name, "held out" if held else "training") if alone else run.name
+            label = of.get("labels", {}).get(name, "held out" if held else "training")
             points, dots = charts.thinned(x, y), held and len(x) < 60
-            lines.append(Line(label, *points, f"l{i + j}", dots=dots))
+            lines.append(Line(label if alone else run.name, *points, f"l{i + j}", dots=dots))
             values.setdefault(held, [v for v in y if v is not None])
-    if not lines:
-        return None
     ours, held = values.get(False) or values[True], values.get(True, [])
     told = {"metric": of["metrics"][0], "healthy": of["healthy"]}
     told["says"] = sentence(of["says"], numbers_of(ours, held)) if alone else []
@@ -249,9 +243,13 @@ def histograms(run: Recorded) -> Iterator[Row]:
         values = [[row[name] for row in some if row["step"] in part] for part in parts.values()]
         if steps[1:] and all(values):
             edges = np.histogram_bin_edges(np.concatenate(values), 14)
-            lines = map(charts.stairs, parts, values, [edges] * 2, ("l1", "l0"))
+            lines = []
+            for label, numbers, look in zip(parts, values, ("l1 area", "l0 area"), strict=True):
+                share = np.histogram(numbers, edges)[0] / len(numbers)
+                y = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
+                lines.append(Line(label, np.repeat(edges, 2), y, look))
             title, x = f"{name} of the logged replies", f"{name} [{unit}]"
-            yield chart(title, "share of replies", x, [*lines])
+            yield chart(title, "share of replies", x, lines)
 
 
 def frontier(runs: list[Recorded]) -> Iterator[Row]:

@@ -36,10 +36,9 @@ def watch(step: int, stage: str, values: dict) -> None:
 
 
 def track(steps: Iterable, title: str) -> Iterator:
-    """Iterate over `steps` (which has a length) and show how far it is, on stderr.
+    """Iterate over `steps`, which has a length; show on stderr how far it is, and what is watched.
 
-    A range that begins at 20 of 30 is one of which 20 steps have been done before. What is watched
-    from here on is shown too.
+    A range that begins at 20 of 30 is one of which 20 steps have been done before.
     """
     started, first = time.perf_counter(), steps.start if isinstance(steps, range) else 0
     _figures.clear()
@@ -84,9 +83,8 @@ def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, f
     made, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
     columns = ("{task.description}", made, left)
     if (room := console.width - 66) > 0:
-        times = (progress.TimeElapsedColumn(), "left", left)
-        wide = progress.BarColumn(min(room, 40))
-        columns = ("{task.description:24}", wide, made, "{task.fields[rate]}", *times)
+        wide, spent = progress.BarColumn(min(room, 40)), progress.TimeElapsedColumn()
+        columns = ("{task.description:24}", wide, made, "{task.fields[rate]}", spent, "left", left)
     bar = progress.Progress(*columns, console=console)
     shown = {"get_renderable": lambda: Group(bar, figures(console)), "refresh_per_second": 10}
     with Live(console=console, **shown):

@@ -115,10 +115,7 @@ def printable(text: str) -> str:
 
 
 def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> Table:
-    """Token by token: log pi_theta, log pi_ref, their difference; the last row is the sum [nats].
-
-    A token that the policy has made more likely pays a penalty; one it has made rarer earns it.
-    """
+    """Token by token log pi_theta, log pi_ref, their difference; the last row is the sum [nats]."""
     table = Table(title="log pi_theta - log pi_ref by token [nats]", padding=(0, 1, 0, 0))
     table.add_column("token", overflow="fold", min_width=1)
     for column in ("log\npi_theta", "log\npi_ref", "difference"):
