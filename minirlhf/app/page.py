@@ -202,9 +202,8 @@ def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
 
 def paths(run: Recorded) -> Iterator[Row]:
     """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
-    kl = run.of_ppo(STORY["kl_seq"])
     for name in METRICS["gains"]:
-        pairs = zip(kl, run.of_ppo(STORY[name]), strict=False)
+        pairs = zip(run.of_ppo(STORY["kl_seq"]), run.of_ppo(STORY[name]), strict=False)
         points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
         if len(points) > 1:
             (d, y), law = np.array(points).T, None
