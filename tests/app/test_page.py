@@ -26,9 +26,8 @@ from tiny_run import (
 )
 
 import minirlhf
-from minirlhf.app import charts, page
+from minirlhf.app import charts, coloured, page, pictures
 from minirlhf.app.known import BETAS, known_world
-from minirlhf.app.pictures import CURVES
 from minirlhf.app.tables import ROWS
 from minirlhf.disk import parse_object
 from minirlhf.exact import ground_truth, tiny
@@ -109,14 +108,14 @@ def measured(run, name):
 
 def test_every_curve_is_that_of_metrics_jsonl(shown, runs):
     last = json.loads((runs[0] / "result.json").read_text())["policy"]
-    for metric, panel in page.readings().items():
+    for metric, panel in page.PANELS.items():
         expected = {}
         for name in panel["metrics"]:
             x, y = measured(runs[0], name)
             if name.startswith("eval/") and y and x[-1] < 3:  # the final table is the last one
                 x, y = [*x, 3], [*y, last[name.removeprefix("eval/")]]
             if any(of is not None for of in y):
-                expected["held out" if page.is_held(name) else "training"] = x, y
+                expected["held out" if pictures.is_held(name) else "training"] = x, y
         found = shown.lines(metric)
         assert found == ([expected] if expected else []), metric
     assert len(shown.lines("objective/kl")[0]["training"][0]) == 3
@@ -186,11 +185,11 @@ def test_a_long_series_keeps_its_ends_and_its_extremes():
 
 
 def test_a_chart_has_gaps_where_there_was_no_number():
-    line = charts.Line("a", [0, 1, 2, 3], [1.0, None, 3.0, 5.0])
-    found = charts.chart("t", "u", "x", [line])
-    (drawn,) = found["lines"]
-    assert re.sub(r"[\d. ]+", "", drawn["path"]) == "MML" and len(drawn["points"]) == 3
-    assert found["numbers"] == [{"label": "a", "x": [0, 1, 2, 3], "y": [1.0, None, 3.0, 5.0]}]
+    line = charts.Line("a", [0, 1, 2, 3], [1.0, None, 3.0, 5.0], "here", dots=True)
+    drawn = coloured.template("chart.html").module.figure(charts.chart("t", "u", "x", [line]))
+    path, rest = re.search(r'<g class="here"><path d="(.*?)"/>(.*?)</g>', drawn, re.DOTALL).groups()
+    assert re.sub(r"[\d. ]+", "", path) == "MML" and rest.count("<circle") == 3
+    assert Page(drawn).lines(None) == [{"a": ([0, 1, 2, 3], [1.0, None, 3.0, 5.0])}]
     flat = charts.chart("t", "u", "x", [charts.Line("a", [5], [0.2])])
     assert len(flat["y_ticks"]) > 1  # one point, or a level line
 
@@ -208,11 +207,10 @@ def test_ticks_are_round_and_inside(low, high):
 
 
 def test_every_panel_has_a_reading_and_every_reading_an_end():
-    readings = page.readings()
-    assert {metrics[0] for _, *metrics in (of for of in CURVES.values())} <= readings.keys()
     some = page.numbers_of([1.0, 2.0], [3.0, 4.0])
-    for metric, of in readings.items():
+    for metric, of in page.PANELS.items():
         assert of["metrics"][0] == metric and of["healthy"].endswith(".")
+        assert of["metrics"] == sorted(of["metrics"], key=pictures.is_held)  # these stand last
         for number, _, text in of["says"]:
             assert text[-1] in ".?" and number in some
             assert set(re.findall(r"{(\w+)}", text)) <= some.keys()
@@ -220,7 +218,7 @@ def test_every_panel_has_a_reading_and_every_reading_an_end():
 
 
 def said(metric, ours, held=()):
-    parts = page.sentence(page.readings()[metric]["says"], page.numbers_of(ours, list(held)))
+    parts = page.sentence(page.PANELS[metric]["says"], page.numbers_of(ours, list(held)))
     return "".join(part if isinstance(part, str) else charts.number(part) for part in parts)
 
 
@@ -402,8 +400,8 @@ def test_findings_follow_the_replies_and_are_text(runs, monkeypatch):
     finding = SimpleNamespace(rule="r<b>", severity="warning", onset=7)
     finding.evidence, finding.cause, finding.knob = "<i>", "c", "k"
     found = Found([finding], ["a rule: without its metric"])
-    monkeypatch.setattr(page, "findings", lambda runs: [(runs[0], found)])
-    shown = Page(page.page([page.recorded(runs[0])]))
+    monkeypatch.setattr(page, "diagnose", lambda folder: found)
+    shown = Page(page.page([page.Recorded(runs[0])]))
     assert "warning: r<b> , from step 7 on <i> c First: k" in shown.said
     assert "a rule: without its metric" in shown.said and "<i>" not in shown.text
     assert shown.text.index('id="replies"') < shown.text.index('id="findings"')
@@ -536,7 +534,7 @@ def in_browser(text, folder, *, width=1400):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_in_a_browser_it_fits_asks_for_nothing_and_makes_no_error(runs, tmp_path, known, width):
-    text = page.page([page.recorded(runs[0])]).replace("</main>", "")
+    text = page.page([page.Recorded(runs[0])]).replace("</main>", "")
     seen, asked = in_browser(text, tmp_path, width=width)
     assert seen["errors"] == [] and asked == set()
     assert seen["wide"] <= seen["window"] == width
@@ -545,7 +543,7 @@ def test_in_a_browser_it_fits_asks_for_nothing_and_makes_no_error(runs, tmp_path
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_the_optimum_of_the_slider_is_the_exact_one(runs, tmp_path, known, monkeypatch):
-    monkeypatch.setattr(page, "known_world", lambda: known)
+    monkeypatch.setattr(page.known, "known_world", lambda: known)
     seen, asked = in_browser(page.page([], exact=True), tmp_path, width=400)
     assert seen["errors"] == [] and asked == set() and seen["wide"] <= 400
     beta = float(f"{0.5 * 10 ** (-6 / 20):.3g}")

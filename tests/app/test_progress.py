@@ -33,7 +33,7 @@ def shown(width, values=None, *, steps=3, encoding="utf-8"):
         progress.watch(0, "ppo", PPO if values is None else values)
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(force_terminal=True, file=file, width=width, color_system=None)
-    console.print(progress._Figures())
+    console.print(progress.figures(console))
     file.flush()
     return [line.rstrip() for line in file.buffer.getvalue().decode(encoding).splitlines()]
 
