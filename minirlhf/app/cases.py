@@ -398,7 +398,7 @@ TABLE = [
     row(attention.attention_forward, make_attention, "left", 1.0, mode="left padding"),
     row(attention.attention_forward, make_attention, "right", 1.0, mode="right padding"),
     row(attention.attention_forward, make_attention, "right", 8.0, mode="scores beyond exp"),
-    row(heads.tied_logits_forward, make_arrays, ".C,VC"),
+    row(heads.logits_forward, make_arrays, ".C,VC"),
     row(heads.scalar_head_forward, make_arrays, ".C,C1,1"),
     row(transformer.block_forward, make_block),
     row(transformer.transformer_forward, make_model),
