@@ -37,7 +37,7 @@ from minirlhf.nn.attention import (
     split_qkv,
     unnormalised_attention,
 )
-from minirlhf.tree import Tree
+from minirlhf.tree import Tree, tree_items, tree_map
 
 
 @dataclass(frozen=True)
@@ -78,36 +78,45 @@ def kept_floats(sizes: GPTConfig, T: int) -> int:
     return sizes.n_layer * (17 * sizes.d_model + sizes.n_head * T)
 
 
+def parameter_shapes(config: GPTConfig) -> Tree:
+    """The tree at the top of this file with its shape at each leaf."""
+    C, (H, K), is_llama = config.d_model, config.heads.values(), config.block == "llama"
+    F, vocabulary = config.d_ff or 4 * C, (config.vocab_size, C)
+
+    def linear(i, o):
+        return {"w": (i, o)} if is_llama else {"w": (i, o), "b": (o,)}
+
+    norm = {"gain": (C,)} if is_llama else {"gain": (C,), "bias": (C,)}
+    gate = {"gate": linear(C, F)} if is_llama else {}
+    block = {
+        "ln1": norm,
+        "attn": {"qkv": linear(C, C // H * (H + 2 * K)), "out": linear(C, C)},
+        "ln2": norm,
+        "mlp": {**gate, "up": linear(C, F), "down": linear(F, C)},
+    }
+    positions = {} if is_llama else {"wpe": (config.n_ctx, C)}
+    output = {} if config.tied else {"lm_head": vocabulary}
+    blocks = [block] * config.n_layer
+    return {"wte": vocabulary, **positions, "blocks": blocks, "ln_f": norm, **output}
+
+
 def init_transformer(config: GPTConfig, *, rng: np.random.Generator, dtype=np.float32) -> Tree:
     """Weights N(0, 0.02), those that write into the residual stream 0.02 / sqrt(2L); biases 0.
 
     Drawn on the host from `rng`, so that a seed means the same model on every device.
     """
-    C, H, K, is_llama = config.d_model, *config.heads.values(), config.block == "llama"
-    F, std = config.d_ff or 4 * C, 0.02
-    residual_std = std / (2 * config.n_layer) ** 0.5  # 2L terms are added up there
+    shapes, std = parameter_shapes(config), 0.02
+    paths = (path for path, _ in tree_items(shapes))
 
-    def normal(*shape, std=std):
-        return (std * rng.standard_normal(shape)).astype(dtype)
+    def drawn(shape: tuple[int, ...]) -> Array:
+        path = next(paths)
+        if len(shape) == 1:  # a gain, or a bias
+            return np.full(shape, 1.0 if path.endswith("gain") else 0.0, dtype=dtype)
+        # 2L terms are added up in the residual stream
+        n_terms = 2 * config.n_layer if path.endswith(("out.w", "down.w")) else 1
+        return (std / n_terms**0.5 * rng.standard_normal(shape)).astype(dtype)
 
-    def linear(i, o, std=std):
-        bias = {} if is_llama else {"b": np.zeros(o, dtype=dtype)}
-        return {"w": normal(i, o, std=std), **bias}
-
-    def norm():
-        bias = {} if is_llama else {"bias": np.zeros(C, dtype=dtype)}
-        return {"gain": np.ones(C, dtype=dtype), **bias}
-
-    def block():
-        attn = {"qkv": linear(C, C // H * (H + 2 * K)), "out": linear(C, C, residual_std)}
-        mlp = {"gate": linear(C, F)} if is_llama else {}
-        mlp |= {"up": linear(C, F), "down": linear(F, C, residual_std)}
-        return {"ln1": norm(), "attn": attn, "ln2": norm(), "mlp": mlp}
-
-    params = {"wte": normal(config.vocab_size, C)}
-    params |= {} if is_llama else {"wpe": normal(config.n_ctx, C)}
-    params |= {"blocks": [block() for _ in range(config.n_layer)], "ln_f": norm()}
-    return params | ({} if config.tied else {"lm_head": normal(config.vocab_size, C)})
+    return tree_map(drawn, shapes)
 
 
 def check_tokens(tokens: np.ndarray, mask: np.ndarray, config: GPTConfig) -> None:
