@@ -74,8 +74,13 @@ class GPTConfig:
 
 
 def kept_floats(sizes: GPTConfig, T: int) -> int:
-    """Floats kept of each of T tokens by a forward: 17 C, and H rows of attention, a block."""
-    return sizes.n_layer * (17 * sizes.d_model + sizes.n_head * T)
+    """Floats kept of each of T tokens by a forward, at most; in each block H rows of attention.
+
+    Beside them the norms, qkv and the attention's output, and what the MLP's backward reads.
+    """
+    C, F = sizes.d_model, sizes.d_ff or 4 * sizes.d_model
+    of_block = 12 * C + 4 * F if sizes.block == "llama" else 9 * C + 2 * F
+    return sizes.n_layer * (of_block + sizes.n_head * T)
 
 
 def parameter_shapes(config: GPTConfig) -> Tree:

@@ -1,8 +1,8 @@
 """llama2.c's files of weights, karpathy's tinyllamas among them: read, never written.
 
 karpathy/llama2.c: run.c, memory_map_weights (version 0, the format without a magic number). Seven
-integers, then float32 arrays one after the other, a kind of all layers together, (out, in). A head's
-channels that rotary positions turn together stand side by side there, and half a head apart here.
+integers, then float32 arrays one after the other, each of all layers, (out, in). Of a head's
+channels, those that rotary positions turn together stand beside each other; here half a head apart.
 """
 
 import math
@@ -12,8 +12,8 @@ import numpy as np
 
 from minirlhf import disk
 from minirlhf.errors import InputError
-from minirlhf.nn.transformer import GPTConfig, parameter_shapes
-from minirlhf.tree import Tree, tree_map
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.tree import Tree
 
 HEADER = 7 * 4  # bytes
 EPS = 1e-5  # of the norms, which the file does not say
@@ -32,12 +32,11 @@ def load_llama2c(path: str | Path) -> tuple[Tree, GPTConfig]:
         raise _refused(path, f"the sizes {sizes}")
     config = GPTConfig(V, n_ctx, L, H, C, EPS, "llama", K, F, tied=is_tied)
     n_floats = (len(data) - HEADER) // 4
-    shapes = {  # in the order of the file
-        **{"wte": (V, C), "ln1": (L, C), "q": (L, C, C), "k": (L, K * D, C), "v": (L, K * D, C)},
-        **{"out": (L, C, C), "ln2": (L, C), "gate": (L, F, C), "down": (L, C, F), "up": (L, F, C)},
-        **{"ln_f": (C,), "angles": (2, n_ctx, D // 2)},  # cos and sin, which we make ourselves
-        **({} if is_tied else {"lm_head": (V, C)}),
-    }
+    shapes = {"wte": (V, C), "ln1": (L, C), "q": (L, C, C)}  # in the order of the file
+    shapes |= {"k": (L, K * D, C), "v": (L, K * D, C), "out": (L, C, C), "ln2": (L, C)}
+    shapes |= {"gate": (L, F, C), "down": (L, C, F), "up": (L, F, C), "ln_f": (C,)}
+    shapes["angles"] = (2, n_ctx, D // 2)  # cos and sin, which we make ourselves
+    shapes |= {} if is_tied else {"lm_head": (V, C)}
     if n_floats != sum(map(math.prod, shapes.values())) or len(data) % 4:
         raise _refused(path, f"{len(data):,} bytes, which do not fit the sizes {sizes}")
     arrays, floats = {}, np.frombuffer(data[HEADER:], "<f4").astype(np.float32)
@@ -47,25 +46,21 @@ def load_llama2c(path: str | Path) -> tuple[Tree, GPTConfig]:
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise _refused(path, "numbers that are not finite")
 
+    for name in "qk":
+        arrays[name] = arrays[name].reshape(L, -1, D // 2, 2, C).swapaxes(2, 3).reshape(L, -1, C)
+
+    def linear(i: int, *names: str) -> Tree:
+        return {"w": np.concatenate([arrays[name][i] for name in names]).T.copy()}  # (in, out)
+
     def block(i: int) -> Tree:
-        w = {name: arrays[name][i].T for name in ("v", "out", "gate", "up", "down")}  # (in, out)
-        w["qkv"] = np.concatenate([*(_halves(arrays[x][i], D).T for x in "qk"), w["v"]], axis=1)
-        norms = {name: {"gain": arrays[name][i]} for name in ("ln1", "ln2")}
-        attn, mlp = ({name: {"w": w[name]} for name in names} for names in _PARTS)
-        return {"ln1": norms["ln1"], "attn": attn, "ln2": norms["ln2"], "mlp": mlp}
+        mlp = {name: linear(i, name) for name in ("gate", "up", "down")}
+        ln1, ln2 = ({"gain": arrays[name][i]} for name in ("ln1", "ln2"))
+        attn = {"qkv": linear(i, "q", "k", "v"), "out": linear(i, "out")}
+        return {"ln1": ln1, "attn": attn, "ln2": ln2, "mlp": mlp}
 
     params = {"wte": arrays["wte"], "blocks": [block(i) for i in range(L)]}
-    params |= {"ln_f": {"gain": arrays["ln_f"]}}
-    params |= {} if is_tied else {"lm_head": arrays["lm_head"]}
-    return tree_map(lambda _, array: array.copy(), parameter_shapes(config), params), config
-
-
-_PARTS = ("qkv", "out"), ("gate", "up", "down")
-
-
-def _halves(w: np.ndarray, D: int) -> np.ndarray:
-    """(heads D, C) with the even channels of a head before the odd ones."""
-    return w.reshape(-1, D // 2, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    params["ln_f"] = {"gain": arrays["ln_f"]}
+    return params | ({} if is_tied else {"lm_head": arrays["lm_head"]}), config
 
 
 def _refused(path: str | Path, came: str) -> InputError:
