@@ -168,7 +168,7 @@ def norm_backward(dy: Array, cache: Any) -> tuple[Array, Tree]:
     return dx, {"gain": dgain, "bias": dbias}
 
 
-def linear_backward(dy: Array, cache: layers.LinearCache) -> tuple[Array, Tree]:
+def through_linear(dy: Array, cache: layers.LinearCache) -> tuple[Array, Tree]:
     """dx, and gradients keyed like p of a linear layer: {w, b}, or {w}."""
     dx, *gradients = layers.linear_backward(dy, cache)
     return dx, dict(zip(("w", "b"), gradients, strict=False))
@@ -196,12 +196,12 @@ def mlp_forward(x: Array, p: Tree, *, keep: bool = True) -> tuple[Array, MLPCach
 
 def mlp_backward(dy: Array, cache: MLPCache) -> tuple[Array, Tree]:
     """dx, and gradients keyed like p."""
-    da, ddown = linear_backward(dy, cache.down)  # (..., F)
+    da, ddown = through_linear(dy, cache.down)  # (..., F)
     if cache.gate is None:
-        dx, dup = linear_backward(layers.gelu_backward(da, cache.activation), cache.up)
+        dx, dup = through_linear(layers.gelu_backward(da, cache.activation), cache.up)
         return dx, {"up": dup, "down": ddown}
     dg, du = layers.swiglu_backward(da, cache.activation)
-    (dx, dup), (dx_gate, dgate) = linear_backward(du, cache.up), linear_backward(dg, cache.gate)
+    (dx, dup), (dx_gate, dgate) = through_linear(du, cache.up), through_linear(dg, cache.gate)
     dx += dx_gate  # x reaches y through both
     return dx, {"gate": dgate, "up": dup, "down": ddown}
 
@@ -273,11 +273,11 @@ def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
     da, dln2 = norm_backward(dn, cache.ln2)
     da += dy  # a reaches y directly and through the MLP
 
-    dout, dout_linear = linear_backward(da, cache.out)  # (B, Q, C)
+    dout, dout_linear = through_linear(da, cache.out)  # (B, Q, C)
     dqkv = attention_backward(dout, cache.attention)  # every position is a key
     if cache.rotary is not None:
         dqkv = rotary_backward(dqkv, cache.rotary)
-    dn, dqkv_linear = linear_backward(dqkv, cache.qkv)
+    dn, dqkv_linear = through_linear(dqkv, cache.qkv)
     dx, dln1 = norm_backward(dn, cache.ln1)
     if cache.taken is not None:
         da = layers.take_columns_backward(da, cache.taken)  # (B, T, C)
