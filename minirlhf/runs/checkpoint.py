@@ -160,13 +160,7 @@ def save_model(
             tensors[whole] = np.ascontiguousarray(part.T if slot.is_transposed else part)
 
     tree_map(put, _layout(config), params)
-    entries = {"model_type": config.block, "architectures": [kind.architecture], **kind.further}
-    entries |= {name: allowed[0] for name, allowed in kind.plain.items()}
-    entries |= {name: getattr(config, field) for name, (field, _) in kind.sizes.items()}
-    if config.block == "llama":
-        entries |= {"num_key_value_heads": config.heads["n_kv_head"]}
-        entries |= {"intermediate_size": config.d_ff or 4 * config.d_model}
-    entries["torch_dtype"] = str(next(iter(tensors.values())).dtype)
+    entries = _entries(config, str(next(iter(tensors.values())).dtype))
     heads, meta, files = heads or {}, meta or {}, files or {}
     if scale:
         entries |= scale
@@ -183,6 +177,18 @@ def save_model(
         of_heads = {f"minirlhf.{path}": _host(path, array) for path, array in tree_items(heads)}
         files[_HEADS] = save(of_heads, format)
     disk.write_whole_folder(folder, files, drop=frozenset({_HEADS}))
+
+
+def _entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
+    """What config.json says of the network."""
+    kind = KINDS[config.block]
+    entries = {"model_type": config.block, "architectures": [kind.architecture], **kind.further}
+    entries |= {name: allowed[0] for name, allowed in kind.plain.items()}
+    entries |= {name: getattr(config, field) for name, (field, _) in kind.sizes.items()}
+    if config.block == "llama":
+        entries["num_key_value_heads"] = config.heads["n_kv_head"]
+        entries["intermediate_size"] = config.d_ff or 4 * config.d_model
+    return entries | {"torch_dtype": dtype}
 
 
 def _classifier(
