@@ -6,7 +6,7 @@
 The reward counts words of good feeling in the 40 tokens that follow a story's opening. Nobody wants
 such a list of words, so what is wanted, gold, is another number, which training never sees:
 
-    gold = min(reward, 4) - 20 repeated_bigrams - 2 max(0, -2 - mean_t log pi_ref(y_t))
+    gold = min(reward, 4) - 10 repeated_bigrams - 2 max(0, -2 - mean_t log pi_ref(y_t))
 
 four good words are enough, repeating is bad, and so is text that the pretrained model finds
 unlikely (its own has about -1.8 nats a token). There is no fine-tuning (`--sft.steps 0`): the
@@ -85,7 +85,7 @@ def measured(replies: list) -> dict[str, float]:
     for of in replies:
         reward, ref_logp = good_feeling(of.response), float(of.ref_logp.mean())
         repeats = repeated_bigram_share(of.ids)
-        gold = min(reward, 4) - 20 * repeats - 2 * max(0.0, -2.0 - ref_logp)
+        gold = min(reward, 4) - 10 * repeats - 2 * max(0.0, -2.0 - ref_logp)
         rows.append((reward, gold, of.kl_seq, ref_logp, repeats))
     return dict(zip(COLUMNS, np.mean(rows, axis=0).tolist(), strict=True))
 
@@ -105,6 +105,8 @@ def run_seed(model: Path, seed: int, out: Path, betas: list[float]) -> dict[str,
         for name, replies in arms.items():
             said = [f"{of.prompt} |{of.response}" for of in replies[:4]]
             found[name] = {**measured(replies), "replies": said}
+            if name == "reference":
+                found[name]["kl_seq"] = 0.0  # of the reference to itself
             cells = "  ".join(f"{c} {f.format(found[name][c])}" for c, f in COLUMNS.items())
             print(f"seed {seed}  {name:>9}  {cells}", flush=True)
     return found
