@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.backend import Array, as_float, get_xp
-from minirlhf.nn.heads import tied_logits_forward
+from minirlhf.nn.heads import logits_forward, output_matrix
 from minirlhf.nn.transformer import GPTConfig, decode_step, kept_floats, prefill
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
@@ -168,7 +168,7 @@ def _extend(
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
     rows, alive = xp.arange(B), mask[:, -1]  # who is left in the batch; 1 until the stop token
     for step in range(max_new):
-        logits, _ = tied_logits_forward(h, params["wte"])  # (B, V)
+        logits, _ = logits_forward(h, output_matrix(params))  # (B, V)
         drawn = draw_tokens(xp.exp(logprobs(logits)), u[rows, step][:, None])
         drawn = xp.where(alive > 0, drawn, pad_id)
         out.tokens[rows, P + step] = drawn

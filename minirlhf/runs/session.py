@@ -103,7 +103,7 @@ class Session:
         """Of the policy, on the host: random ones, or those of --init as the run began."""
         if not self.config.init:
             return init_transformer(self.gpt, rng=self.rng["init"])
-        start = hugging_face.read_gpt2(self.config.init)
+        start = hugging_face.read_model(self.config.init)
         if start.sha256 != read_object(self.folder / "world.json").get("init_sha256"):
             raise InputError(
                 f"{self.config.init}: expected the weights that were there when the run began; "
@@ -205,7 +205,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     notes = [*(own_reward.try_reward(world) if world.reward else ()), *unused_options(config)]
     digests = {"reward_sha256": own_reward.fingerprint(reward)} if reward else {}
     if config.init:
-        start = hugging_face.read_gpt2(config.init)
+        start = hugging_face.read_model(config.init)
         notes += [f"--init: {start.says}", *rate_notes(config)]
         digests["init_sha256"] = start.sha256
         model = {f.name: getattr(start.config, f.name) for f in fields(config.model)}

@@ -27,9 +27,10 @@ class PolicyOutput(NamedTuple):
 
 class PolicyCache(NamedTuple):
     trunk: TransformerCache
-    logits: heads.TiedLogitsCache
+    logits: heads.LogitsCache
     logp: logprobs.TokenLogprobsCache
     values: heads.ScalarHeadCache | None
+    is_tied: bool  # the logits read the token embedding
 
 
 def policy_forward(
@@ -62,14 +63,16 @@ def policy_forward(
         )
     else:
         h, trunk, keep = hidden[:, : len(before)], None, False
-    logits, logits_cache = heads.tied_logits_forward(h, params["transformer"]["wte"])  # h (B, T, C)
+    w = heads.output_matrix(params["transformer"])
+    logits, logits_cache = heads.logits_forward(h, w)  # h (B, T, C)
     logp, logp_cache = logprobs.token_logprobs_forward(
         logits, targets=batch.responses, temperature=temperature
     )
     values = values_cache = None
     if "value_head" in params:
         values, values_cache = heads.scalar_head_forward(h, **params["value_head"])
-    cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache)
+    is_tied = "lm_head" not in params["transformer"]
+    cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache, is_tied)
     return PolicyOutput(logits, logp, values), cache if keep else None
 
 
@@ -80,7 +83,7 @@ def policy_backward(
     dlogits_total = logprobs.token_logprobs_backward(dlogp, cache.logp)
     if dlogits is not None:
         dlogits_total += dlogits
-    dh, dwte_head = heads.tied_logits_backward(dlogits_total, cache.logits)
+    dh, dw_logits = heads.logits_backward(dlogits_total, cache.logits)
     del dlogits_total  # the largest of all arrays
     gradients = {}
     if cache.values is not None:
@@ -88,7 +91,10 @@ def policy_backward(
         dh += dh_value
         gradients["value_head"] = {"w": dw, "b": db}
     dtransformer = transformer_backward(dh, cache.trunk)
-    dtransformer["wte"] += dwte_head  # one table, read at both ends
+    if cache.is_tied:
+        dtransformer["wte"] += dw_logits  # one table, read at both ends
+    else:
+        dtransformer["lm_head"] = dw_logits
     return {"transformer": dtransformer, **gradients}
 
 

@@ -6,10 +6,13 @@ base alphabet is all 256 bytes, so every text encodes and decodes to itself.
 
 import base64
 import heapq
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from operator import add
 from pathlib import Path
 
@@ -37,24 +40,48 @@ _LONGEST_PIECE = 256  # bytes: longer pieces are counted in parts, so that a mer
 class Tokenizer:
     """A tiktoken encoding and the ids of its four special tokens.
 
-    Sequences are [pad .. bos prompt sep | response eos pad ..].
+    Sequences are [pad .. bos prompt sep | response eos pad ..], without a sep if it is None: a
+    model that has never seen one gets none, and its response goes on with the prompt.
+
+    The ids of a SentencePiece table (`runs/sentencepiece.py`) are not the order in which it merges:
+    `rank_of` gives each its rank in the encoding. The prompt then begins with a space.
     """
 
     encoding: tiktoken.Encoding
     bos: int
-    sep: int
+    sep: int | None
     eos: int
     pad: int
+    rank_of: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
         """Largest id + 1: the rows that the embedding needs."""
-        return self.encoding.max_token_value + 1
+        return len(self.rank_of) or self.encoding.max_token_value + 1
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every prompt."""
+        return " " if self.rank_of else ""
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """The ids of the special tokens."""
+        ranks = self.encoding._special_tokens
+        return {name: self.rank_of.index(i) for name, i in ranks.items()} if self.rank_of else ranks
+
+    @cached_property
+    def _ids_of(self) -> dict[int, list[int]]:
+        """The ids of each rank: of two the later; of a part of a character those of its bytes."""
+        ranks, ids = self.encoding._mergeable_ranks, {r: [i] for i, r in enumerate(self.rank_of)}
+        for token, rank in ranks.items():
+            ids.setdefault(rank, [ids[ranks[bytes([byte])]][0] for byte in token])
+        return ids
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
         try:
-            return self.encoding.encode_ordinary(text)
+            ranks = self.encoding.encode_ordinary(text)
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of Rust, and no Exception
                 raise
@@ -63,11 +90,14 @@ class Tokenizer:
                 f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore "
                 "the file of the tokenizer"
             ) from error
+        return [i for rank in ranks for i in self._ids_of[rank]] if self.rank_of else ranks
 
     def decode(self, ids: Sequence[int]) -> str:
         r"""The text of all ids but the special ones; bytes that are not UTF-8 become "\ufffd"."""
-        plain = (i for i in map(int, ids) if not self.encoding.is_special_token(i))
-        return b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
+        special, ids = self.encoding.is_special_token, [i for i in map(int, ids) if i != self.pad]
+        plain = (i for i in ids if not special(self._rank(i)))
+        text = b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
+        return text.removeprefix(self.prefix) if ids[:1] == [self.bos] else text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         r"""One printable string a token: a newline reads "\n", a lone byte "\xe2"."""
@@ -77,6 +107,11 @@ class Tokenizer:
             for text in texts
         ]
 
+    def names(self) -> list[str | None]:
+        """Of eos, bos, sep (None if there is none) and pad."""
+        ids = self.eos, self.bos, self.sep, self.pad
+        return [None if i is None else self._bytes(i).decode() for i in ids]
+
     def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
 
@@ -84,7 +119,7 @@ class Tokenizer:
         """
         if not text:
             raise InputError("prompt: expected some text; got an empty prompt: write one")
-        ids = [*self.encode(text), self.sep]
+        ids = self.encode(self.prefix + text) + ([] if self.sep is None else [self.sep])
         start = 0 if max_tokens is None else max(0, len(ids) + 1 - max_tokens)
         while start and self._is_inside(ids[start]):
             start += 1
@@ -108,11 +143,14 @@ class Tokenizer:
         """Does the token begin inside of a character?"""
         return self._bytes(i)[0] & 0xC0 == 0x80
 
-    def _bytes(self, i: int) -> bytes:
+    def _rank(self, i: int) -> int:
         if not 0 <= i < self.vocab_size:
             raise ValueError(f"tokens: expected ids below {self.vocab_size}; got {i}")
+        return self.rank_of[i] if self.rank_of else i
+
+    def _bytes(self, i: int) -> bytes:
         try:
-            return self.encoding.decode_single_token_bytes(i)
+            return self.encoding.decode_single_token_bytes(self._rank(i))
         except KeyError:  # cl100k_base leaves ids unused that an untrained policy may sample
             return "\ufffd".encode()
 
@@ -222,18 +260,48 @@ def with_ours(specials: dict[str, int], first: int) -> dict[str, int]:
 
 
 def make_tokenizer(
-    name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]
+    name: str,
+    pattern: str,
+    ranks: dict[bytes, int],
+    specials: dict[str, int],
+    *,
+    roles: Sequence[str | None] = SPECIALS,
+    rank_of: Sequence[int] = (),
 ) -> Tokenizer:
-    """From the parts of a tiktoken.Encoding, or a ValueError; `specials` has all of SPECIALS."""
+    """From the parts of a tiktoken.Encoding, or a ValueError.
+
+    Args:     roles: the names among `specials` of eos, bos, sep (or None) and pad.
+              rank_of: that of each id, in ranks or specials, where ids are not ranks.
+    """
     ids = [*ranks.values(), *specials.values()]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+    if not all(type(i) is int and 0 <= i < 2**31 for i in (*ids, *rank_of)):
         raise ValueError("an id is no whole number in its range")
     if len(set(ids)) != len(ids):  # tiktoken itself would abort with a Rust panic
         raise ValueError("two tokens share an id")
     if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError("the tokens are not the 256 bytes and longer ones")
+    if rank_of and not {ranks[bytes([i])] for i in range(256)} <= set(rank_of) <= set(ids):
+        raise ValueError("a byte has no id, or an id has no token")
     bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    return Tokenizer(bpe, specials[BOS], specials[SEP], specials[EOS], specials[PAD])
+    ids = {name: rank_of.index(i) if rank_of else i for name, i in specials.items()}
+    eos, bos, sep, pad = roles
+    of_sep = None if sep is None else ids[sep]
+    return Tokenizer(bpe, ids[bos], of_sep, ids[eos], ids[pad], tuple(rank_of))
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two parts that make each token, by rank; none where its bytes are joined otherwise."""
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            of_pairs = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            lowest = min(of_pairs)
+            if lowest == math.inf:
+                break
+            i = of_pairs.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -247,6 +315,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         "special_tokens": encoding._special_tokens,
         "ranks": {base64.b64encode(token).decode("ascii"): rank for token, rank in ranks},
     }
+    if tokenizer.rank_of:
+        content |= {"roles": tokenizer.names(), "rank_of": tokenizer.rank_of}
     write_whole(Path(folder) / _FILE, to_json(content))
 
 
@@ -260,7 +330,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         name, pattern = str(content["name"]), str(content["pattern"])
         specials, stored = content["special_tokens"], content["ranks"].items()
         ranks = {base64.b64decode(token, validate=True): rank for token, rank in stored}
-        return make_tokenizer(name, pattern, ranks, specials)
+        roles, rank_of = content.get("roles", SPECIALS), content.get("rank_of", ())
+        return make_tokenizer(name, pattern, ranks, specials, roles=roles, rank_of=rank_of)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: expected a tokenizer that minirlhf wrote; it is corrupt "

@@ -39,7 +39,7 @@ import minirlhf
 from minirlhf.app import check, cli, commands, exact, options, progress
 from minirlhf.app.commands import parse_config
 from minirlhf.errors import LONGEST, InputError
-from minirlhf.nn.heads import tied_logits_forward
+from minirlhf.nn.heads import logits_forward
 from minirlhf.nn.transformer import transformer_forward
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
@@ -358,7 +358,7 @@ def sequence_logprob(folder, tokenizer, prompt, response, temperature):
     prompt, response = tokenizer.prompt_ids(prompt), tokenizer.response_ids(response)
     ids = np.array([prompt + response])
     h, _ = transformer_forward(params, tokens=ids, mask=np.ones(ids.shape), config=config)
-    logits = tied_logits_forward(h, params["wte"])[0][0] / temperature
+    logits = logits_forward(h, params["wte"])[0][0] / temperature
     total = 0.0
     for t, token in enumerate(response):
         row = logits[len(prompt) - 1 + t]

@@ -374,7 +374,7 @@ def attention_without_the_row_sum(dout, cache):
 
 
 def without_the_tied_share(dlogits, cache):
-    dh, dwte = policy_tied_logits_backward(dlogits, cache)
+    dh, dwte = policy_logits_backward(dlogits, cache)
     return dh, np.zeros_like(dwte)
 
 
@@ -382,9 +382,9 @@ def one_position_off(dy, cache):
     return embedding_backward(np.roll(dy, 1, axis=1), cache)
 
 
-policy_tied_logits_backward = heads.tied_logits_backward
+policy_logits_backward = heads.logits_backward
 DROPPED_TERMS = {
-    "tied logits": (heads, "tied_logits_backward", without_the_tied_share),
+    "tied logits": (heads, "logits_backward", without_the_tied_share),
     "row sum of the softmax": (transformer, "attention_backward", attention_without_the_row_sum),
     "mean of the layer norm": (layers, "layernorm_backward", without_the_mean),
     "embedding of the neighbour": (layers, "embedding_backward", one_position_off),

@@ -24,7 +24,7 @@ from tolerances import (
     assert_trees_close,
 )
 
-from minirlhf.nn.heads import init_scalar_head, tied_logits_backward, tied_logits_forward
+from minirlhf.nn.heads import init_scalar_head, logits_backward, logits_forward
 from minirlhf.nn.transformer import (
     GPTConfig,
     check_tokens,
@@ -235,7 +235,7 @@ def test_one_table_is_read_at_both_ends():
     dlogits = np.random.default_rng(0).standard_normal(out.logits.shape)
     zero = np.zeros_like(out.logp)
     gradients = policy_backward(dlogits, zero, zero, cache)
-    dh, dwte_head = tied_logits_backward(dlogits, tied_logits_forward(h, wte)[1])
+    dh, dwte_head = logits_backward(dlogits, logits_forward(h, wte)[1])
     dwte_embedding = transformer_backward(dh, cache.trunk)["wte"]
     assert min(np.abs(dwte_head).max(), np.abs(dwte_embedding).max()) > 0.1  # both count
     assert_close(gradients["transformer"]["wte"], dwte_embedding + dwte_head)

@@ -31,7 +31,7 @@ from minirlhf.runs.hugging_face import (
     GPT2_PATTERN,
     companions,
     merges_of,
-    read_gpt2,
+    read_model,
     read_tokenizer,
 )
 from minirlhf.runs.session import open_session, reopen_session
@@ -253,17 +253,17 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     write_gpt2(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="expected tokenizer.json, or vocab.json and merges.txt"):
-        read_gpt2(tmp_path)
+        read_model(tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(InputError, match="merges.txt: expected a file; found none"):
-        read_gpt2(tmp_path)
+        read_model(tmp_path)
 
 
 # --- models in
 
 
 def test_new_tokens_get_the_mean_of_all_embeddings(tmp_path):
-    start = read_gpt2(write_gpt2(tmp_path))
+    start = read_model(write_gpt2(tmp_path))
     assert start.config == GPTConfig(**vars(CONFIG) | {"vocab_size": CONFIG.vocab_size + 3})
     stored = load_model(tmp_path)[0]
     wte = start.transformer["wte"]
@@ -281,7 +281,7 @@ def test_new_tokens_get_the_mean_of_all_embeddings(tmp_path):
 def test_rows_that_no_token_uses_are_left_out(tmp_path):
     """Our own tokenizer needs no new tokens: nothing is added to a table with rows to spare."""
     config = GPTConfig(**vars(CONFIG) | {"vocab_size": OURS.vocab_size + 5})
-    start = read_gpt2(write_gpt2(tmp_path, tokenizer_json(), config))
+    start = read_model(write_gpt2(tmp_path, tokenizer_json(), config))
     assert len(start.transformer["wte"]) == start.config.vocab_size == OURS.vocab_size
 
 
@@ -317,11 +317,11 @@ def test_a_run_from_a_gpt2_keeps_its_sizes_and_repeats_itself(tmp_path, names, g
     said = []
     config = of_gpt2(tmp_path / "a", names, gpt2)
     train(config, say=said.append)
-    assert f"note: --init: {read_gpt2(gpt2).says}" in said
+    assert f"note: --init: {read_model(gpt2).says}" in said
     assert not any("learning rates" in line for line in said)  # they are the test's own
     assert any(re.match("note: --model.*, --vocab-size change nothing beside", s) for s in said)
     _, gpt, _ = load_model(tmp_path / "a/policy")
-    assert gpt == read_gpt2(gpt2).config and gpt.n_ctx == 64  # the positions are kept
+    assert gpt == read_model(gpt2).config and gpt.n_ctx == 64  # the positions are kept
     monkeypatch.chdir(gpt2.parent)  # a path that is not absolute is found from anywhere
     interrupted = of_gpt2(tmp_path / "b", names, gpt2.name)
     with pytest.raises(KeyboardInterrupt):
@@ -364,7 +364,7 @@ def test_texts_longer_than_its_positions_are_refused(tmp_path, names, gpt2):
 
 def test_what_a_run_made_can_be_started_from(tmp_path, names, gpt2):
     train(of_gpt2(tmp_path / "first", names, gpt2))
-    start = read_gpt2(tmp_path / "first/policy")
+    start = read_model(tmp_path / "first/policy")
     assert "of its tokenizer.json" in start.says and "new" not in start.says
     second = of_gpt2(tmp_path / "second", names, tmp_path / "first/policy", sft__steps=0)
     session = open_session(second)
