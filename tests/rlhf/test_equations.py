@@ -14,7 +14,7 @@ from tiny import CONFIG, make_ids, make_params, ragged, with_junk
 from tolerances import LOOPS, assert_close
 
 from minirlhf.nn.attention import attention_forward, causal_mask
-from minirlhf.nn.heads import last_columns, scalar_head_forward, logits_backward, logits_forward
+from minirlhf.nn.heads import last_columns, logits_backward, logits_forward, scalar_head_forward
 from minirlhf.nn.layers import (
     embedding_backward,
     embedding_forward,
