@@ -2,10 +2,8 @@
 
 import json
 import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Iterable
-from multiprocessing import resource_tracker
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +19,11 @@ from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.exact import expected, ground_truth
+from minirlhf.exact.optimum import frontier_reward
 from minirlhf.exact.tiny import make_tiny_world, tiny_reference
-from minirlhf.memory import keep_freed_memory
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
-from minirlhf.workers import without_interrupts
+from minirlhf.workers import CAN_FORK, without_interrupts
 
 Row = dict[str, Any]
 Part = Literal["kl", "optimum"]
@@ -87,40 +85,38 @@ def run_experiments(parts: tuple, seeds: tuple, *, iterations: int, processes: i
     if "kl" in parts:
         results["kl"] = expected.kl_gradient_table()
     if "optimum" in parts:
-        runs = list(ground_truth.optimum_runs(iterations=iterations))
-        results["optimum"] = _train_all(runs, seeds, processes=processes)
+        references = _each(tiny_reference, list(seeds), "fitting the references", processes)
+        starts = list(zip(seeds, references, strict=True))
+        runs = ground_truth.optimum_runs(iterations=iterations)
+        jobs = [(*run, *start) for run in runs for start in starts]
+        results["optimum"] = _each(_train, jobs, "training policies", processes)
     return results
 
 
-def _train_all(runs: list[tuple], seeds: tuple, *, processes: int) -> list[Row]:
-    """Every run from the reference of every seed, some side by side, in one thread each."""
-    new_pool = multiprocessing.get_context("spawn").Pool
-    if hasattr(signal, "pthread_sigmask"):  # POSIX
-        resource_tracker.ensure_running()  # now, because to start it lets interrupts in again
-    with without_interrupts():
-        crew = new_pool(min(processes, len(runs) * len(seeds)), initializer=_start_worker)
-    with crew as pool:
-
-        def each(f: Callable[..., Any], jobs: Iterable[tuple], title: str) -> list:
-            pending = [pool.apply_async(f, job) for job in jobs]
+def _each(f: Callable[[Any], Any], jobs: list, title: str, processes: int) -> list:
+    """[f(job), ..] side by side in forked processes, where that is safe; in one thread each."""
+    with threadpool_limits(1):
+        if not CAN_FORK:
+            return [f(job) for job in track(jobs, title)]
+        with without_interrupts():
+            pool = multiprocessing.get_context("fork").Pool(min(processes, len(jobs)))
+        with pool:
+            pending = [pool.apply_async(f, (job,)) for job in jobs]
             return [done.get() for done in track(pending, title)]
 
-        of_seeds = [(seed,) for seed in seeds]
-        references = each(tiny_reference, of_seeds, "fitting the references")
-        fitted = list(zip(references, seeds, strict=True))
-        jobs = [(*of_seed, *run) for run in runs for of_seed in fitted]
-        return each(_train, jobs, "training policies")
 
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers
-    keep_freed_memory()
-    threadpool_limits(1)
-
-
-def _train(reference: Tree, seed: int, name: str, settings: PPOConfig) -> Row:
+def _train(job: tuple[str, PPOConfig, int, Tree]) -> Row:
+    """One policy, trained from the reference on; its history, and the frontier where it ended."""
+    started, (name, settings, seed, reference) = time.perf_counter(), job
     world = make_tiny_world(n_demonstrations=1, rng=np.random.default_rng(0))
-    return ground_truth.train_run(name, settings, world, reference, seed=seed)
+    where = {"config": ground_truth.small_transformer(world), "kl_coef": settings.kl_coef}
+    truth = ground_truth.make_ground_truth(world, reference, **where)
+    history = ground_truth.train_on_world(truth, settings=settings, seed=seed).history
+    row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
+    row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
+    end, args = history[-1], (world.tree, truth.ref_log_probs, world.rewards)
+    row["frontier"] = frontier_reward(*args, kl_seq=end["exact/kl_seq"])
+    return {**row, "history": history}
 
 
 # -- showing -------------------------------------------------------------------------------------
@@ -133,9 +129,9 @@ def draw_pictures(results: Row, out: Path) -> list[Path]:
 def check_claims(results: Row) -> dict[str, bool]:
     """What must hold whatever the seed: identities to rounding, and the frontier."""
     claims = {}
-    if "kl" in results:
-        right = [row["error"] for row in results["kl"] if row["right"]]
-        wrong = [row["error"] for row in results["kl"] if not row["right"]]
+    if rows := results.get("kl"):
+        right = [row["error"] for row in rows if row["right"]]
+        wrong = [row["error"] for row in rows if not row["right"]]
         claims[f"{len(right)} right placements err by less than {EQUAL:g}"] = max(right) < EQUAL
         claim = f"{len(wrong)} wrong placements err by more than {DIFFERENT:g}"
         claims[claim] = min(wrong) > DIFFERENT

@@ -9,6 +9,8 @@ A network's backward is linear in dz, so the same mean holds in its parameters. 
 random one: four tokens, four steps, three random transformers.
 """
 
+import tomllib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,30 +188,11 @@ class Placement(NamedTuple):
         return self.gives == "g"
 
 
-STALE = "biased: samples of old"
-PENALTIES = (  # name, kl_mode, and what the expected gradient is on samples of theta, old, ref
-    ("k1 in the reward", "reward_k1", "g", STALE),
-    ("k1 in the reward, own token only", "reward_k1", "partial"),
-    ("k1 as loss (as printed)", "loss_k1", "0", "-grad KL(old||pi)", "-grad KL(ref||pi)"),
-    ("k2 in the reward", "reward_k2", "biased", STALE),
-    ("k2 as loss, sequence", "loss_k2_seq", "g", STALE),
-    ("k2 as loss, per token", "loss_k2_tok", "partial", STALE),
-    ("k3 in the reward", "reward_k3", "g - k3 as loss, per token", STALE),
-    ("k3 as loss, sequence", "loss_k3_seq", "grad KL(ref||pi)", STALE),
-    ("k3 as loss, per token (GRPO)", "loss_k3_tok", "the same by token", STALE),
-    ("k3 in reward and as loss", "reward_and_loss_k3", "g", STALE),
-    ("full KL as loss", "loss_full", "partial", "partial, old prefixes"),
-    ("full KL + score x future KL", "loss_rb", "g", STALE),
-    ("full KL in reward and as loss", "reward_and_loss_full", "g", STALE),
-    ("sequence ratio x k1", "loss_rho_k1", "g", "g"),
-    ("sequence ratio, fixed, x k2", "loss_rho_k2", "g", "g"),
-    ("sequence ratio x k3", "loss_rho_k3", "g", "g"),
-    ("token ratio x k3", "loss_rho_k3_tok", "partial", "partial, old prefixes"),
-)
+_READ = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PLACEMENTS = tuple(
     Placement(name, mode, sampler, gives[i], 0.0 if "own token" in name else 1.0)
     for i, sampler in enumerate(("theta", "old", "ref"))
-    for name, mode, *gives in PENALTIES
+    for name, mode, *gives in _READ["penalties"]
     if i < len(gives)
 )
 
