@@ -67,9 +67,11 @@ def exact_command(
     results = run_experiments(parts, seeds, iterations=iterations, processes=processes)
     write_whole(out / "exact.json", (json.dumps(results, indent=1) + "\n").encode())
     console = Console()
-    show_tables(results, console)
-    for path in draw_pictures(results, out):
-        console.print(f"picture: {path}", soft_wrap=True, highlight=False)
+    for part, rows in results.items():
+        console.print(*TABLES[part](rows), sep="\n")
+    for part, rows in results.items():
+        picture = PICTURES[part](rows, out / f"{part}.png")
+        console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
     claims = check_claims(results)
     for claim, holds in claims.items():
         console.print(Text(f"{'holds' if holds else 'FAILS'}: {claim}", "" if holds else BAD))
@@ -120,12 +122,6 @@ def _train(job: tuple[str, PPOConfig, int, Tree]) -> Row:
 
 
 # -- showing -------------------------------------------------------------------------------------
-def draw_pictures(results: Row, out: Path) -> list[Path]:
-    """One picture for each experiment that was run."""
-    drawn = {"kl": pictures.draw_kl, "optimum": pictures.draw_optimum}
-    return [drawn[part](rows, out / f"{part}.png") for part, rows in results.items()]
-
-
 def check_claims(results: Row) -> dict[str, bool]:
     """What must hold whatever the seed: identities to rounding, and the frontier."""
     claims = {}
@@ -144,15 +140,7 @@ def check_claims(results: Row) -> dict[str, bool]:
     return claims
 
 
-def show_tables(results: Row, console: Console) -> None:
-    """The numbers a person looks at."""
-    if "kl" in results:
-        console.print(kl_table(results["kl"]))
-    if runs := results.get("optimum"):
-        console.print(*optimum_tables(runs), sep="\n")
-
-
-def kl_table(rows: list[Row]) -> Table:
+def kl_tables(rows: list[Row]) -> tuple[Table]:
     """Every placement: its error, cosine and noise against g = grad KL(pi || ref)."""
     title = "expected gradient of the penalty against g = grad KL(pi || ref), by enumeration"
     table = number_table(title, "placement", "error", "cosine", "noise", "gives", texts=(0, 4))
@@ -165,7 +153,7 @@ def kl_table(rows: list[Row]) -> Table:
             numbers = (f"{row['cosine']:+.3f}", f"{row['noise']:.2f}")
             table.add_row(f"  {row['name']}", error, *numbers, row["gives"])
     table.caption = "error: |mean - g| / |g|. noise: sd of one sample's gradient / |g|."
-    return table
+    return (table,)
 
 
 def optimum_tables(runs: list[Row]) -> tuple[Table, Table]:
@@ -194,3 +182,7 @@ def optimum_tables(runs: list[Row]) -> tuple[Table, Table]:
         lost = np.mean([end["exact/gap_by_depth"] for end in ends], axis=0)
         by_depth.add_row(label, *(f"{1000 * x:.2f}" for x in [*lost, lost.sum()]))
     return table, by_depth
+
+
+TABLES = {"kl": kl_tables, "optimum": optimum_tables}
+PICTURES = {"kl": pictures.draw_kl, "optimum": pictures.draw_optimum}

@@ -202,10 +202,7 @@ def frontier_reward(
 
 
 def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
-    """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0.
-
-    Raises:   ValueError: something with p > 0 is impossible under the reference.
-    """
+    """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0."""
     xp = get_xp(p, logp, ref_logp)
     possible = p.real > 0
     if bool((possible & (ref_logp.real == -xp.inf)).any()):
