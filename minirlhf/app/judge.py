@@ -78,8 +78,7 @@ class Report(NamedTuple):
     @property
     def right(self) -> bool:
         """It is the gradient of the penalty, or of the reward, or of both, and nothing else."""
-        parts_are_right = all(part == claim for part, claim in self.claims.items())
-        return parts_are_right and not self.reads_padding
+        return not self.reads_padding and all(part == claim for part, claim in self.claims.items())
 
     def holds(self, claim: str) -> bool:
         """Does it descend this, in five digits: "kl", "0.04 x kl", "nothing"?"""
@@ -309,11 +308,9 @@ def _by_itself(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float
 
 
 def _by_torch(total: Callable, logp: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
-    value = total(logp.requires_grad_(), arrays)
-    if not getattr(value, "requires_grad", False):
-        return value, 0 * logp.detach()
+    value = total(logp.requires_grad_(), arrays) + 0 * logp.sum()  # the slope of a constant is 0
     value.backward()
-    return value.detach(), 0 * logp.detach() if logp.grad is None else logp.grad
+    return value.detach(), logp.grad
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array
 from minirlhf.exact import enumeration, optimum
 from minirlhf.exact.enumeration import PrefixTree, Responses
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
@@ -143,17 +143,16 @@ def gradient_moments(gradients: Array, probs: Array) -> tuple[Array, Array]:
     return mean, second - (mean * mean).sum()
 
 
-def relative_error(estimate: Array, exact: Array) -> Array:
-    """|estimate - exact| / |exact|: ()."""
-    xp, difference = get_xp(estimate, exact), estimate - exact
-    return xp.sqrt((difference * difference).sum() / (exact * exact).sum())
+def relative_error(estimate: np.ndarray, exact: np.ndarray) -> float:
+    """|estimate - exact| / |exact|."""
+    difference = estimate - exact
+    return np.sqrt((difference * difference).sum() / (exact * exact).sum())
 
 
-def cosine(estimate: Array, exact: Array) -> Array:
-    """Cosine of the angle between two gradients; 0 where one of them is 0: ()."""
-    xp = get_xp(estimate, exact)
-    norms = xp.sqrt((estimate * estimate).sum() * (exact * exact).sum())
-    return xp.where(norms > 0, (estimate * exact).sum() / xp.where(norms > 0, norms, 1.0), 0.0)
+def cosine(estimate: np.ndarray, exact: np.ndarray) -> float:
+    """Cosine of the angle between two gradients; 0 where one of them is 0."""
+    norms = np.sqrt((estimate * estimate).sum() * (exact * exact).sum())
+    return (estimate * exact).sum() / norms if norms > 0 else 0.0
 
 
 def error_and_noise(
@@ -169,8 +168,8 @@ def error_and_noise(
     np.add.at(at_prefixes, (np.arange(M)[:, None], world.responses.nodes), kept)
     estimates = at_prefixes.reshape(M, N * V) @ jacobian  # (M, P)
     mean, variance = gradient_moments(estimates, probs)
-    noise = float(np.sqrt(variance / (g @ g)))
-    return mean, {"error": float(relative_error(mean, g)), "noise": noise}
+    noise = np.sqrt(variance / (g @ g))
+    return mean, {"error": float(relative_error(mean, g)), "noise": float(noise)}
 
 
 # -- the gradient of the penalty, in every placement -----------------------------------------------
