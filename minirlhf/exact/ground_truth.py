@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 
 from minirlhf.exact import optimum
 from minirlhf.exact.enumeration import PrefixTree
@@ -216,13 +217,7 @@ def ppo_on_world(
 
 
 def sample_world(
-    params: Tree,
-    world: TokenWorld,
-    n: int,
-    *,
-    config: GPTConfig,
-    rng: np.random.Generator,
-    together: int = 1,
+    params: Tree, world: TokenWorld, n: int, *, config: GPTConfig, rng: Generator, together=1
 ) -> Samples:
     """n responses, the prompts in turn, each of them so many times together."""
     prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
