@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +101,8 @@ def _each(f: Callable[[Any], Any], jobs: list, title: str, processes: int) -> li
     with threadpool_limits(1):
         if not CAN_FORK:
             return [f(job) for job in track(jobs, title)]
-        with without_interrupts():
+        with warnings.catch_warnings(), without_interrupts():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of idle threads beside a fork
             pool = multiprocessing.get_context("fork").Pool(min(processes, len(jobs)))
         with pool:
             pending = [pool.apply_async(f, (job,)) for job in jobs]
