@@ -1,8 +1,9 @@
 """The cases on which `minirlhf check` and the tests check every pair of the package.
 
-TABLE, at the end, has a row for each mode of each pair: the forward, its backward, and a recipe
-that draws a small case. A recipe may draw more constants than one forward takes: it gets those that
-it names. In tests/rlhf/test_pairs.py Hypothesis draws from the same recipes.
+TABLE has a row for each mode of each pair: the forward, its backward, and a recipe that draws a
+small case. A recipe may draw more constants than one forward takes: it gets those that it names. In
+tests/rlhf/test_pairs.py Hypothesis draws from the same recipes. WHOLE_LOSSES are the losses of
+training, differentiated through all parameters of a model at once.
 """
 
 import functools
@@ -20,7 +21,7 @@ from minirlhf.nn import attention, heads, layers, transformer
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf import imitation, kl, logprobs, objectives, preferences
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.train import policy, ppo
+from minirlhf.train import policy, ppo, sft
 from minirlhf.train.batches import Batch
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
@@ -35,10 +36,7 @@ FULL = PPOConfig(value_clip_eps=0.2, vf_coef=0.5, ent_coef=0.2, temperature=0.9)
 
 
 class Draw:
-    """Where a case comes from: sizes and settings one by one, entries from a seeded generator.
-
-    tests/rlhf/test_pairs.py lets Hypothesis answer `integer` and `pick`: it minimises what fails.
-    """
+    """Where a case comes from; in tests/ Hypothesis answers `integer` and `pick`."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
@@ -101,12 +99,8 @@ def drawn_mask(draw: Draw, B: int, T: int, side: str = "right") -> np.ndarray:
 
 
 def drawn_log_ratio(draw: Draw, *shape: int, far: bool = False) -> np.ndarray:
-    """log pi_theta - log pi_other: small or large; one entry may be 0, the same policy.
-
-    There is no derivative at a kink: entries near one are moved to the gap's edge. Far: beyond
-    +-20, where exp is cut: the ratio, k3 and an unclipped loss are flat.
-    """
-    if far:
+    """log pi_theta - log pi_other, away from the kinks; one entry may be 0, the same policy."""
+    if far:  # beyond +-20, where exp is cut: the ratio, k3 and an unclipped loss are flat
         return draw.pick((25.0, -25.0)) + draw.normal(*shape)
     log_ratio = scaled(draw, *shape, scales=(0.003, 0.2, 1.0))
     for kink in KINKS:
@@ -275,17 +269,12 @@ HELD = {"clipped-weight": hold_ratio(objectives.cispo_forward)}  # of the SURROG
 
 @functools.wraps(objectives.kl_loss_forward)
 def kl_loss_held(logits, logp, *, held, kl_mode, old_logp, weights, **constants):
-    """kl_loss, where what its backward takes for a constant comes from `held`, the policy's output.
-
-    That is, of loss_rho_k2, the ratio. loss_rb: its backward is deliberately not the derivative of
-    its value, but of the value + sum_t w_t logp_t (KL of the later tokens, held). That such a
-    gradient's *expectation* is the KL's takes an enumeration of all responses, not a derivative.
-    """
+    """kl_loss, where what its backward takes for a constant is of `held`, the policy's output."""
     mode, same = KL_MODES[kl_mode], {"kl_mode": kl_mode, "weights": weights, **constants}
     if mode.ratio == "held":
         old_logp = old_logp + (logp - held.logp)
     loss, cache = objectives.kl_loss_forward(logits, logp, old_logp=old_logp, **same)
-    if mode.in_loss == "rao_blackwell":
+    if mode.in_loss == "rao_blackwell":  # its backward adds the score times the later tokens' KL
         both = {name: constants[name] for name in ("ref_logits", "temperature")}
         kl_token, _ = kl.full_kl_forward(held.logits, **both)
         loss = loss + (weights * kl.future_kl(kl_token, mask=weights) * logp).sum()
@@ -378,6 +367,61 @@ def make_ppo_loss(draw: Draw) -> Case:
     return drawn_ppo_case(draw, config, drawn_batch(draw, config), settings)
 
 
+# -- whole losses --------------------------------------------------------------------------------
+Whole = tuple[Callable[[Tree], Any], Tree, Tree]  # params -> loss, the parameters, their gradients
+
+
+def two_blocks(draw: Draw, B: int) -> tuple[GPTConfig, Batch]:
+    """Sizes of a model, and B prompts with their responses."""
+    config = GPTConfig(vocab_size=11, n_ctx=8, n_layer=2, n_head=draw.pick((1, 2, 4)), d_model=8)
+    return config, drawn_batch(draw, config, B, 3, 4)
+
+
+def whole_sft(draw: Draw) -> Whole:
+    config, batch = two_blocks(draw, 3)
+    params = drawn_model(draw, config)
+
+    def loss(params):
+        out, _ = policy.policy_forward(params, batch=batch, config=config)
+        weights = objectives.token_weights(batch.response_mask)
+        return imitation.cross_entropy_forward(out.logp, weights=weights)[0]
+
+    return loss, params, sft.sft_loss_and_gradients(params, batch, config)[1]
+
+
+def whole_bradley_terry(draw: Draw) -> Whole:
+    config, batch = two_blocks(draw, 6)  # three chosen, then three rejected
+    params = drawn_model(draw, config, "reward_head")
+
+    def forward(params):
+        score, cache = policy.reward_forward(params, batch=batch, config=config)
+        loss, loss_cache = preferences.bradley_terry_forward(score[:3], score[3:], margin=0.2)
+        return loss, cache, loss_cache
+
+    _, cache, loss_cache = forward(params)
+    dscore = np.concatenate(preferences.bradley_terry_backward(1.0, loss_cache))
+    return lambda params: forward(params)[0], params, policy.reward_backward(dscore, cache)
+
+
+def whole_ppo(draw: Draw, **changes: Any) -> Whole:
+    """Clip, clipped value, entropy, penalty; the gradient as the training step computes it."""
+    config, batch = two_blocks(draw, 4)
+    settings = replace(FULL, micro_batch_size=draw.pick((0, 1, 3)), **changes)
+    (params,), constants = drawn_ppo_case(draw, config, batch, settings)
+    experience = constants["experience"]
+    gradients, *_ = ppo.minibatch_gradients(params, experience, config=config, settings=settings)
+    return lambda params: ppo_loss_held(params, **constants)[0], params, gradients
+
+
+RATIOS = [name for name in objectives.SURROGATES if name != "token"]
+WHOLE_LOSSES: dict[str, Callable[[Draw], Whole]] = {
+    "supervised fine-tuning": whole_sft,
+    "Bradley-Terry": whole_bradley_terry,
+    **{f"PPO: {mode}": functools.partial(whole_ppo, kl_mode=mode) for mode in KL_MODES},
+    **{f"PPO: ratio {r}": functools.partial(whole_ppo, ratio=r, dual_clip=0.0) for r in RATIOS},
+}
+
+
 # -- the table -----------------------------------------------------------------------------------
 def named_by(forward: Callable[..., Any], constants: dict[str, Any]) -> dict[str, Any]:
     """Those of the constants that a forward names; an adapter, that it or what it adapts names."""
@@ -387,10 +431,7 @@ def named_by(forward: Callable[..., Any], constants: dict[str, Any]) -> dict[str
 
 
 def row(forward, make, *args, mode="", backward=None, **settings) -> Row:
-    """A pair, on what `make(draw, *args)` draws, with these settings; a list: one of them.
-
-    Where the backward holds something for a constant the forward is an adapter that holds it too.
-    """
+    """A pair, on what `make(draw, *args)` draws, with these settings; a list: one of them."""
     name = forward.__name__.replace("_forward", "_backward")
     backward = backward or getattr(sys.modules[forward.__module__], name)
 

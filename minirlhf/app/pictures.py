@@ -6,7 +6,6 @@ marker each. A number that differs from 0 by rounding alone is drawn as 0.
 
 import io
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,35 +212,27 @@ def geometric_mean(values: Any) -> np.ndarray:
     return np.exp(np.log(np.maximum(values, ROUNDING)).mean(axis=0))
 
 
-def _means(runs: list[Row], of: Callable[[Row], list[tuple]]) -> dict[str, tuple]:
-    """{name: (x, mean of y over the seeds)} of the points that `of` sees in a run."""
-    named = grouped(runs, "name").items()
-    points = {name: np.array([of(run) for run in same]) for (name,), same in named}
-    return {name: (xy[0, :, 0], geometric_mean(xy[..., 1])) for name, xy in points.items()}
-
-
 def draw_optimum(runs: list[Row], path: Path) -> Path:
     """A row for each beta: what is lost, and its spread, over training; what is lost by token."""
-
-    def lost(run: Row) -> list[tuple]:
-        return [(row["iteration"], 1 - row["exact/fraction"]) for row in run["history"]]
-
-    def spread(run: Row) -> list[tuple]:
-        return [(row["iteration"], row["exact/flatness"]) for row in run["history"]]
-
-    def by_token(run: Row) -> list[tuple]:
-        return list(enumerate(run["history"][-1]["exact/gap_by_depth"], 1))
-
     y = "(J* − J) / (J* − J_ref)"  # 1 at the reference
-    panels = (
-        (lost, "β = {:g}: what is still lost; 0 is the optimum", "iteration", y),
-        (spread, "Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]"),
-        (by_token, "what is lost at the end, by token", "position of the token", y),
+    said = (
+        ("β = {:g}: what is still lost; 0 is the optimum", "iteration", y),
+        ("Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]"),
+        ("what is lost at the end, by token", "position of the token", y),
     )
     betas = sorted(grouped(runs, "kl_coef").items(), reverse=True)
     figure, axes = new_figure(12, 2.9 * len(betas) + 0.4, len(betas), 3, sharey="col")
     for ((beta,), same), row in zip(betas, axes, strict=True):
-        for axis, (points, title, *labels) in zip(row, panels, strict=True):
-            draw_lines(axis, _means(same, points), log="y")
-            say(axis, title.format(beta), *labels)
+        lost, spread, by_token = {}, {}, {}
+        for (name,), seeds in grouped(same, "name").items():
+            histories = [run["history"] for run in seeds]
+            at = [m["iteration"] for m in histories[0]]
+            left = [[1 - m["exact/fraction"] for m in history] for history in histories]
+            flat = [[m["exact/flatness"] for m in history] for history in histories]
+            ends = [history[-1]["exact/gap_by_depth"] for history in histories]
+            lost[name], spread[name] = (at, geometric_mean(left)), (at, geometric_mean(flat))
+            by_token[name] = range(1, len(ends[0]) + 1), geometric_mean(ends)
+        for axis, lines, labels in zip(row, (lost, spread, by_token), said, strict=True):
+            draw_lines(axis, lines, log="y")
+            say(axis, labels[0].format(beta), *labels[1:])
     return save(figure, path)

@@ -91,11 +91,9 @@ def _prompt_batch(tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype
 def _longest_prefixes(
     tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype, xp
 ) -> tuple[Batch, Array]:
-    """Every prefix that no other continues as one row, and which node each of its columns is.
+    """Every prefix that no other continues as a row (rows, P+T), and its columns' nodes (rows, T).
 
-    A prefix that many rows pass through belongs to the first of them.
-
-    Returns:  batch (rows, P+T), and nodes (rows, T) with -1 at padding and at other rows' prefixes.
+    A node belongs to the first row that passes through it; -1 at other rows, and at padding.
     """
     tree = tree.to("cpu")
     responses = all_responses(tree)

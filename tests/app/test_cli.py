@@ -638,7 +638,7 @@ def test_check_exits_with_its_verdict(capsys, monkeypatch, verdict):
 def test_check_runs_on_a_few_rows(capsys, monkeypatch):
     """The command itself, on three operations."""
     monkeypatch.setattr(check, "TABLE", check.TABLE[:3])
-    monkeypatch.setattr(check, "WHOLE_LOSSES", [])
+    monkeypatch.setattr(check, "WHOLE_LOSSES", {})
     status, out, _ = call(capsys, "check")
     assert status == 0 and "3 checks" in out and "all right" in out
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
 from minirlhf.app import check
-from minirlhf.app.cases import TABLE, Draw, make_block
-from minirlhf.app.check import WHOLE_LOSSES, check_command
+from minirlhf.app.cases import TABLE, WHOLE_LOSSES, Draw, make_block
+from minirlhf.app.check import check_command
 from minirlhf.gradcheck import (
     GradientError,
     absolute_term,
@@ -341,8 +341,7 @@ def test_arguments_must_be_float64_arrays():
 
 
 def whole_sft(seed):
-    whole = next(w for w in WHOLE_LOSSES if w.name == "supervised fine-tuning")
-    return whole.make(Draw(np.random.default_rng(seed)))
+    return WHOLE_LOSSES["supervised fine-tuning"](Draw(np.random.default_rng(seed)))
 
 
 PATHS = [path for path, _ in tree_items(whole_sft(0)[1])]
@@ -508,18 +507,19 @@ def test_the_command_finds_every_gradient_right(capsys):
 
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):
-    row, whole = next(row for row in TABLE if row.operation == "linear"), WHOLE_LOSSES[0]
+    row = next(row for row in TABLE if row.operation == "linear")
+    right = WHOLE_LOSSES["supervised fine-tuning"]
     factor = then(row.backward, lambda g: [1.001 * g[0], *g[1:]])
     shape = then(row.backward, lambda g: [g[0], g[1].T[..., None], g[2]])
     rows = [row, row._replace(backward=factor, mode="factor")]
     rows += [row._replace(backward=shape, mode="shape")]
 
     def zeroed(draw):
-        loss, params, gradients = whole.make(draw)
+        loss, params, gradients = right(draw)
         return loss, params, changed(gradients, "transformer.ln_f.bias", np.zeros_like)
 
     monkeypatch.setattr(check, "TABLE", rows)
-    monkeypatch.setattr(check, "WHOLE_LOSSES", [whole, whole._replace(name="sft", make=zeroed)])
+    monkeypatch.setattr(check, "WHOLE_LOSSES", {"right": right, "sft": zeroed})
     assert check_command(cases=3) == 1
     out = capsys.readouterr().out
     assert out.count(" ok ") - out.count("  ok    ") == 2
