@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from minirlhf.app.logs import Log, read_log
 from minirlhf.app.rules import RULES, Rule, Seen, evidence
@@ -238,12 +237,7 @@ def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
 
 
 # -- the command ---------------------------------------------------------------------------------
-def diagnose_command(
-    logs: tyro.conf.Positional[tuple[Path, ...]],
-    *,
-    json: tyro.conf.FlagCreatePairsOff[bool] = False,
-    diff: tyro.conf.FlagCreatePairsOff[bool] = False,
-) -> int:
+def diagnose_command(logs: tuple[Path, ...], *, json: bool = False, diff: bool = False) -> int:
     """What went wrong in a run, with evidence. Exit status 1: something did.
 
     Args:
