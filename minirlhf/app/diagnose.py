@@ -237,7 +237,7 @@ def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
 
 
 # -- the command ---------------------------------------------------------------------------------
-def diagnose_command(logs: tuple[Path, ...], *, json: bool = False, diff: bool = False) -> int:
+def diagnose_command(logs: tuple[Path, ...] = (), *, json: bool = False, diff: bool = False) -> int:
     """What went wrong in a run, with evidence. Exit status 1: something did.
 
     Args:
