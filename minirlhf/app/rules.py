@@ -76,22 +76,18 @@ class Rule(NamedTuple):
             return None
         with np.errstate(all="ignore"):  # a row may lack a number: nan, where nothing holds
             holds, beside = self.holds(seen, **self.limits)
-        counts = np.convolve(holds, np.ones(self.rows), "valid")
-        if not (counts == self.rows).any():
-            return None
-        i = int((counts == self.rows).argmax())
+        long = np.convolve(holds, np.ones(self.rows), "valid") == self.rows
         shown = {name: seen[name] for name in self.needs if name != "config"}
-        return seen.steps[i], evidence(seen.steps, beside | shown, i)
+        return first_sign(seen.steps, beside | shown, long) if long.any() else None
 
 
-def evidence(steps: list[int], shown: Shown, i: int) -> str:
-    """Metrics in row i and in the last one."""
-    last = len(steps) - 1
-    first = [f"{words} {x[i]:.3g}" for words, x in shown.items()]
-    text = f"step {steps[i]}: {', '.join(first)}"
+def first_sign(steps: list[int], shown: Shown, holds: np.ndarray) -> tuple[int, str]:
+    """The step from which something holds, and metrics in that row and in the last one."""
+    i, last = int(holds.argmax()), len(steps) - 1
+    text = f"step {steps[i]}: {', '.join(f'{words} {x[i]:.3g}' for words, x in shown.items())}"
     if last > i:
         text += f"; step {steps[last]}: {', '.join(f'{x[last]:.3g}' for x in shown.values())}"
-    return text
+    return steps[i], text
 
 
 # -- what more than one rule asks ----------------------------------------------------------------
