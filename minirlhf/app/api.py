@@ -67,7 +67,10 @@ def train(
 
 
 def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any]) -> TrainConfig:
-    """The settings that `config`, None for the defaults, the recipe and the changes make."""
+    """The settings that `config`, None for the defaults, the recipe and the changes make.
+
+    Args:     changes: {"seed": 1, "ppo": {"kl_coef": 0}}, or "ppo.kl_coef".
+    """
     if not isinstance(config, TrainConfig | None):
         raise InputError(
             f"train: expected a TrainConfig; got {config!r}: read it with runs.config.load_config"
@@ -81,7 +84,7 @@ def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any])
             "leave one out, or give a dict of changes"
         )
     config = with_fields(config or TrainConfig(), settings, "train")
-    for name, value in changes.items():
+    for name, value in _nested(changes).items():
         try:
             config = with_fields(config, {name: value}, "train")
         except InputError as error:  # one of three optimisers says no more than "optimizer."
@@ -89,6 +92,18 @@ def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any])
             raise InputError(f"{where}{error}") from error
     check_names(config.halt_on)
     return config
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """{"ppo.kl_coef": 1} as {"ppo": {"kl_coef": 1}}."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        *stages, name = path.split(".")
+        fields = found
+        for stage in stages:
+            fields = fields.setdefault(stage, {})
+        fields[name] = value
+    return found
 
 
 def resume(

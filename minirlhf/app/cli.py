@@ -48,11 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
         if is_program:
             _on_interrupt("leave")
         _mend_streams()
-        try:
-            status = run_command(arguments)
-        except SystemExit as end:  # a help has been shown
-            status = end.code or 0
+        status = run_command(arguments)
         sys.stdout.flush()
+    except SystemExit:  # a help has been shown
+        status = 0
     except BrokenPipeError:  # the reader of our output has gone: `minirlhf check | head`
         status = 1
     except KeyboardInterrupt as stop:  # a run says how it goes on

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from minirlhf.app import api, coloured, page, pictures, tables
-from minirlhf.app.options import SHOWN, Parser, nested, of_command, of_config
+from minirlhf.app.options import SHOWN, Parser, of_command, of_config
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
@@ -25,7 +25,7 @@ def train(words: list[str]) -> int:
     """Supervised fine-tuning, reward model, PPO, into one run folder.
     Each option stands with its default.
     """
-    return _show(open_session(parse_config(words), track=track, say=say, watch=watch))
+    return _finish(open_session(parse_config(words), track=track, say=say, watch=watch))
 
 
 def parse_config(words: list[str]) -> TrainConfig:
@@ -77,7 +77,7 @@ def configured(
         found, folder = load_config(config, found), Path(config).parent
         if "reward" not in fields and (folder / "world.json").exists():
             refuse_foreign_code(folder, found.reward)
-    found = api.configured(found, "ppo", nested(fields))
+    found = api.configured(found, "ppo", fields)
     if beta is not None:
         stage = "dpo" if found.is_dpo else "ppo"
         if f"{stage}.kl_coef" in fields:
@@ -103,19 +103,19 @@ def resume(
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
     asked |= {"iterations": ppo__iterations, "track": track, "say": say, "watch": watch}
-    return _show(reopen_session(run, **asked))
+    return _finish(reopen_session(run, **asked))
 
 
-def _show(session: Session) -> int:
+def _finish(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
     if result is None:
         judged = session.world.reward or session.world.pairs or session.world.annotate
         how = f"minirlhf resume {shlex.quote(str(folder))}{'' if judged else ' --reward ..'}"
-        _print(f"done: {session.config.stages}; `{how}` goes on")
+        show(f"done: {session.config.stages}; `{how}` goes on")
     else:
         tables.print_result(result, session.world, console)
     figure = pictures.curves_figure(read_metrics(folder), result and result.policy)
-    _print(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
+    show(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
     return 0
 
 
@@ -152,9 +152,9 @@ def score(
         print(to_json({"scores": rows}).decode(), end="")
     elif len(rows) == 1:
         by_token = tables.penalty_table(scores[0].pieces, scores[0].logp, scores[0].ref_logp)
-        _print(coloured.text(rows[0]), by_token, *_in_words(scores[0]))
+        show(coloured.text(rows[0]), by_token, *_in_words(scores[0]))
     else:
-        _print(coloured.side_by_side(rows))
+        show(coloured.side_by_side(rows))
     if html:
         write_whole(html, coloured.html(rows, document=True).encode())
         say(f"page: {html}")
@@ -210,9 +210,7 @@ def sample(
     prompts = [prompt] * n
     shown = (True, False) if opened.is_trained else (True,)
     replies = (opened.sample(prompts, reference=which, **same) for which in shown)
-    _print(
-        tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies)
-    )
+    show(tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies))
     return 0
 
 
@@ -227,16 +225,16 @@ def report(runs: tuple[Path, ...] = (), *, out: Path | None = None, exact: bool 
         exact: Add the world whose optimum is known, with a slider for beta; needs no run.
     """
     path = page.report(runs, out=out, exact=exact)
-    _print(f"page: {path}, {path.stat().st_size / 1e6:.2f} MB, complete in itself")
+    show(f"page: {path}, {path.stat().st_size / 1e6:.2f} MB, complete in itself")
     return 0
 
 
-def _print(*things: Any) -> None:
+def show(*things: Any, stderr: bool = False) -> None:
     """Texts, unbroken, and tables; brackets and colons in texts of the user mean themselves."""
-    console = _console()
+    console = _console(stderr)
     for thing in things:
         console.print(thing, soft_wrap=isinstance(thing, str))
 
 
-def _console() -> Console:
-    return Console(markup=False, emoji=False, highlight=False)
+def _console(stderr: bool = False) -> Console:
+    return Console(markup=False, emoji=False, highlight=False, stderr=stderr)

@@ -61,18 +61,6 @@ def call(command: Callable[..., int], words: list[str], name: str) -> int:
     return command(**parser.read(words))
 
 
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """{"ppo.kl_coef": 1} as {"ppo": {"kl_coef": 1}}."""
-    found: dict[str, Any] = {}
-    for path, value in values.items():
-        *stages, name = path.split(".")
-        fields = found
-        for stage in stages:
-            fields = fields.setdefault(stage, {})
-        fields[name] = value
-    return found
-
-
 class Parser(argparse.ArgumentParser):
     """Refuses by InputError, and has no defaults: it reads what was typed."""
 
@@ -138,7 +126,7 @@ class Parser(argparse.ArgumentParser):
         return {name: tuple(x) if name in self.lists else x for name, x in vars(found).items()}
 
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="")  # argparse would be silent where it cannot write
+        print(self.format_help(), end="", flush=True)  # argparse hides that it cannot write
 
     def error(self, message: str) -> None:
         for theirs, ours in TABLES["sentences"].items():

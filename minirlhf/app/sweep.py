@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from minirlhf.app import api, commands, pictures
-from minirlhf.app.options import Option, Parser, nested, of_command, of_config
+from minirlhf.app.options import Option, Parser, of_command, of_config
 from minirlhf.app.pictures import shown
 from minirlhf.app.progress import say, track
 from minirlhf.app.tables import ROWS, NumberTable, html, number_table
@@ -135,7 +134,7 @@ def sweep(
     Raises:   InputError: a setting cannot be used, or the folder holds other runs.
     """
     choices = (
-        (varied, api.configured(config, fields.pop("recipe", "ppo"), nested(fields)))
+        (varied, api.configured(config, fields.pop("recipe", "ppo"), fields))
         for varied, fields in _choices(dict(_flat(changes)))
     )
     return run_all(plan(choices), out, jobs, progress=progress)
@@ -177,21 +176,17 @@ def sweep_command(words: list[str]) -> int:
     found = run_all(planned, out, jobs)
     if json:
         print(to_json({"rows": found.rows, "failed": found.failed}).decode(), end="")
-    console = Console(markup=False, emoji=False, highlight=False, stderr=json)
+    failed = f"; failed: {', '.join(found.failed)}" if found.failed else ""
+    lines = [f"runs: {found.folder}{failed}"]
     if found.rows:
         picture = pictures.save(found.figure(), found.folder / "frontier.png")
-        console.print(found.table(), f"frontier: {picture}", sep="\n")
-    failed = f"; failed: {', '.join(found.failed)}" if found.failed else ""
-    console.print(f"runs: {found.folder}{failed}", soft_wrap=True)
+        lines = [found.table(), f"frontier: {picture}", *lines]
+    commands.show(*lines, stderr=json)
     return int(bool(found.failed))
 
 
 def plan(choices: Iterable[tuple[dict[str, Any], TrainConfig]]) -> list[Planned]:
-    """The runs, each in a folder that is named by what varies.
-
-    Args:     choices: ({option or field: what was chosen}, the configuration that makes).
-    Raises:   InputError: nothing varies, two choices are the same, or train would refuse one.
-    """
+    """The runs of (what varies, configuration), each in a folder that is named by what varies."""
     planned: dict[str, Planned] = {}
     for varied, config in choices:
         if not (config.is_dpo or config.stages == "all"):
@@ -223,10 +218,7 @@ def _kl_coef(config: TrainConfig) -> float:
 def run_all(
     planned: list[Planned], out: str | Path | None, jobs: int, *, progress: bool = True
 ) -> Sweep:
-    """Do what is not done yet, `jobs` runs at a time; interrupted, every run can go on.
-
-    Raises:   InputError: the folder holds other runs, or somebody is at work in it.
-    """
+    """Do what is not done yet, `jobs` runs at a time; interrupted, every run can go on."""
     if jobs < 0:
         raise InputError(f"--jobs: expected 0 or more; got {jobs}: choose such a number")
     out = new_numbered_folder("sweep") if out is None else Path(out)
