@@ -67,10 +67,7 @@ def train(
 
 
 def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any]) -> TrainConfig:
-    """The settings that `config`, None for the defaults, the recipe and the changes make.
-
-    Args:     changes: {"seed": 1, "ppo": {"kl_coef": 0}}, or "ppo.kl_coef".
-    """
+    """`config`, None for the defaults, with a recipe and changes; one may be "ppo.kl_coef"."""
     if not isinstance(config, TrainConfig | None):
         raise InputError(
             f"train: expected a TrainConfig; got {config!r}: read it with runs.config.load_config"

@@ -97,10 +97,8 @@ def run_command(arguments: list[str]) -> int:
 
 # -- Ctrl-C, and streams that are closed or full --------------------------------------------------
 def _on_interrupt(answer: str) -> None:
-    """What Ctrl-C does to this program: "leave" on the spot, "raise" KeyboardInterrupt, "ignore".
-
-    It leaves while libraries are imported, which may swallow the exception or show half of it, and
-    ignores it once all is done. Where it is ignored from the beginning it stays so.
+    """What Ctrl-C does: leave on the spot while libraries are imported, which may swallow an
+    exception; raise one; be ignored once all is done. Ignored from the beginning it stays so.
     """
     import signal
 

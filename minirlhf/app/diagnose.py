@@ -188,10 +188,7 @@ def check_names(halt_on: tuple[str, ...]) -> None:
 
 
 def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
-    """A `watch` that warns once of each rule, and stops the run for those of halt_on.
-
-    What held before a run goes on has been said by then.
-    """
+    """A `watch` that warns once of each rule, and stops the run for those of halt_on."""
     check_names(session.config.halt_on)
     before, seen, left = session.watch, Seen([], session.config), dict(RULES)
 
@@ -209,7 +206,7 @@ def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
             for row in read_metrics(session.folder):
                 if row["stage"] == "ppo" and row["step"] < step:
                     seen.add(row["step"], row)
-            list(look())
+            list(look())  # has been said by then
         seen.add(step, values)
         if len(seen.steps) % (1 + len(seen.steps) // 200):  # of a long run not at each step
             return
@@ -249,8 +246,7 @@ def diagnose_command(logs: tuple[Path, ...] = (), *, json: bool = False, diff: b
 def difference(a: Path, b: Path) -> list[str]:
     """Where run b left run a, in words: by settings; by metrics, in the order in which they part.
 
-    A metric has parted where its mean over three steps is APART standard errors away; how large one
-    is, the changes from step to step tell.
+    Those have where a mean over three steps is APART standard errors of its own changes away.
     """
     one, two = (_seen(read_log(path)) for path in (a, b))
     was, now = (dict(flat(seen.config)) if seen.config else {} for seen in (one, two))

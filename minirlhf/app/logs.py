@@ -118,10 +118,7 @@ def _rows(path: Path) -> Rows:
 
 
 def _json_rows(text: str) -> Rows:
-    """trainer_state.json, a list of rows, or a row a line, whose "data" hold the numbers in verl.
-
-    NaN, which is no JSON, is a number here: Python's own writer writes it.
-    """
+    """trainer_state.json, a list of rows, or a row a line; in verl "data" holds the numbers."""
     try:
         rows = json.loads(text)
     except ValueError:

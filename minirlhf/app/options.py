@@ -82,36 +82,33 @@ class Parser(argparse.ArgumentParser):
         """Options under a title of the help, or None: not shown; each may take several values."""
         group = self.add_argument_group(title) if title else self
         for name, hint, default, says, is_flag in options:
-            names, about = [name], {"metavar": name.upper()}
-            if is_flag:
-                names = ["--" + name.strip("_").replace("__", ".").replace("_", "-")]
-                about |= {"dest": name, "required": default is REQUIRED}
-            if is_flag and default is not REQUIRED:
-                about["metavar"] = _shown(default)
+            flag = "--" + name.strip("_").replace("__", ".").replace("_", "-")
             kind = hint if get_origin(hint) in (None, Literal) else get_args(hint)[0]
-            if kind is bool:
-                names.append(re.sub(r"([^-.][^.]*)$", r"no-\1", names[0]))
-                about |= {"action": _Switch, "nargs": 0}
-                says += " [yes]" if default else " [no]"
-            elif get_origin(kind) is Literal:
-                about["choices"] = get_args(kind)
+            known: dict[str, Any] = {"metavar": name.upper()}
+            if is_flag:
+                known |= {"dest": name, "required": default is REQUIRED}
+            if is_flag and default is not REQUIRED:
+                known["metavar"] = _shown(default)
+            if get_origin(kind) is Literal:
+                known["choices"] = get_args(kind)
                 says += f" [{', '.join(filter(None, get_args(kind)))}]"
+            elif kind is bool:
+                off = re.sub(r"([^-.][^.]*)$", r"no-\1", flag)
+                says += f" [yes; {off}]" if default else ""
+                known = {"dest": name, "action": "store_true"}
+                self.add_argument(off, dest=name, action="store_false", help=argparse.SUPPRESS)
             else:
-                about["type"] = _path if kind is Path else kind
+                known["type"] = _path if kind is Path else kind
             if get_origin(hint) is tuple:
-                about["nargs"] = "*"
+                known["nargs"] = "*"
                 self.lists.add(name)
             elif several and kind is not bool:
-                about["nargs"] = "+"
-            about["help"] = argparse.SUPPRESS if title is None else says.replace("%", "%%")
-            group.add_argument(*names, **about)
+                known["nargs"] = "+"
+            known["help"] = argparse.SUPPRESS if title is None else says.replace("%", "%%")
+            group.add_argument(flag if is_flag else name, **known)
 
     def read(self, words: list[str]) -> dict[str, Any]:
-        """The value of each option that was typed, by its name.
-
-        Raises:   InputError: an option or its value is wrong, or one is missing.
-                  SystemExit: the help was asked for, and has been shown.
-        """
+        """The value of each option that was typed, by its name; or, by SystemExit, the help."""
         words = [re.sub(r"^--[\w.-]+", lambda of: of[0].replace("_", "-"), word) for word in words]
         flags = [word.partition("=")[0] for word in words if re.match(r"--\w", word)]
         unknown = [flag for flag in flags if flag not in self._option_string_actions]
@@ -120,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             came, command = unknown[0], self.prog.split()[-1]
             near = difflib.get_close_matches(came, self._option_string_actions, 1)
-            near += [f"--corpus {shorten(came)}"] * (command == "train" and came[0] != "-")
+            near += [f"--corpus {shorten(came)}"] * (command == "train" and came[:1] != "-")
             see = f"perhaps {near[0]} is meant" if near else f"see {self.prog} --help"
             raise InputError(f"expected an option of {command}; got {shorten(came)!r}: {see}")
         return {name: tuple(x) if name in self.lists else x for name, x in vars(found).items()}
@@ -132,13 +129,6 @@ class Parser(argparse.ArgumentParser):
         for theirs, ours in TABLES["sentences"].items():
             message = re.sub(theirs, ours, message)
         raise InputError(f"{message}: see {self.prog} --help")
-
-
-class _Switch(argparse.Action):
-    """--ppo.whiten-rewards, or --ppo.no-whiten-rewards."""
-
-    def __call__(self, parser, found, values, name):
-        setattr(found, self.dest, name == self.option_strings[0])
 
 
 def _path(word: str) -> Path:
