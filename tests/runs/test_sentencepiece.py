@@ -5,6 +5,7 @@ import struct
 import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,10 +22,15 @@ from tiny_pieces import (
     to_bin,
     to_json,
 )
+from tiny_run import VOWELS, tiny_config, write_names
 
 from minirlhf.errors import InputError
+from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.runs import pipeline
+from minirlhf.runs.checkpoint import save_model
 from minirlhf.runs.hugging_face import companions, read_tokenizer
 from minirlhf.runs.sentencepiece import read_bin
+from minirlhf.runs.session import reopen_session
 from minirlhf.worlds.tokens import load_tokenizer, save_tokenizer
 
 N = len(VOCAB)
@@ -141,6 +147,22 @@ def test_every_id_has_its_bytes_those_that_no_text_has_too(ours):
 
 def test_half_a_surrogate_pair_is_replaced(ours):
     assert ours.decode(ours.encode("a\ud800 b")) == "a\ufffd b"
+
+
+def test_a_run_goes_on_with_such_a_table(tmp_path):
+    """Under a GPT-2's weights: sampled, scored, saved and opened again, with nothing new in it."""
+    config = GPTConfig(vocab_size=N, n_ctx=48, n_layer=1, n_head=2, d_model=8)
+    save_model(tmp_path / "init", init_transformer(config, rng=np.random.default_rng(0)), config)
+    (tmp_path / "init/tokenizer.json").write_text(json.dumps(to_json()))
+    given = {"corpus": write_names(tmp_path / "names.txt"), "reward": VOWELS}
+    pipeline.train(tiny_config(tmp_path / "run", init=str(tmp_path / "init"), **given))
+    session = reopen_session(tmp_path / "run", look=True)
+    assert session.gpt.vocab_size == N and session.tokenizer.sep is None
+    assert not differences(session.tokenizer, read_tokenizer(tmp_path / "run/policy", n_rows=N)[0])
+    rows = list(map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines()))
+    for row in rows:
+        text = session.tokenizer.decode(row["ids"])
+        assert row["response"] in (text, text.removesuffix("\ufffd")) and len(row["ids"]) <= 10
 
 
 # --- files
