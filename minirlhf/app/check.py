@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +13,81 @@ from rich.console import Console
 from rich.text import Text
 
 from minirlhf import gradcheck
-from minirlhf.app.cases import TABLE, WHOLE_LOSSES, Draw, Row
+from minirlhf.app.cases import (
+    FULL,
+    TABLE,
+    Draw,
+    Row,
+    drawn_batch,
+    drawn_model,
+    drawn_ppo_case,
+    ppo_loss_held,
+)
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.errors import InputError
-from minirlhf.tree import tree_items, tree_size
+from minirlhf.nn.transformer import GPTConfig
+from minirlhf.rlhf import imitation, objectives, preferences
+from minirlhf.rlhf.kl import KL_MODES
+from minirlhf.train import policy, ppo, sft
+from minirlhf.train.batches import Batch
+from minirlhf.tree import Tree, tree_items, tree_size
+
+Whole = tuple[Callable[[Tree], Any], Tree, Tree]  # params -> loss, the parameters, their gradients
 
 
+def two_blocks(draw: Draw, B: int) -> tuple[GPTConfig, Batch]:
+    """Sizes of a model, and B prompts with their responses."""
+    config = GPTConfig(vocab_size=11, n_ctx=8, n_layer=2, n_head=draw.pick((1, 2, 4)), d_model=8)
+    return config, drawn_batch(draw, config, B, 3, 4)
+
+
+def whole_sft(draw: Draw) -> Whole:
+    config, batch = two_blocks(draw, 3)
+    params = drawn_model(draw, config)
+
+    def loss(params):
+        out, _ = policy.policy_forward(params, batch=batch, config=config)
+        weights = objectives.token_weights(batch.response_mask)
+        return imitation.cross_entropy_forward(out.logp, weights=weights)[0]
+
+    return loss, params, sft.sft_loss_and_gradients(params, batch, config)[1]
+
+
+def whole_bradley_terry(draw: Draw) -> Whole:
+    config, batch = two_blocks(draw, 6)  # three chosen, then three rejected
+    params = drawn_model(draw, config, "reward_head")
+
+    def forward(params):
+        score, cache = policy.reward_forward(params, batch=batch, config=config)
+        loss, loss_cache = preferences.bradley_terry_forward(score[:3], score[3:], margin=0.2)
+        return loss, cache, loss_cache
+
+    _, cache, loss_cache = forward(params)
+    dscore = np.concatenate(preferences.bradley_terry_backward(1.0, loss_cache))
+    return lambda params: forward(params)[0], params, policy.reward_backward(dscore, cache)
+
+
+def whole_ppo(draw: Draw, **changes: Any) -> Whole:
+    """Clip, clipped value, entropy, penalty; the gradient as the training step computes it."""
+    config, batch = two_blocks(draw, 4)
+    settings = replace(FULL, micro_batch_size=draw.pick((0, 1, 3)), **changes)
+    (params,), constants = drawn_ppo_case(draw, config, batch, settings)
+    experience = constants["experience"]
+    gradients, *_ = ppo.minibatch_gradients(params, experience, config=config, settings=settings)
+    return lambda params: ppo_loss_held(params, **constants)[0], params, gradients
+
+
+RATIOS = [name for name in objectives.SURROGATES if name != "token"]
+WHOLE_LOSSES: dict[str, Callable[[Draw], Whole]] = {
+    "supervised fine-tuning": whole_sft,
+    "Bradley-Terry": whole_bradley_terry,
+    **{f"PPO: {mode}": functools.partial(whole_ppo, kl_mode=mode) for mode in KL_MODES},
+    **{f"PPO: ratio {r}": functools.partial(whole_ppo, ratio=r, dual_clip=0.0) for r in RATIOS},
+}
+
+
+# -- checking ------------------------------------------------------------------------------------
 class Result(NamedTuple):
     """One line of the printed table: the worst of several cases."""
 

@@ -24,6 +24,7 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
 
     Prompts that are equal as cut stay together. `rng` is that of `split_world`.
     """
+    world = world.continued() if tokenizer.sep is None else world
     prompts = [len(tokenizer.prompt_ids(p)) for p in world.train_prompts + world.heldout_prompts]
     replies = [len(tokenizer.response_ids(text)) for _, text in world.demonstrations]
     judged = [text for _, *texts in world.pairs or [] for text in texts]

@@ -1,7 +1,7 @@
 """A world: where prompts, demonstrations and rewards come from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from numpy.random import Generator
 
@@ -28,6 +28,16 @@ class World:
     max_prompt_tokens: int = 32  # suggestion, special tokens included
     max_response_tokens: int = 32  # suggestion, the end token included
     notes: tuple[str, ...] = ()  # what was dropped or cut, one sentence each, to be shown
+
+    def continued(self) -> "World":
+        """For a model without a separator: what joined a reply to its prompt begins the reply."""
+
+        def begun(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+            return [(prompt, *(self.joiner + reply for reply in rest)) for prompt, *rest in rows]
+
+        texts = {"demonstrations": begun(self.demonstrations), "joiner": ""}
+        texts["heldout_demonstrations"] = begun(self.heldout_demonstrations)
+        return replace(self, **texts, pairs=self.pairs and begun(self.pairs))
 
     def rewards(self, prompts: list[str], responses: list[str]) -> list[float]:
         """The user's own reward of each reply; its text is prompt + joiner + response."""

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 
 from minirlhf.app import check
-from minirlhf.app.cases import TABLE, WHOLE_LOSSES, Draw, make_block
-from minirlhf.app.check import check_command
+from minirlhf.app.cases import TABLE, Draw, make_block
+from minirlhf.app.check import WHOLE_LOSSES, check_command
 from minirlhf.gradcheck import (
     GradientError,
     absolute_term,

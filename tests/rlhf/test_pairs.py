@@ -8,7 +8,8 @@ from fakegpu import fakegpu, numpy_as_on_a_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.app.cases import TABLE, WHOLE_LOSSES, Draw
+from minirlhf.app.cases import TABLE, Draw
+from minirlhf.app.check import WHOLE_LOSSES
 from minirlhf.backend import to_host
 from minirlhf.gradcheck import check_directions, check_pair
 from minirlhf.tree import tree_items

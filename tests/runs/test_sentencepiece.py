@@ -347,6 +347,8 @@ def test_a_damaged_tiktoken_json_is_refused(ours, tmp_path, change, message):
     save_tokenizer(ours, tmp_path)
     path = tmp_path / "tiktoken.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match="expected a tokenizer that minirlhf wrote; it is corrupt") as caught:
+    with pytest.raises(
+        InputError, match="expected a tokenizer that minirlhf wrote; it is corrupt"
+    ) as caught:
         load_tokenizer(tmp_path)
     assert message in str(caught.value)
