@@ -143,7 +143,6 @@ def save_state(
     """What a stage goes on from, bit for bit, after `done` steps; of PPO with its kl_coef."""
     rng = {name: session.rng[name].bit_generator.state for name in GO_ON[stage]}
     meta = {"done": done, "rng": rng, "log": session.log.position(), **more}
-    session.made = done
     try:
         arrays = _arrays(session, optimizer, reference)
         checkpoint.save_state(state_of(session, stage), arrays, meta)

@@ -162,8 +162,8 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Itera
         session.say(f"stage {stage} goes on after {steps.start} of {session.steps}")
     try:
         for step, result in zip(session.track(steps, title), loop, strict=False):
-            yield step, result
             session.made = step + 1
+            yield step, result
     except NonFiniteError as error:
         last = "no checkpoint yet"
         if folder.has_state(session, stage):
