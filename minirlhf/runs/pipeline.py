@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
-from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.nn.transformer import GPTConfig, init_transformer, parameter_shapes
 from minirlhf.runs import folder, snapshots
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
@@ -36,7 +36,7 @@ from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set
 from minirlhf.train.sft import sft_loss, train_sft
-from minirlhf.tree import Tree
+from minirlhf.tree import Tree, tree_leaves
 from minirlhf.workers import side_by_side
 
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model"}
@@ -138,9 +138,8 @@ def read_result(run: Path) -> Result:
 
 def banner(session: Session) -> str:
     """What is about to be done, on one line."""
-    world, gpt, config, C = session.world, session.gpt, session.config, session.gpt.d_model
-    # embeddings and last layer norm; of a block 12 C^2 in matrices, 13 C in biases and layer norms
-    n = C * (gpt.vocab_size + gpt.n_ctx + 2) + gpt.n_layer * C * (12 * C + 13)
+    world, config = session.world, session.config
+    n = sum(map(math.prod, tree_leaves(parameter_shapes(session.gpt))))
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
     sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
     pairs = "pairs of its own samples" if world.annotate else "no preferences yet"
@@ -257,6 +256,7 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
     Either way the score gets mean 0 and sd 1 on fresh reference samples, drawn as PPO draws.
     """
     settings, gpt = session.config.reward_model, session.gpt
+    gpt = replace(gpt, tied=True)  # nobody reads its logits
     if settings.init == "scratch":
         gpt = replace(gpt, n_layer=settings.n_layer)
     if folder.is_saved(session, "reward_model"):

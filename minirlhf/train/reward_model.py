@@ -117,11 +117,12 @@ def train_reward_model(
 
 
 def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Generator) -> Tree:
-    """{"transformer": as given, "reward_head": w ~ N(0, 1/sqrt(C + 1)), b = 0}."""
+    """{"transformer": as given but for lm_head, "reward_head": w ~ N(0, 1/sqrt(C + 1)), b = 0}."""
     wte, std = transformer["wte"], (config.d_model + 1) ** -0.5
     head = init_scalar_head(config.d_model, std=std, rng=rng, dtype=wte.dtype)
     head = {name: get_xp(wte).asarray(value) for name, value in head.items()}
-    return {"transformer": transformer, "reward_head": head}
+    read = {name: tree for name, tree in transformer.items() if name != "lm_head"}
+    return {"transformer": read, "reward_head": head}
 
 
 def shuffled(

@@ -1,33 +1,16 @@
 """llama2.c's model.bin: the numbers of an independent forward, and what is refused."""
 
-import struct
-
 import numpy as np
 import pytest
+from tiny_llama import SIZES, arrays_of, write
 
 from minirlhf.errors import InputError
 from minirlhf.nn.heads import logits_forward, output_matrix
 from minirlhf.nn.transformer import transformer_forward
 from minirlhf.runs.llama2c import load_llama2c
 
-C, F, L, H, K, V, N_CTX = SIZES = (24, 20, 2, 4, 2, 13, 9)
+C, F, L, H, K, V, N_CTX = SIZES
 D = C // H
-
-
-def arrays_of(tied, seed=0):
-    """In the order of the file; (out, in)."""
-    rng = np.random.default_rng(seed)
-    shapes = [(V, C), (L, C), (L, C, C), (L, K * D, C), (L, K * D, C), (L, C, C), (L, C)]
-    shapes += [(L, F, C), (L, C, F), (L, F, C), (C,), (N_CTX, D // 2), (N_CTX, D // 2)]
-    shapes += [] if tied else [(V, C)]
-    return [(0.4 * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
-
-
-def write(path, arrays, sizes=SIZES, tied=True):
-    *others, v, n_ctx = sizes
-    header = struct.pack("<7i", *others, v if tied else -v, n_ctx)
-    path.write_bytes(header + b"".join(array.tobytes() for array in arrays))
-    return path
 
 
 def run_c(arrays, tokens):
