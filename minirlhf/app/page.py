@@ -103,11 +103,11 @@ def page(runs: list[Recorded], *, exact: bool = False) -> str:
 def replies(runs: list[Recorded]) -> Row:
     """The same prompts in columns of token rows: moments of a run, or what policies say now."""
     why, columns = "", []
-    paths = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
-    kept = len(runs) == len(paths) == 1
+    snapshots = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
+    kept = len(runs) == len(snapshots) == 1
     try:
         if runs:
-            columns = moments(*paths) if kept else asked(runs)
+            columns = moments(*snapshots) if kept else asked(runs)
     except InputError as error:
         why = str(error)
     return {"why": why, "columns": columns, "moments": kept}

@@ -113,7 +113,7 @@ def curves(rows: list[Row], last: Row) -> dict[tuple[str, str], tuple[list, list
         for name, number in row.items():
             if isinstance(number, int | float | None):
                 x, y = found.setdefault((row["stage"], name), ([], []))
-                x.append(row["step"] + (not name.startswith("heldout/")))  # those before the step
+                x.append(row["step"] + (not name.startswith("heldout/")))  # that: before it
                 y.append(plain(number))
     return {of: (x, y) for of, (x, y) in found.items() if {*y} - {None}}
 
