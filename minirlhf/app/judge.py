@@ -21,10 +21,9 @@ import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.text import Text
 
@@ -315,14 +314,14 @@ def _by_torch(total: Callable, logp: Any, arrays: dict[str, Any]) -> tuple[Any, 
 
 # -- the command ---------------------------------------------------------------------------------
 def judge_command(
-    function: tyro.conf.Positional[str],
+    function: str,
     *,
     placement: Placement = "loss",
     framework: Framework = "auto",
     expect: str = "",
     size: tuple[int, int] = (4, 4),
     seed: int = 0,
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_: bool = False,
 ) -> int:
     """What a KL term, a loss or advantages of your own descend, by enumeration.
 
