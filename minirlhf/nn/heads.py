@@ -9,6 +9,8 @@ import numpy as np
 
 from minirlhf.backend import Array, get_xp
 
+VOCABULARY_PIECE = 4096  # tokens; a vocabulary with more of them is large
+
 
 def output_matrix(transformer: dict) -> Array:
     """(V, C) whose rows the logits are products with: "lm_head", or else the token embedding."""
@@ -43,6 +45,21 @@ def logits_backward(dlogits: Array, cache: LogitsCache) -> tuple[Array, Array]:
     dlogits_rows = dlogits.reshape(-1, w.shape[0])  # (rows, V)
     dh = (dlogits_rows @ w).reshape(h.shape)  # (..., C)
     return dh, dlogits_rows.T @ h.reshape(-1, h.shape[-1])
+
+
+def next_logits(h: Array, w: Array) -> Array:
+    """z = h w^T of few rows, (B, C) -> (B, V).
+
+    Of a large vocabulary piece by piece as w h^T, each turned round while it is in the cache: the
+    BLAS then reads w as it lies in memory and copies none of it.
+    """
+    if len(w) <= VOCABULARY_PIECE:
+        return logits_forward(h, w)[0]
+    logits = get_xp(h, w).empty((len(h), len(w)), dtype=h.dtype)
+    for start in range(0, len(w), VOCABULARY_PIECE):
+        piece = slice(start, start + VOCABULARY_PIECE)
+        logits[:, piece] = (w[piece] @ h.T).T
+    return logits
 
 
 class ScalarHeadCache(NamedTuple):

@@ -399,11 +399,11 @@ def decode_step(
               column: where the token stands, counted from the first column of the prompt.
     Returns:  h (B, C).
     """
-    get_xp(tokens, mask)
+    xp = get_xp(tokens, mask)
     (H, K), eps, D = config.heads.values(), config.ln_eps, config.d_model // config.n_head
     kv.mask[:, column] = mask
     seen = kv.mask[:, : column + 1]  # (B, S)
-    position = positions_of(seen)[:, -1:]  # (B, 1)
+    position = xp.maximum((seen > 0).sum(axis=1, keepdims=True) - 1, 0)  # (B, 1) `positions_of`
     allowed = seen[:, None, None, :].copy()  # (B, 1, 1, S)
     allowed[..., column] = 1.0  # a token sees itself, also where its sequence has ended
     x = params["wte"][tokens]  # (B, C)

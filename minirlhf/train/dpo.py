@@ -133,6 +133,6 @@ def _forward(
 ) -> tuple[Array, tuple]:
     replies = [p.replies[0] for p in pairs] + [p.replies[-1] for p in pairs]
     batch = pad_batch([p.prompt for p in pairs] * 2, replies, config=config, **padding)
-    out, cache = policy_forward(params, batch=batch, config=config, keep=keep)
+    out, cache = policy_forward(params, batch=batch, config=config, keep=keep, keep_logits=False)
     seq_logp = response_sum(out.logp, mask=batch.response_mask)
     return seq_logp.reshape(2, -1), (cache, batch.response_mask)

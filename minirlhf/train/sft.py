@@ -85,7 +85,7 @@ def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tup
 
 def _micro_batch(params: Tree, part: tuple[Batch, Array], *, config: GPTConfig) -> Tree:
     batch, weights = part
-    out, cache = policy_forward(params, batch=batch, config=config)
+    out, cache = policy_forward(params, batch=batch, config=config, keep_logits=False)
     weights = weights[:, : out.logp.shape[1]]  # `Batch.part` leaves out columns of padding
     loss, loss_cache = cross_entropy_forward(out.logp, weights=weights)
     dlogp = cross_entropy_backward(1.0, loss_cache)
