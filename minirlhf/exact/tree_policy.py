@@ -10,8 +10,9 @@ import numpy as np
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.exact.enumeration import PrefixTree, all_responses
+from minirlhf.nn.decoding import decode_step, prefill
 from minirlhf.nn.heads import logits_forward, output_matrix
-from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
+from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
 from minirlhf.train.policy import policy_backward, policy_forward

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.backend import Array, as_float, get_xp
+from minirlhf.nn.decoding import decode_step, prefill
 from minirlhf.nn.heads import VOCABULARY_PIECE, next_logits, output_matrix
-from minirlhf.nn.transformer import GPTConfig, decode_step, kept_floats, prefill
+from minirlhf.nn.transformer import GPTConfig, kept_floats
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
 

@@ -13,15 +13,14 @@ from tiny import CONFIG, Letters, make_batch
 from tolerances import KV_CACHE, LOOPS, PADDING, assert_close, assert_trees_close
 
 from minirlhf.nn.attention import attention_forward, causal_mask, rotary_angles, rotary_forward
+from minirlhf.nn.decoding import decode_step, prefill
 from minirlhf.nn.heads import output_matrix
 from minirlhf.nn.layers import rmsnorm_forward, swiglu_forward
 from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import (
     GPTConfig,
-    decode_step,
     init_transformer,
     parameter_shapes,
-    prefill,
     transformer_forward,
 )
 from minirlhf.train.batches import Batch

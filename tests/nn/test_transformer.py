@@ -24,13 +24,12 @@ from tolerances import (
     assert_trees_close,
 )
 
+from minirlhf.nn.decoding import decode_step, prefill
 from minirlhf.nn.heads import init_scalar_head, logits_backward, logits_forward
 from minirlhf.nn.transformer import (
     GPTConfig,
     check_tokens,
-    decode_step,
     init_transformer,
-    prefill,
     transformer_backward,
     transformer_forward,
 )
