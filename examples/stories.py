@@ -25,7 +25,7 @@ import numpy as np
 
 import minirlhf
 from minirlhf.app.page import report
-from minirlhf.train.metrics import repeated_bigram_share
+from minirlhf.runs.metrics import repeated_bigram_share
 
 BETAS, DEFAULT = (0.0, 0.2, 2.0), 0.2
 GOOD = set(

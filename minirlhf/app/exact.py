@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from minirlhf.app import pictures
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
+from minirlhf.crew import without_interrupts
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.exact import expected, ground_truth
@@ -24,7 +25,7 @@ from minirlhf.exact.optimum import frontier_reward
 from minirlhf.exact.tiny import make_tiny_world, tiny_reference
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
-from minirlhf.workers import CAN_FORK, without_interrupts
+from minirlhf.workers import CAN_FORK
 
 Row = dict[str, Any]
 Part = Literal["kl", "optimum"]

@@ -29,6 +29,7 @@ from minirlhf.app.options import Option, Parser, of_command, of_config
 from minirlhf.app.pictures import shown
 from minirlhf.app.progress import say, track
 from minirlhf.app.tables import ROWS, NumberTable, html, number_table
+from minirlhf.crew import usable_cores
 from minirlhf.disk import new_numbered_folder, shorten, to_json
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config, save_config
@@ -36,7 +37,6 @@ from minirlhf.runs.lock import locked
 from minirlhf.runs.pipeline import read_result
 from minirlhf.runs.session import fork_run
 from minirlhf.train.settings import PPOConfig
-from minirlhf.workers import usable_cores
 
 OWN = (
     Option("out", Path | None, None, "default: runs/sweep-N with the next free N"),

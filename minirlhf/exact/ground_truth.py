@@ -20,7 +20,6 @@ from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train import ppo
-from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set, sample_responses
@@ -157,7 +156,7 @@ def measure(truth: GroundTruth, params: Tree) -> dict[str, float | list[float]]:
 
 class Trained(NamedTuple):
     params: Tree  # {"transformer": ..., "value_head": ...}
-    history: list[dict]  # "iteration", the metrics of `measure` and of the updates before
+    history: list[dict]  # "iteration", the metrics of `measure`
 
 
 def train_on_world(
@@ -178,11 +177,9 @@ def train_on_world(
     config, reference, world = truth.config, truth.reference, truth.world
     history = [{"iteration": 0, **measure(truth, reference)}]
     turns = ppo_on_world(world, reference, config=config, settings=settings, seed=seed)
-    for iteration, (params, turn) in enumerate(turns, 1):
+    for iteration, (params, _) in enumerate(turns, 1):
         if iteration % measure_every == 0 or iteration == settings.iterations:
-            exact = measure(truth, params)
-            metrics = mean_of_updates(turn.updates, settings)
-            history.append({"iteration": iteration, **exact, **metrics})
+            history.append({"iteration": iteration, **measure(truth, params)})
     return Trained(params, history)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from minirlhf.backend import to_host
 from minirlhf.nn.sampling import Sampling
+from minirlhf.runs.metrics import distinct_2, repeated_bigram_share
 from minirlhf.runs.session import Score, Session
-from minirlhf.train.metrics import distinct_2, repeated_bigram_share
 from minirlhf.train.rollout import Rollout, Samples, score_rollout
 from minirlhf.tree import Tree
 from minirlhf.worlds.world import World

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from minirlhf.crew import side_by_side
 from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
@@ -25,19 +26,18 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer, parameter_shape
 from minirlhf.runs import folder, snapshots
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
+from minirlhf.runs.metrics import heldout_dpo, iteration_metrics, pair_metrics, sft_loss
 from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
 from minirlhf.runs.session import Score, Session
 from minirlhf.train import dpo, reward_model
-from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.ppo import Task, new_policy, train_ppo
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set
-from minirlhf.train.sft import sft_loss, train_sft
+from minirlhf.train.sft import train_sft
 from minirlhf.tree import Tree, tree_leaves
-from minirlhf.workers import side_by_side
 
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model"}
 TITLES |= {"dpo": "DPO", "ppo": "PPO"}
@@ -283,7 +283,7 @@ def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> Rewa
     train = partial(reward_model.train_reward_model, config=gpt)
 
     def measure(params: Tree, *pairs: Any) -> dict[str, float]:
-        return reward_model.pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
+        return pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
 
     pairs = preference_pairs(session, reference)
     return RewardModel(_learn_pairs(session, "reward_model", params, pairs, train, measure), gpt)
@@ -297,7 +297,7 @@ def dpo_stage(session: Session, reference: Tree) -> Tree:
     same = {"config": session.gpt, **session.padding}
     *pairs, gold_difference = preference_pairs(session, reference)
     pairs = [dpo.with_reference(some, reference, **same) for some in pairs]
-    measure = partial(dpo.heldout_metrics, settings=session.config.dpo, **same)
+    measure = partial(heldout_dpo, settings=session.config.dpo, **same)
     train = partial(dpo.train_dpo, config=session.gpt)
     params = _learn_pairs(session, "dpo", reference, (*pairs, gold_difference), train, measure)
     folder.save_params(session, "policy", params, session.gpt)

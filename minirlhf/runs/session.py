@@ -21,6 +21,7 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.backend import array_module, to_device
+from minirlhf.crew import resolved
 from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
@@ -35,7 +36,7 @@ from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_responses
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
-from minirlhf.workers import resolved, share_packed
+from minirlhf.workers import share_packed
 from minirlhf.worlds import files, support, tokens
 from minirlhf.worlds.rewards import Reward, load_reward, name_of
 from minirlhf.worlds.world import World

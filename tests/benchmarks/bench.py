@@ -27,9 +27,9 @@ from programs import Program, busy_seconds, family, own_seconds
 from workloads import SGEMM_SIZE, WORKLOADS, Sizes, disagreement, matmul_gflop, write_workload
 
 from minirlhf.app.progress import track
+from minirlhf.crew import usable_cores
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
-from minirlhf.workers import usable_cores
 
 Row = dict[str, Any]
 

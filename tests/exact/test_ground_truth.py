@@ -83,7 +83,6 @@ def test_ppo_reaches_the_optimum_and_stays_under_the_frontier(truth, reference):
         WORLD.tree, truth.ref_log_probs, WORLD.rewards, kl_seq=end["exact/kl_seq"]
     )
     assert 0 <= frontier - end["exact/reward"] < 0.05
-    assert end["policy/updates"] == 16 and end["lr"] > 0  # the updates' own metrics are there too
 
 
 def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):

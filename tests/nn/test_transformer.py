@@ -37,9 +37,9 @@ from minirlhf.rlhf.imitation import cross_entropy_backward, cross_entropy_forwar
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.rlhf.logprobs import entropy_forward
 from minirlhf.rlhf.objectives import AGGREGATIONS, token_weights
+from minirlhf.runs.metrics import mean_of_updates, update_metrics
 from minirlhf.train import ppo
 from minirlhf.train.batches import Batch, pad_batch, row_slices
-from minirlhf.train.metrics import mean_of_updates, update_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward, reward_backward, reward_forward
 from minirlhf.train.ppo import Experience, minibatch_gradients, ppo_update

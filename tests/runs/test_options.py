@@ -29,7 +29,7 @@ from tiny_run import (
 from tolerances import BATCH_COMPOSITION
 
 import minirlhf
-from minirlhf import workers
+from minirlhf import crew
 from minirlhf.backend import cuda_is_available, get_xp
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import KL_MODES
@@ -368,13 +368,13 @@ def test_threads_are_limited_while_the_stages_run(tmp_path, files, monkeypatch, 
 def test_workers_change_who_computes_and_no_result(tmp_path, files, monkeypatch):
     monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 16)  # several groups, so all have work
     monkeypatch.setattr(batches, "MICRO_BATCH_FLOATS", 0)
-    crews, original = [], workers._Processes
+    crews, original = [], crew._Processes
 
     def watched(n):
         crews.append(n)
         return original(n)
 
-    monkeypatch.setattr(workers, "_Processes", watched)
+    monkeypatch.setattr(crew, "_Processes", watched)
     results = {}
     for n in (1, 2, 3):
         config = changed(tiny_config(tmp_path / str(n), workers=n), files["pairs"])

@@ -298,7 +298,7 @@ def crash_at(monkeypatch, owner, name, count, *, after):
 @pytest.mark.parametrize(
     "owner, name, count",
     [
-        (pipeline.reward_model, "pair_metrics", 1),
+        (pipeline, "pair_metrics", 1),
         (pipeline.reward_model, "normalized", 1),
         (checkpoint, "save_model", 1),
         (checkpoint, "save_model", 2),

@@ -27,7 +27,7 @@ from tiny_run import (
 )
 
 import minirlhf
-from minirlhf import disk, memory, workers
+from minirlhf import crew, disk, memory, workers
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs import checkpoint, pipeline, sizes
@@ -127,7 +127,7 @@ def test_a_worker_that_outlives_its_parent_keeps_no_lock(run):
 
     def act(ready):
         with locked(run):
-            workers._Processes(1).map(stay, [busy])
+            crew._Processes(1).map(stay, [busy])
             while not (busy.exists() and busy.read_text()):
                 time.sleep(0.005)
             ready()
@@ -447,10 +447,10 @@ def test_ctrl_c_while_a_checkpoint_is_written_tells_what_is_in_it(
 
 def test_the_number_of_workers_is_settled_at_the_start(tmp_path, names, monkeypatch):
     """So a resume on other cores adds up in the same order."""
-    monkeypatch.setattr(workers, "usable_cores", lambda: 3)
+    monkeypatch.setattr(crew, "usable_cores", lambda: 3)
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, workers=0)
     assert session_module.open_session(config).config.workers == 3
-    monkeypatch.setattr(workers, "usable_cores", lambda: 1)
+    monkeypatch.setattr(crew, "usable_cores", lambda: 1)
     assert session_module.reopen_session(config.out).config.workers == 3
     assert load_config(config.out / "config.toml").workers == 3
 

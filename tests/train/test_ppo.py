@@ -20,9 +20,9 @@ from minirlhf.rlhf.advantages import (
 )
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.metrics import explained_variance, iteration_metrics, mean_of_updates
 from minirlhf.train import ppo
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.metrics import explained_variance, iteration_metrics, mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.ppo import Task, make_experience, next_kl_coef, ppo_update, train_ppo
 from minirlhf.train.recipes import RECIPES, recipe, says
