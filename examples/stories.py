@@ -1,4 +1,4 @@
-"""Does the KL penalty keep a pretrained model telling stories? stories15M, beta = 0, 0.2 and 2.
+"""Does the KL penalty keep a pretrained model telling stories? stories15M, beta = 0, 0.1 and 2.
 
     python examples/get_stories15m.py models/stories15M
     python examples/stories.py models/stories15M        # minutes a run on two cores: see the README
@@ -6,10 +6,10 @@
 The reward counts words of good feeling in the 40 tokens that follow a story's opening. Nobody wants
 such a list of words, so what is wanted, gold, is another number, which training never sees:
 
-    gold = min(reward, 4) - 10 repeated_bigrams - 2 max(0, -2 - mean_t log pi_ref(y_t))
+    gold = min(reward, 3) - 10 repeated_bigrams - 2 max(0, -2 - mean_t log pi_ref(y_t))
 
-four good words are enough, repeating is bad, and so is text that the pretrained model finds
-unlikely (its own has about -1.8 nats a token). There is no fine-tuning (`--sft.steps 0`): the
+three good words are enough, repeating is bad, and so is text that the pretrained model finds
+unlikely (its own has about -1.2 nats a token). There is no fine-tuning (`--sft.steps 0`): the
 reference is the model as it was found. Of a seed all runs have the same random streams.
 
 Prints a line for each run, means over the seeds, the claims by seed, and the first replies; writes
@@ -27,7 +27,7 @@ import minirlhf
 from minirlhf.app.page import report
 from minirlhf.runs.metrics import repeated_bigram_share
 
-BETAS, DEFAULT = (0.0, 0.2, 2.0), 0.2
+BETAS, DEFAULT = (0.0, 0.1, 2.0), 0.1
 GOOD = set(
     "happy happily love loved loves lovely smile smiled smiling laugh laughed laughing fun joy "
     "nice kind kindness good great best beautiful wonderful glad proud hug hugged friend friends "
@@ -54,8 +54,8 @@ SETTINGS = {
     "checkpoint_every": 100,
     "snapshots": 2,
 }
-PPO = {"iterations": 20, "batch_size": 32, "epochs": 2, "minibatches": 2}
-PPO["optimizer"] = {"learning_rate": 2e-5}
+PPO = {"iterations": 30, "batch_size": 32, "epochs": 2, "minibatches": 2}
+PPO["optimizer"] = {"learning_rate": 4e-5}
 COLUMNS = {"reward": "{:.2f}", "gold": "{:.2f}", "kl_seq": "{:.1f}", "ref_logp": "{:.2f}"}
 COLUMNS["repeated_bigrams"] = "{:.3f}"
 
@@ -85,20 +85,20 @@ def measured(replies: list) -> dict[str, float]:
     for of in replies:
         reward, ref_logp = good_feeling(of.response), float(of.ref_logp.mean())
         repeats = repeated_bigram_share(of.ids)
-        gold = min(reward, 4) - 10 * repeats - 2 * max(0.0, -2.0 - ref_logp)
+        gold = min(reward, 3) - 10 * repeats - 2 * max(0.0, -2.0 - ref_logp)
         rows.append((reward, gold, of.kl_seq, ref_logp, repeats))
     return dict(zip(COLUMNS, np.mean(rows, axis=0).tolist(), strict=True))
 
 
 def run_seed(model: Path, seed: int, out: Path, betas: list[float]) -> dict[str, dict]:
-    """{"reference" | beta: what 64 replies to openings it was not trained on are like}."""
+    """{"reference" | beta: what 128 replies to openings it was not trained on are like}."""
     found = {}
     for beta in betas:
         folder = out / f"seed{seed}-beta{beta:g}"
         settings = {**SETTINGS, "ppo": {**PPO, "kl_coef": beta}, "seed": seed, "out": folder}
         texts = {"init": str(model), "corpus": str(out / "openings.jsonl")}
         run = minirlhf.train(**texts, reward=f"{Path(__file__).resolve()}:good_feeling", **settings)
-        prompts = openings(OTHER_NAMES)[::5][:64]
+        prompts = openings(OTHER_NAMES)[::2][:128]
         arms = {f"{beta:g}": run.replies(prompts, seed=seed)}
         if not found:
             arms = {"reference": run.replies(prompts, reference=True, seed=seed), **arms}
@@ -122,7 +122,7 @@ def claims(rows: dict[str, dict]) -> dict[str, bool]:
             free[repeats] >= 3 * ref[repeats] or free[text] <= ref[text] - 2
         ),
         "beta 0: gold below the reference": free["gold"] < ref["gold"],
-        "beta 0.2: reward and gold above it by 0.5": (
+        "beta 0.1: reward and gold above it by 0.5": (
             min(default[name] - ref[name] for name in ("reward", "gold")) >= 0.5
         ),
         "beta 2: reward within 0.5 of it, kl_seq below 1": (

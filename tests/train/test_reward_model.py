@@ -12,7 +12,8 @@ from tolerances import BATCH_COMPOSITION
 
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import init_transformer
-from minirlhf.runs import metrics, pipeline
+from minirlhf.runs import metrics as metrics_module
+from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_model
 from minirlhf.runs.metrics import calibration_error, pair_metrics
@@ -174,7 +175,7 @@ def with_scores(monkeypatch, chosen, rejected):
     """A model whose scores are given."""
     answers = {"chosen": np.array(chosen, float), "rejected": np.array(rejected, float)}
     monkeypatch.setattr(
-        metrics,
+        metrics_module,
         "score_responses",
         lambda model, prompts, responses, **constants: answers[responses[0]],
     )
