@@ -91,14 +91,14 @@ def measured(replies: list) -> dict[str, float]:
 
 
 def run_seed(model: Path, seed: int, out: Path, betas: list[float]) -> dict[str, dict]:
-    """{"reference" | beta: what 128 replies to openings it was not trained on are like}."""
+    """{"reference" | beta: what 108 replies to openings it was not trained on are like}."""
     found = {}
     for beta in betas:
         folder = out / f"seed{seed}-beta{beta:g}"
         settings = {**SETTINGS, "ppo": {**PPO, "kl_coef": beta}, "seed": seed, "out": folder}
         texts = {"init": str(model), "corpus": str(out / "openings.jsonl")}
         run = minirlhf.train(**texts, reward=f"{Path(__file__).resolve()}:good_feeling", **settings)
-        prompts = openings(OTHER_NAMES)[::2][:128]
+        prompts = openings(OTHER_NAMES)[::2]
         arms = {f"{beta:g}": run.replies(prompts, seed=seed)}
         if not found:
             arms = {"reference": run.replies(prompts, reference=True, seed=seed), **arms}
