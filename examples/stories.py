@@ -154,12 +154,12 @@ def main() -> None:
     options.out.mkdir(parents=True)
     write_corpus(options.out / "openings.jsonl")
     found = {s: run_seed(options.model, s, options.out, options.betas) for s in options.seeds}
-    (options.out / "stories.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    held = {s: claims(rows) for s, rows in found.items() if {*options.betas} >= {*BETAS}}
+    content = json.dumps({"rows": found, "claims": held}, indent=1)
+    (options.out / "stories.json").write_text(content, encoding="utf-8")
     print(table(found))
-    if set(options.betas) >= set(BETAS):
-        for claim in claims(found[options.seeds[0]]):
-            held = [claims(rows)[claim] for rows in found.values()]
-            print(f"{sum(held)} of {len(held)} seeds: {claim}")
+    for claim in next(iter(held.values()), ()):
+        print(f"{sum(of[claim] for of in held.values())} of {len(held)} seeds: {claim}")
     for name, rows in found[options.seeds[0]].items():
         print(f"\n{name}:", *rows["replies"], sep="\n  ")
     first = [options.out / f"seed{options.seeds[0]}-beta{beta:g}" for beta in options.betas]
