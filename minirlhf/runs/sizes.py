@@ -1,6 +1,7 @@
 """What a run takes of memory, told from its sizes alone: at least so many bytes, by option."""
 
 import math
+from dataclasses import replace
 
 from minirlhf.memory import require_memory
 from minirlhf.nn.sampling import PIECE_FLOATS
@@ -20,8 +21,8 @@ def check_run(config: TrainConfig, gpt: GPTConfig, longest: tuple[int, int]) -> 
     """
     if config.device != "cpu":
         return
-    C, T, shapes = gpt.d_model, sum(longest), parameter_shapes(gpt)
-    blocks = 4 * sum(map(math.prod, tree_leaves(shapes["blocks"])))
+    C, T, shapes = gpt.d_model, sum(longest), parameter_shapes(replace(gpt, n_layer=1))
+    blocks = 4 * gpt.n_layer * sum(map(math.prod, tree_leaves(shapes["blocks"])))
     positions = 4 * math.prod(shapes.get("wpe", (0,)))
     vocabulary = 4 * gpt.vocab_size * C * (1 if gpt.tied else 2)
     activations = 4 * T * kept_floats(gpt, T)  # of the longest sequence
