@@ -7,15 +7,9 @@ import math
 from typing import NamedTuple
 
 from minirlhf.backend import Array, get_xp
-from minirlhf.nn import layers
+from minirlhf.nn import layers, transformer
 from minirlhf.nn.attention import rotary_forward, split_heads, split_qkv, unnormalised_attention
-from minirlhf.nn.transformer import (
-    GPTConfig,
-    mlp_forward,
-    norm_forward,
-    rotation_of,
-    transformer_forward,
-)
+from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree
 
 
@@ -46,7 +40,9 @@ def prefill(
     B, P = tokens.shape
     K, D = config.heads["n_kv_head"], config.d_model // config.n_head
     last = xp.full((B, 1), P - 1)
-    h, cache = transformer_forward(params, tokens=tokens, mask=mask, config=config, read=last)
+    h, cache = transformer.transformer_forward(
+        params, tokens=tokens, mask=mask, config=config, read=last
+    )
     kv = KVCache([], [], xp.zeros((B, P + max_new), dtype=mask.dtype))
     kv.mask[:, :P] = mask
     for block in cache.blocks:
@@ -81,9 +77,9 @@ def decode_step(
     x = params["wte"][tokens]  # (B, C)
     if "wpe" in params:
         x += params["wpe"][position[:, 0]]
-    rotation = rotation_of(params, position, config)
+    rotation = transformer.rotation_of(params, position, config)
     for p, keys, values in zip(params["blocks"], kv.keys, kv.values, strict=True):
-        n, _ = norm_forward(x, p["ln1"], eps=eps)
+        n, _ = transformer.norm_forward(x, p["ln1"], eps=eps)
         qkv, _ = layers.linear_forward(n[:, None], **p["attn"]["qkv"])  # (B, 1, (H + 2K) D)
         if rotation is not None:
             qkv, _ = rotary_forward(qkv, **rotation)
@@ -96,8 +92,8 @@ def decode_step(
         a /= total
         a, _ = layers.linear_forward(a.reshape(x.shape), **p["attn"]["out"])
         a += x
-        n, _ = norm_forward(a, p["ln2"], eps=eps)
-        x, _ = mlp_forward(n, p["mlp"], keep=False)
+        n, _ = transformer.norm_forward(a, p["ln2"], eps=eps)
+        x, _ = transformer.mlp_forward(n, p["mlp"], keep=False)
         x += a
-    h, _ = norm_forward(x, params["ln_f"], eps=eps)
+    h, _ = transformer.norm_forward(x, params["ln_f"], eps=eps)
     return h

@@ -70,10 +70,7 @@ class GPTConfig:
 
 
 def kept_floats(sizes: GPTConfig, T: int) -> int:
-    """Floats kept of each of T tokens by a forward, at most; in each block H rows of attention.
-
-    Beside them the norms, qkv and the attention's output, and what the MLP's backward reads.
-    """
+    """Floats kept of each of T tokens by a forward, at most; H T of a block are the attention's."""
     C, F = sizes.d_model, sizes.d_ff or 4 * sizes.d_model
     of_block = 12 * C + 4 * F if sizes.block == "llama" else 9 * C + 2 * F
     return sizes.n_layer * (of_block + sizes.n_head * T)

@@ -145,8 +145,7 @@ class ModelConfig:
     d_model: int = 64  # Channels
     n_ctx: int = 0  # Positions; 0: as many as the longest prompt and response take
     ln_eps: float = 1e-5  # Added to the variance in layer norms
-    # Layer norms, GELU and learned positions; or RMSNorm, SwiGLU and rotary ones
-    block: Literal["gpt2", "llama"] = "gpt2"
+    block: Literal["gpt2", "llama"] = "gpt2"  # llama: RMSNorm, SwiGLU and rotary positions
     n_kv_head: int = 0  # Of llama: heads of keys and values, a divisor of n_head; 0: n_head
     d_ff: int = 0  # Of llama: channels inside the MLP; 0: 4 d_model
     rope_theta: float = 10000.0  # Of llama: base of the wavelengths of rotary positions
