@@ -34,7 +34,7 @@ class TrainConfig:
     max_text_mb: int = 64  # Memory for the text of a file [MB]; of more, a part drawn at random
     reward: str = ""  # Instead of a reward model: FILE.py:function, module:function, length ..
     reward_timeout: float = 0.0  # Seconds that a call of the reward may take; 0: any
-    init: str = ""  # Folder of a Hugging Face GPT-2 to start from, with its tokenizer
+    init: str = ""  # Folder of a Hugging Face GPT-2 or Llama, or llama2.c's .bin, to start from
     encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
     vocab_size: int = 768  # Ids of the encoding that is trained
     max_prompt_tokens: int = 0  # Longest prompt, at least 3; 0: so that 95 % are whole
@@ -148,6 +148,7 @@ def unused_options(config: TrainConfig) -> list[str]:
         ("without --corpus", not config.corpus, "corpus_unit", ""),
         ("without --corpus or --pairs", not (config.corpus or config.pairs), "columns", ""),
         ("beside --encoding", config.encoding and not config.init, "vocab_size", ""),
+        ("with --model.block gpt2", config.model.block == "gpt2", "model.rope_theta", ""),
         ("beside --init", config.init, "model. encoding vocab_size", ""),
         ("without --reward", not config.reward, "reward_timeout", ""),
         ("beside --reward", config.reward, "reward_model.", "reward_model.n_normalize"),
@@ -172,6 +173,7 @@ def rate_notes(config: TrainConfig) -> list[str]:
         f"--{stage.replace('_', '-')}.optimizer.learning-rate {rates[stage]}"
         for stage in config.order
         if stage in rates and f"{stage}.optimizer.learning_rate" not in turned
+        if stage != "sft" or config.sft.steps
     ]
     said = "--init: the learning rates are those of tiny models; one that was trained wants less"
     return [f"{said}, like {' '.join(flags)}"] if flags else []

@@ -61,6 +61,7 @@ class Turn:
     first: str = ""  # the first stage that may change; default: the one the field is named after
 
 
+LLAMA = {"model.block": "llama"}
 LEARNS_FAST = {"ppo.optimizer.learning_rate": 0.1, "ppo.epochs": 4}
 STEERED = {"ppo.kl_target": 0.02, "ppo.kl_horizon": 50.0}
 PENALTY_IN_LOSS = {"ppo.kl_coef": 5.0}
@@ -114,6 +115,11 @@ MUTATIONS = {
     "model.d_model": Turn(12, shows="reference/config.json"),
     "model.n_ctx": Turn(99, shows="reference/config.json"),
     "model.ln_eps": Turn(0.1, shows="metrics of sft"),
+    "model.block": Turn("llama", shows="metrics of sft"),
+    "model.n_kv_head": Turn(1, given=LLAMA, shows="reference/config.json"),
+    "model.d_ff": Turn(12, given=LLAMA, shows="reference/config.json"),
+    "model.rope_theta": Turn(100.0, given=LLAMA, shows="metrics of sft"),
+    "model.tied": Turn(False, given=LLAMA, shows="reference/config.json"),
     "sft.steps": sft_turn(7),
     "sft.batch_size": sft_turn(5),
     **optimizer_turns("sft", sft_turn),
