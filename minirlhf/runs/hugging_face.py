@@ -71,8 +71,8 @@ def companions(
 @functools.lru_cache(maxsize=1)
 def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
     exactly = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    in_order = sorted(tokenizer.specials.items(), key=lambda item: item[1])
-    added = [{"id": i, "content": name, "special": True} | exactly for name, i in in_order]
+    specials = tokenizer.specials.items()
+    added = [{"id": i, "content": name, "special": True} | exactly for name, i in specials]
     parts = sentencepiece.to_json(tokenizer) if tokenizer.rank_of else _as_byte_level(tokenizer)
     return json.dumps({"version": "1.0", "added_tokens": added} | parts).encode()
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from operator import add
+from operator import add, itemgetter
 from pathlib import Path
 
 import tiktoken
@@ -66,9 +66,10 @@ class Tokenizer:
 
     @property
     def specials(self) -> dict[str, int]:
-        """The ids of the special tokens."""
-        ranks = self.encoding._special_tokens
-        return {name: self.rank_of.index(i) for name, i in ranks.items()} if self.rank_of else ranks
+        """The ids of the special tokens, in order."""
+        ranks, rank_of = self.encoding._special_tokens, self.rank_of
+        ids = {name: rank_of.index(rank) for name, rank in ranks.items()} if rank_of else ranks
+        return dict(sorted(ids.items(), key=itemgetter(1)))
 
     @cached_property
     def _ids_of(self) -> dict[int, list[int]]:

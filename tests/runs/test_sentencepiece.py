@@ -22,11 +22,10 @@ from tiny_pieces import (
     to_bin,
     to_json,
 )
-from tiny_run import VOWELS, tiny_config, write_names
+from tiny_run import VOWELS, tiny_config, train, write_names
 
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.runs import pipeline
 from minirlhf.runs.checkpoint import save_model
 from minirlhf.runs.hugging_face import companions, read_tokenizer
 from minirlhf.runs.sentencepiece import read_bin
@@ -155,7 +154,7 @@ def test_a_run_goes_on_with_such_a_table(tmp_path):
     save_model(tmp_path / "init", init_transformer(config, rng=np.random.default_rng(0)), config)
     (tmp_path / "init/tokenizer.json").write_text(json.dumps(to_json()))
     given = {"corpus": write_names(tmp_path / "names.txt"), "reward": VOWELS}
-    pipeline.train(tiny_config(tmp_path / "run", init=str(tmp_path / "init"), **given))
+    train(tiny_config(tmp_path / "run", init=str(tmp_path / "init"), **given))
     session = reopen_session(tmp_path / "run", look=True)
     assert session.gpt.vocab_size == N and session.tokenizer.sep is None
     assert not differences(session.tokenizer, read_tokenizer(tmp_path / "run/policy", n_rows=N)[0])
