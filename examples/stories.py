@@ -37,7 +37,7 @@ OPENINGS = (
     "Once upon a time, there was a {who} named {name}.",
     "One day, a {who} named {name} went to the {where}.",
     "{name} was a {who} who lived near the {where}.",
-    "Once there was a {who}. One day, it rained and the {who} could not go to the {where}.",
+    "It was raining. {name}, a {who}, could not go to the {where}.",
 )
 WHO = "little girl|little boy|small dog|big cat|old man|brown bear|red bird|young rabbit".split("|")
 WHERE = "park forest lake shop garden".split()
@@ -67,9 +67,9 @@ def good_feeling(response: str) -> int:
 
 def openings(names: list[str]) -> list[str]:
     """Beginnings of stories."""
-    choices = itertools.product(OPENINGS, WHO, WHERE, names)
-    texts = (o.format(who=who, where=where, name=name) for o, who, where, name in choices)
-    return list(dict.fromkeys(text for text in texts if "{name}" not in text))
+    choices = itertools.product(OPENINGS, names, WHO, WHERE)
+    texts = (o.format(who=who, where=where, name=name) for o, name, who, where in choices)
+    return list(dict.fromkeys(texts))
 
 
 def write_corpus(path: Path) -> None:
@@ -91,7 +91,7 @@ def measured(replies: list) -> dict[str, float]:
 
 
 def run_seed(model: Path, seed: int, out: Path, betas: list[float]) -> dict[str, dict]:
-    """{"reference" | beta: what 108 replies to openings it was not trained on are like}."""
+    """{"reference" | beta: what 128 replies to openings it was not trained on are like}."""
     found = {}
     for beta in betas:
         folder = out / f"seed{seed}-beta{beta:g}"
