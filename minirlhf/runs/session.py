@@ -98,7 +98,11 @@ class Session:
                 f"prompt and {response} for a response; got {n_ctx}: lower --max-prompt-tokens or "
                 "--max-response-tokens"
             )
-        return GPTConfig(self.tokenizer.vocab_size, **asdict(replace(model, n_ctx=n_ctx)))
+        sizes = asdict(replace(model, n_ctx=n_ctx))
+        if model.block == "llama":  # what 0 stands for, as its folder will say
+            sizes["n_kv_head"] = model.n_kv_head or model.n_head
+            sizes["d_ff"] = model.d_ff or 4 * model.d_model
+        return GPTConfig(self.tokenizer.vocab_size, **sizes)
 
     def first_weights(self) -> Tree:
         """Of the policy, on the host: random ones, or those of --init as the run began."""

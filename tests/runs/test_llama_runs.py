@@ -59,6 +59,11 @@ def test_dpo_and_a_group_of_responses_train_a_llama(tmp_path):
     assert scores.kl_seq == pytest.approx(float((scores.logp - scores.ref_logp).sum()))
 
 
+def test_sizes_that_are_left_open_are_found_again(tmp_path):
+    out = run(tmp_path / "run", model=ModelConfig(n_layer=1, n_head=2, d_model=8, block="llama"))
+    assert open_run(out).session.gpt == load_model(out / "policy")[1]
+
+
 def test_workers_change_no_number_but_by_rounding(tmp_path):
     one, two = run(tmp_path / "one"), run(tmp_path / "two", workers=2)
     a, b = (load_model(folder / "policy")[0] for folder in (one, two))
