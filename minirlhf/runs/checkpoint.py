@@ -27,69 +27,22 @@ _DIGEST = "minirlhf_sha256"  # in a file's metadata, which transformers writes a
 
 
 class Kind(NamedTuple):
-    """How transformers writes a kind of model."""
+    """How transformers writes a kind of model: see checkpoint.toml."""
 
-    prefix: str  # of the transformer's tensors
+    prefix: str
     architecture: str
-    plain: dict[str, tuple]  # what config.json may say, the default first
-    sizes: dict[str, tuple[str, Any]]  # what it must say: entry -> (field of GPTConfig, default)
-    names: dict[str, str]  # a key of our tree -> that part of a tensor's name, where they differ
-    further: dict[str, Any]  # what else we write
+    plain: dict[str, list]
+    sizes: dict[str, list]
+    names: dict[str, str]
+
+    @property
+    def allowed(self) -> dict[str, list]:
+        """`plain`, with None, which TOML does not have."""
+        return {name: values or [None] for name, values in self.plain.items()}
 
 
-KINDS = {  # GPTConfig.block, which is config.json's model_type -> what it is like
-    "gpt2": Kind(
-        "transformer.",
-        "GPT2LMHeadModel",
-        {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-            "tie_word_embeddings": (True,),
-        },
-        {
-            "vocab_size": ("vocab_size", 50257),
-            "n_positions": ("n_ctx", 1024),
-            "n_embd": ("d_model", 768),
-            "n_layer": ("n_layer", 12),
-            "n_head": ("n_head", 12),
-            "layer_norm_epsilon": ("ln_eps", 1e-5),
-        },
-        {"wte": "wte.weight", "wpe": "wpe.weight", "blocks": "h", "ln1": "ln_1", "ln2": "ln_2"}
-        | {"qkv": "c_attn", "out": "c_proj", "up": "c_fc", "down": "c_proj"}
-        | {"w": "weight", "b": "bias", "gain": "weight"},
-        {"n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-    ),
-    "llama": Kind(
-        "model.",
-        "LlamaForCausalLM",
-        {
-            "hidden_act": ("silu",),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "rope_scaling": (None,),
-            "pretraining_tp": (1,),
-        },
-        {
-            "vocab_size": ("vocab_size", 32000),
-            "max_position_embeddings": ("n_ctx", 2048),
-            "hidden_size": ("d_model", 4096),
-            "num_hidden_layers": ("n_layer", 32),
-            "num_attention_heads": ("n_head", 32),
-            "num_key_value_heads": ("n_kv_head", 32),
-            "intermediate_size": ("d_ff", 11008),
-            "rms_norm_eps": ("ln_eps", 1e-6),
-            "rope_theta": ("rope_theta", 10000.0),
-            "tie_word_embeddings": ("tied", False),
-        },
-        {"wte": "embed_tokens.weight", "blocks": "layers", "lm_head": "lm_head.weight"}
-        | {"ln1": "input_layernorm", "ln2": "post_attention_layernorm", "ln_f": "norm"}
-        | {"attn": "self_attn", "qkv": "{}_proj", "out": "o_proj", "gate": "gate_proj"}
-        | {"up": "up_proj", "down": "down_proj", "w": "weight", "gain": "weight"},
-        {},
-    ),
-}
+_TABLES = disk.read_toml(Path(__file__).with_suffix(".toml"))
+KINDS = {block: Kind(**table) for block, table in _TABLES.items()}
 
 
 class Slot(NamedTuple):
@@ -182,10 +135,12 @@ def save_model(
 def _entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
     """What config.json says of the network."""
     kind = KINDS[config.block]
-    entries = {"model_type": config.block, "architectures": [kind.architecture], **kind.further}
-    entries |= {name: allowed[0] for name, allowed in kind.plain.items()}
+    entries = {"model_type": config.block, "architectures": [kind.architecture]}
+    entries |= {name: allowed[0] for name, allowed in kind.allowed.items()}
     entries |= {name: getattr(config, field) for name, (field, _) in kind.sizes.items()}
-    if config.block == "llama":
+    if config.block == "gpt2":
+        entries |= {"n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    else:
         entries["num_key_value_heads"] = config.heads["n_kv_head"]
         entries["intermediate_size"] = config.d_ff or 4 * config.d_model
     return entries | {"torch_dtype": dtype}
@@ -307,7 +262,7 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
         scaled = None if rope.get("rope_type", "default") == "default" else rope
         theta = {"rope_theta": rope.get("rope_theta", 10000.0)}
         entries = entries | theta | {"rope_scaling": entries.get("rope_scaling") or scaled}
-    for name, allowed in kind.plain.items():
+    for name, allowed in kind.allowed.items():
         if entries.get(name, allowed[0]) not in allowed:
             refuse(name, " or ".join(map(json.dumps, allowed)).replace('"', "'"))
     for name, (field, default) in kind.sizes.items():
