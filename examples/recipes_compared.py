@@ -21,8 +21,8 @@ import numpy as np
 
 from minirlhf.memory import keep_freed_memory
 from minirlhf.runs.config import TrainConfig, load_config
-from minirlhf.runs.pipeline import resume, train
-from minirlhf.runs.session import fork_run
+from minirlhf.runs.pipeline import run_stages
+from minirlhf.runs.session import fork_run, open_session, reopen_session
 from minirlhf.train.recipes import RECIPES, recipe
 
 COLUMNS = ("proxy", "gold", "kl_seq", "length", "repeated_bigrams")
@@ -32,15 +32,16 @@ def run_seed(seed: int, out: Path) -> dict[str, dict[str, float]]:
     """{"reference" or a recipe: its columns} of one seed."""
     keep_freed_memory()
     base = out / f"seed{seed}-ppo"
-    results = {"ppo": train(TrainConfig(out=base, seed=seed, eval_every=0))}
+    config = TrainConfig(out=base, seed=seed, eval_every=0)
+    results = {"ppo": run_stages(open_session(config))}
     ppo = load_config(base / "config.toml").ppo
     for name in RECIPES:
         folder, changes = out / f"seed{seed}-{name}", recipe(name)
         if name == "dpo":  # another way from the reference on
-            results[name] = train(TrainConfig(out=folder, seed=seed, eval_every=0, **changes))
+            results[name] = run_stages(open_session(replace(config, out=folder, **changes)))
         elif name != "ppo":
             fork_run(base, folder, ppo=replace(ppo, **changes["ppo"]))
-            results[name] = resume(folder)
+            results[name] = run_stages(reopen_session(folder))
     rows = {"reference": results["ppo"].reference}
     rows |= {name: results[name].policy for name in RECIPES}
     for name, row in rows.items():

@@ -26,8 +26,8 @@ from minirlhf.app.api import open_run
 from minirlhf.memory import keep_freed_memory
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_jsonl
-from minirlhf.runs.pipeline import resume, train
-from minirlhf.runs.session import fork_run
+from minirlhf.runs.pipeline import run_stages
+from minirlhf.runs.session import fork_run, open_session, reopen_session
 from minirlhf.train.settings import PPOConfig
 
 DEFAULT = PPOConfig().kl_coef
@@ -40,13 +40,14 @@ def run_seed(seed: int, out: Path) -> dict[str, dict]:
     """The three runs of one seed: {"reference" | beta: metrics}, and replies of each."""
     keep_freed_memory()
     base = out / f"seed{seed}-beta{DEFAULT:g}"
-    results = {DEFAULT: train(TrainConfig(out=base, seed=seed, eval_every=EVAL_EVERY))}
+    config = TrainConfig(out=base, seed=seed, eval_every=EVAL_EVERY)
+    results = {DEFAULT: run_stages(open_session(config))}
     settings = load_config(base / "config.toml").ppo
     for beta in BETAS:
         if beta != DEFAULT:
             folder = out / f"seed{seed}-beta{beta:g}"
             fork_run(base, folder, ppo=dataclasses.replace(settings, kl_coef=beta))
-            results[beta] = resume(folder)
+            results[beta] = run_stages(reopen_session(folder))
     rows = {f"{beta:g}": results[beta].policy for beta in BETAS}
     rows["reference"] = results[DEFAULT].reference
     replies = {f"{beta:g}": results[beta].policy_samples.responses[:8] for beta in BETAS}

@@ -11,30 +11,23 @@ import importlib
 
 __version__ = "0.1.0"
 
-_HOME = {  # name -> where it is defined; imported at first use, so `import minirlhf` is cheap
-    "Run": "app.api",
-    "open_run": "app.api",
-    "resume": "app.api",
-    "sweep": "app.sweep",
-    "diagnose": "app.diagnose",
-    "TrainConfig": "runs.config",
-    "GPTConfig": "nn.transformer",
-    "init_transformer": "nn.transformer",
-    "generate": "nn.sampling",
-    "pad_batch": "train.batches",
-    "policy_forward": "train.policy",
-    "policy_backward": "train.policy",
-    "summed_penalty": "rlhf.kl",
-    "enumerate_responses": "exact.enumeration",
-    "evaluate_exactly": "exact.optimum",
-    "soft_optimum": "exact.optimum",
-    "optimality_gap": "exact.optimum",
-    "tree_log_probs": "exact.tree_policy",
-    "judge": "app.judge",
-    "assert_descends": "app.judge",
-    "check_pair": "gradcheck",
-    "check_directions": "gradcheck",
+_PUBLIC = {  # where it is defined: names; imported at first use, so `import minirlhf` is cheap
+    "app.api": "Run open_run resume",
+    "app.sweep": "sweep",
+    "app.diagnose": "diagnose",
+    "app.judge": "judge assert_descends",
+    "runs.config": "TrainConfig",
+    "nn.transformer": "GPTConfig init_transformer",
+    "nn.sampling": "generate",
+    "train.batches": "pad_batch",
+    "train.policy": "policy_forward policy_backward",
+    "rlhf.kl": "summed_penalty",
+    "exact.enumeration": "enumerate_responses",
+    "exact.optimum": "evaluate_exactly soft_optimum optimality_gap",
+    "exact.tree_policy": "tree_log_probs",
+    "gradcheck": "check_pair check_directions",
 }
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = ["train", *sorted(_HOME)]
 
 

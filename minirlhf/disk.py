@@ -24,11 +24,7 @@ from minirlhf.memory import require_memory
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file.
-
-    Raises:   InputError: there is no such file, it is a folder, a pipe or a device, it may not be
-                  read, or it is larger than the memory at hand.
-    """
+    """The content of a file; refused if it is none, or larger than the memory at hand."""
     try:
         check_regular(path)
         require_memory({str(path): os.path.getsize(path)})
@@ -45,11 +41,7 @@ def cannot_read(path: str | Path, error: OSError) -> InputError:
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuse what is no plain file: to open a pipe waits for its other end, a device has no end.
-
-    Raises:   InputError: it is a folder, a pipe, a socket or a device, or its name is no path.
-              OSError: there is none, or it cannot be looked at.
-    """
+    """Refuse what is no plain file: to open a pipe waits for its other end, a device has no end."""
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:  # a NUL in it, or half a surrogate pair
@@ -61,10 +53,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    r"""The content of a UTF-8 text file, every line end as "\n", without a byte order mark.
-
-    Raises:   InputError: as `read_bytes`; the file is empty or blank, or not UTF-8.
-    """
+    r"""The content of a UTF-8 text file, not blank; line ends as "\n", no byte order mark."""
     data = read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
@@ -79,10 +68,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_object(text: str | bytes, where: str) -> dict:
-    """A JSON object. `where` (a file, or file:line) opens the message if it is none.
-
-    Raises:   InputError: not UTF-8, not JSON (NaN and Infinity are not), or JSON of another kind.
-    """
+    """A JSON object, without NaN and Infinity; `where` opens the message if it is none."""
 
     def refuse_constant(name):
         raise ValueError(f"{name} is not JSON")
@@ -100,15 +86,12 @@ def parse_object(text: str | bytes, where: str) -> dict:
 
 
 def read_object(path: str | Path) -> dict:
-    """The JSON object in a file; refused as by `read_text` and `parse_object`."""
+    """The JSON object in a file."""
     return parse_object(read_text(path), str(path))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Raises:   InputError: as `read_text`; or the file is not TOML.
-    """
+    """The tables of a TOML file."""
     text = read_text(path)
     try:
         return tomllib.loads(text)
@@ -122,10 +105,7 @@ def to_json(content: dict) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's own types: NumPy numbers as Python's, NaN and inf as None.
-
-    Raises:   TypeError: it is neither a number, a string, None, nor a dict or list of them.
-    """
+    """The value in JSON's own types: NumPy numbers as Python's, NaN and inf as None."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     if isinstance(value, dict):
         return {str(key): plain(child) for key, child in value.items()}
@@ -137,10 +117,7 @@ def plain(value: Any) -> Any:
 
 
 def new_numbered_folder(name: str) -> Path:
-    """Make runs/NAME-N with the first N that is free: two processes never get the same one.
-
-    Raises:   InputError: the disk or the permissions refuse.
-    """
+    """Make runs/NAME-N with the first N that is free: two processes never get the same one."""
     for n in itertools.count():
         folder = Path("runs") / f"{name}-{n}"
         with writing(folder), suppress(FileExistsError):
@@ -149,10 +126,7 @@ def new_numbered_folder(name: str) -> Path:
 
 
 def new_folder(out: Path, *, holds: str) -> Path:
-    """Make the folder for results; `holds` is the file by which older ones are known.
-
-    Raises:   InputError: it holds results already, or cannot be written.
-    """
+    """Make the folder for results; `holds` is the file by which older ones are known."""
     if (out / holds).exists():
         raise InputError(f"--out {out}: expected a new folder; it holds results: choose another")
     with writing(out):
@@ -180,23 +154,19 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _new_beside(path: Path) -> Iterator[Path]:
-    """The neighbour `.NAME.new`, which the block writes and gives the name; removed if it fails."""
+    """The neighbour `.NAME.new`, which the block writes and gives the name; gone if it fails."""
     new = path.with_name(f".{path.name}.new")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove(new)  # of a writer that crashed
             yield new
-        except BaseException:  # Ctrl-C, too
+        finally:
             _remove(new)
-            raise
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old file or the new one.
-
-    Raises:   InputError: the disk or the permissions refuse.
-    """
+    """Write a file so that a crash at any moment leaves the old file or the new one."""
     path = Path(path).absolute()
     with _new_beside(path) as new:
         _write_synced(new, data)
@@ -211,8 +181,6 @@ def write_whole_folder(
 
     Other content of the folder stays, except the names in `drop`. During the swap there is a moment
     in which only `.NAME.old` exists: read through `settled`. One writer at a time.
-
-    Raises:   InputError: the folder is a link, or the disk or the permissions refuse.
     """
     refuse_link(folder)
     folder = Path(folder).absolute()
@@ -221,8 +189,13 @@ def write_whole_folder(
         current = folder if folder.exists() else old
         if current.exists():
             replaced = files.keys() | drop
-            ignore = lambda at, names: replaced if Path(at) == current else ()  # noqa: E731
-            shutil.copytree(current, new, symlinks=True, copy_function=_link, ignore=ignore)
+            shutil.copytree(
+                current,
+                new,
+                symlinks=True,
+                ignore=lambda at, names: replaced if Path(at) == current else (),
+                copy_function=lambda source, at: _write_synced(Path(at), Path(source).read_bytes()),
+            )
         new.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             _write_synced(new / name, data)
@@ -236,10 +209,7 @@ def write_whole_folder(
 
 
 def refuse_link(path: str | Path) -> None:
-    """A link in a run folder may lead anywhere: nothing is written through it.
-
-    Raises:   InputError: the path is a symbolic link.
-    """
+    """A link in a run folder may lead anywhere: nothing is written through it."""
     if os.path.islink(path):
         raise InputError(
             f"{path}: expected it in the run folder; got a link to {os.readlink(path)}, which is "
@@ -248,10 +218,7 @@ def refuse_link(path: str | Path) -> None:
 
 
 def settled(folder: str | Path) -> Path:
-    """Where the content of a folder written by `write_whole_folder` is now.
-
-    Raises:   InputError: there is no such folder, or it is a file.
-    """
+    """Where the content of a folder written by `write_whole_folder` is now."""
     folder = Path(folder)
     if os.path.isdir(folder):
         return folder
@@ -289,11 +256,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for a file; a copy on disks that have no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

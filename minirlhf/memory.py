@@ -27,10 +27,9 @@ def available_memory() -> float:
 
 
 def require_memory(needs: dict[str, int]) -> None:
-    """Refuse what takes more memory than there is.
+    """Refuse what takes more memory than there is: named is what takes too much alone, or most.
 
     Args:     needs: an option, or a file -> what is due to it [bytes], at least.
-    Raises:   InputError: names what takes too much alone, or what takes most.
     """
     needed, free = sum(needs.values()), available_memory()
     if needed > free:
@@ -42,17 +41,13 @@ def require_memory(needs: dict[str, int]) -> None:
         )
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Let the C allocator keep freed blocks instead of giving them back to the system.
 
     Arrays over 128 KiB are otherwise mapped and zeroed anew each time, which costs plain NumPy code
     a third of its time. Called once at program start; where there is no glibc it does nothing.
-
-    Returns:  whether the setting was made.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # macOS, musl, Windows
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

@@ -53,9 +53,13 @@ def support(folder: Path) -> str:
         values = {c: [seed["rows"][key][c] for seed in seeds] for c in columns}
         rows.append([name, *(spread(values[c], digits) for c, (_, digits) in columns.items())])
     text = table(["", *(title for title, _ in columns.values())], rows)
-    held = [seed.get("claims", {}) for seed in seeds]
-    lines = [f"- {claim}: {sum(h[claim] for h in held)} of {len(held)} seeds" for claim in held[0]]
-    return "\n".join([text, "", *lines]) if lines else text
+    return with_claims(text, [seed.get("claims", {}) for seed in seeds])
+
+
+def with_claims(text: str, held: list[dict[str, bool]]) -> str:
+    """The table, and below it in how many seeds each claim held."""
+    said = (f"{claim}: {sum(h[claim] for h in held)} of {len(held)}" for claim in held[0])
+    return f"{text}\n\nSeeds in which it held: {'; '.join(said)}." if held[0] else text
 
 
 def recipes(folder: Path) -> str:

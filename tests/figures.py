@@ -19,7 +19,6 @@ quiet machine, or not at all.
 """
 
 import argparse
-import importlib.util
 import itertools
 import re
 import shlex
@@ -29,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Source(NamedTuple):
     minutes: float  # on two quiet cores
     commands: tuple[str, ...]
     pictures: dict[str, str] = {}  # what it draws -> name of the published copy
-    needs: tuple[str, ...] = ()  # files and modules without which it is left out
+    needs: tuple[str, ...] = ()  # files, modules and programs without which it is left out
 
 
 SEEDS = "--seeds 0 1 2 3 4"
@@ -133,8 +133,11 @@ FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, it
 
 def missing(source: Source) -> list[str]:
     """What a source needs and this machine lacks."""
-    here = (Path(n).exists() if "/" in n else importlib.util.find_spec(n) for n in source.needs)
-    return [name for name, found in zip(source.needs, here, strict=True) if not found]
+
+    def is_here(name: str) -> bool:
+        return Path(name).exists() if "/" in name else bool(find_spec(name) or shutil.which(name))
+
+    return [name for name in source.needs if not is_here(name)]
 
 
 def argv(command: str) -> list[str]:

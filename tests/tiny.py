@@ -7,8 +7,8 @@ from minirlhf.backend import to_device, to_host
 from minirlhf.exact.enumeration import prompt_of_leaf, response_logprobs
 from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.runs.metrics import mean_of_updates, rollout_metrics
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.metrics import mean_of_updates, rollout_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import make_experience, ppo_update

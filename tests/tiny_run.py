@@ -11,7 +11,8 @@ import pytest
 from minirlhf.app.cli import main
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.log import read_jsonl
-from minirlhf.runs.session import no_progress
+from minirlhf.runs.pipeline import Result, run_stages
+from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.reward_model import RewardModelConfig
 from minirlhf.train.settings import ModelConfig, OptimizerConfig, PPOConfig
 from minirlhf.train.sft import SFTConfig
@@ -54,6 +55,16 @@ def tiny_config(out, **changes) -> TrainConfig:
         ),
     )
     return changed(config, {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def train(config, **shown) -> Result | None:
+    """A new run, through all its stages."""
+    return run_stages(open_session(config, **shown))
+
+
+def resume(run, **options) -> Result | None:
+    """Go on with a run where it stopped."""
+    return run_stages(reopen_session(run, **options))
 
 
 def changed(config, changes):
@@ -199,7 +210,7 @@ def interrupted_after(title: str, steps: int, error=KeyboardInterrupt):
     """A `track` that raises after so many steps of the stage with this title."""
 
     def track(items, name):
-        for done, item in enumerate(no_progress(items, name)):
+        for done, item in enumerate(items):
             if name == title and done == steps:
                 raise error
             yield item

@@ -3,10 +3,10 @@
     python examples/cases/26_objectives_at_rest.py        # 110 s on two cores
 
 All of them are said to maximise E[r] - beta KL(pi || ref). Each trains the same transformer on the
-support desk, from as many replies, with the settings of its recipe (minirlhf/train/recipes.py) and
-beta = 0.5; the desk has one prompt, so a batch of 256 is one group. The exact optimum, and the
-exact rest of GRPO and Dr. GRPO, whose k3 in the loss descends another divergence, stand beside
-them. Control: GRPO with the penalty in its reward. CISPO as published (DAPO, too) has none.
+support desk, from as many replies, with the settings of its recipe (train/recipes.toml) and beta
+0.5; the desk has one prompt, so a batch of 256 is one group. The exact optimum, and the exact rest
+of GRPO and Dr. GRPO, whose k3 in the loss descends another divergence, stand beside them. Control:
+GRPO with the penalty in its reward. CISPO as published (DAPO, too) has none.
 
 Expect whoever has k1 in the reward near the optimum, pi* = ref exp(r / beta) / Z, and so DPO, whose
 optimum over all pairs is pi* too. Expect GRPO where its mean gradient is 0,

@@ -30,12 +30,12 @@ from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import fingerprint, remember
-from minirlhf.runs.session import BEGAN, Score, fork_run, open_session
+from minirlhf.runs.session import BEGAN, Score, fork_run, open_session, reopen_session
 from minirlhf.train import ppo, recipes
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.settings import with_fields
 from minirlhf.tree import tree_copy
-from minirlhf.worlds.rewards import absolute_reward
+from minirlhf.worlds.rewards import name_of
 from study import Case
 
 OWN = Path(__file__).with_name("own_rewards.py")
@@ -298,7 +298,7 @@ def plant_run(name: str, seed: int, out: Path, *, fast: bool = False) -> Path:
     settings = with_fields(load_config(start / "config.toml").ppo, plant.ppo, "ppo")
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
     fork_run(start, folder, ppo=settings, eval_every=0)
-    reward = {"reward": absolute_reward(REWARDS[world])} if world in REWARDS else {}
+    reward = {"reward": name_of(REWARDS[world])} if world in REWARDS else {}
     if reward:  # its scale is made anew
         shutil.rmtree(folder / "reward_model")
         outline = read_object(folder / "world.json")
@@ -308,7 +308,7 @@ def plant_run(name: str, seed: int, out: Path, *, fast: bool = False) -> Path:
     for path in (folder / "config.toml", folder / BEGAN):
         save_config(path, config)
     with plant.fault(seed) if plant.fault else contextlib.nullcontext(), np.errstate(all="ignore"):
-        pipeline.resume(folder)
+        pipeline.run_stages(reopen_session(folder))
     return folder
 
 

@@ -30,18 +30,19 @@ from threadpoolctl import threadpool_limits
 from desk import Desk
 from minirlhf.app.pictures import save
 from minirlhf.app.progress import track
+from minirlhf.crew import without_interrupts
 from minirlhf.disk import write_whole
 from minirlhf.exact import ground_truth
 from minirlhf.exact.ground_truth import TokenWorld, changed
 from minirlhf.exact.tiny import MAX_TOKENS, tiny_reference
 from minirlhf.memory import keep_freed_memory
+from minirlhf.runs.metrics import mean_of_updates
 from minirlhf.train.dpo import DPOConfig, train_dpo, with_reference
-from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import Pair, n_updates
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import Tree, tree_copy
-from minirlhf.workers import CAN_FORK, without_interrupts
+from minirlhf.workers import CAN_FORK
 
 Row = dict[str, Any]
 SEEDS = (101, 102, 103, 104, 105)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.app import coloured, tables
+from minirlhf.app import coloured, pictures, tables
 from minirlhf.app.diagnose import check_names, watched
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import read_object
@@ -67,7 +67,7 @@ def train(
 
 
 def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any]) -> TrainConfig:
-    """The settings that `config`, None for the defaults, the recipe and the changes make."""
+    """`config`, None for the defaults, with a recipe and changes; one may be "ppo.kl_coef"."""
     if not isinstance(config, TrainConfig | None):
         raise InputError(
             f"train: expected a TrainConfig; got {config!r}: read it with runs.config.load_config"
@@ -80,9 +80,27 @@ def configured(config: TrainConfig | None, recipe: str, changes: dict[str, Any])
             f"train: expected a recipe with changes to it; got {came} too, which has all settings: "
             "leave one out, or give a dict of changes"
         )
-    config = with_fields(with_fields(config or TrainConfig(), settings, "train"), changes, "train")
+    config = with_fields(config or TrainConfig(), settings, "train")
+    for name, value in _nested(changes).items():
+        try:
+            config = with_fields(config, {name: value}, "train")
+        except InputError as error:  # one of three optimisers says no more than "optimizer."
+            where = f"{name}." if str(error).startswith("optimizer.") else ""
+            raise InputError(f"{where}{error}") from error
     check_names(config.halt_on)
     return config
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """{"ppo.kl_coef": 1} as {"ppo": {"kl_coef": 1}}."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        *stages, name = path.split(".")
+        fields = found
+        for stage in stages:
+            fields = fields.setdefault(stage, {})
+        fields[name] = value
+    return found
 
 
 def resume(
@@ -241,10 +259,16 @@ class Run:
         """
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise InputError("score: expected two texts; got others: score one reply at a time")
-        self._refuse_to_cut(prompt=prompt, response=response)
-        session = self.session
+        session, tokenizer = self.session, self.session.tokenizer
         ids = [session.prompt_ids(prompt)], [session.response_ids(response)]
-        batch = pad_batch(*ids, pad_id=session.tokenizer.pad, config=session.gpt)
+        whole = tokenizer.prompt_ids(prompt), tokenizer.response_ids(response)
+        for name, found, limit in zip(("prompt", "response"), whole, session.longest, strict=True):
+            if len(found) > limit:
+                raise InputError(
+                    f"{name}: expected at most {limit} tokens, as in training; got {len(found)}: "
+                    f"shorten it, or train with a larger --max-{name}-tokens"
+                )
+        batch = pad_batch(*ids, pad_id=tokenizer.pad, config=session.gpt)
         samples = Samples(*ids, batch, prompts=[prompt], responses=[response])
         return self._priced(samples)[0]
 
@@ -288,24 +312,9 @@ class Run:
 
     def curves(self) -> Any:
         """A matplotlib figure: losses of all stages; reward, KL, entropy and length in PPO."""
-        from minirlhf.app.pictures import curves_figure
-
         ended = (self.folder / "result.json").exists()
         last = pipeline.read_result(self.folder).policy if ended else None
-        return curves_figure(self.metrics, last)
-
-    def _refuse_to_cut(self, *, prompt: str, response: str = "") -> None:
-        """Training cuts texts that are too long; numbers asked for here are of the whole."""
-        tokenizer, limits = self.session.tokenizer, self.session.longest
-        for name, ids, limit in (
-            ("prompt", tokenizer.prompt_ids(prompt), limits[0]),
-            ("response", tokenizer.response_ids(response), limits[1]),
-        ):
-            if len(ids) > limit:
-                raise InputError(
-                    f"{name}: expected at most {limit} tokens, as in training; got {len(ids)}: "
-                    f"shorten it, or train with a larger --max-{name}-tokens"
-                )
+        return pictures.curves_figure(self.metrics, last)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"

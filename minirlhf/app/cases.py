@@ -1,8 +1,8 @@
 """The cases on which `minirlhf check` and the tests check every pair of the package.
 
-TABLE, at the end, has a row for each mode of each pair: the forward, its backward, and a recipe
-that draws a small case. A recipe may draw more constants than one forward takes: it gets those that
-it names. In tests/rlhf/test_pairs.py Hypothesis draws from the same recipes.
+TABLE has a row for each mode of each pair: the forward, its backward, and a recipe that draws a
+small case. A recipe may draw more constants than one forward takes: it gets those that it names. In
+tests/rlhf/test_pairs.py Hypothesis draws from the same recipes.
 """
 
 import functools
@@ -35,10 +35,7 @@ FULL = PPOConfig(value_clip_eps=0.2, vf_coef=0.5, ent_coef=0.2, temperature=0.9)
 
 
 class Draw:
-    """Where a case comes from: sizes and settings one by one, entries from a seeded generator.
-
-    tests/rlhf/test_pairs.py lets Hypothesis answer `integer` and `pick`: it minimises what fails.
-    """
+    """Where a case comes from; in tests/ Hypothesis answers `integer` and `pick`."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
@@ -101,12 +98,8 @@ def drawn_mask(draw: Draw, B: int, T: int, side: str = "right") -> np.ndarray:
 
 
 def drawn_log_ratio(draw: Draw, *shape: int, far: bool = False) -> np.ndarray:
-    """log pi_theta - log pi_other: small or large; one entry may be 0, the same policy.
-
-    There is no derivative at a kink: entries near one are moved to the gap's edge. Far: beyond
-    +-20, where exp is cut: the ratio, k3 and an unclipped loss are flat.
-    """
-    if far:
+    """log pi_theta - log pi_other, away from the kinks; one entry may be 0, the same policy."""
+    if far:  # beyond +-20, where exp is cut: the ratio, k3 and an unclipped loss are flat
         return draw.pick((25.0, -25.0)) + draw.normal(*shape)
     log_ratio = scaled(draw, *shape, scales=(0.003, 0.2, 1.0))
     for kink in KINKS:
@@ -162,11 +155,19 @@ def make_take_columns(draw: Draw) -> Case:
     return [draw.normal(B, T, draw.integer(1, 4))], {"columns": columns}
 
 
-def make_attention(draw: Draw, side: str, scale: float) -> Case:
-    B, T, H, D = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 2), draw.integer(1, 2)
+def make_attention(draw: Draw, side: str, scale: float, group: int = 1) -> Case:
+    B, T, K, D = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 2), draw.integer(1, 2)
     allowed = attention.causal_mask(drawn_mask(draw, B, T, side))
-    constants = {"n_head": H, "allowed": allowed, "read": drawn_columns(draw, B, T)}
-    return [scale * scaled(draw, B, T, 3 * H * D)], constants
+    constants = {"n_head": group * K, "n_kv_head": K, "allowed": allowed}
+    x = scale * scaled(draw, B, T, (group + 2) * K * D)
+    return [x], {**constants, "read": drawn_columns(draw, B, T)}
+
+
+def make_rotary(draw: Draw) -> Case:
+    B, T, n = draw.integer(1, 2), draw.integer(1, 3), draw.integer(1, 2)
+    positions = draw.rng.integers(100, size=(B, T))
+    angles = attention.rotary_angles(positions, n=n, theta=100.0, dtype=np.float64)
+    return [draw.normal(B, T, 3 * 2 * n)], {"n_rotated": draw.integer(1, 3), **angles}
 
 
 def drawn_model(draw: Draw, config: GPTConfig, head: str = "") -> Tree:
@@ -178,8 +179,15 @@ def drawn_model(draw: Draw, config: GPTConfig, head: str = "") -> Tree:
     return model
 
 
-def drawn_config(draw: Draw) -> GPTConfig:
-    return GPTConfig(draw.integer(2, 3), n_ctx=4, n_layer=1, n_head=draw.pick((1, 2)), d_model=4)
+LLAMA = {"block": "llama", "n_kv_head": 1, "d_ff": 3, "rope_theta": 10.0}
+KINDS = {"gpt2": {}, "llama": LLAMA, "llama, untied": {**LLAMA, "tied": False}}
+BLOCKS = ("gpt2", "llama")
+
+
+def drawn_config(draw: Draw, *kinds: str) -> GPTConfig:
+    """A model of one block, of one of these kinds."""
+    V, H, sizes = draw.integer(2, 3), draw.pick((1, 2)), KINDS[draw.pick(kinds)]
+    return GPTConfig(V, n_ctx=4, n_layer=1, n_head=H, d_model=4, **sizes)
 
 
 def drawn_batch(draw: Draw, config: GPTConfig, *sizes: int) -> Batch:
@@ -189,9 +197,9 @@ def drawn_batch(draw: Draw, config: GPTConfig, *sizes: int) -> Batch:
     return Batch(draw.rng.integers(config.vocab_size, size=(B, P + R)), mask, P)
 
 
-def make_model(draw: Draw, *heads: str) -> Case:
+def make_model(draw: Draw, *heads: str, kinds: tuple[str, ...] = BLOCKS) -> Case:
     """A model with one of these heads, or ("") without one, and a batch. Or its transformer."""
-    config = drawn_config(draw)
+    config = drawn_config(draw, *kinds)
     tokens, mask, _ = batch = drawn_batch(draw, config)
     constants = {"tokens": tokens, "mask": mask, "read": drawn_columns(draw, *mask.shape)}
     constants |= {"batch": batch, "config": config, "temperature": draw.pick(TEMPERATURES)}
@@ -199,12 +207,19 @@ def make_model(draw: Draw, *heads: str) -> Case:
     return [model if heads else model["transformer"]], constants
 
 
-def make_block(draw: Draw) -> Case:
-    (params,), drawn = make_model(draw)
+def make_block(draw: Draw, kind: str = "gpt2") -> Case:
+    (params,), drawn = make_model(draw, kinds=(kind,))
     config, mask = drawn["config"], drawn["mask"]
-    constants = {"n_head": config.n_head, "allowed": attention.causal_mask(mask)}
-    x = draw.normal(*mask.shape, config.d_model)
-    return [x, params["blocks"][0]], {**constants, "read": drawn["read"]}
+    positions = transformer.positions_of(mask)
+    constants = {"config": config, "allowed": attention.causal_mask(mask), "read": drawn["read"]}
+    constants["rotation"] = transformer.rotation_of(params, positions, config)
+    return [draw.normal(*mask.shape, config.d_model), params["blocks"][0]], constants
+
+
+def make_part(draw: Draw, kind: str, name: str) -> Case:
+    """Activations and a part of a block's parameters."""
+    (x, p), _ = make_block(draw, kind)
+    return [x, p[name]], {}
 
 
 # -- rlhf/ ---------------------------------------------------------------------------------------
@@ -253,17 +268,12 @@ HELD = {"clipped-weight": hold_ratio(objectives.cispo_forward)}  # of the SURROG
 
 @functools.wraps(objectives.kl_loss_forward)
 def kl_loss_held(logits, logp, *, held, kl_mode, old_logp, weights, **constants):
-    """kl_loss, where what its backward takes for a constant comes from `held`, the policy's output.
-
-    That is, of loss_rho_k2, the ratio. loss_rb: its backward is deliberately not the derivative of
-    its value, but of the value + sum_t w_t logp_t (KL of the later tokens, held). That such a
-    gradient's *expectation* is the KL's takes an enumeration of all responses, not a derivative.
-    """
+    """kl_loss, where what its backward takes for a constant is of `held`, the policy's output."""
     mode, same = KL_MODES[kl_mode], {"kl_mode": kl_mode, "weights": weights, **constants}
     if mode.ratio == "held":
         old_logp = old_logp + (logp - held.logp)
     loss, cache = objectives.kl_loss_forward(logits, logp, old_logp=old_logp, **same)
-    if mode.in_loss == "rao_blackwell":
+    if mode.in_loss == "rao_blackwell":  # its backward adds the score times the later tokens' KL
         both = {name: constants[name] for name in ("ref_logits", "temperature")}
         kl_token, _ = kl.full_kl_forward(held.logits, **both)
         loss = loss + (weights * kl.future_kl(kl_token, mask=weights) * logp).sum()
@@ -297,7 +307,7 @@ def policy_as_one_array(params, **constants):
 
 @functools.wraps(policy.policy_backward)
 def policy_from_one_array(dout, cache):
-    V = cache.logits.wte.shape[0]
+    V = cache.logits.w.shape[0]
     dvalues = None if cache.values is None else dout[..., V + 1]
     return policy.policy_backward(dout[..., :V], dout[..., V], dvalues, cache)
 
@@ -352,7 +362,7 @@ def make_ppo_loss(draw: Draw) -> Case:
         ent_coef=draw.pick((0.2, 0.0)),
         aggregation=draw.pick(objectives.AGGREGATIONS),
     )
-    config = drawn_config(draw)
+    config = drawn_config(draw, *KINDS)
     return drawn_ppo_case(draw, config, drawn_batch(draw, config), settings)
 
 
@@ -365,10 +375,7 @@ def named_by(forward: Callable[..., Any], constants: dict[str, Any]) -> dict[str
 
 
 def row(forward, make, *args, mode="", backward=None, **settings) -> Row:
-    """A pair, on what `make(draw, *args)` draws, with these settings; a list: one of them.
-
-    Where the backward holds something for a constant the forward is an adapter that holds it too.
-    """
+    """A pair, on what `make(draw, *args)` draws, with these settings; a list: one of them."""
     name = forward.__name__.replace("_forward", "_backward")
     backward = backward or getattr(sys.modules[forward.__module__], name)
 
@@ -382,6 +389,7 @@ def row(forward, make, *args, mode="", backward=None, **settings) -> Row:
 
 
 make_scores = functools.partial(make_arrays, scales=WIDE)
+make_any_model = functools.partial(make_model, kinds=tuple(KINDS))
 make_far_tokens = functools.partial(make_of_tokens, far=True)
 CUT = {"estimator": "k3", "ratio": ["none", "differentiated"]}
 BRADLEY_TERRY = {"margin": [0.0, 0.5], "label_smoothing": [0.0, 0.1]}
@@ -392,15 +400,21 @@ TABLE = [
     row(layers.layernorm_forward, make_layernorm, 1.0, 0.0),
     row(layers.layernorm_forward, make_layernorm, 30.0, 5.0, mode="scale 30, offset 5"),
     row(layers.layernorm_forward, make_layernorm, 0.1, 5.0, mode="scale 0.1, offset 5"),
+    row(layers.rmsnorm_forward, make_arrays, ".K,K"),
     row(layers.gelu_forward, make_arrays, ".C"),
+    row(layers.swiglu_forward, make_arrays, ".C,.C"),
     row(layers.embedding_forward, make_embedding),
     row(layers.take_columns_forward, make_take_columns),
     row(attention.attention_forward, make_attention, "left", 1.0, mode="left padding"),
     row(attention.attention_forward, make_attention, "right", 1.0, mode="right padding"),
     row(attention.attention_forward, make_attention, "right", 8.0, mode="scores beyond exp"),
-    row(heads.tied_logits_forward, make_arrays, ".C,VC"),
+    row(attention.attention_forward, make_attention, "left", 1.0, 3, mode="groups of three"),
+    row(attention.rotary_forward, make_rotary),
+    row(heads.logits_forward, make_arrays, ".C,VC"),
     row(heads.scalar_head_forward, make_arrays, ".C,C1,1"),
-    row(transformer.block_forward, make_block),
+    *[row(transformer.norm_forward, make_part, k, "ln1", mode=k, eps=1e-5) for k in BLOCKS],
+    *[row(transformer.mlp_forward, make_part, k, "mlp", mode=k) for k in BLOCKS],
+    *[row(transformer.block_forward, make_block, k, mode=k) for k in BLOCKS],
     row(transformer.transformer_forward, make_model),
     row(logprobs.token_logprobs_forward, make_of_logits),
     row(logprobs.entropy_forward, make_of_logits),
@@ -438,7 +452,7 @@ TABLE = [
     row(objectives.value_loss_forward, make_value_loss, 0.0, mode="not clipped"),
     row(objectives.value_loss_forward, make_value_loss, 0.2, mode="clipped"),
     *[row(kl_loss_held, make_kl_loss, mode, mode=mode) for mode in KL_MODES],
-    row(policy_as_one_array, make_model, "value_head", "", backward=policy_from_one_array),
+    row(policy_as_one_array, make_any_model, "value_head", "", backward=policy_from_one_array),
     row(policy.reward_forward, make_model, "reward_head"),
     row(ppo_loss_held, make_ppo_loss),
 ]

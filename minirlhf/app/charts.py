@@ -1,4 +1,4 @@
-"""Lines as charts for page.html: in its pixels to be drawn, and as numbers to be read back."""
+"""Lines as charts, which chart.html draws."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 42, 12, 26, 34  # margins around what is drawn
 MOST_POINTS = 300
 
 
@@ -17,47 +15,22 @@ class Line(NamedTuple):
     y: Sequence[float | None]  # None: no number, a gap
     look: str = "l0"  # its class in page.html
     dots: bool = False
-    tags: Sequence[str] = ()  # of the dots
+    tag: str = ""  # of its first dot
 
 
 def chart(title: str, unit: str, x: str, lines: list[Line], **more: Any) -> dict[str, Any]:
-    """What page.html needs to draw the lines on one pair of axes; `more` goes with it."""
-    numbers = [v for line in lines for v in line.x], [v for line in lines for v in line.y]
-    (x_low, x_high), (y_low, y_high) = _range(numbers[0], 0.0), _range(numbers[1], 0.05)
-    per_x = (WIDTH - LEFT - RIGHT) / (x_high - x_low)
-    per_y = (HEIGHT - TOP - BOTTOM) / (y_high - y_low)
-
-    def at(v: float, w: float) -> tuple[float, float]:
-        return round(LEFT + (v - x_low) * per_x, 1), round(TOP + (y_high - w) * per_y, 1)
-
-    drawn = []
-    for line in lines:
-        points, path, pen = [], "", "M"
-        for v, w in zip(line.x, line.y, strict=True):
-            if w is not None:
-                points.append(at(v, w))
-                path += "{}{} {}".format(pen, *points[-1])
-            pen = "M" if w is None else "L"
-        drawn.append(line._asdict() | {"points": points, "path": path})
-    axes = {"box": [x_low, x_high, y_low, y_high]}
-    axes["numbers"] = [{"label": of.label, "x": [*of.x], "y": [*of.y]} for of in lines]
-    axes["x_ticks"] = [(at(v, y_low)[0], text) for v, text in ticks(x_low, x_high)]
-    axes["y_ticks"] = [(at(x_low, w)[1], text) for w, text in ticks(y_low, y_high)]
+    """What chart.html needs to draw the lines on one pair of axes; `more` goes with it."""
+    across = _range([v for line in lines for v in line.x], 0.0)
+    up = _range([w for line in lines for w in line.y if w is not None], 0.05)
+    axes = {"box": [*across, *up], "x_ticks": ticks(*across), "y_ticks": ticks(*up)}
+    axes["lines"] = [line._asdict() | {"x": [*line.x], "y": [*line.y]} for line in lines]
     more = dict.fromkeys(("metric", "healthy", "says", "law")) | more
-    return more | {"title": title, "unit": unit, "x": x, "lines": drawn} | axes
+    return more | axes | {"title": title, "unit": unit, "x": x}
 
 
-def stairs(label: str, values: list[float], edges: np.ndarray, look: str) -> Line:
-    """A histogram as a line: the share of the values between each two edges."""
-    share = np.histogram(values, edges)[0] / len(values)
-    y = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
-    return Line(label, np.repeat(edges, 2), y, f"{look} area")
-
-
-def _range(values: Sequence[float | None], margin: float) -> tuple[float, float]:
+def _range(values: list[float], margin: float) -> tuple[float, float]:
     """From the least to the largest, and some room."""
-    known = [v for v in values if v is not None]
-    low, high = min(known, default=0.0), max(known, default=1.0)
+    low, high = min(values), max(values)
     room = margin * (high - low) if high - low > 1e-9 * abs(high) else 0.1 * abs(high) or 1.0
     return float(low - room), float(high + room)
 

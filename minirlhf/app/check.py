@@ -1,8 +1,4 @@
-"""`minirlhf check`: every backward of the package against the derivative of its forward.
-
-TABLE of app/cases.py has the pairs. WHOLE_LOSSES, here, are the losses of training, differentiated
-through all parameters of a model at once.
-"""
+"""`minirlhf check`: every backward of the package against the derivative of its forward."""
 
 import functools
 import itertools
@@ -17,34 +13,38 @@ from rich.console import Console
 from rich.text import Text
 
 from minirlhf import gradcheck
-from minirlhf.app import cases
-from minirlhf.app.cases import TABLE, Draw, Row
+from minirlhf.app.cases import (
+    FULL,
+    TABLE,
+    Draw,
+    Row,
+    drawn_batch,
+    drawn_model,
+    drawn_ppo_case,
+    ppo_loss_held,
+)
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.rlhf import imitation, kl, objectives, preferences
+from minirlhf.rlhf import imitation, objectives, preferences
+from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.train import policy, ppo, sft
 from minirlhf.train.batches import Batch
 from minirlhf.tree import Tree, tree_items, tree_size
 
-
-class WholeLoss(NamedTuple):
-    """A loss of training: `make` gives params -> loss, the parameters, and their gradients."""
-
-    name: str
-    make: Callable[[Draw], tuple[Callable[[Tree], Any], Tree, Tree]]
+Whole = tuple[Callable[[Tree], Any], Tree, Tree]  # params -> loss, the parameters, their gradients
 
 
 def two_blocks(draw: Draw, B: int) -> tuple[GPTConfig, Batch]:
     """Sizes of a model, and B prompts with their responses."""
     config = GPTConfig(vocab_size=11, n_ctx=8, n_layer=2, n_head=draw.pick((1, 2, 4)), d_model=8)
-    return config, cases.drawn_batch(draw, config, B, 3, 4)
+    return config, drawn_batch(draw, config, B, 3, 4)
 
 
-def whole_sft(draw: Draw):
+def whole_sft(draw: Draw) -> Whole:
     config, batch = two_blocks(draw, 3)
-    params = cases.drawn_model(draw, config)
+    params = drawn_model(draw, config)
 
     def loss(params):
         out, _ = policy.policy_forward(params, batch=batch, config=config)
@@ -54,9 +54,9 @@ def whole_sft(draw: Draw):
     return loss, params, sft.sft_loss_and_gradients(params, batch, config)[1]
 
 
-def whole_bradley_terry(draw: Draw):
+def whole_bradley_terry(draw: Draw) -> Whole:
     config, batch = two_blocks(draw, 6)  # three chosen, then three rejected
-    params = cases.drawn_model(draw, config, "reward_head")
+    params = drawn_model(draw, config, "reward_head")
 
     def forward(params):
         score, cache = policy.reward_forward(params, batch=batch, config=config)
@@ -68,28 +68,26 @@ def whole_bradley_terry(draw: Draw):
     return lambda params: forward(params)[0], params, policy.reward_backward(dscore, cache)
 
 
-def whole_ppo(draw: Draw, **changes: str):
+def whole_ppo(draw: Draw, **changes: Any) -> Whole:
     """Clip, clipped value, entropy, penalty; the gradient as the training step computes it."""
     config, batch = two_blocks(draw, 4)
-    settings = replace(cases.FULL, micro_batch_size=draw.pick((0, 1, 3)), **changes)
-    (params,), constants = cases.drawn_ppo_case(draw, config, batch, settings)
+    settings = replace(FULL, micro_batch_size=draw.pick((0, 1, 3)), **changes)
+    (params,), constants = drawn_ppo_case(draw, config, batch, settings)
     experience = constants["experience"]
     gradients, *_ = ppo.minibatch_gradients(params, experience, config=config, settings=settings)
-    return lambda params: cases.ppo_loss_held(params, **constants)[0], params, gradients
+    return lambda params: ppo_loss_held(params, **constants)[0], params, gradients
 
 
-WHOLE_LOSSES = [
-    WholeLoss("supervised fine-tuning", whole_sft),
-    WholeLoss("Bradley-Terry", whole_bradley_terry),
-    *[WholeLoss(f"PPO: {m}", functools.partial(whole_ppo, kl_mode=m)) for m in kl.KL_MODES],
-    *[
-        WholeLoss(f"PPO: ratio {name}", functools.partial(whole_ppo, ratio=name, dual_clip=0.0))
-        for name in objectives.SURROGATES
-        if name != "token"
-    ],
-]
+RATIOS = [name for name in objectives.SURROGATES if name != "token"]
+WHOLE_LOSSES: dict[str, Callable[[Draw], Whole]] = {
+    "supervised fine-tuning": whole_sft,
+    "Bradley-Terry": whole_bradley_terry,
+    **{f"PPO: {mode}": functools.partial(whole_ppo, kl_mode=mode) for mode in KL_MODES},
+    **{f"PPO: ratio {r}": functools.partial(whole_ppo, ratio=r, dual_clip=0.0) for r in RATIOS},
+}
 
 
+# -- checking ------------------------------------------------------------------------------------
 class Result(NamedTuple):
     """One line of the printed table: the worst of several cases."""
 
@@ -103,24 +101,23 @@ class Result(NamedTuple):
 
 def check_row(row: Row, *, n_cases: int, seed: Sequence[int]) -> Result:
     """`check_pair` on random cases."""
-    reports, entries, names = [], 0, []
+    reports, entries = [], 0
     for case in range(n_cases):
         arrays, constants = row.make(Draw(np.random.default_rng([*seed, case])))
         entries += tree_size(arrays)
-        names = gradcheck.argument_names(row.forward, len(arrays))
         pair = (row.forward, row.backward, *arrays)
         reports.append(_report(gradcheck.check_pair, *pair, name=row.name, **constants))
-    return Result(row.file, row.name, ", ".join(names), entries, *_worst(reports))
+    names = ", ".join(gradcheck.argument_names(row.forward, len(arrays)))
+    return Result(row.file, row.name, names, entries, *_worst(reports))
 
 
-def check_whole_loss(whole: WholeLoss, *, seed: Sequence[int]) -> Result:
+def check_whole_loss(name: str, *, seed: Sequence[int]) -> Result:
     """`check_directions` through all parameters together, and through each tensor alone."""
     rng = np.random.default_rng(seed)
-    loss, params, gradients = whole.make(Draw(rng))
-    report = _report(gradcheck.check_directions, loss, params, gradients, rng=rng, name=whole.name)
-    tensors = f"{len(list(tree_items(params)))} tensors"
-    group = "whole losses, two blocks, by directions"
-    return Result(group, whole.name, tensors, tree_size(params), *_worst([report]))
+    loss, params, gradients = WHOLE_LOSSES[name](Draw(rng))
+    report = _report(gradcheck.check_directions, loss, params, gradients, rng=rng, name=name)
+    group, tensors = "whole losses, two blocks, by directions", len(list(tree_items(params)))
+    return Result(group, name, f"{tensors} tensors", tree_size(params), *_worst([report]))
 
 
 def _report(check: Callable, *args: Any, **settings: Any) -> gradcheck.Report:
@@ -137,8 +134,8 @@ def _worst(reports: list[gradcheck.Report]) -> tuple[list[float], str]:
     for methods in (("complex step", "direction"), ("central difference",), ("dot product",)):
         found = (f.error for r in reports for f in r.findings if f.method in methods)
         errors.append(max(found, default=math.nan))
-    wrong = (r for r in reports if not r.findings or not r.ok)
-    return errors, next((str(r) if r.findings else r.name for r in wrong), "")
+    wrong = (str(r) if r.findings else r.name for r in reports if not (r.findings and r.ok))
+    return errors, next(wrong, "")
 
 
 def print_table(results: list[Result], console: Console) -> None:
@@ -184,7 +181,7 @@ def check_command(*, seed: int = 0, cases: int = 10) -> int:
     checks: list[Callable[..., Result]] = [
         functools.partial(check_row, row, n_cases=1 if row.is_model else cases) for row in TABLE
     ]
-    checks += [functools.partial(check_whole_loss, whole) for whole in WHOLE_LOSSES]
+    checks += [functools.partial(check_whole_loss, name) for name in WHOLE_LOSSES]
     steps = track(list(enumerate(checks)), "checking gradients")
     results = [check(seed=[seed, i]) for i, check in steps]
     print_table(results, Console())

@@ -1,18 +1,4 @@
-"""The command line: the first word names what is done. See USAGE below, or `minirlhf --help`.
-
-Nothing but this file is imported until a command is known: `minirlhf --version` answers at once,
-and so does Ctrl-C.
-"""
-
-import importlib
-import os
-import sys
-
-from minirlhf import __version__
-from minirlhf.errors import InputError
-
-USAGE = """\
-minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
+"""minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
 
   minirlhf train                  SFT, reward model and PPO on the support world; before and after
   minirlhf resume RUN             go on from the last checkpoint
@@ -28,6 +14,15 @@ minirlhf: RLHF policy optimisation, from scratch, with the exact gradients
 minirlhf COMMAND --help shows the options of a command. With MINIRLHF_TRACEBACK=1 in the environment
 a refusal shows where in the program it came from.
 """
+
+import importlib
+import os
+import sys
+
+from minirlhf import __version__
+from minirlhf.errors import InputError
+
+# Nothing more is imported until a command is known: --version answers at once, and so does Ctrl-C.
 COMMANDS = {  # name -> module and function; its arguments are the options, its docstring the help
     "train": "commands:train",
     "resume": "commands:resume",
@@ -53,11 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
         if is_program:
             _on_interrupt("leave")
         _mend_streams()
-        try:
-            status = run_command(arguments)
-        except SystemExit as end:  # a help has been shown
-            status = end.code or 0
+        status = run_command(arguments)
         sys.stdout.flush()
+    except SystemExit:  # a help has been shown
+        status = 0
     except BrokenPipeError:  # the reader of our output has gone: `minirlhf check | head`
         status = 1
     except KeyboardInterrupt as stop:  # a run says how it goes on
@@ -80,7 +74,7 @@ def run_command(arguments: list[str]) -> int:
         if any("\ud800" <= c <= "\udfff" for c in word):  # how Python keeps a byte that is no text
             raise InputError(f"expected text in UTF-8; got {word!r}: rename the file, or retype it")
     if name in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(__doc__, end="")
         return 0
     if name in ("-V", "--version", "version"):
         print(f"minirlhf {__version__}")
@@ -91,22 +85,20 @@ def run_command(arguments: list[str]) -> int:
         )
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(f"minirlhf.app.{module}"), function)
-    from minirlhf.app.options import parse
+    from minirlhf.app.options import call
     from minirlhf.memory import keep_freed_memory
 
     keep_freed_memory()
     _on_interrupt("raise")
     if name in ("train", "sweep"):  # a file may hold the options that its flags leave open
         return command(rest)
-    return parse(command, rest, name)()
+    return call(command, rest, name)
 
 
 # -- Ctrl-C, and streams that are closed or full --------------------------------------------------
 def _on_interrupt(answer: str) -> None:
-    """What Ctrl-C does to this program: "leave" on the spot, "raise" KeyboardInterrupt, "ignore".
-
-    It leaves while libraries are imported, which may swallow the exception or show half of it, and
-    ignores it once all is done. Where it is ignored from the beginning it stays so.
+    """What Ctrl-C does: leave on the spot while libraries are imported, which may swallow an
+    exception; raise one; be ignored once all is done. Ignored from the beginning it stays so.
     """
     import signal
 

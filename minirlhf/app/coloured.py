@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from minirlhf.app import pictures
-from minirlhf.app.tables import BAD, GOOD
+from minirlhf.app import charts, pictures
+from minirlhf.app.pictures import BLUE, VERMILION, Row
 from minirlhf.disk import shorten
 
 LIMIT = 3.0  # nats a token; what is beyond has the colour of the limit
 MARKS = 0.1, 1.0, 2.0  # nats from which a token has one mark, two, three: for print, without colour
-Row = dict[str, Any]
 
 
 @cache
@@ -29,13 +27,12 @@ def template(name: str) -> Any:
     """A template of this room; what it shows of a user's text is escaped."""
     import jinja2
 
-    environment = jinja2.Environment(
-        autoescape=True,
-        loader=jinja2.PackageLoader("minirlhf", "app"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.loader = jinja2.PackageLoader("minirlhf", "app")
+    environment.trim_blocks = environment.lstrip_blocks = True
+    environment.globals |= {"limit": LIMIT, "pays": VERMILION, "earns": BLUE, "steps": MARKS}
+    tools = (accumulate, differences, extremes, marks, charts.number, span, zip)
+    environment.globals |= {tool.__name__: tool for tool in tools}
     return environment.get_template(name)
 
 
@@ -50,13 +47,9 @@ def span(rows: list[Row]) -> tuple[float, float]:
     return min([0.0, *sums]), max([0.0, *sums])
 
 
-def extremes(rows: list[Row], n: int = 6) -> list[tuple[float, str, str]]:
-    """(difference, piece, what stood before it) of the n tokens furthest from 0."""
-    found = [
-        (d, row["pieces"][i], "".join(row["pieces"][:i]))
-        for row in rows
-        for i, d in enumerate(differences(row))
-    ]
+def extremes(rows: list[Row], n: int = 6) -> list[tuple[float, Row, int]]:
+    """(difference, reply, index in it) of the n tokens furthest from 0."""
+    found = [(d, row, i) for row in rows for i, d in enumerate(differences(row))]
     return sorted(found, key=lambda of: -abs(of[0]))[:n]
 
 
@@ -67,29 +60,14 @@ def marks(d: float) -> str:
 
 def html(rows: list[Row], *, document: bool = False) -> str:
     """The replies below each other, as a part of a page or as one that stands alone."""
-    same = {"rows": rows, "span": span(rows), "of": tools()}
-    of_template = template("coloured.html").module
-    return str(of_template.document(**same) if document else of_template.fragment(**same))
-
-
-def tools() -> dict[str, Any]:
-    """What the macros of coloured.html ask of this file."""
-    shades = {"limit": LIMIT, "pays": BAD, "earns": GOOD, "steps": MARKS}
-    return shades | {
-        "differences": differences,
-        "sums": lambda row: list(accumulate(differences(row))),
-        "extremes": extremes,
-        "marks": marks,
-    }
+    made = template("coloured.html").module
+    return str((made.document if document else made.fragment)(rows, span(rows)))
 
 
 def text(row: Row) -> Text:
     """The reply for a terminal; a token is coloured from the first of MARKS on."""
-    line = Text()
-    for piece, d in zip(row["pieces"], differences(row), strict=True):
-        style = Style(color="black", bgcolor=_mixed(d)) if marks(d) else Style()
-        line.append(piece, style)
-    return line
+    tokens = zip(row["pieces"], differences(row), strict=True)
+    return Text.assemble(*((of, f"black on {_mixed(d)}" if marks(d) else "") for of, d in tokens))
 
 
 def side_by_side(rows: list[Row]) -> Table:
@@ -108,7 +86,7 @@ def side_by_side(rows: list[Row]) -> Table:
 
 def _mixed(d: float) -> str:
     """White to the full colour at the limit."""
-    share, full = min(1.0, abs(d) / LIMIT), BAD if d > 0 else GOOD
+    share, full = min(1.0, abs(d) / LIMIT), VERMILION if d > 0 else BLUE
     parts = (int(full[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(255 + share * (part - 255)):02x}" for part in parts)
 
@@ -122,6 +100,5 @@ def picture(rows: dict[str, Row], path: Path) -> Path:
     lines = sum(-(-len(row["pieces"]) // 12) + 0.5 for row in rows.values())
     figure, ((axis,),) = pictures.new_figure(11, 0.62 * lines + 0.5, 1, 1)
     pictures.draw_tokens(axis, replies, limit=LIMIT)
-    axis.set_axis_off()
     axis.set_title(f"log π − log π_ref of each token [nats]; colours end at ±{LIMIT:g}", fontsize=9)
     return pictures.save(figure, path)

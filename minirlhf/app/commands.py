@@ -1,16 +1,13 @@
 """`minirlhf train`, `resume`, `score`, `sample` and `report`; their arguments are the options."""
 
-import argparse
-import functools
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 
-from minirlhf.app import api, coloured, options, page, pictures, tables
-from minirlhf.app.diagnose import check_names
+from minirlhf.app import api, coloured, page, pictures, tables
+from minirlhf.app.options import SHOWN, Parser, of_command, of_config
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
@@ -24,68 +21,75 @@ from minirlhf.train import recipes
 from minirlhf.train.settings import with_fields
 
 
-def train(arguments: list[str]) -> int:
-    """minirlhf train [--config FILE] [--recipe NAME] [flags]."""
-    return _show(open_session(parse_config(arguments), track=track, say=say, watch=watch))
-
-
-def parse_config(arguments: list[str]) -> TrainConfig:
-    """The configuration from flags, which overrule `--config`, which overrules `--recipe`.
-
-    Raises:   InputError: a flag, the file or the recipe is wrong.
-              SystemExit: the help was asked for, and has been shown.
+def train(words: list[str]) -> int:
+    """Supervised fine-tuning, reward model, PPO, into one run folder.
+    Each option stands with its default.
     """
-    ours = argparse.ArgumentParser(
-        prog="minirlhf train",
-        usage="%(prog)s [OPTIONS]",
-        description="Supervised fine-tuning, reward model, PPO, into one run folder. Each option "
-        "stands with its default.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30),
-        allow_abbrev=False,
-        add_help=False,
-        exit_on_error=False,
-    )
-    ours.add_argument("-h", "--help", action="store_true", help="Show what one needs")
-    ours.add_argument("--help-all", action="store_true", help="Show every option")
-    ours.add_argument("--config", metavar="FILE", help="TOML like a run's; flags overrule it")
-    ours.add_argument("--recipe", metavar="NAME", help=f"Settings of {', '.join(recipes.RECIPES)}")
-    ours.add_argument("--beta", metavar="X", help="Short for --ppo.kl-coef; in DPO --dpo.kl-coef")
-    try:
-        named, rest = ours.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise InputError(f"{error.argument_name}: {error.message}; got none: name one") from error
-    start = TrainConfig()
-    if named.recipe is not None:
-        start = with_fields(start, recipes.recipe(named.recipe), "train")
-    if named.config is not None:
-        start = load_config(named.config, start)
-    if named.help or named.help_all:
-        options.add_help(ours, start, everything=named.help_all)
-        print(ours.format_help(), end="")
+    return _finish(open_session(parse_config(words), track=track, say=say, watch=watch))
+
+
+def parse_config(words: list[str]) -> TrainConfig:
+    """The configuration that is typed; or, by SystemExit, the help has been shown."""
+    typed = _parser(TrainConfig()).read(words)
+    everything = typed.pop("help_all", False)
+    if typed.pop("help", everything):
+        _parser(configured(**typed), everything=everything).print_help()
         raise SystemExit(0)
-    of_run = named.config and Path(named.config).with_name("world.json").exists()
-    if of_run and not any(word.partition("=")[0] == "--reward" for word in rest):
-        refuse_foreign_code(Path(named.config).parent, start.reward)
-    known = [name for names, *_ in options.options_of(start) for name in names]
-    known += ["config", "recipe", "beta"]
-    config = options.read(TrainConfig, rest, "train", known, default=start)
-    if named.beta is not None:
-        flag = f"--{'dpo' if config.is_dpo else 'ppo'}.kl-coef"
-        if any(word.partition("=")[0].replace("_", "-") == flag for word in rest):
-            raise InputError(f"expected --beta or {flag}, which is the same; got both: drop one")
-        config = options.read(TrainConfig, [flag, named.beta], "train", known, default=config)
-    check_names(config.halt_on)
-    if named.recipe is not None:
-        say(recipes.says(named.recipe, config))
+    config = configured(**typed)
+    if "recipe" in typed:
+        say(recipes.says(typed["recipe"], config))
     return config
 
 
+def _parser(config: TrainConfig, *, everything: bool = False) -> Parser:
+    """Of train; its help shows the options of SHOWN, or all of them by stage."""
+    parser = Parser("train", train, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="Show what one needs")
+    parser.add_argument("--help-all", action="store_true", help="Show every option")
+    parser.add(of_command(configured))
+    fields = {option.name.replace("_", "-"): option for option in of_config(config)}
+    groups = SHOWN
+    if everything:
+        groups = {}
+        for name in fields:
+            groups.setdefault(name.rpartition(".")[0] or "the run", []).append(name)
+    for title, names in groups.items():
+        parser.add([fields.pop(name) for name in names], title)
+    parser.add(fields.values(), None)
+    return parser
+
+
+def configured(
+    *, config: str | None = None, recipe: str = "ppo", beta: float | None = None, **fields: Any
+) -> TrainConfig:
+    """The settings that a recipe, over it a file, and over both single fields make.
+
+    Args:
+        config: TOML like a run's; flags overrule it
+        recipe: Settings of ppo, grpo, dr-grpo, dapo, rloo, gspo, cispo, dpo
+        beta: Short for --ppo.kl-coef; in DPO --dpo.kl-coef
+        fields: {"ppo.kl_coef": 0.1}.
+    Raises:
+        InputError: a setting, the file or the recipe is wrong.
+    """
+    found = with_fields(TrainConfig(), recipes.recipe(recipe), "train")
+    if config is not None:
+        found, folder = load_config(config, found), Path(config).parent
+        if "reward" not in fields and (folder / "world.json").exists():
+            refuse_foreign_code(folder, found.reward)
+    found = api.configured(found, "ppo", fields)
+    if beta is not None:
+        stage = "dpo" if found.is_dpo else "ppo"
+        if f"{stage}.kl_coef" in fields:
+            raise InputError(
+                f"expected --beta or --{stage}.kl-coef, which is the same; got both: drop one"
+            )
+        found = with_fields(found, {stage: {"kl_coef": beta}}, "train")
+    return found
+
+
 def resume(
-    run: tyro.conf.Positional[Path],
-    *,
-    iterations: Annotated[int, tyro.conf.arg(name="ppo.iterations")] = 0,
-    reward: str = "",
-    accept_changed_reward: bool = False,
+    run: Path, *, ppo__iterations: int = 0, reward: str = "", accept_changed_reward: bool = False
 ) -> int:
     """Go on with an interrupted run; it ends as if it had never been interrupted.
 
@@ -93,35 +97,35 @@ def resume(
 
     Args:
         run: Run folder.
-        iterations: PPO goes on to so many in all; 0: as in config.toml.
+        ppo__iterations: PPO goes on to so many in all; 0: as in config.toml.
         reward: Names the run's reward: where its file lies now, or as you trust its code.
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
-    asked |= {"iterations": iterations, "track": track, "say": say, "watch": watch}
-    return _show(reopen_session(run, **asked))
+    asked |= {"iterations": ppo__iterations, "track": track, "say": say, "watch": watch}
+    return _finish(reopen_session(run, **asked))
 
 
-def _show(session: Session) -> int:
+def _finish(session: Session) -> int:
     result, folder, console = api.run_session(session), session.folder, _console()
     if result is None:
         judged = session.world.reward or session.world.pairs or session.world.annotate
         how = f"minirlhf resume {shlex.quote(str(folder))}{'' if judged else ' --reward ..'}"
-        _print(f"done: {session.config.stages}; `{how}` goes on")
+        show(f"done: {session.config.stages}; `{how}` goes on")
     else:
         tables.print_result(result, session.world, console)
     figure = pictures.curves_figure(read_metrics(folder), result and result.policy)
-    _print(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
+    show(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
     return 0
 
 
 def score(
-    run: tyro.conf.Positional[Path],
+    run: Path,
     *,
     prompt: str,
     response: tuple[str, ...],
     reward: str = "",
-    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+    json: bool = False,
     html: Path | None = None,
     png: Path | None = None,
 ) -> int:
@@ -148,9 +152,9 @@ def score(
         print(to_json({"scores": rows}).decode(), end="")
     elif len(rows) == 1:
         by_token = tables.penalty_table(scores[0].pieces, scores[0].logp, scores[0].ref_logp)
-        _print(coloured.text(rows[0]), by_token, *_in_words(scores[0]))
+        show(coloured.text(rows[0]), by_token, *_in_words(scores[0]))
     else:
-        _print(coloured.side_by_side(rows))
+        show(coloured.side_by_side(rows))
     if html:
         write_whole(html, coloured.html(rows, document=True).encode())
         say(f"page: {html}")
@@ -177,7 +181,7 @@ def _in_words(of: api.TokenScores) -> list[str]:
 
 
 def sample(
-    run: tyro.conf.Positional[Path],
+    run: Path,
     *,
     prompt: str,
     n: int = 3,
@@ -206,18 +210,11 @@ def sample(
     prompts = [prompt] * n
     shown = (True, False) if opened.is_trained else (True,)
     replies = (opened.sample(prompts, reference=which, **same) for which in shown)
-    _print(
-        tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies)
-    )
+    show(tables.replies_table(f"replies to {shorten(prompt)!r}", session.world, prompts, *replies))
     return 0
 
 
-def report(
-    runs: tyro.conf.Positional[tuple[Path, ...]] = (),
-    *,
-    out: Path | None = None,
-    exact: tyro.conf.FlagCreatePairsOff[bool] = False,
-) -> int:
+def report(runs: tuple[Path, ...] = (), *, out: Path | None = None, exact: bool = False) -> int:
     """One page to hand on: replies token by token, curves and how to read them.
 
     Several runs are laid over each other.
@@ -228,16 +225,16 @@ def report(
         exact: Add the world whose optimum is known, with a slider for beta; needs no run.
     """
     path = page.report(runs, out=out, exact=exact)
-    _print(f"page: {path}, {path.stat().st_size / 1e6:.2f} MB, complete in itself")
+    show(f"page: {path}, {path.stat().st_size / 1e6:.2f} MB, complete in itself")
     return 0
 
 
-def _print(*things: Any) -> None:
+def show(*things: Any, stderr: bool = False) -> None:
     """Texts, unbroken, and tables; brackets and colons in texts of the user mean themselves."""
-    console = _console()
+    console = _console(stderr)
     for thing in things:
         console.print(thing, soft_wrap=isinstance(thing, str))
 
 
-def _console() -> Console:
-    return Console(markup=False, emoji=False, highlight=False)
+def _console(stderr: bool = False) -> Console:
+    return Console(markup=False, emoji=False, highlight=False, stderr=stderr)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from minirlhf.app.logs import Log, read_log
-from minirlhf.app.rules import RULES, Rule, Seen, evidence
+from minirlhf.app.rules import RULES, Rule, Seen, first_sign
 from minirlhf.backend import to_host
 from minirlhf.disk import to_json
 from minirlhf.errors import InputError
@@ -106,14 +105,13 @@ def diagnose(run: Any) -> Diagnosis:
 
 def _seen(log: Log) -> Seen:
     """The rows of PPO; where a log has the KL as a mean over tokens alone, the sum made of it."""
-    config, rows = log.folder and load_config(log.folder / "config.toml"), []
+    seen = Seen([], load_config(log.folder / "config.toml") if log.folder else None)
     for row in log.stages.get("ppo", []):
-        if all(name.partition("/")[0] in ("step", "eval", "heldout") for name in row):
-            continue  # between two steps of training
-        if "objective/kl" not in row and {"objective/kl_token", "response_length/mean"} <= {*row}:
-            row = {**row, "objective/kl": row["objective/kl_token"] * row["response_length/mean"]}
-        rows.append(row)
-    return Seen(rows, config or None)
+        if "objective/kl_token" in row and "response_length/mean" in row:
+            row = {"objective/kl": row["objective/kl_token"] * row["response_length/mean"]} | row
+        if any(name.partition("/")[0] not in ("step", "eval", "heldout") for name in row):
+            seen.add(row["step"], row)  # none between two steps of training
+    return seen
 
 
 def _finding(rule: Rule, onset: int, says: str, own: bool = True) -> Finding:
@@ -138,7 +136,7 @@ def _made_again(path: Path) -> Iterator[tuple[str, tuple[int, str]]]:
     own = np.array(list(map(len, ids)))
     if (own != logged["tokens"]).any():
         shown = {"tokens counted": logged["tokens"], "tokens of the reply": own}
-        yield "padding-counted", _first(steps, shown, own != logged["tokens"])
+        yield "padding-counted", first_sign(steps, shown, own != logged["tokens"])
     some = Samples([session.prompt_ids(row["prompt"]) for row in rows], ids, None)
     if not session.config.ppo.reset_reference_every:
         if sign := _reference(session, some, steps, logged["ref_logp_seq"]):
@@ -148,12 +146,7 @@ def _made_again(path: Path) -> Iterator[tuple[str, tuple[int, str]]]:
         off = np.abs(logged["score"] - again)
         if np.median(off) > RULES["reference-logp"].limits["nats"]:
             shown = {"logged score": logged["score"], "of the saved reward model": again}
-            yield "reward-drift", _first(steps, shown, off > np.median(off) / 2)
-
-
-def _first(steps: list[int], shown: dict[str, np.ndarray], holds: np.ndarray) -> tuple[int, str]:
-    i = int(holds.argmax())
-    return steps[i], evidence(steps, shown, i)
+            yield "reward-drift", first_sign(steps, shown, off > np.median(off) / 2)
 
 
 def _reference(
@@ -176,7 +169,7 @@ def _reference(
     off, nats = np.abs(logged - again), RULES["reference-logp"].limits["nats"]
     if np.median(off) < nats:
         return None
-    step, says = _first(steps, {"logged log pi_ref": logged, "made again": again}, off > nats)
+    step, says = first_sign(steps, {"logged log pi_ref": logged, "made again": again}, off > nats)
     others = {t: float(np.median(np.abs(logged - made(t)))) for t in TEMPERATURES}
     best = min(others, key=others.get)
     if others[best] < np.median(off) / 5:
@@ -185,12 +178,6 @@ def _reference(
 
 
 # -- while a run trains --------------------------------------------------------------------------
-class Halted(InputError):
-    """A rule of halt_on holds."""
-
-    status = 1
-
-
 def check_names(halt_on: tuple[str, ...]) -> None:
     """Refuse, by InputError, what names no rule."""
     for name in halt_on:
@@ -201,10 +188,7 @@ def check_names(halt_on: tuple[str, ...]) -> None:
 
 
 def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
-    """A `watch` that warns once of each rule, and stops the run for those of halt_on.
-
-    What held before a run goes on has been said by then.
-    """
+    """A `watch` that warns once of each rule, and stops the run for those of halt_on."""
     check_names(session.config.halt_on)
     before, seen, left = session.watch, Seen([], session.config), dict(RULES)
 
@@ -222,7 +206,7 @@ def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
             for row in read_metrics(session.folder):
                 if row["stage"] == "ppo" and row["step"] < step:
                     seen.add(row["step"], row)
-            list(look())
+            list(look())  # has been said by then
         seen.add(step, values)
         if len(seen.steps) % (1 + len(seen.steps) // 200):  # of a long run not at each step
             return
@@ -232,18 +216,14 @@ def watched(session: Session) -> Callable[[int, str, dict[str, Any]], None]:
             if {"any", found.rule} & {*session.config.halt_on}:
                 anew = f"minirlhf train --config {session.folder / 'config.toml'} --out NEW"
                 how = f"{found.knob}, in a new run (`{anew}`)"
-                session.stop = Halted(f"stopped at step {step} by --halt-on {text}: {how}")
+                said = f"stopped at step {step} by --halt-on {text}: {how}"
+                session.stop = InputError(said, status=1)
 
     return watch
 
 
 # -- the command ---------------------------------------------------------------------------------
-def diagnose_command(
-    logs: tyro.conf.Positional[tuple[Path, ...]],
-    *,
-    json: tyro.conf.FlagCreatePairsOff[bool] = False,
-    diff: tyro.conf.FlagCreatePairsOff[bool] = False,
-) -> int:
+def diagnose_command(logs: tuple[Path, ...] = (), *, json: bool = False, diff: bool = False) -> int:
     """What went wrong in a run, with evidence. Exit status 1: something did.
 
     Args:
@@ -266,8 +246,7 @@ def diagnose_command(
 def difference(a: Path, b: Path) -> list[str]:
     """Where run b left run a, in words: by settings; by metrics, in the order in which they part.
 
-    A metric has parted where its mean over three steps is APART standard errors away; how large one
-    is, the changes from step to step tell.
+    Those have where a mean over three steps is APART standard errors of its own changes away.
     """
     one, two = (_seen(read_log(path)) for path in (a, b))
     was, now = (dict(flat(seen.config)) if seen.config else {} for seen in (one, two))

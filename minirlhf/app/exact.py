@@ -2,10 +2,9 @@
 
 import json
 import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Iterable
-from multiprocessing import resource_tracker
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +17,15 @@ from threadpoolctl import threadpool_limits
 from minirlhf.app import pictures
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
+from minirlhf.crew import without_interrupts
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
 from minirlhf.exact import expected, ground_truth
+from minirlhf.exact.optimum import frontier_reward
 from minirlhf.exact.tiny import make_tiny_world, tiny_reference
-from minirlhf.memory import keep_freed_memory
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree
-from minirlhf.workers import without_interrupts
+from minirlhf.workers import CAN_FORK
 
 Row = dict[str, Any]
 Part = Literal["kl", "optimum"]
@@ -69,9 +69,11 @@ def exact_command(
     results = run_experiments(parts, seeds, iterations=iterations, processes=processes)
     write_whole(out / "exact.json", (json.dumps(results, indent=1) + "\n").encode())
     console = Console()
-    show_tables(results, console)
-    for path in draw_pictures(results, out):
-        console.print(f"picture: {path}", soft_wrap=True, highlight=False)
+    for part, rows in results.items():
+        console.print(*TABLES[part](rows), sep="\n")
+    for part, rows in results.items():
+        picture = PICTURES[part](rows, out / f"{part}.png")
+        console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
     claims = check_claims(results)
     for claim, holds in claims.items():
         console.print(Text(f"{'holds' if holds else 'FAILS'}: {claim}", "" if holds else BAD))
@@ -87,55 +89,48 @@ def run_experiments(parts: tuple, seeds: tuple, *, iterations: int, processes: i
     if "kl" in parts:
         results["kl"] = expected.kl_gradient_table()
     if "optimum" in parts:
-        runs = list(ground_truth.optimum_runs(iterations=iterations))
-        results["optimum"] = _train_all(runs, seeds, processes=processes)
+        references = _each(tiny_reference, list(seeds), "fitting the references", processes)
+        starts = list(zip(seeds, references, strict=True))
+        runs = ground_truth.optimum_runs(iterations=iterations)
+        jobs = [(*run, *start) for run in runs for start in starts]
+        results["optimum"] = _each(_train, jobs, "training policies", processes)
     return results
 
 
-def _train_all(runs: list[tuple], seeds: tuple, *, processes: int) -> list[Row]:
-    """Every run from the reference of every seed, some side by side, in one thread each."""
-    new_pool = multiprocessing.get_context("spawn").Pool
-    if hasattr(signal, "pthread_sigmask"):  # POSIX
-        resource_tracker.ensure_running()  # now, because to start it lets interrupts in again
-    with without_interrupts():
-        crew = new_pool(min(processes, len(runs) * len(seeds)), initializer=_start_worker)
-    with crew as pool:
-
-        def each(f: Callable[..., Any], jobs: Iterable[tuple], title: str) -> list:
-            pending = [pool.apply_async(f, job) for job in jobs]
+def _each(f: Callable[[Any], Any], jobs: list, title: str, processes: int) -> list:
+    """[f(job), ..] side by side in forked processes, where that is safe; in one thread each."""
+    with threadpool_limits(1):
+        if not CAN_FORK:
+            return [f(job) for job in track(jobs, title)]
+        with warnings.catch_warnings(), without_interrupts():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of idle threads beside a fork
+            pool = multiprocessing.get_context("fork").Pool(min(processes, len(jobs)))
+        with pool:
+            pending = [pool.apply_async(f, (job,)) for job in jobs]
             return [done.get() for done in track(pending, title)]
 
-        of_seeds = [(seed,) for seed in seeds]
-        references = each(tiny_reference, of_seeds, "fitting the references")
-        fitted = list(zip(references, seeds, strict=True))
-        jobs = [(*of_seed, *run) for run in runs for of_seed in fitted]
-        return each(_train, jobs, "training policies")
 
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers
-    keep_freed_memory()
-    threadpool_limits(1)
-
-
-def _train(reference: Tree, seed: int, name: str, settings: PPOConfig) -> Row:
+def _train(job: tuple[str, PPOConfig, int, Tree]) -> Row:
+    """One policy, trained from the reference on; its history, and the frontier where it ended."""
+    started, (name, settings, seed, reference) = time.perf_counter(), job
     world = make_tiny_world(n_demonstrations=1, rng=np.random.default_rng(0))
-    return ground_truth.train_run(name, settings, world, reference, seed=seed)
+    where = {"config": ground_truth.small_transformer(world), "kl_coef": settings.kl_coef}
+    truth = ground_truth.make_ground_truth(world, reference, **where)
+    history = ground_truth.train_on_world(truth, settings=settings, seed=seed).history
+    row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
+    row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
+    end, args = history[-1], (world.tree, truth.ref_log_probs, world.rewards)
+    row["frontier"] = frontier_reward(*args, kl_seq=end["exact/kl_seq"])
+    return {**row, "history": history}
 
 
 # -- showing -------------------------------------------------------------------------------------
-def draw_pictures(results: Row, out: Path) -> list[Path]:
-    """One picture for each experiment that was run."""
-    drawn = {"kl": pictures.draw_kl, "optimum": pictures.draw_optimum}
-    return [drawn[part](rows, out / f"{part}.png") for part, rows in results.items()]
-
-
 def check_claims(results: Row) -> dict[str, bool]:
     """What must hold whatever the seed: identities to rounding, and the frontier."""
     claims = {}
-    if "kl" in results:
-        right = [row["error"] for row in results["kl"] if row["right"]]
-        wrong = [row["error"] for row in results["kl"] if not row["right"]]
+    if rows := results.get("kl"):
+        right = [row["error"] for row in rows if row["right"]]
+        wrong = [row["error"] for row in rows if not row["right"]]
         claims[f"{len(right)} right placements err by less than {EQUAL:g}"] = max(right) < EQUAL
         claim = f"{len(wrong)} wrong placements err by more than {DIFFERENT:g}"
         claims[claim] = min(wrong) > DIFFERENT
@@ -148,15 +143,7 @@ def check_claims(results: Row) -> dict[str, bool]:
     return claims
 
 
-def show_tables(results: Row, console: Console) -> None:
-    """The numbers a person looks at."""
-    if "kl" in results:
-        console.print(kl_table(results["kl"]))
-    if runs := results.get("optimum"):
-        console.print(*optimum_tables(runs), sep="\n")
-
-
-def kl_table(rows: list[Row]) -> Table:
+def kl_tables(rows: list[Row]) -> tuple[Table]:
     """Every placement: its error, cosine and noise against g = grad KL(pi || ref)."""
     title = "expected gradient of the penalty against g = grad KL(pi || ref), by enumeration"
     table = number_table(title, "placement", "error", "cosine", "noise", "gives", texts=(0, 4))
@@ -169,7 +156,7 @@ def kl_table(rows: list[Row]) -> Table:
             numbers = (f"{row['cosine']:+.3f}", f"{row['noise']:.2f}")
             table.add_row(f"  {row['name']}", error, *numbers, row["gives"])
     table.caption = "error: |mean - g| / |g|. noise: sd of one sample's gradient / |g|."
-    return table
+    return (table,)
 
 
 def optimum_tables(runs: list[Row]) -> tuple[Table, Table]:
@@ -198,3 +185,7 @@ def optimum_tables(runs: list[Row]) -> tuple[Table, Table]:
         lost = np.mean([end["exact/gap_by_depth"] for end in ends], axis=0)
         by_depth.add_row(label, *(f"{1000 * x:.2f}" for x in [*lost, lost.sum()]))
     return table, by_depth
+
+
+TABLES = {"kl": kl_tables, "optimum": optimum_tables}
+PICTURES = {"kl": pictures.draw_kl, "optimum": pictures.draw_optimum}

@@ -20,16 +20,16 @@ import operator
 import re
 from collections.abc import Callable
 from html import escape
-from typing import Annotated, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.text import Text
 
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, rows_table
-from minirlhf.disk import shorten
+from minirlhf.disk import read_toml, shorten
 from minirlhf.errors import InputError
 from minirlhf.exact import judge as exact
 from minirlhf.exact.judge import Answer, Arrays, Verdict
@@ -41,23 +41,13 @@ Framework = Literal["auto", "numpy", "own", "torch", "jax"]
 Placement = Literal["loss", "reward"]
 LOGP = "(per_token_|action_)?log_?p(s|robs?)?"
 NAMES = {  # what a function may ask for -> how libraries spell it
-    "logp": f"((new|curr|pi|policy)_)?{LOGP}",
-    "old_logp": f"(old|prev|rollout|generation|sampling)_{LOGP}|{LOGP}_old",
-    "ref_logp": f"(ref|reference|reference_policy|base)_{LOGP}|{LOGP}_(ref|reference|base)",
-    "mask": "((response|completion|action|loss|token|attention)_)?masks?",
-    "advantages": "adv|advantages?",
-    "rewards": "(token_level_)?(rewards?|scores)",
-    "values": "(old_)?values?",
-    "gamma": "gamma|discount",
-    "lam": "(gae_)?(lam|lambd|lambda_?)",
-    "group": "group|group_ids|index|uid",
-    "group_size": "group_size|num_generations",
+    ours: form.replace("LOGP", LOGP)
+    for ours, form in read_toml(Path(__file__).with_name("judge.toml")).items()
 }
 GROUP = 3  # responses
 SETTINGS = {"gamma": 1.0, "lam": 0.95, "group_size": GROUP, "group": np.zeros(GROUP, dtype=int)}
 KINDS = [{"logp", "old_logp", "ref_logp", "advantages", "mask"}, {"rewards", "values", "mask"}]
 PARTS = {"kl": "the penalty", "reward": "the advantages"}
-CLAIMS = [*exact.KL_MEANS, *exact.REWARD_MEANS]
 NUMBER = r"(-?\d*\.?\d+(e[-+]?\d+)?)?"  # before the x of a claim
 STEP = 1e-5  # of central differences: their error is about 1e-10
 
@@ -76,7 +66,7 @@ class Report(NamedTuple):
 
     @property
     def descends(self) -> str:
-        """A name of KL_MEANS or REWARD_MEANS of exact/judge.py, "nothing" or "none of these"."""
+        """A name of exact/judge.toml, "nothing" or "none of these"."""
         return self.verdicts[0].descends
 
     @property
@@ -87,17 +77,16 @@ class Report(NamedTuple):
     @property
     def right(self) -> bool:
         """It is the gradient of the penalty, or of the reward, or of both, and nothing else."""
-        parts_are_right = all(part == claim for part, claim in self.claims.items())
-        return parts_are_right and not self.reads_padding
+        return not self.reads_padding and all(part == claim for part, claim in self.claims.items())
 
     def holds(self, claim: str) -> bool:
         """Does it descend this, in five digits: "kl", "0.04 x kl", "nothing"?"""
         factor, _, name = claim.rpartition(" x ")
         factor = float(factor or 1) if re.fullmatch(NUMBER, factor) else 0.0
-        if not factor or name.removeprefix(exact.MEAN) not in (*CLAIMS, exact.NOTHING):
+        if not factor or name.removeprefix(exact.MEAN) not in (*exact.MEANS, exact.NOTHING):
             raise InputError(
                 f"judge: expected a claim like kl, mean_kl or '0.04 x kl', of one of "
-                f"{', '.join(CLAIMS)}, {exact.NOTHING}; got {shorten(claim)!r}: name one"
+                f"{', '.join(exact.MEANS)}, {exact.NOTHING}; got {shorten(claim)!r}: name one"
             )
         return exact.times(factor, name) in self.claims.values() and not self.reads_padding
 
@@ -318,23 +307,21 @@ def _by_itself(total: Callable, logp: np.ndarray, arrays: Arrays) -> tuple[float
 
 
 def _by_torch(total: Callable, logp: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
-    value = total(logp.requires_grad_(), arrays)
-    if not getattr(value, "requires_grad", False):
-        return value, 0 * logp.detach()
+    value = total(logp.requires_grad_(), arrays) + 0 * logp.sum()  # the slope of a constant is 0
     value.backward()
-    return value.detach(), 0 * logp.detach() if logp.grad is None else logp.grad
+    return value.detach(), logp.grad
 
 
 # -- the command ---------------------------------------------------------------------------------
 def judge_command(
-    function: tyro.conf.Positional[str],
+    function: str,
     *,
     placement: Placement = "loss",
     framework: Framework = "auto",
     expect: str = "",
     size: tuple[int, int] = (4, 4),
     seed: int = 0,
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_: bool = False,
 ) -> int:
     """What a KL term, a loss or advantages of your own descend, by enumeration.
 

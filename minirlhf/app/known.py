@@ -4,13 +4,13 @@ Its replies are the leaves of a tree; what is known of a prefix is a sum over th
 which a browser does too. `data` has what it needs; the rest stands there without JavaScript.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from minirlhf.app.charts import Line, chart
+from minirlhf.disk import plain
 from minirlhf.exact import ground_truth, optimum, tiny
 from minirlhf.exact.enumeration import Responses, all_responses, response_logprobs
 from minirlhf.exact.ground_truth import GroundTruth
@@ -20,10 +20,7 @@ BETAS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0)
 
 
 def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
-    """Train a policy there by PPO; the policy, its reference and the optima, exactly.
-
-    Args:     max_tokens: 5 make 19,608 replies.
-    """
+    """Train a policy there by PPO: it, its reference and the optima, exactly; 19,608 replies."""
     rng = np.random.default_rng(0)
     world = tiny.make_tiny_world(max_tokens=max_tokens, n_demonstrations=1, rng=rng)
     reference = tiny.tiny_reference(0, max_tokens=max_tokens)
@@ -61,7 +58,7 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
         "iterations": iterations,
         "optima": [optimum_at(truth, replies, beta) for beta in BETAS],
         "chart": chart("the frontier", "reward units", "√KL to the reference [√nats]", lines),
-        "replies": {name: [*priced(truth, replies, i, policy)] for name, i in shown.items()},
+        "replies": {name: priced(truth, replies, i, policy) for name, i in shown.items()},
     }
 
 
@@ -71,14 +68,13 @@ def optimum_at(truth: GroundTruth, replies: Responses, beta: float) -> Row:
     best = optimum.soft_optimum(world.tree, ref, world.rewards, kl_coef=beta).log_probs
     value = optimum.evaluate_exactly(world.tree, best, ref, world.rewards, kl_coef=beta)
     p = np.exp(response_logprobs(world.tree, best))
-    row = {"kl_seq": value.kl_seq, "proxy": value.reward, "gold": p @ world.gold}
-    row = {"beta": beta, **row, "objective": value.objective, "share": p.max()}
     said = replies.tokens[p.argmax()][replies.mask[p.argmax()] > 0]
-    row = {name: float(x) for name, x in row.items()}
-    return row | {"reply": " ".join(world.tokens[a] for a in said)}
+    row = {"beta": beta, "reply": " ".join(world.tokens[a] for a in said), "share": p.max()}
+    row |= {"proxy": value.reward, "gold": p @ world.gold}
+    return plain(row | {"kl_seq": value.kl_seq, "objective": value.objective})
 
 
-def priced(truth: GroundTruth, replies: Responses, leaf: int, policy: np.ndarray) -> Iterator[Row]:
+def priced(truth: GroundTruth, replies: Responses, leaf: int, policy: np.ndarray) -> list[Row]:
     """Of each token of a reply log pi* - log pi_ref, and what is known of its prefix s.
 
     best is V*(s), value and q are V(s) and Q(s, a) of the policy, and lost is beta Pr(s)
@@ -87,8 +83,9 @@ def priced(truth: GroundTruth, replies: Responses, leaf: int, policy: np.ndarray
     tree, ref, best = truth.world.tree, truth.ref_log_probs, truth.optimum
     ours = optimum.policy_values(tree, policy, ref, truth.world.rewards, kl_coef=truth.kl_coef)
     lost = optimum.optimality_gap(tree, policy, best)
-    n = int(replies.mask[leaf].sum())
-    for s, a in zip(replies.nodes[leaf, :n], replies.tokens[leaf, :n], strict=True):
-        row = {"d": best.log_probs[s, a] - ref[s, a], "best": best.values[s]}
-        row |= {"value": ours.values[s], "q": ours.q[s, a], "lost": lost[s]}
-        yield {"token": truth.world.tokens[a], **{name: float(x) for name, x in row.items()}}
+    said, rows = replies.mask[leaf] > 0, []
+    for s, a in zip(replies.nodes[leaf, said], replies.tokens[leaf, said], strict=True):
+        row = {"token": truth.world.tokens[a], "d": best.log_probs[s, a] - ref[s, a]}
+        row |= {"best": best.values[s], "value": ours.values[s], "q": ours.q[s, a]}
+        rows.append(plain(row | {"lost": lost[s]}))
+    return rows

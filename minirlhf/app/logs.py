@@ -24,7 +24,6 @@ Rows = list[dict[str, Any]]
 
 class Log(NamedTuple):
     source: str  # what wrote it, by its names: minirlhf, or a table of logs.toml
-    title: str
     stages: dict[str, list[dict[str, float]]]  # rows of "step" and numbers, by our names
     unknown: list[str]  # names in the log that have none of ours
     folder: Path | None  # of a run of ours
@@ -40,28 +39,28 @@ def read_log(path: str | Path) -> Log:
     """
     path = Path(path)
     folder = path if (path / "metrics.jsonl").exists() else None
-    file = path if folder else _file_in(path)
-    rows = read_metrics(folder) if folder else _rows(file)
+    rows = read_metrics(folder) if folder else _rows(_file_in(path))
     ours = [row for row in rows if row.get("stage") in [*STAGES]]
-    if folder or ours:
-        source, stage, rows = "minirlhf", "", ours
-        table = {name: name for row in rows for name in row if name not in ("step", "stage")}
-    else:
-        rows = [{_plain(name): value for name, value in row.items()} for row in rows]
-        source, stage, table = _recognised(rows, path)
+    is_ours = bool(folder or ours)
+    rows = ours if is_ours else [{_plain(name): x for name, x in row.items()} for row in rows]
     names = dict.fromkeys(name for row in rows for name in row)
-    counter, stages = next(filter(names.__contains__, STEPS), None), {}
+    if is_ours:
+        source, stage = "minirlhf", ""
+        table = {name: name for name in names if name not in ("step", "stage")}
+    else:
+        source = _recognised(names, path)
+        stage, table = TABLES[source]["stage"], TABLES[source]["names"]
+    counter = next(filter(names.__contains__, STEPS), None)
+    stages: dict[str, dict[int, dict[str, float]]] = {name: {} for name in STAGES}
     for number, row in enumerate(rows):
         step = _number(row.get(counter)) if counter else number
         known = {here: _number(row[there]) for there, here in table.items() if there in row}
         if known and math.isfinite(step):
-            of_stage = stages.setdefault(stage or row["stage"], {})
-            of_stage[int(step)] = of_stage.get(int(step), {}) | known
+            stages[stage or row["stage"]].setdefault(int(step), {}).update(known)
     unknown = [name for name in names if name not in {*table, *STEPS, "stage"}]
-    title = (file.parent if file.name == "trainer_state.json" else path).resolve().name
-    by_step = {name: sorted(stages[name].items()) for name in STAGES if name in stages}
-    stages = {name: [{"step": step, **row} for step, row in of] for name, of in by_step.items()}
-    return Log(source, title, stages, unknown, folder)
+    by_step = {name: sorted(of.items()) for name, of in stages.items() if of}
+    series = {name: [{"step": step, **row} for step, row in of] for name, of in by_step.items()}
+    return Log(source, series, unknown, folder)
 
 
 def _number(value: Any) -> float:
@@ -71,18 +70,16 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _recognised(rows: Rows, path: Path) -> tuple[str, str, dict[str, str]]:
-    """(program, stage, its names): of the tables the first that explains most of the names."""
-    names = dict.fromkeys(name for row in rows for name in row)
+def _recognised(names: dict[str, None], path: Path) -> str:
+    """The program: of the tables the first that explains most of the names."""
     source = max(TABLES, key=lambda name: len(names.keys() & TABLES[name]["names"]))
-    table = TABLES[source]
-    if not names.keys() & table["names"]:
+    if not names.keys() & TABLES[source]["names"]:
         known = ", ".join(next(iter(table["names"])) for table in TABLES.values())
         raise InputError(
             f"{path}: expected metrics of minirlhf, TRL, verl or OpenRLHF (like {known}); got "
             f"{shorten(', '.join(names)) or 'none'}: log under such names"
         )
-    return source, table["stage"], table["names"]
+    return source
 
 
 def _plain(name: str) -> str:
@@ -121,10 +118,7 @@ def _rows(path: Path) -> Rows:
 
 
 def _json_rows(text: str) -> Rows:
-    """trainer_state.json, a list of rows, or a row a line, whose "data" hold the numbers in verl.
-
-    NaN, which is no JSON, is a number here: Python's own writer writes it.
-    """
+    """trainer_state.json, a list of rows, or a row a line; in verl "data" holds the numbers."""
     try:
         rows = json.loads(text)
     except ValueError:

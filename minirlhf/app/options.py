@@ -1,142 +1,143 @@
-"""Options: from what is typed to values, or to one sentence; and what the help of `train` shows.
+"""Options: from what is typed to values, or to one sentence.
 
-tyro reads the options off a function or a dataclass, and converts what is typed. Its refusals,
-boxes of several lines, become a sentence here.
+They are the parameters of a command, or the fields of a dataclass, each with what the docstring
+says of it; argparse does the rest.
 """
 
 import argparse
-import contextlib
 import difflib
-import functools
-import io
-import itertools
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import tyro
-
-from minirlhf.disk import shorten
+from minirlhf.disk import read_toml, shorten
 from minirlhf.errors import InputError
 
-REFUSALS = (  # of tyro -> ours
-    (r"Error parsing (\S+): invalid literal .*: ('.*')", r"\1: expected a whole number; got \2"),
-    (r"Error parsing (\S+): could not convert .*: ('.*')", r"\1: expected a number; got \2"),
-    (r"invalid choice (.*) for argument '(.*?)'.*\((.*?),?\)\.", r"\2: expected one of \3; got \1"),
-    (r"Missing value for argument '(.*)'\..*", r"\1: expected a value; got none"),
-    (r"Missing from [^:]*: (\S+).*", r"expected also \1; got none"),
-    (r"Error parsing (\S+): (.*)", r"\1: expected another value; got: \2"),
-)
-SHOWN = {  # what `train --help` shows; all others are in --help-all
-    "your own data": (
-        *("corpus", "pairs", "columns", "reward", "init"),
-        *("max-prompt-tokens", "max-response-tokens"),
-    ),
-    "the run": ("out", "stages", "seed", "device", "workers", "eval-every", "checkpoint-every"),
-    "the model": ("model.n-layer", "model.n-head", "model.d-model", "vocab-size"),
-    "fine-tuning": ("sft.steps", "sft.batch-size", "sft.optimizer.learning-rate"),
-    "the reward model": ("reward-model.epochs",),
-    "PPO; or DPO, with --stages sft,dpo": (
-        *("ppo.iterations", "ppo.batch-size", "ppo.temperature", "ppo.kl-coef", "ppo.kl-target"),
-        *("ppo.optimizer.learning-rate", "dpo.kl-coef"),
-    ),
-}
+TABLES = read_toml(Path(__file__).with_suffix(".toml"))
+SHOWN = TABLES["shown"]  # title -> options in `train --help`
+REQUIRED = inspect.Parameter.empty
 
 
-def parse(command: Callable[..., int], arguments: list[str], name: str) -> Callable[[], int]:
-    """The command with what was typed as its arguments; its parameters are the options."""
-
-    @functools.wraps(command)  # tyro looks at the signature, and calls
-    def later(*args, **kwargs):
-        return functools.partial(command, *args, **kwargs)
-
-    known, hints = [], get_type_hints(command, include_extras=True)
-    hints.pop("return", None)
-    for parameter, hint in hints.items():
-        renamed = (getattr(of_tyro, "name", None) for of_tyro in getattr(hint, "__metadata__", ()))
-        known.append(next(filter(None, renamed), parameter))
-    return read(later, arguments, name, known)
+class Option(NamedTuple):
+    name: str  # in Python: run, json_, ppo__iterations; or ppo.kl_coef
+    hint: Any
+    default: Any
+    says: str
+    is_flag: bool = True
 
 
-def read(target: Any, arguments: list[str], name: str, known: list[str], **about: Any) -> Any:
-    """target(...) with what tyro makes of the arguments.
-
-    Args:     known: names of options, the nearest of which is named beside an unknown one.
-              about: further arguments of tyro.cli.
-    Raises:   InputError: an option or its value is wrong.
-              SystemExit: the help was asked for, and has been shown.
-    """
-    if "--out=" in arguments or ("--out", "") in itertools.pairwise(arguments):
-        raise InputError("--out: expected a folder; got an empty name: leave it out, or name one")
-    box, see = io.StringIO(), f"see minirlhf {name} --help"
-    flags = ["--" + option.replace("_", "-") for option in known]
-    about |= {"args": arguments, "prog": f"minirlhf {name}", "return_unknown_args": True}
-    try:
-        with contextlib.redirect_stderr(box):
-            value, unknown = tyro.cli(target, **about)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        said, words = _sentence(end, box.getvalue(), see), (w.partition("=")[0] for w in arguments)
-        unknown = [w for w in words if w.startswith("--") and w.replace("_", "-") not in flags]
-        if not (unknown and said.startswith("expected also")):  # or with a slip in its name
-            raise InputError(said) from end
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-        near += [f"--corpus {shorten(unknown[0])}"] * (name == "train" and unknown[0][:1] != "-")
-        see = f"perhaps {near[0]} is meant" if near else see
-        raise InputError(f"expected an option of {name}; got {shorten(unknown[0])!r}: {see}")
-    return value
+def of_command(command: Callable) -> list[Option]:
+    """Its parameters; those after a * are flags."""
+    hints, says = get_type_hints(command), _said(command)
+    return [
+        Option(name, hints[name], p.default, says.get(name, ""), p.kind is p.KEYWORD_ONLY)
+        for name, p in inspect.signature(command).parameters.items()
+        if p.kind is not p.VAR_KEYWORD
+    ]
 
 
-def _sentence(end: SystemExit, box: str, see: str) -> str:
-    """What tyro put into a box; or, if it is there because of a refusal of ours, that one."""
-    parts = re.split("[─-]{3,}", re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", box))  # first its title
-    said = next(filter(None, (" ".join(part.split()) for part in parts[1:])), "")
-    error = end.__context__
-    while error is not None and not isinstance(error, InputError):
-        error = error.__context__
-    if said.startswith("invalid choice"):  # the box breaks a line inside 'sft,reward'
-        said = re.sub(r"(?<=\w), (?=\w)", ",", said)
-    if error is not None:  # one of three optimisers says no more than "optimizer."
-        stage = re.match(r"Error parsing (\w+\.)optimizer: optimizer\.", said)
-        return (stage[1] if stage else "") + str(error)
-    found = (re.fullmatch(theirs, said) for theirs, _ in REFUSALS)
-    ours = (m.expand(text) for m, (_, text) in zip(found, REFUSALS, strict=True) if m)
-    return f"{next(ours, said)}: {see}"
-
-
-# -- of a configuration ---------------------------------------------------------------------------
-def options_of(config: Any, prefix: str = "") -> Iterator[tuple[list[str], str | None, str]]:
-    """(names, default, what it is) of every field; a switch has two names, and says its default."""
-    says = dict(re.findall(r"^    (\w+): (.*)$", type(config).__doc__ or "", re.MULTILINE))
-    hints = get_type_hints(type(config))
-    for field, value in vars(config).items():
-        name, text = field.replace("_", "-"), says.get(field, "")
+def of_config(config: Any, prefix: str = "") -> Iterator[Option]:
+    """The fields of a dataclass and of those in it; what they are now is the default."""
+    hints, says = get_type_hints(type(config)), _said(type(config))
+    for name, value in vars(config).items():
         if is_dataclass(value):
-            yield from options_of(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            names = [prefix + name, f"{prefix}no-{name}"]
-            yield names, None, f"{text} [{'yes' if value else 'no'}]"
+            yield from of_config(value, f"{prefix}{name}.")
         else:
-            choices = get_args(hints[field]) if get_origin(hints[field]) is Literal else ()
-            default = "(none)" if value in (None, "", ()) else str(value)
-            shown = f" [{', '.join(filter(None, choices))}]" if choices else ""
-            yield [prefix + name], default, text + shown
+            yield Option(prefix + name, hints[name], value, says.get(name, ""))
 
 
-def add_help(parser: argparse.ArgumentParser, config: Any, *, everything: bool) -> None:
-    """Let the parser's help show the options: those of SHOWN, or all of them by stage."""
-    rows = {row[0][0]: row for row in options_of(config)}
-    groups = SHOWN
-    if everything:
-        groups = {}
-        for name in rows:
-            groups.setdefault(name.rpartition(".")[0] or "the run", []).append(name)
-    for title, shown in groups.items():
-        group = parser.add_argument_group(title)
-        for names, default, text in map(rows.__getitem__, shown):
-            look = {"action": "store_true"} if default is None else {"metavar": default}
-            flags = [f"--{name}" for name in names]
-            group.add_argument(*flags, help=text.replace("%", "%%"), **look)
+def _said(of: Any) -> dict[str, str]:
+    return dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(of) or "", re.MULTILINE))
+
+
+def call(command: Callable[..., int], words: list[str], name: str) -> int:
+    """The command with what was typed as its arguments."""
+    options = of_command(command)
+    parser = Parser(name, command, *(o.name.upper() for o in options if not o.is_flag))
+    parser.add(options)
+    return command(**parser.read(words))
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses by InputError, and has no defaults: it reads what was typed."""
+
+    def __init__(self, name: str, command: Callable, *usage: str, **known: Any):
+        self.lists: set[str] = set()
+        super().__init__(
+            f"minirlhf {name}",
+            " ".join(["%(prog)s", *usage, "[OPTIONS]"]),
+            (inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 30),
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            **known,
+        )
+
+    def add(
+        self, options: Iterable[Option], title: str | None = "", *, several: bool = False
+    ) -> None:
+        """Options under a title of the help, or None: not shown; each may take several values."""
+        group = self.add_argument_group(title) if title else self
+        for name, hint, default, says, is_flag in options:
+            flag = "--" + name.strip("_").replace("__", ".").replace("_", "-")
+            kind = hint if get_origin(hint) in (None, Literal) else get_args(hint)[0]
+            known: dict[str, Any] = {"metavar": name.upper()}
+            if is_flag:
+                known |= {"dest": name, "required": default is REQUIRED}
+            if is_flag and default is not REQUIRED:
+                known["metavar"] = _shown(default)
+            if get_origin(kind) is Literal:
+                known["choices"] = get_args(kind)
+                says += f" [{', '.join(filter(None, get_args(kind)))}]"
+            elif kind is bool:
+                off = re.sub(r"([^-.][^.]*)$", r"no-\1", flag)
+                says += f" [yes; {off}]" if default else ""
+                known = {"dest": name, "action": "store_true"}
+                self.add_argument(off, dest=name, action="store_false", help=argparse.SUPPRESS)
+            else:
+                known["type"] = _path if kind is Path else kind
+            if get_origin(hint) is tuple:
+                known["nargs"] = "*"
+                self.lists.add(name)
+            elif several and kind is not bool:
+                known["nargs"] = "+"
+            known["help"] = argparse.SUPPRESS if title is None else says.replace("%", "%%")
+            group.add_argument(flag if is_flag else name, **known)
+
+    def read(self, words: list[str]) -> dict[str, Any]:
+        """The value of each option that was typed, by its name; or, by SystemExit, the help."""
+        words = [re.sub(r"^--[\w.-]+", lambda of: of[0].replace("_", "-"), word) for word in words]
+        flags = [word.partition("=")[0] for word in words if re.match(r"--\w", word)]
+        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        if not unknown:  # else what is missing may be there with a slip in its name
+            found, unknown = self.parse_known_args(words)
+        if unknown:
+            came, command = unknown[0], self.prog.split()[-1]
+            near = difflib.get_close_matches(came, self._option_string_actions, 1)
+            near += [f"--corpus {shorten(came)}"] * (command == "train" and came[:1] != "-")
+            see = f"perhaps {near[0]} is meant" if near else f"see {self.prog} --help"
+            raise InputError(f"expected an option of {command}; got {shorten(came)!r}: {see}")
+        return {name: tuple(x) if name in self.lists else x for name, x in vars(found).items()}
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", flush=True)  # argparse hides that it cannot write
+
+    def error(self, message: str) -> None:
+        for theirs, ours in TABLES["sentences"].items():
+            message = re.sub(theirs, ours, message)
+        raise InputError(f"{message}: see {self.prog} --help")
+
+
+def _path(word: str) -> Path:
+    if not word:
+        raise ValueError("an empty name")
+    return Path(word)
+
+
+def _shown(default: Any) -> str:
+    """What stands behind the name of an option in a help."""
+    words = default if isinstance(default, tuple) else [default]
+    return " ".join(str(word) for word in words if word not in (None, "")) or "(none)"

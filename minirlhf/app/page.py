@@ -1,80 +1,69 @@
 """A run, or several, as one page to look at and to hand on: report.html, complete in itself.
 
-`report` gathers what runs have left, page.html lays it out. What is drawn stands there as numbers
-too, as the run has logged them. Nothing is loaded when the page is opened.
+What is drawn stands there as numbers too, as the run has logged them. Nothing is loaded when the
+page is opened.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from minirlhf import __version__
-from minirlhf.app import charts, coloured, pictures
-from minirlhf.app.api import open_run
+from minirlhf.app import api, charts, coloured, known, pictures
 from minirlhf.app.charts import Line, chart
 from minirlhf.app.diagnose import diagnose
-from minirlhf.app.known import known_world
-from minirlhf.app.tables import ROWS, WORDS
-from minirlhf.disk import plain, read_toml, write_whole
+from minirlhf.app.pictures import METRICS, Row
+from minirlhf.disk import plain, write_whole
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config
 from minirlhf.runs.log import read_jsonl, read_metrics
 from minirlhf.runs.pipeline import read_result
 from minirlhf.runs.snapshots import PROMPTS
 
-Row = dict[str, Any]
 MOST_RUNS, MOST_MOMENTS = 5, 9
-HEADINGS = {"sft": "Fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 ROOT = "√KL to the reference [√nats]"
-LABELS = {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}
-LOGGED = {  # a row of the final table -> its unit, and what PPO logs of it at each iteration
-    "proxy": ("sd of the reference's scores", "objective/scores"),
-    "gold": ("its own units", "objective/gold"),
-    "reward": ("units of your reward", "objective/reward"),
-    "kl_seq": ("nats a reply", "objective/kl"),
-    "length": ("tokens a reply", "response_length/mean"),
-}
+PANELS, STORY = METRICS["panels"], METRICS["story"]
 
 
-class Recorded(NamedTuple):
-    """What a run folder says, without its models."""
+class Recorded:
+    """What a run folder says, ended or not, without its models."""
 
-    folder: Path
-    config: Row  # {"ppo.kl_coef": 0.2, ..}
-    rows: list[Row]  # of metrics.jsonl
-    samples: list[Row]  # of samples.jsonl
-    ends: dict[str, Row]  # "reference" and "policy": the final table; {} before it
-    seconds: Row  # of each stage; {} before the end
+    def __init__(self, folder: str | Path):
+        self.folder, self.name = Path(folder), Path(folder).resolve().name
+        self.config = dict(flat(load_config(self.folder / "config.toml")))  # {"ppo.kl_coef": 0.2}
+        self.rows = read_metrics(self.folder)
+        samples, has = self.folder / "samples.jsonl", {"step": int, "prompt": str, "response": str}
+        self.samples = read_jsonl(samples, has) if samples.exists() else []
+        self.ends, self.seconds = {}, {}  # the final table, and the time of each stage
+        if (self.folder / "result.json").exists():
+            reference, policy, *_, self.seconds = read_result(self.folder)
+            self.ends = plain({"reference": reference, "policy": policy})
+        self.curves = pictures.curves(self.rows, self.ends.get("policy", {}))
 
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
-    def series(self, stage: str, name: str) -> tuple[list[int], list[float | None]]:
-        """After how many steps a metric was measured, and its numbers, None for nan."""
-        rows = [row for row in self.rows if row["stage"] == stage]
-        last = self.ends.get("policy", {}).get(name.removeprefix("eval/"))
-        if stage == "ppo" and name.startswith("eval/") and last is not None and rows:
-            rows += [{"step": rows[-1]["step"], name: last}] * (name not in rows[-1])
-        rows = [row for row in rows if isinstance(row.get(name, ""), int | float | None)]
-        before = name.startswith("heldout/")  # measured before the step of its line
-        y = plain([row[name] for row in rows])
-        return ([row["step"] + (not before) for row in rows], y) if {*y} - {None} else ([], [])
+    def of_ppo(self, name: str) -> list[float | None]:
+        return self.curves.get(("ppo", name), ([], []))[1]
 
     @property
     def story(self) -> dict[str, tuple[float, float]]:
-        """{row of LOGGED: (before, after)}, of the final table or as far as PPO has come."""
-        ends, found = self.ends.values(), {}
-        for name, (_, logged) in LOGGED.items():
-            values = plain([of.get(name) for of in ends]) or self.series("ppo", logged)[1]
-            values = [x for x in values if x is not None]
-            found |= {name: (values[0], values[-1])} if len(values) > 1 else {}
+        """{row of the final table: (before, after)}, or as far as PPO has come."""
+        found = {}
+        for name, logged in STORY.items():
+            ends = [end.get(name) for end in self.ends.values()]
+            values = [x for x in ends or self.of_ppo(logged) if x is not None]
+            if len(values) > 1:
+                found[name] = values[0], values[-1]
         return found
+
+    def parting(self, other: "Recorded") -> tuple | None:
+        """(line, metric, value there, value here) where this run leaves the other one."""
+        for there, here in zip(other.rows, self.rows, strict=False):
+            for name in there | here:
+                if there.get(name) != here.get(name) and not name.startswith("time/"):
+                    return there, name, there.get(name), here.get(name)
+        return None
 
 
 def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: bool = False) -> Path:
@@ -89,73 +78,43 @@ def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: boo
             "folders that `minirlhf train` wrote"
         )
     out = Path(out or Path(*folders[: len(folders) == 1]) / "report.html")
-    write_whole(out, page([recorded(folder) for folder in folders], exact=exact).encode())
+    write_whole(out, page([*map(Recorded, folders)], exact=exact).encode())
     return out
-
-
-def recorded(folder: str | Path) -> Recorded:
-    """Read a run, ended or not.
-
-    Raises:   InputError: it is none, or its files are damaged.
-    """
-    folder, ends, seconds = Path(folder), {}, {}
-    config = dict(flat(load_config(folder / "config.toml")))
-    path = folder / "samples.jsonl"
-    samples = (
-        read_jsonl(path, {"step": int, "prompt": str, "response": str}) if path.exists() else []
-    )
-    if (folder / "result.json").exists():
-        result = read_result(folder)
-        ends, seconds = {"reference": result.reference, "policy": result.policy}, result.seconds
-    return Recorded(folder, config, read_metrics(folder), samples, ends, seconds)
 
 
 def page(runs: list[Recorded], *, exact: bool = False) -> str:
     """The HTML of what is known of the runs."""
-    figures = [*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)]
+    defaults = {name: value for name, value in flat(TrainConfig()) if name != "out"}
     return coloured.template("page.html").render(
         runs=runs,
-        findings=findings(runs),
+        findings=[(run, diagnose(run.folder)) for run in runs],
         replies=replies(runs),
-        ends=ends(runs),
         stages=[*stages(runs)],
-        known=known_world() if exact else None,
-        figures=figures,
-        partings=[*partings(runs)],
-        settings=settings(runs),
-        logged=LOGGED,
-        table={"rows": ROWS, "words": WORDS},
-        of=coloured.tools(),
-        size=charts,
-        number=charts.number,
+        known=known.known_world() if exact else None,
+        figures=[*paths(*runs), *histograms(*runs)] if len(runs) == 1 else [*frontier(runs)],
+        defaults=defaults,
+        changed={name for run in runs for name in defaults if run.config[name] != defaults[name]},
+        metrics=METRICS,
         version=__version__,
     )
 
 
 # -- replies -------------------------------------------------------------------------------------
 def replies(runs: list[Recorded]) -> Row:
-    """The same prompts in several columns of token rows, from the reference to the last policy.
-
-    Of one run with snapshots these are its moments; else each policy is asked now.
-    """
+    """The same prompts in columns of token rows: moments of a run, or what policies say now."""
     why, columns = "", []
-    paths = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
-    kept = len(runs) == len(paths) == 1
+    snapshots = [path for run in runs if (path := run.folder / "snapshots.jsonl").exists()]
+    kept = len(runs) == len(snapshots) == 1
     try:
         if runs:
-            columns = moments(*paths) if kept else asked(runs)
+            columns = moments(*snapshots) if kept else asked(runs)
     except InputError as error:
         why = str(error)
-    rows = [row for _, some in columns for row in some]
-    found = {"why": why, "columns": columns, "moments": kept, "rows": rows}
-    return found | {"span": coloured.span(rows)}
+    return {"why": why, "columns": columns, "moments": kept}
 
 
 def moments(path: Path) -> list[tuple[str, list[Row]]]:
-    """(label, replies) of the first snapshot of a run, of the last, and of some between.
-
-    Raises:   InputError: the file is damaged.
-    """
+    """(label, replies) of the first snapshot of a run, of the last, and of some between."""
     from jinja2 import UndefinedError
 
     rows = read_jsonl(path, {"step": int})
@@ -175,16 +134,12 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
 
 
 def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
-    """(label, replies) of each run's policy, of one beside its reference, to held-out prompts.
-
-    The prompts that pay most stand first.
-
-    Raises:   InputError: a run has no reference yet, there is nothing to ask, or it is damaged.
-    """
-    opened = [open_run(run.folder) for run in runs]
-    known = [*opened[0].session.world.heldout_prompts, *(row["prompt"] for row in runs[0].samples)]
-    same = {"prompts": [*dict.fromkeys(known)][:PROMPTS], "seed": opened[0].config.seed}
-    if not (known and any(run.is_trained for run in opened)):
+    """(label, replies) of each run, of one beside its reference; what pays most stands first."""
+    opened = [api.open_run(run.folder) for run in runs]
+    logged = (row["prompt"] for row in runs[0].samples)
+    prompts = [*opened[0].session.world.heldout_prompts, *logged]
+    same = {"prompts": [*dict.fromkeys(prompts)][:PROMPTS], "seed": opened[0].config.seed}
+    if not (prompts and any(run.is_trained for run in opened)):
         raise InputError(
             "replies: expected a policy, and held-out prompts or logged replies; found none: see "
             "minirlhf score"
@@ -201,37 +156,26 @@ def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
 
 
 # -- curves --------------------------------------------------------------------------------------
-@cache
-def readings() -> dict[str, Row]:
-    """Each panel by its first metric: title, unit, metrics, and how it is read."""
-    found = read_toml(Path(__file__).with_name("readings.toml"))
-    for title, (unit, *metrics) in pictures.CURVES.items():
-        found[metrics[0]] |= {"title": title, "unit": unit, "metrics": metrics}
-    return found
-
-
 def stages(runs: list[Recorded]) -> Iterator[tuple[str, list[Row]]]:
     """Of each stage that has run its title and its charts."""
-    for stage, title in HEADINGS.items():
-        panels = [panel(runs, stage, of) for of in readings().values()]
-        if any(panels):
-            yield title, [one for one in panels if one]
+    measured = {of for run in runs for of in run.curves}
+    for stage, title in METRICS["stages"].items():
+        panels = [of for of in PANELS.values() if measured & {(stage, n) for n in of["metrics"]}]
+        if panels:
+            yield title, [panel(runs, stage, of) for of in panels]
 
 
-def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
+def panel(runs: list[Recorded], stage: str, of: Row) -> Row:
     """A chart with its sentences; of several runs one metric each, and no reading."""
     lines, values, alone = [], {}, len(runs) == 1
     for i, run in enumerate(runs):
-        names = sorted(of["metrics"], key=is_held)
-        found = {name: xy for name in names if (xy := run.series(stage, name))[0]}
+        found = {n: run.curves[stage, n] for n in of["metrics"] if (stage, n) in run.curves}
         for j, (name, (x, y)) in enumerate([*found.items()][: None if alone else 1]):
-            held = is_held(name)
-            label = LABELS.get(name, "held out" if held else "training") if alone else run.name
-            dots = held and len(x) < 60
-            lines.append(Line(label, *charts.thinned(x, y), f"l{i + j}", dots=dots))
+            held = pictures.is_held(name)
+            label = of.get("labels", {}).get(name, "held out" if held else "training")
+            points, dots = charts.thinned(x, y), held and len(x) < 60
+            lines.append(Line(label if alone else run.name, *points, f"l{i + j}", dots=dots))
             values.setdefault(held, [v for v in y if v is not None])
-    if not lines:
-        return None
     ours, held = values.get(False) or values[True], values.get(True, [])
     told = {"metric": of["metrics"][0], "healthy": of["healthy"]}
     told["says"] = sentence(of["says"], numbers_of(ours, held)) if alone else []
@@ -239,19 +183,14 @@ def panel(runs: list[Recorded], stage: str, of: Row) -> Row | None:
     return chart(of["title"], of["unit"], x, lines, **told)
 
 
-def is_held(name: str) -> bool:
-    """Is a metric of texts that nobody trains on?"""
-    return name.startswith(("heldout/", "eval/"))
-
-
 def numbers_of(ours: list[float], held: list[float]) -> dict[str, float]:
-    """What sentences may speak of: readings.toml."""
+    """What sentences may speak of: metrics.toml."""
     first, last, most = ours[0], ours[-1], max(ours)
+    held = held or [math.nan]
     found = {"first": first, "last": last, "change": last - first, "most": most}
     found |= {"span": most - min(ours), "fall": most - last, "exp": math.exp(min(last, 700.0))}
     found["ratio"] = last / first if first > 0 else math.nan
-    found["held"] = held[-1] if held else math.nan
-    return found | {"rise": held[-1] - min(held) if held else math.nan}
+    return found | {"held": held[-1], "rise": held[-1] - min(held)}
 
 
 def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
@@ -263,22 +202,19 @@ def sentence(says: list[tuple], numbers: dict[str, float]) -> list[str | float]:
 
 def paths(run: Recorded) -> Iterator[Row]:
     """PPO's way from the reference: score, and gold or reward, against d, the root of the KL."""
-    kl = run.series("ppo", LOGGED["kl_seq"][1])[1]
-    for name in ("proxy", "gold", "reward"):
-        unit, logged = LOGGED[name]
-        pairs = zip(kl, run.series("ppo", logged)[1], strict=False)
+    for name in METRICS["gains"]:
+        pairs = zip(run.of_ppo(STORY["kl_seq"]), run.of_ppo(STORY[name]), strict=False)
         points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
         if len(points) > 1:
             (d, y), law = np.array(points).T, None
-            some = slice(None, None, len(d) // charts.MOST_POINTS + 1)
             look = "l0" if name == "proxy" else "l1"
-            lines = [Line("PPO", d[some], y[some], look, dots=True)]
+            lines = [Line("PPO", *charts.thinned(d, y), look, dots=True)]
             if len(points) >= 8 and d.max() > 0.3:
                 start, at = run.story[name][0], np.linspace(0, d.max(), 40)
                 law = fitted(d, y - start)
                 gain = at * (law["alpha"] - law["beta"] * at)
                 lines.append(Line("fitted law", at, start + gain, "fit"))
-            yield chart(f"{name} on the way", unit, ROOT, lines, law=law)
+            yield chart(f"{name} on the way", PANELS[STORY[name]]["unit"], ROOT, lines, law=law)
 
 
 def fitted(d: np.ndarray, gain: np.ndarray) -> dict[str, float]:
@@ -299,25 +235,25 @@ def histograms(run: Recorded) -> Iterator[Row]:
     """Logged replies of the first and of the last fifth of the iterations."""
     steps = sorted({row["step"] for row in run.samples})
     n = len(steps) // 5 or 1
+    parts = {f"first {n} iterations": steps[:n], f"last {n} iterations": steps[-n:]}
     rows = [{**row, "length": float(len(row["response"]))} for row in run.samples]
-    for name, unit in (("score", LOGGED["proxy"][0]), ("kl_seq", "nats"), ("length", "characters")):
-        first, last = (
-            [row[name] for row in rows if row["step"] in some and isinstance(row.get(name), float)]
-            for some in (steps[:n], steps[-n:])
-        )
-        if steps[1:] and first and last:
-            edges = np.histogram_bin_edges(first + last, 14)
-            lines = [
-                charts.stairs(f"first {n} iterations", first, edges, "l1"),
-                charts.stairs(f"last {n} iterations", last, edges, "l0"),
-            ]
-            x = f"{name} [{unit}]"
-            yield chart(f"{name} of the logged replies", "share of replies", x, lines)
+    for name, unit in METRICS["samples"].items():
+        some = [row for row in rows if isinstance(row.get(name), float)]
+        values = [[row[name] for row in some if row["step"] in part] for part in parts.values()]
+        if steps[1:] and all(values):
+            edges = np.histogram_bin_edges(np.concatenate(values), 14)
+            lines = []
+            for label, numbers, look in zip(parts, values, ("l1 area", "l0 area"), strict=True):
+                share = np.histogram(numbers, edges)[0] / len(numbers)
+                y = np.concatenate([[0.0], np.repeat(share, 2), [0.0]])
+                lines.append(Line(label, np.repeat(edges, 2), y, look))
+            title, x = f"{name} of the logged replies", f"{name} [{unit}]"
+            yield chart(title, "share of replies", x, lines)
 
 
 def frontier(runs: list[Recorded]) -> Iterator[Row]:
     """Where several runs have ended: score, and gold or reward, against the root of their KL."""
-    for name in ("proxy", "gold", "reward"):
+    for name in METRICS["gains"]:
         lines, points = [], []
         for i, run in enumerate(runs):
             if run.ends and name in run.story:
@@ -325,48 +261,9 @@ def frontier(runs: list[Recorded]) -> Iterator[Row]:
                 before, after = run.story[name]
                 d = max(run.story["kl_seq"][1], 0.0) ** 0.5
                 points += [(0.0, before), (d, after)]
-                tags = [f"β {beta:g}"]
-                lines.append(Line(run.name, [d], [after], f"l{i} loose", dots=True, tags=tags))
+                look = {"look": f"l{i} loose", "dots": True, "tag": f"β {beta:g}"}
+                lines.append(Line(run.name, [d], [after], **look))
         if len(lines) > 1:
             x, y = zip(*sorted(set(points)), strict=True)
             lines.append(Line("from the reference on", x, y, "fit"))
-            yield chart(f"{name} for its KL", LOGGED[name][0], ROOT, lines)
-
-
-# -- tables --------------------------------------------------------------------------------------
-def ends(runs: list[Recorded]) -> list[tuple[str, str, str, list[float]]]:
-    """(name, what it is, its format, values of each policy that has ended).
-
-    Those of the reference stand first, if there is one run: several need not have the same.
-    """
-    columns = [run.ends["policy"] for run in runs if run.ends]
-    if len(runs) == 1:
-        columns = [run.ends["reference"] for run in runs if run.ends] + columns
-    rows = ((name, *of, [end.get(name, math.nan) for end in columns]) for name, of in ROWS.items())
-    return [row for row in rows if any(map(math.isfinite, row[-1]))]
-
-
-def settings(runs: list[Recorded]) -> dict[str, list[tuple]]:
-    """(name, value in each run, default) of those that somebody has changed, and of the others."""
-    default = dict(flat(TrainConfig()))
-    default.pop("out")
-    rows = [(name, [run.config[name] for run in runs], x) for name, x in default.items()]
-    changed = [row for row in rows if any(value != row[2] for value in row[1])]
-    return {"changed": changed, "others": [row for row in rows if row not in changed]}
-
-
-def partings(runs: list[Recorded]) -> Iterator[Row]:
-    """Where each further run leaves the first one: the first logged value that is another."""
-    for run in runs[1:]:
-        found = (
-            {"run": run.name, "at": a, "metric": name, "pair": (a.get(name), b.get(name))}
-            for a, b in zip(runs[0].rows, run.rows, strict=False)
-            for name in a | b
-            if a.get(name) != b.get(name) and not name.startswith("time/")
-        )
-        yield next(found, {"run": run.name, "at": {}})
-
-
-def findings(runs: list[Recorded]) -> list[tuple[Recorded, Any]]:
-    """What `diagnose` says of each run."""
-    return [(run, diagnose(run.folder)) for run in runs]
+            yield chart(f"{name} for its KL", PANELS[STORY[name]]["unit"], ROOT, lines)

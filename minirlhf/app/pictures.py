@@ -6,15 +6,15 @@ marker each. A number that differs from 0 by rounding alone is drawn as 0.
 
 import io
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minirlhf.disk import write_whole
+from minirlhf.disk import plain, read_toml, write_whole
 
 Row = dict[str, Any]
+METRICS = read_toml(Path(__file__).with_name("metrics.toml"))
 ROUNDING = 1e-12  # below, an error is rounding
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
 LOOKS = [  # of the lines of an axis, in their order
@@ -101,49 +101,48 @@ def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
     return groups
 
 
-CURVES = {  # title -> unit, what is measured while a stage learns, and of what was held out
-    "fine-tuning: its loss": ("nats per token", "loss/sft", "heldout/loss_sft"),
-    "reward model: its loss": ("nats per pair", "loss/reward_model", "heldout/loss_reward_model"),
-    "pairs in the right order": ("share", "accuracy", "heldout/accuracy", "rewards/accuracies"),
-    "DPO: its loss": ("per pair", "loss/dpo", "heldout/loss_dpo"),
-    "score: what PPO raises": ("sd of the reference's scores", "objective/scores", "eval/proxy"),
-    "gold: what is wanted": ("its own units", "objective/gold", "eval/gold"),
-    "your reward": ("its own units", "objective/reward", "eval/reward"),
-    "KL to the reference: how far it went": ("nats per reply", "objective/kl", "eval/kl_seq"),
-    "entropy: 0 is no choice": ("nats per token", "policy/entropy_avg", "eval/entropy"),
-    "length of a reply": ("tokens", "response_length/mean", "eval/length"),
-}
+def curves(rows: list[Row], last: Row) -> dict[tuple[str, str], tuple[list, list]]:
+    """{(stage, metric): (after how many steps it was measured, its numbers, None for nan)}.
+
+    `last` is the final table: the evaluation after PPO's last step, where that has none.
+    """
+    found: dict[tuple[str, str], tuple[list, list]] = {}
+    if rows and rows[-1]["stage"] == "ppo":
+        rows = [*rows[:-1], {f"eval/{name}": x for name, x in last.items()} | rows[-1]]
+    for row in rows:
+        for name, number in row.items():
+            if isinstance(number, int | float | None):
+                x, y = found.setdefault((row["stage"], name), ([], []))
+                x.append(row["step"] + (not name.startswith("heldout/")))  # that: before it
+                y.append(plain(number))
+    return {of: (x, y) for of, (x, y) in found.items() if {*y} - {None}}
+
+
+def is_held(name: str) -> bool:
+    """Is a metric of texts that nobody trains on?"""
+    return name.startswith(("heldout/", "eval/"))
 
 
 def curves_figure(metrics: list[Row], last: Row | None = None) -> Any:
-    """The panels of CURVES for which a run's metrics, or the last table of PPO, have numbers."""
-    panels = []
-    if last and metrics and metrics[-1]["stage"] == "ppo" and "eval/kl_seq" not in metrics[-1]:
-        of_last = {f"eval/{name}": x for name, x in last.items() if x == x}
-        metrics = [*metrics, {"stage": "ppo", "step": metrics[-1]["step"], **of_last}]
-    for title, (unit, *names) in CURVES.items():
-        rows = [[row for row in metrics if isinstance(row.get(n), int | float)] for n in names]
-        if any(rows):
-            panels.append((title, unit, zip(LOOKS, names, rows, strict=False)))
+    """What a run's metrics, and the last table of PPO, say of each stage that it went through."""
+    found, panels = curves(metrics, last or {}), []
+    for stage, of in itertools.product(METRICS["stages"], METRICS["panels"].values()):
+        lines = {name: found[stage, name] for name in of["metrics"] if (stage, name) in found}
+        if lines and "curve" in of:
+            panels.append(("PPO iteration" if stage == "ppo" else "update", of, lines))
     columns = min(3, len(panels)) or 1
     n_rows = -(-len(panels) // columns) or 1
     figure, axes = new_figure(3.7 * columns, 2.8 * n_rows, n_rows, columns)
-    for axis, (title, unit, lines) in zip(axes.flat, panels, strict=False):
-        for look, name, rows in (line for line in lines if line[2]):
-            counts = name.startswith("heldout/")  # the updates before it, not the one of its row
-            points = [row["step"] + (not counts) for row in rows], [row[name] for row in rows]
-            label = "held out" if counts or name.startswith("eval/") else "training"
-            every = -(-len(rows) // 20)  # 850 markers would hide the line
+    for axis, (x, of, lines) in zip(axes.flat, panels, strict=False):
+        for look, (name, points) in zip(LOOKS, lines.items(), strict=False):
+            label = "held out" if is_held(name) else "training"
+            every = -(-len(points[0]) // 20)  # 850 markers would hide the line
             draw_lines(axis, {label: points}, [{**look, "markevery": every}])
-            x = "PPO iteration" if rows[0]["stage"] == "ppo" else "update"
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        say(axis, title, x, unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        say(axis, of["title"], x, of["unit"])
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     return figure
-
-
-GAINS = {"proxy": "proxy: what PPO sees", "gold": "gold: what is wanted", "reward": "your reward"}
 
 
 def shown(value: Any) -> str:
@@ -154,8 +153,8 @@ def shown(value: Any) -> str:
 def frontier_figure(rows: list[Row]) -> Any:
     """What runs gained against how far they went: each run faint, the means over seeds joined.
 
-    Args:     rows: of each run kl_seq, proxy, gold, kl_coef; and `settings`, {what varies: its
-                  value}, where it is not beta alone: what varies besides gets lines of its own.
+    A row has kl_seq, proxy, gold, kl_coef, and `settings`, {what varies: its value}, where it is
+    not beta alone: what varies besides gets lines of its own.
     """
     lines: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(rows, key=lambda row: row["kl_coef"]):
@@ -164,9 +163,10 @@ def frontier_figure(rows: list[Row]) -> Any:
         point = shown(varied.pop(along))
         line = ", ".join(f"{name} {shown(value)}" for name, value in varied.items())
         lines.setdefault(line, {}).setdefault(point, []).append(row)
-    panels = [n for n in GAINS if any(np.isfinite(row.get(n, np.nan)) for row in rows)]
+    gains = METRICS["gains"].items()
+    panels = [of for of in gains if any(np.isfinite(row.get(of[0], np.nan)) for row in rows)]
     figure, (axes,) = new_figure(4.6 * len(panels), 3.6, 1, len(panels))
-    for axis, name in zip(axes, panels, strict=True):
+    for axis, (name, title) in zip(axes, panels, strict=True):
         for look, (label, points) in zip(itertools.cycle(LOOKS), lines.items(), strict=False):
             means = []
             for point, same in points.items():
@@ -177,7 +177,7 @@ def frontier_figure(rows: list[Row]) -> Any:
                 axis.annotate(point, means[-1], **beside)
             draw_lines(axis, {label: tuple(zip(*means, strict=True))}, [look])
         distance = "distance from the reference, √kl_seq [nats^½]"
-        say(axis, f"{GAINS[name]}; beside a point its {along}", distance)
+        say(axis, f"{title}; beside a point its {along}", distance)
     return figure
 
 
@@ -212,35 +212,27 @@ def geometric_mean(values: Any) -> np.ndarray:
     return np.exp(np.log(np.maximum(values, ROUNDING)).mean(axis=0))
 
 
-def _means(runs: list[Row], of: Callable[[Row], list[tuple]]) -> dict[str, tuple]:
-    """{name: (x, mean of y over the seeds)} of the points that `of` sees in a run."""
-    named = grouped(runs, "name").items()
-    points = {name: np.array([of(run) for run in same]) for (name,), same in named}
-    return {name: (xy[0, :, 0], geometric_mean(xy[..., 1])) for name, xy in points.items()}
-
-
 def draw_optimum(runs: list[Row], path: Path) -> Path:
     """A row for each beta: what is lost, and its spread, over training; what is lost by token."""
-
-    def lost(run: Row) -> list[tuple]:
-        return [(row["iteration"], 1 - row["exact/fraction"]) for row in run["history"]]
-
-    def spread(run: Row) -> list[tuple]:
-        return [(row["iteration"], row["exact/flatness"]) for row in run["history"]]
-
-    def by_token(run: Row) -> list[tuple]:
-        return list(enumerate(run["history"][-1]["exact/gap_by_depth"], 1))
-
     y = "(J* − J) / (J* − J_ref)"  # 1 at the reference
-    panels = (
-        (lost, "β = {:g}: what is still lost; 0 is the optimum", "iteration", y),
-        (spread, "Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]"),
-        (by_token, "what is lost at the end, by token", "position of the token", y),
+    said = (
+        ("β = {:g}: what is still lost; 0 is the optimum", "iteration", y),
+        ("Var(r − β·log-ratio): 0 at the optimum", "iteration", "[reward units²]"),
+        ("what is lost at the end, by token", "position of the token", y),
     )
     betas = sorted(grouped(runs, "kl_coef").items(), reverse=True)
     figure, axes = new_figure(12, 2.9 * len(betas) + 0.4, len(betas), 3, sharey="col")
     for ((beta,), same), row in zip(betas, axes, strict=True):
-        for axis, (points, title, *labels) in zip(row, panels, strict=True):
-            draw_lines(axis, _means(same, points), log="y")
-            say(axis, title.format(beta), *labels)
+        lost, spread, by_token = {}, {}, {}
+        for (name,), seeds in grouped(same, "name").items():
+            histories = [run["history"] for run in seeds]
+            at = [m["iteration"] for m in histories[0]]
+            left = [[1 - m["exact/fraction"] for m in history] for history in histories]
+            flat = [[m["exact/flatness"] for m in history] for history in histories]
+            ends = [history[-1]["exact/gap_by_depth"] for history in histories]
+            lost[name], spread[name] = (at, geometric_mean(left)), (at, geometric_mean(flat))
+            by_token[name] = range(1, len(ends[0]) + 1), geometric_mean(ends)
+        for axis, lines, labels in zip(row, (lost, spread, by_token), said, strict=True):
+            draw_lines(axis, lines, log="y")
+            say(axis, labels[0].format(beta), *labels[1:])
     return save(figure, path)

@@ -9,23 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from rich import progress
 from rich.columns import Columns
-from rich.console import Console, ConsoleOptions, Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from minirlhf.app.pictures import METRICS
+
 SECONDS_BETWEEN_LINES = 10.0
-FIGURES = {  # metric -> what it is called beside the bar; a line has the first three
-    "objective/scores": "score",
-    "objective/kl": "kl_seq",
-    "objective/gold": "gold",
-    "objective/reward": "reward",
-    "policy/entropy_avg": "entropy",
-    "response_length/mean": "length",
-    "objective/kl_coef": "beta",
-    **{f"loss/{stage}": "loss" for stage in ("sft", "reward_model", "dpo")},
-    **{f"heldout/loss_{stage}": "held out" for stage in ("sft", "reward_model", "dpo")},
-    **dict.fromkeys(("accuracy", "rewards/accuracies"), "accuracy"),
-}
+FIGURES = METRICS["bar"]
 BLOCKS, ASCII, WIDTH = "▁▂▃▄▅▆▇█", "_.-=+*#@", 16  # of a sparkline
 
 _figures: dict[str, list[float]] = {}  # of the stage at work: what each was, step by step
@@ -45,10 +36,9 @@ def watch(step: int, stage: str, values: dict) -> None:
 
 
 def track(steps: Iterable, title: str) -> Iterator:
-    """Iterate over `steps` (which has a length) and show how far it is, on stderr.
+    """Iterate over `steps`, which has a length; show on stderr how far it is, and what is watched.
 
-    A range that begins at 20 of 30 is one of which 20 steps have been done before. What is watched
-    from here on is shown too.
+    A range that begins at 20 of 30 is one of which 20 steps have been done before.
     """
     started, first = time.perf_counter(), steps.start if isinstance(steps, range) else 0
     _figures.clear()
@@ -59,16 +49,14 @@ def track(steps: Iterable, title: str) -> Iterator:
             show(first + made, spent, made / spent)
 
 
-class _Figures:
+def figures(console: Console) -> Columns:
     """The last value and the history of each key figure, as many in a line as find room."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Columns]:
-        blocks = ASCII if options.ascii_only else BLOCKS
-        cells = [
-            Text.assemble(f"{label:9}{x[-1]:>8.3g} ", (f"{sparkline(x, blocks):{WIDTH}}", "cyan"))
-            for label, x in list(_figures.items())
-        ]
-        yield Columns(cells, padding=(0, 2))
+    blocks = ASCII if console.options.ascii_only else BLOCKS
+    cells = [
+        Text.assemble(f"{label:9}{x[-1]:>8.3g} ", (f"{sparkline(x, blocks):{WIDTH}}", "cyan"))
+        for label, x in list(_figures.items())
+    ]
+    return Columns(cells, padding=(0, 2))
 
 
 def sparkline(history: list[float], blocks: str = BLOCKS) -> str:
@@ -95,11 +83,11 @@ def _bar(title: str, first: int, total: int) -> Iterator[Callable[[int, float, f
     made, left = progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
     columns = ("{task.description}", made, left)
     if (room := console.width - 66) > 0:
-        times = (progress.TimeElapsedColumn(), "left", left)
-        wide = progress.BarColumn(min(room, 40))
-        columns = ("{task.description:24}", wide, made, "{task.fields[rate]}", *times)
+        wide, spent = progress.BarColumn(min(room, 40)), progress.TimeElapsedColumn()
+        columns = ("{task.description:24}", wide, made, "{task.fields[rate]}", spent, "left", left)
     bar = progress.Progress(*columns, console=console)
-    with Live(Group(bar, _Figures()), console=console, refresh_per_second=10):
+    shown = {"get_renderable": lambda: Group(bar, figures(console)), "refresh_per_second": 10}
+    with Live(console=console, **shown):
         task = bar.add_task(title, completed=first, total=total, rate="")
         yield lambda done, _, rate: bar.update(task, completed=done, rate=_speed(rate))
 

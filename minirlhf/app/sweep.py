@@ -8,9 +8,7 @@ PPO alone varies, the first run of a seed trains reference and reward model and 
 it: bit for bit what they would be if each trained its own.
 """
 
-import argparse
 import contextlib
-import io
 import itertools
 import re
 import shlex
@@ -25,13 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
-from minirlhf.app import api, pictures
-from minirlhf.app.commands import parse_config
+from minirlhf.app import api, commands, pictures
+from minirlhf.app.options import Option, Parser, of_command, of_config
 from minirlhf.app.pictures import shown
 from minirlhf.app.progress import say, track
 from minirlhf.app.tables import ROWS, NumberTable, html, number_table
+from minirlhf.crew import usable_cores
 from minirlhf.disk import new_numbered_folder, shorten, to_json
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config, save_config
@@ -39,9 +37,12 @@ from minirlhf.runs.lock import locked
 from minirlhf.runs.pipeline import read_result
 from minirlhf.runs.session import fork_run
 from minirlhf.train.settings import PPOConfig
-from minirlhf.workers import usable_cores
 
-LISTS = {f"--{name}" for name, value in flat(TrainConfig()) if isinstance(value, tuple)}
+OWN = (
+    Option("out", Path | None, None, "default: runs/sweep-N with the next free N"),
+    Option("jobs", int, 0, "runs at a time; 0: cores"),
+    Option("json", bool, False, "print the numbers as JSON"),
+)
 COLUMNS = ("proxy", "gold", "reward", "kl_seq", "entropy", "length", "repeated_bigrams")
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -134,87 +135,58 @@ def sweep(
     """
     choices = (
         (varied, api.configured(config, fields.pop("recipe", "ppo"), fields))
-        for varied, fields in _choices(changes)
+        for varied, fields in _choices(dict(_flat(changes)))
     )
     return run_all(plan(choices), out, jobs, progress=progress)
 
 
-def _choices(changes: dict[str, Any], prefix: str = "") -> Iterator[tuple[dict, dict]]:
-    """({"ppo.kl_coef": a value}, the changes with it) for each choice among lists of values."""
-    if not changes:
-        yield {}, {}
-        return
-    (name, value), *others = changes.items()
-    if isinstance(value, dict):
-        inner = _choices(value, f"{prefix}{name}.")
-        first = [(varied, {name: fields}) for varied, fields in inner]
-    elif isinstance(value, list | range):
-        first = [({prefix + name: x}, {name: x}) for x in value]
-    else:
-        first = [({}, {name: value})]
-    for (varied, field), (more, fields) in itertools.product(first, _choices(dict(others), prefix)):
-        yield varied | more, field | fields
+def _flat(changes: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"ppo": {"kl_coef": 1}} as ("ppo.kl_coef", 1)."""
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
-def sweep_command(arguments: list[str]) -> int:
-    """minirlhf sweep --OPTION VALUE VALUE .. [flags]."""
-    mine, words = _own_options(arguments)
-    to = [] if mine.out is None else ["--out", mine.out]
-    found = run_all(plan(_typed_choices(words, to)), mine.out, mine.jobs)
-    if mine.json:
+def _choices(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(what varies, all with it) for each choice among lists of values."""
+    lists = {name: values for name, values in fields.items() if isinstance(values, list | range)}
+    for values in itertools.product(*lists.values()):
+        varied = dict(zip(lists, values, strict=True))
+        yield varied, fields | varied
+
+
+def sweep_command(words: list[str]) -> int:
+    """A run for each choice among the values of options of train, side by side.
+
+    Any options, like --beta, --seed, --recipe, --config or --ppo.lam; then a table,
+    and a picture of what was gained against how far the policy went. Again with the
+    same --out, it goes on.
+    """
+    parser = Parser("sweep", sweep_command, "--OPTION VALUE VALUE ..")
+    parser.add(OWN)
+    fields = (option for option in of_config(TrainConfig()) if option.name != "out")
+    parser.add([*of_command(commands.configured), *fields], None, several=True)
+    typed = parser.read(words)
+    out, jobs, json = (typed.pop(option.name, option.default) for option in OWN)
+    once = {name: x[0] for name, x in typed.items() if isinstance(x, list) and len(x) == 1}
+    choices = _choices(typed | once)
+    planned = plan((varied, commands.configured(**fields)) for varied, fields in choices)
+    found = run_all(planned, out, jobs)
+    if json:
         print(to_json({"rows": found.rows, "failed": found.failed}).decode(), end="")
-    console = Console(markup=False, emoji=False, highlight=False, stderr=mine.json)
+    failed = f"; failed: {', '.join(found.failed)}" if found.failed else ""
+    lines = [f"runs: {found.folder}{failed}"]
     if found.rows:
         picture = pictures.save(found.figure(), found.folder / "frontier.png")
-        console.print(found.table(), f"frontier: {picture}", sep="\n")
-    failed = f"; failed: {', '.join(found.failed)}" if found.failed else ""
-    console.print(f"runs: {found.folder}{failed}", soft_wrap=True)
+        lines = [found.table(), f"frontier: {picture}", *lines]
+    commands.show(*lines, stderr=json)
     return int(bool(found.failed))
 
 
-def _own_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Those of the sweep itself, and the words that are left."""
-    ours = argparse.ArgumentParser(
-        prog="minirlhf sweep",
-        usage="%(prog)s --OPTION VALUE VALUE .. [OPTIONS]",
-        description="A run for each choice among the values of any options of train, like --beta, "
-        "--seed, --recipe, --config or --ppo.lam, side by side; then a table, and a picture of "
-        "what was gained against how far the policy went. Again with the same --out, it goes on.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    ours.add_argument("--out", metavar="FOLDER", help="default: runs/sweep-N with the next free N")
-    ours.add_argument("--jobs", metavar="N", type=int, default=0, help="runs at a time; 0: cores")
-    ours.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    try:
-        return ours.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        said = f"{error.argument_name}: expected a value; got: {error.message}: correct it"
-        raise InputError(said) from error
-
-
-def _typed_choices(words: list[str], once: list[str]) -> Iterator[tuple[dict, TrainConfig]]:
-    """({"ppo.kl_coef": a value}, its configuration) for each choice among values of options."""
-    axes: dict[str, list[str]] = {}
-    starts = [i for i, word in enumerate(words) if word.startswith("--")]
-    for start, end in itertools.pairwise([0, *starts, len(words)]):
-        if end - start > 2 and words[start] not in LISTS:
-            axes[words[start]] = axes.get(words[start], []) + words[start + 1 : end]
-        else:
-            once = once + words[start:end]
-    for values in itertools.product(*axes.values()):
-        varied = dict(zip(axes, values, strict=True))
-        with contextlib.redirect_stderr(io.StringIO()):  # what a recipe sets is in the run's log
-            config = parse_config([*once, *itertools.chain(*varied.items())])
-        yield {flag[2:].replace("-", "_"): value for flag, value in varied.items()}, config
-
-
 def plan(choices: Iterable[tuple[dict[str, Any], TrainConfig]]) -> list[Planned]:
-    """The runs, each in a folder that is named by what varies.
-
-    Args:     choices: ({option or field: what was chosen}, the configuration that makes).
-    Raises:   InputError: nothing varies, two choices are the same, or train would refuse one.
-    """
+    """The runs of (what varies, configuration), each in a folder that is named by what varies."""
     planned: dict[str, Planned] = {}
     for varied, config in choices:
         if not (config.is_dpo or config.stages == "all"):
@@ -246,10 +218,7 @@ def _kl_coef(config: TrainConfig) -> float:
 def run_all(
     planned: list[Planned], out: str | Path | None, jobs: int, *, progress: bool = True
 ) -> Sweep:
-    """Do what is not done yet, `jobs` runs at a time; interrupted, every run can go on.
-
-    Raises:   InputError: the folder holds other runs, or somebody is at work in it.
-    """
+    """Do what is not done yet, `jobs` runs at a time; interrupted, every run can go on."""
     if jobs < 0:
         raise InputError(f"--jobs: expected 0 or more; got {jobs}: choose such a number")
     out = new_numbered_folder("sweep") if out is None else Path(out)

@@ -3,38 +3,22 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from html import escape
 from typing import Any
 
 import numpy as np
 from rich import box
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from minirlhf.app.coloured import template
+from minirlhf.app.pictures import METRICS
 from minirlhf.disk import shorten
 from minirlhf.runs.pipeline import Result
 from minirlhf.worlds.world import World
 
 GOOD, BAD = "#0072b2", "#d55e00"  # blue and vermilion: every eye can tell them apart
-ROWS = {  # metric of `evaluate.response_metrics` -> (label, format)
-    "proxy": ("proxy reward (what training sees)", "{:.2f}"),
-    "gold": ("gold reward (what is wanted)", "{:.2f}"),
-    "reward": ("your reward", "{:.4g}"),
-    "kl_seq": ("kl_seq, sum of log-ratios [nats]", "{:.2f}"),
-    "kl_full_seq": ("kl_full_seq, whole vocabulary [nats]", "{:.2f}"),
-    "entropy": ("entropy [nats per token]", "{:.2f}"),
-    "length": ("length [tokens]", "{:.1f}"),
-    "distinct_2": ("distinct-2, all replies", "{:.3f}"),
-    "repeated_bigrams": ("repeated bigrams inside a reply", "{:.3f}"),
-    "ended": ("replies that end by themselves", "{:.2f}"),
-}
-WORDS = {  # what the words of the table mean, where its rows need it
-    "proxy": "proxy: the score of the reward model or your own, scaled: what PPO maximises",
-    "gold": "gold: the world's own measure of a good reply, which training never sees",
-    "distinct_2": "distinct-2: different pairs of neighbouring tokens / all pairs, of all replies",
-}
+ROWS, WORDS = METRICS["rows"], METRICS["words"]
 
 
 class NumberTable(Table):
@@ -44,8 +28,8 @@ class NumberTable(Table):
         texts = [column for column in self.columns if not column.no_wrap]
         pieces, room = [], 0
         for column in (column for column in self.columns if column.no_wrap):
-            lines = "\n".join(map(str, (column.header, *column.cells))).split("\n")
-            width = max(map(cell_len, lines)) + sum(self.padding[1::2]) + 1
+            text = Text("\n".join(map(str, (column.header, *column.cells))))
+            width = console.measure(text).maximum + sum(self.padding[1::2]) + 1
             if width > room:
                 pieces.append([*texts])
                 room = options.max_width - 1 - 10 * len(texts)
@@ -106,12 +90,7 @@ def result_table(result: Result, world: World) -> NumberTable:
 
 def html(table: Table) -> str:
     """The table for a notebook; what it shows of a user's text is escaped."""
-    heads = "".join(f"<th>{escape(str(column.header))}</th>" for column in table.columns)
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    lines = ("".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines).replace("\n", "<br>")
-    caption = f"<caption>{escape(str(table.title or ''))}</caption>"
-    return f"<table>{caption}<tr>{heads}</tr>{body}</table>"
+    return template("table.html").render(table=table)
 
 
 def replies_table(title: str, world: World, prompts, *replies, with_prompts=False) -> Table:
@@ -120,18 +99,14 @@ def replies_table(title: str, world: World, prompts, *replies, with_prompts=Fals
     for head in (*["prompt"] * with_prompts, *("reference", "policy")[: len(replies)]):
         table.add_column(head, ratio=1, overflow="fold")
     for prompt, *texts in zip(prompts, *replies, strict=True):
-        cells = [reply_cell(world, prompt, text) for text in texts]
-        table.add_row(*[Text(printable(prompt))] * with_prompts, *cells)
+        cells = [Text(printable(prompt))] * with_prompts
+        for text in texts:
+            cells.append(Text(printable(text)))
+            gold = world.gold_or_none(prompt, text)
+            if gold is not None:
+                cells[-1].append(f"\ngold {gold:+.2f}", style=GOOD if gold > 0 else BAD)
+        table.add_row(*cells)
     return table
-
-
-def reply_cell(world: World, prompt: str, reply: str) -> Text:
-    """A reply, and its gold reward below it."""
-    text = Text(printable(reply))
-    gold = world.gold_or_none(prompt, reply)
-    if gold is not None:
-        text.append(f"\ngold {gold:+.2f}", style=GOOD if gold > 0 else BAD)
-    return text
 
 
 def printable(text: str) -> str:
@@ -140,20 +115,15 @@ def printable(text: str) -> str:
 
 
 def penalty_table(pieces: list[str], logp: np.ndarray, ref_logp: np.ndarray) -> Table:
-    """Token by token: log pi_theta, log pi_ref, their difference; the last row is the sum [nats].
-
-    A token that the policy has made more likely pays a penalty; one it has made rarer earns it.
-    """
-    title = "log pi_theta - log pi_ref by token [nats]"
-    table = Table(title=title, padding=(0, 1, 0, 0))
+    """Token by token log pi_theta, log pi_ref, their difference; the last row is the sum [nats]."""
+    table = Table(title="log pi_theta - log pi_ref by token [nats]", padding=(0, 1, 0, 0))
     table.add_column("token", overflow="fold", min_width=1)
     for column in ("log\npi_theta", "log\npi_ref", "difference"):
         table.add_column(column, justify="right", no_wrap=True)
     difference = logp - ref_logp
     for piece, ours, theirs, d in zip(pieces, logp, ref_logp, difference, strict=True):
         style = BAD if d > 0.5 else GOOD if d < -0.5 else ""
-        numbers = (f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style))
-        table.add_row(Text(piece), *numbers)
+        table.add_row(Text(piece), f"{ours:.4f}", f"{theirs:.4f}", Text(f"{d:+.4f}", style))
     table.add_section()
     total = Text(f"{difference.sum():+.4f}", "bold")
     table.add_row("sum", f"{logp.sum():.4f}", f"{ref_logp.sum():.4f}", total)

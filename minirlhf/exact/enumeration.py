@@ -50,11 +50,7 @@ class PrefixTree(NamedTuple):
 
 
 def grow_tree(
-    goes_on: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    *,
-    vocab_size: int,
-    max_tokens: int,
-    n_prompts: int = 1,
+    goes_on: Callable[..., np.ndarray], *, vocab_size: int, max_tokens: int, n_prompts: int = 1
 ) -> PrefixTree:
     """The tree of all prefixes that `goes_on` lets live, level by level; made on the host.
 

@@ -9,11 +9,13 @@ A network's backward is linear in dz, so the same mean holds in its parameters. 
 random one: four tokens, four steps, three random transformers.
 """
 
+import tomllib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array
 from minirlhf.exact import enumeration, optimum
 from minirlhf.exact.enumeration import PrefixTree, Responses
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
@@ -141,17 +143,16 @@ def gradient_moments(gradients: Array, probs: Array) -> tuple[Array, Array]:
     return mean, second - (mean * mean).sum()
 
 
-def relative_error(estimate: Array, exact: Array) -> Array:
-    """|estimate - exact| / |exact|: ()."""
-    xp, difference = get_xp(estimate, exact), estimate - exact
-    return xp.sqrt((difference * difference).sum() / (exact * exact).sum())
+def relative_error(estimate: np.ndarray, exact: np.ndarray) -> float:
+    """|estimate - exact| / |exact|."""
+    difference = estimate - exact
+    return np.sqrt((difference * difference).sum() / (exact * exact).sum())
 
 
-def cosine(estimate: Array, exact: Array) -> Array:
-    """Cosine of the angle between two gradients; 0 where one of them is 0: ()."""
-    xp = get_xp(estimate, exact)
-    norms = xp.sqrt((estimate * estimate).sum() * (exact * exact).sum())
-    return xp.where(norms > 0, (estimate * exact).sum() / xp.where(norms > 0, norms, 1.0), 0.0)
+def cosine(estimate: np.ndarray, exact: np.ndarray) -> float:
+    """Cosine of the angle between two gradients; 0 where one of them is 0."""
+    norms = np.sqrt((estimate * estimate).sum() * (exact * exact).sum())
+    return (estimate * exact).sum() / norms if norms > 0 else 0.0
 
 
 def error_and_noise(
@@ -167,8 +168,8 @@ def error_and_noise(
     np.add.at(at_prefixes, (np.arange(M)[:, None], world.responses.nodes), kept)
     estimates = at_prefixes.reshape(M, N * V) @ jacobian  # (M, P)
     mean, variance = gradient_moments(estimates, probs)
-    noise = float(np.sqrt(variance / (g @ g)))
-    return mean, {"error": float(relative_error(mean, g)), "noise": noise}
+    noise = np.sqrt(variance / (g @ g))
+    return mean, {"error": float(relative_error(mean, g)), "noise": float(noise)}
 
 
 # -- the gradient of the penalty, in every placement -----------------------------------------------
@@ -186,30 +187,11 @@ class Placement(NamedTuple):
         return self.gives == "g"
 
 
-STALE = "biased: samples of old"
-PENALTIES = (  # name, kl_mode, and what the expected gradient is on samples of theta, old, ref
-    ("k1 in the reward", "reward_k1", "g", STALE),
-    ("k1 in the reward, own token only", "reward_k1", "partial"),
-    ("k1 as loss (as printed)", "loss_k1", "0", "-grad KL(old||pi)", "-grad KL(ref||pi)"),
-    ("k2 in the reward", "reward_k2", "biased", STALE),
-    ("k2 as loss, sequence", "loss_k2_seq", "g", STALE),
-    ("k2 as loss, per token", "loss_k2_tok", "partial", STALE),
-    ("k3 in the reward", "reward_k3", "g - k3 as loss, per token", STALE),
-    ("k3 as loss, sequence", "loss_k3_seq", "grad KL(ref||pi)", STALE),
-    ("k3 as loss, per token (GRPO)", "loss_k3_tok", "the same by token", STALE),
-    ("k3 in reward and as loss", "reward_and_loss_k3", "g", STALE),
-    ("full KL as loss", "loss_full", "partial", "partial, old prefixes"),
-    ("full KL + score x future KL", "loss_rb", "g", STALE),
-    ("full KL in reward and as loss", "reward_and_loss_full", "g", STALE),
-    ("sequence ratio x k1", "loss_rho_k1", "g", "g"),
-    ("sequence ratio, fixed, x k2", "loss_rho_k2", "g", "g"),
-    ("sequence ratio x k3", "loss_rho_k3", "g", "g"),
-    ("token ratio x k3", "loss_rho_k3_tok", "partial", "partial, old prefixes"),
-)
+_READ = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PLACEMENTS = tuple(
     Placement(name, mode, sampler, gives[i], 0.0 if "own token" in name else 1.0)
     for i, sampler in enumerate(("theta", "old", "ref"))
-    for name, mode, *gives in PENALTIES
+    for name, mode, *gives in _READ["penalties"]
     if i < len(gives)
 )
 

@@ -7,12 +7,12 @@ J, J*, the KL and the gradient noise are exact, and no evaluation has an error b
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 
 from minirlhf.exact import optimum
 from minirlhf.exact.enumeration import PrefixTree
@@ -20,7 +20,6 @@ from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train import ppo
-from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set, sample_responses
@@ -157,7 +156,7 @@ def measure(truth: GroundTruth, params: Tree) -> dict[str, float | list[float]]:
 
 class Trained(NamedTuple):
     params: Tree  # {"transformer": ..., "value_head": ...}
-    history: list[dict]  # "iteration", the metrics of `measure` and of the updates before
+    history: list[dict]  # "iteration", the metrics of `measure`
 
 
 def train_on_world(
@@ -178,11 +177,9 @@ def train_on_world(
     config, reference, world = truth.config, truth.reference, truth.world
     history = [{"iteration": 0, **measure(truth, reference)}]
     turns = ppo_on_world(world, reference, config=config, settings=settings, seed=seed)
-    for iteration, (params, turn) in enumerate(turns, 1):
+    for iteration, (params, _) in enumerate(turns, 1):
         if iteration % measure_every == 0 or iteration == settings.iterations:
-            exact = measure(truth, params)
-            metrics = mean_of_updates(turn.updates, settings)
-            history.append({"iteration": iteration, **exact, **metrics})
+            history.append({"iteration": iteration, **measure(truth, params)})
     return Trained(params, history)
 
 
@@ -217,13 +214,7 @@ def ppo_on_world(
 
 
 def sample_world(
-    params: Tree,
-    world: TokenWorld,
-    n: int,
-    *,
-    config: GPTConfig,
-    rng: np.random.Generator,
-    together: int = 1,
+    params: Tree, world: TokenWorld, n: int, *, config: GPTConfig, rng: Generator, together=1
 ) -> Samples:
     """n responses, the prompts in turn, each of them so many times together."""
     prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
@@ -232,7 +223,6 @@ def sample_world(
     return sample_responses(params, prompts, **limits, **same)
 
 
-# -- the runs of `minirlhf exact` ----------------------------------------------------------------
 def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
     """The settings with other values of some fields, and of some fields of their optimiser."""
     tuned = replace(settings.optimizer, **(optimizer or {}))
@@ -247,18 +237,3 @@ def optimum_runs(*, iterations: int = 150) -> Iterator[tuple[str, PPOConfig]]:
         yield "PPO, linear decay", ppo
         yield "PPO, constant rate", changed(ppo, optimizer=constant)
         yield "one-step RLOO", rloo
-
-
-def train_run(
-    name: str, settings: PPOConfig, world: TokenWorld, reference: Tree, *, seed: int
-) -> dict[str, Any]:
-    """Train one policy from the reference on; its history, and the frontier where it ended."""
-    started = time.perf_counter()
-    where = {"config": small_transformer(world), "kl_coef": settings.kl_coef}
-    truth = make_ground_truth(world, reference, **where)
-    trained = train_on_world(truth, settings=settings, seed=seed)
-    row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
-    row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}
-    args, end = (world.tree, truth.ref_log_probs, world.rewards), trained.history[-1]
-    row["frontier"] = optimum.frontier_reward(*args, kl_seq=end["exact/kl_seq"])
-    return {**row, "history": trained.history}

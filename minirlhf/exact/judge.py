@@ -13,7 +13,9 @@ A loss adds to c(s_t, y_t) its slope at log pi(y_t|s_t).
 """
 
 import functools
+import tomllib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,23 +42,7 @@ SAME = 1e-5  # relative; central differences err by 1e-9, a float32 inside by 1e
 NOTHING, NONE = "nothing", "none of these"
 SAMPLERS = {"samples of the policy": "theta", "samples of an old policy": "old"}
 
-KL_MEANS = {  # what the gradient of a penalty may be the gradient of
-    "kl": "KL(pi || ref): the penalty",
-    "token_kl": "KL(pi || ref) token by token, prefixes as given: a part of the gradient",
-    "forward_kl": "KL(ref || pi)",
-    "token_forward_kl": "KL(ref || pi) token by token, prefixes as given",
-    "half_chi2": "half of chi^2(pi || ref)",
-    "token_half_chi2": "half of chi^2(pi || ref) token by token, prefixes as given",
-    "l1": "the sum of |pi - ref|",
-    "token_l1": "the sum of |pi - ref| token by token, prefixes as given",
-    "kl_minus_forward_kl": "KL(pi || ref) - KL(ref || pi): k3 of whole responses in the reward",
-    "kl_minus_token_forward_kl": "KL(pi || ref) - KL(ref || pi) token by token: k3 in the reward",
-    "k2_in_reward": "no divergence: k2 in the reward",
-    "kl_minus_entropy": "KL(pi || ref) - entropy: the weight of the score is differentiated too",
-    "minus_kl_old": "-KL(old || pi): away from the policy that sampled",
-    "length": "nothing but length: k1 divided by it",
-}
-REWARD_MEANS = {"reward": "-E[reward]: the policy gradient"}
+MEANS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 MEAN, STALE, BY_TOKEN = "mean_", " on samples of old", " by token ratios"  # around a name
 
 
@@ -64,7 +50,7 @@ def meaning(name: str) -> str:
     """A name in words."""
     core = name.removeprefix(MEAN).removesuffix(STALE).removesuffix(BY_TOKEN)
     divided = ", each response divided by its length" * name.startswith(MEAN)
-    return (KL_MEANS | REWARD_MEANS).get(core, core) + divided
+    return MEANS.get(core, core) + divided
 
 
 class Setting(NamedTuple):
@@ -119,7 +105,7 @@ def times(factor: float, name: str) -> str:
 
 # -- what a gradient may be the gradient of ------------------------------------------------------
 def kl_slopes(setting: Setting) -> Arrays:
-    """KL_MEANS as slopes (M, T), of which the mean over the policy's responses is the gradient.
+    """Slopes (M, T), whose mean over the policy's responses is what a penalty may descend.
 
     D(pi) = sum_y pi(y) f(log_ratio(y)) has the gradient sum_y pi(y) c(y) grad log pi(y), with
     c = f + f' and any constant more, because E[grad log pi] = 0: log_ratio for the KL,
@@ -182,7 +168,7 @@ class Verdict(NamedTuple):
 
     part: str  # "kl" or "reward": what it is held against
     given: str
-    descends: str  # a name of KL_MEANS or REWARD_MEANS, "nothing" or "none of these"
+    descends: str  # a name of MEANS, "nothing" or "none of these"
     factor: float  # times its gradient; negative: it ascends
     nearest: str  # what fits at the most distances, or has the largest |cosine| there
     value_is: str  # a name of `exact_values`, with its factor, or "none of these"

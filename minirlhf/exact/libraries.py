@@ -1,11 +1,13 @@
 """What the libraries do: their KL terms, as formulas of ours, for `judge.py`.
 
-As read in the file at the commit or release that stands beside it: facts as of then. The arrays are
-(1, T), of one response. Terms of tokens are summed: a divisor that all responses of a batch share
-is left out, a response's own length is kept.
+Which library has which term, and where that was read, is in libraries.toml. The arrays are (1, T),
+of one response. Terms of tokens are summed: a divisor that all responses of a batch share is left
+out, a response's own length is kept.
 """
 
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +69,7 @@ TERMS: dict[str, Term] = {
 
 
 class Library(NamedTuple):
-    """A row of the table."""
+    """A row of libraries.toml."""
 
     term: str  # of TERMS
     where: str  # repository: file
@@ -80,36 +82,9 @@ class Library(NamedTuple):
         return TERMS[self.term]
 
 
-TRL = "huggingface/trl: trl/trainer/grpo_trainer.py", "release 1.16.0"
-RLOO = "huggingface/trl: trl/trainer/rloo_trainer.py", "release 1.16.0"
-VERL = "verl-project/verl: verl/trainer/ppo/core_algos.py", "018f23b"
-OPENRLHF = "OpenRLHF/OpenRLHF: openrlhf/models/utils.py", "02a2605"
-BEFORE = "NVIDIA-NeMo/RL: nemo_rl/algorithms/loss_functions.py", "005a098"  # PR 2506
-AFTER = "NVIDIA-NeMo/RL: nemo_rl/algorithms/loss/loss_functions.py", "006907a"
-BOOK = "natolambert/rlhf-book: code/policy_gradients/loss.py", "0c2ba9c"
-SCRIPTS = "rasbt/reasoning-from-scratch: ch07/03_rlvr_grpo_scripts_advanced"
-CH07 = f"{SCRIPTS}/7_5_plus_kl.py", "5182d71"
-CH07_V32 = f"{SCRIPTS}/7_7_improvements/deepseek_v32_style.py", "5144af5"
-
+_READ = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 LIBRARIES = {
-    "trl-grpo": Library("token ratio x k3", *TRL),  # use_bias_correction_kl, its default
-    "trl-grpo-uncorrected": Library("k3", *TRL),
-    "trl-rloo": Library("response's k1, in the reward", *RLOO),
-    "verl-reward-k1": Library("k1", *VERL, "reward"),
-    "verl-k1": Library("k1", *VERL),
-    "verl-abs": Library("|k1|", *VERL),
-    "verl-k2": Library("k2", *VERL),
-    "verl-k3": Library("k3, at most 10", *VERL),  # low_var_kl
-    "verl-k1+": Library("k1, gradient of k2", *VERL, framework="own"),
-    "verl-k3+": Library("k3, gradient of k2", *VERL, framework="own"),
-    **{f"openrlhf-reward-{k}": Library(k, *OPENRLHF, "reward") for k in ("k1", "k2", "k3")},
-    **{f"openrlhf-{k}": Library(k, *OPENRLHF) for k in ("k1", "k2", "k3")},  # use_kl_loss
-    "nemo-rl-before-k1": Library("k1", *BEFORE),
-    "nemo-rl-before": Library("k3, at most 10", *BEFORE),
-    "nemo-rl-after": Library("k3 + score x k3, at most 10", *AFTER, framework="own"),
-    "rlhf-book-kl1": Library("mean of -k1", *BOOK),
-    "rlhf-book-kl3": Library("mean of k3 of 1/ratio", *BOOK),
-    "reasoning-from-scratch": Library("k1", *CH07),
-    "reasoning-from-scratch-v32": Library("response ratio x k1", *CH07_V32),
-    "deepseek-v3.2": Library("token ratio x k3", "arXiv 2512.02556, eq. 7", "the paper"),
+    name: Library(where=source["where"], as_of=source["as_of"], **row)
+    for source in _READ["sources"]
+    for name, row in source["rows"].items()
 }

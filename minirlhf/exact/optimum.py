@@ -10,13 +10,8 @@ import math
 from typing import NamedTuple
 
 from minirlhf.backend import Array, check_same_shape, get_xp
-from minirlhf.exact.enumeration import (
-    PrefixTree,
-    check_rows,
-    prefix_logprobs,
-    prompt_of_leaf,
-    response_logprobs,
-)
+from minirlhf.exact import enumeration
+from minirlhf.exact.enumeration import PrefixTree, check_rows, prefix_logprobs
 
 
 class ExactValue(NamedTuple):
@@ -43,12 +38,12 @@ def evaluate_exactly(
     check_rows(tree, log_probs=log_probs, ref_log_probs=ref_log_probs)
     check_same_shape("evaluate_exactly", leaf_node=tree.leaf_node, rewards=rewards)
     xp = get_xp(log_probs, ref_log_probs, rewards)
-    logp = response_logprobs(tree, log_probs)
+    logp = enumeration.response_logprobs(tree, log_probs)
     p = xp.exp(logp)
-    log_ratio = _log_ratio(p, logp, response_logprobs(tree, ref_log_probs))
+    log_ratio = _log_ratio(p, logp, enumeration.response_logprobs(tree, ref_log_probs))
     reward, kl_seq = (p * rewards).sum(), (p * log_ratio).sum()
     shaped = rewards - kl_coef * log_ratio
-    prompt = prompt_of_leaf(tree)
+    prompt = enumeration.prompt_of_leaf(tree)
     prompt_mean = xp.zeros(tree.n_prompts, dtype=xp.result_type(shaped, xp.float64))
     xp.add.at(prompt_mean, prompt, tree.n_prompts * p * shaped)  # many terms: in float64
     centred = shaped - prompt_mean[prompt].astype(shaped.dtype)
@@ -202,10 +197,7 @@ def frontier_reward(
 
 
 def _log_ratio(p: Array, logp: Array, ref_logp: Array) -> Array:
-    """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0.
-
-    Raises:   ValueError: something with p > 0 is impossible under the reference.
-    """
+    """logp - ref_logp where p > 0, and 0 elsewhere: 0 log 0 = 0."""
     xp = get_xp(p, logp, ref_logp)
     possible = p.real > 0
     if bool((possible & (ref_logp.real == -xp.inf)).any()):

@@ -10,8 +10,9 @@ import numpy as np
 
 from minirlhf.backend import Array, get_xp
 from minirlhf.exact.enumeration import PrefixTree, all_responses
-from minirlhf.nn.heads import tied_logits_forward
-from minirlhf.nn.transformer import GPTConfig, decode_step, prefill
+from minirlhf.nn.decoding import decode_step, prefill
+from minirlhf.nn.heads import logits_forward, output_matrix
+from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
 from minirlhf.train.policy import policy_backward, policy_forward
@@ -28,19 +29,19 @@ def tree_logits(params: Tree, *, tree: PrefixTree, prompts: list[Ids], config: G
               prompts: ids of the tree's prompts, in order.
     Raises:   ValueError: the tree's vocabulary or prompts are not the model's, or T is too long.
     """
-    transformer, wte = params["transformer"], params["transformer"]["wte"]
-    xp, same = get_xp(tree.parent, wte), {"config": config}
-    batch = _prompt_batch(tree, prompts, config, wte.real.dtype, xp)
+    transformer, w = params["transformer"], output_matrix(params["transformer"])
+    xp, same = get_xp(tree.parent, w), {"config": config}
+    batch = _prompt_batch(tree, prompts, config, w.real.dtype, xp)
     more = len(tree.levels) - 1
     h, kv = prefill(transformer, tokens=batch.tokens, mask=batch.mask, max_new=more, **same)
-    logits = [tied_logits_forward(h, wte)[0]]
+    logits = [logits_forward(h, w)[0]]
     pairs = zip(tree.levels, tree.levels[1:], strict=False)
     for column, (before, level) in enumerate(pairs, batch.prompt_len):
         kv = kv.rows(tree.parent[level] - before.start)  # a copy for each continuation
         tokens = tree.token[level]
         mask = xp.ones(tokens.shape, dtype=kv.mask.dtype)
         h = decode_step(transformer, kv, tokens=tokens, mask=mask, column=column, **same)
-        logits.append(tied_logits_forward(h, wte)[0])
+        logits.append(logits_forward(h, w)[0])
     return xp.concatenate(logits)
 
 
@@ -91,11 +92,9 @@ def _prompt_batch(tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype
 def _longest_prefixes(
     tree: PrefixTree, prompts: list[Ids], config: GPTConfig, dtype, xp
 ) -> tuple[Batch, Array]:
-    """Every prefix that no other continues as one row, and which node each of its columns is.
+    """Every prefix that no other continues as a row (rows, P+T), and its columns' nodes (rows, T).
 
-    A prefix that many rows pass through belongs to the first of them.
-
-    Returns:  batch (rows, P+T), and nodes (rows, T) with -1 at padding and at other rows' prefixes.
+    A node belongs to the first row that passes through it; -1 at other rows, and at padding.
     """
     tree = tree.to("cpu")
     responses = all_responses(tree)

@@ -9,35 +9,57 @@ import numpy as np
 
 from minirlhf.backend import Array, get_xp
 
+VOCABULARY_PIECE = 4096  # tokens; a vocabulary with more of them is large
 
-class TiedLogitsCache(NamedTuple):
+
+def output_matrix(transformer: dict) -> Array:
+    """(V, C) whose rows the logits are products with: "lm_head", or else the token embedding."""
+    return transformer.get("lm_head", transformer["wte"])
+
+
+class LogitsCache(NamedTuple):
     h: Array  # (..., C) borrowed
-    wte: Array  # (V, C) borrowed
+    w: Array  # (V, C) borrowed
 
 
-def tied_logits_forward(h: Array, wte: Array) -> tuple[Array, TiedLogitsCache]:
-    """z = h wte^T: the token embedding read backwards, as in GPT-2 (Press & Wolf 2017, 1608.05859).
+def logits_forward(h: Array, w: Array) -> tuple[Array, LogitsCache]:
+    """z = h w^T. In GPT-2 w is the token embedding, read backwards (Press & Wolf 2017, 1608.05859).
 
     Position t predicts token t + 1.
 
     Args:     h: (..., C) hidden states.
-              wte: (V, C) token embedding.
+              w: (V, C) of `output_matrix`.
     Returns:  logits (..., V), cache.
     """
-    get_xp(h, wte)
-    logits = h.reshape(-1, h.shape[-1]) @ wte.T  # (rows, V)
-    return logits.reshape(*h.shape[:-1], wte.shape[0]), TiedLogitsCache(h, wte)
+    get_xp(h, w)
+    logits = h.reshape(-1, h.shape[-1]) @ w.T  # (rows, V)
+    return logits.reshape(*h.shape[:-1], w.shape[0]), LogitsCache(h, w)
 
 
-def tied_logits_backward(dlogits: Array, cache: TiedLogitsCache) -> tuple[Array, Array]:
-    """dh = dz wte,  dwte = sum_rows dz^T h (the embedding's own gradient is added by the caller).
+def logits_backward(dlogits: Array, cache: LogitsCache) -> tuple[Array, Array]:
+    """dh = dz w,  dw = sum_rows dz^T h (an embedding's own gradient is added by the caller).
 
-    (..., V) -> dh (..., C), dwte (V, C).
+    (..., V) -> dh (..., C), dw (V, C).
     """
-    h, wte = cache
-    dlogits_rows = dlogits.reshape(-1, wte.shape[0])  # (rows, V)
-    dh = (dlogits_rows @ wte).reshape(h.shape)  # (..., C)
+    h, w = cache
+    dlogits_rows = dlogits.reshape(-1, w.shape[0])  # (rows, V)
+    dh = (dlogits_rows @ w).reshape(h.shape)  # (..., C)
     return dh, dlogits_rows.T @ h.reshape(-1, h.shape[-1])
+
+
+def next_logits(h: Array, w: Array) -> Array:
+    """z = h w^T of few rows, (B, C) -> (B, V).
+
+    Of a large vocabulary piece by piece as w h^T, each turned round while it is in the cache: the
+    BLAS then reads w as it lies in memory and copies none of it.
+    """
+    if len(w) <= VOCABULARY_PIECE:
+        return logits_forward(h, w)[0]
+    logits = get_xp(h, w).empty((len(h), len(w)), dtype=h.dtype)
+    for start in range(0, len(w), VOCABULARY_PIECE):
+        piece = slice(start, start + VOCABULARY_PIECE)
+        logits[:, piece] = (w[piece] @ h.T).T
+    return logits
 
 
 class ScalarHeadCache(NamedTuple):

@@ -1,4 +1,4 @@
-"""Linear, layer norm, GELU, embedding, columns: each forward with its backward below it.
+"""Linear, norms, GELU, SwiGLU, embedding, columns: each forward with its backward below it.
 
     foo_forward(x, w, ...) -> out, cache          differentiable arrays first, constants by keyword
     foo_backward(dout, cache) -> dx, dw, ...      dL/d(argument), in the order of the arguments
@@ -17,38 +17,42 @@ from minirlhf.backend import Array, as_float, check_ids, check_positive, get_xp,
 class LinearCache(NamedTuple):
     x: Array  # (..., I) borrowed
     w: Array  # (I, O) borrowed
+    has_bias: bool
 
 
-def linear_forward(x: Array, w: Array, b: Array) -> tuple[Array, LinearCache]:
+def linear_forward(x: Array, w: Array, b: Array | None = None) -> tuple[Array, LinearCache]:
     """y = x w + b over the last axis.
 
     Args:     x: (..., I) activations.
               w: (I, O) weight, input first.
-              b: (O,) bias.
+              b: (O,) bias; None: there is none.
     Returns:  y (..., O), cache.
     Raises:   ValueError: x's last axis, w and b do not fit each other.
     """
-    if w.ndim != 2 or x.shape[-1] != w.shape[0] or b.shape != w.shape[1:]:
+    shape_b = w.shape[1:] if b is None else b.shape
+    if w.ndim != 2 or x.shape[-1] != w.shape[0] or shape_b != w.shape[1:]:
         raise ValueError(
             "linear: expected x (..., I), w (I, O) and b (O,); "
-            f"got {x.shape}, {w.shape} and {b.shape}"
+            f"got {x.shape}, {w.shape} and {shape_b}"
         )
-    get_xp(x, w, b)
+    get_xp(x, w, *([] if b is None else [b]))
     y = x.reshape(-1, x.shape[-1]) @ w  # (rows, O) one large product beats many small ones
-    y += b  # the product is ours to overwrite
-    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w)
+    if b is not None:
+        y += b  # the product is ours to overwrite
+    return y.reshape(*x.shape[:-1], w.shape[1]), LinearCache(x, w, b is not None)
 
 
-def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, Array, Array]:
+def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, ...]:
     """dx = dy w^T,  dw = sum_rows x^T dy,  db = sum_rows dy.
 
-    (..., O) -> dx (..., I), dw (I, O), db (O,).
+    (..., O) -> dx (..., I), dw (I, O) and, where there is a bias, db (O,).
     """
-    x, w = cache
+    x, w, has_bias = cache
     x_rows = x.reshape(-1, x.shape[-1])  # (rows, I)
     dy_rows = dy.reshape(-1, dy.shape[-1])  # (rows, O)
     dx = (dy_rows @ w.T).reshape(x.shape)  # (..., I)
-    return dx, x_rows.T @ dy_rows, sum_rows(dy_rows)
+    dw = x_rows.T @ dy_rows
+    return (dx, dw, sum_rows(dy_rows)) if has_bias else (dx, dw)
 
 
 def sum_rows(x: Array) -> Array:
@@ -116,6 +120,50 @@ def layernorm_backward(dy: Array, cache: LayerNormCache) -> tuple[Array, Array, 
     return dx, dgain, dbias
 
 
+class RMSNormCache(NamedTuple):
+    xhat: Array  # (..., C) x / sqrt(mean x^2 + eps)
+    gain: Array  # (C,) borrowed
+    rrms: Array  # (..., 1) 1 / sqrt(mean x^2 + eps)
+
+
+def rmsnorm_forward(x: Array, gain: Array, *, eps: float = 1e-5) -> tuple[Array, RMSNormCache]:
+    """y = gain * xhat,  xhat = x / sqrt(mean(x^2) + eps): a layer norm without mean and bias.
+
+    Zhang & Sennrich 2019, arXiv 1910.07467.
+
+    Args:     x: (..., C) activations.
+              gain: (C,) scale.
+              eps: > 0, added to the mean square: a row of zeros has none.
+    Returns:  y (..., C) in x's dtype, cache.
+    Raises:   ValueError: gain is not (C,), or eps is not positive.
+    """
+    C = x.shape[-1]
+    if gain.shape != (C,):
+        raise ValueError(f"rmsnorm: expected gain of shape ({C},); got {gain.shape}")
+    check_positive("rmsnorm", "eps", eps)
+    xp = get_xp(x, gain)
+    mean_square = xp.einsum("...c,...c->...", x, x)  # (...) squared and summed in one pass
+    mean_square *= 1.0 / C
+    mean_square += eps
+    rrms = (1.0 / xp.sqrt(mean_square))[..., None]  # (..., 1)
+    xhat = x * rrms
+    return xhat * gain, RMSNormCache(xhat, gain, rrms)
+
+
+def rmsnorm_backward(dy: Array, cache: RMSNormCache) -> tuple[Array, Array]:
+    """dx = rrms * (dxhat - xhat * mean_C(dxhat * xhat)),  dxhat = dy * gain.
+
+    (..., C) -> dx (..., C), dgain (C,).
+    """
+    xhat, gain, rrms = cache
+    get_xp(dy, xhat)
+    along = dy * xhat  # (..., C); times gain: dxhat * xhat
+    dx = dy * gain
+    dx -= xhat * (along @ (gain * (1.0 / gain.shape[0])))[..., None]  # through the mean square
+    dx *= rrms
+    return dx, sum_rows(along)
+
+
 GELU_SCALE = 2.0 * math.sqrt(2.0 / math.pi)  # Python floats keep float32 arrays in float32
 GELU_CUBIC = 0.044715
 
@@ -158,6 +206,45 @@ def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | Non
 def gelu_backward(dy: Array, cache: GeluCache) -> Array:
     """dx = dy * (s + x s (1 - s) v'),  v' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)."""
     return dy * cache.slope
+
+
+class SwiGLUCache(NamedTuple):
+    up: Array  # (...) borrowed
+    swish: Array  # (...) gate * sigma(gate)
+    slope: Array  # (...) dswish/dgate
+
+
+def swiglu_forward(
+    gate: Array, up: Array, *, keep: bool = True
+) -> tuple[Array, SwiGLUCache | None]:
+    """y = swish * up,  swish = gate s,  s = sigma(gate) = 1 / (1 + exp(-gate)).
+
+    Shazeer 2020, arXiv 2002.05202.
+
+    Args:     gate, up: (...) two linear images of the same activations.
+              keep: False where no backward will follow.
+    Returns:  y (...), cache (None unless kept).
+    """
+    xp, gate, up = get_xp(gate, up), as_float(gate), as_float(up)
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives swish = 0, as it should be
+        s = xp.exp(-gate)
+    s += 1.0  # 1 / s so far
+    swish = gate / s
+    y = swish * up
+    if not keep:
+        return y, None
+    xp.divide(1.0, s, out=s)  # now it is s
+    slope = 1.0 - s  # dswish/dgate = s + gate s (1 - s)
+    slope *= swish
+    slope += s
+    return y, SwiGLUCache(up, swish, slope)
+
+
+def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
+    """dgate = dy * up * (s + gate s (1 - s)),  dup = dy * gate s."""
+    dgate = dy * cache.up
+    dgate *= cache.slope
+    return dgate, dy * cache.swish
 
 
 class EmbeddingCache(NamedTuple):

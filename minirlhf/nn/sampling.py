@@ -5,14 +5,16 @@ gives the same responses on a CPU and on a GPU.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from minirlhf.backend import Array, as_float, get_xp
-from minirlhf.nn.heads import tied_logits_forward
-from minirlhf.nn.transformer import GPTConfig, decode_step, kept_floats, prefill
+from minirlhf.nn.decoding import decode_step, prefill
+from minirlhf.nn.heads import VOCABULARY_PIECE, next_logits, output_matrix
+from minirlhf.nn.transformer import GPTConfig, kept_floats
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
 
@@ -55,7 +57,8 @@ def sampling_logprobs(
     if temperature < COLDEST:
         best = xp.argmax(logits, axis=-1)[..., None] == xp.arange(V)  # of a tie the first
         return xp.where(best, 0.0, -xp.inf).astype(logits.dtype)
-    z = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # 0 stays 0, however cold
+    z = logits - logits.max(axis=-1, keepdims=True)  # new memory: ours to overwrite
+    z /= temperature  # 0 stays 0, however cold
     if 0 < top_k < V:
         kth = xp.sort(z, axis=-1)[..., V - top_k : V - top_k + 1]  # (..., 1)
         z = xp.where(z >= kth, z, -xp.inf)
@@ -66,7 +69,8 @@ def sampling_logprobs(
         mass_before = descending.cumsum(axis=-1) - descending  # of the more likely tokens
         rarest = xp.where(mass_before < top_p, descending, 1.0).min(axis=-1, keepdims=True)
         z = xp.where(p >= rarest, z, -xp.inf)
-    return z - xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+    z -= xp.log(xp.exp(z).sum(axis=-1, keepdims=True))
+    return z
 
 
 def draw_tokens(probs: Array, u: Array) -> Array:
@@ -76,10 +80,27 @@ def draw_tokens(probs: Array, u: Array) -> Array:
               u: (B, 1) uniform in [0, 1), float64.
     Returns:  (B,) ids.
     """
-    xp = get_xp(probs, u)
-    cdf = probs.cumsum(axis=-1, dtype=xp.float64)  # (B, V) in float32 the ids would move
+    xp, (B, V) = get_xp(probs, u), probs.shape
+    if V <= VOCABULARY_PIECE:
+        return _interval(probs, u)
+    side = math.isqrt(V - 1) + 1  # a square of tokens: first its row, then the token in it
+    square = xp.zeros((B, side * side), dtype=probs.dtype)
+    square[:, :V] = probs
+    square = square.reshape(B, side, side)
+    mass = square.sum(axis=-1, dtype=xp.float64)  # (B, side)
+    row = _interval(mass, u)  # (B,)
+    above = xp.where(xp.arange(side) < row[:, None], mass, 0.0).sum(axis=-1, keepdims=True)
+    rest = xp.maximum(u * mass.sum(axis=-1, keepdims=True) - above, 0.0)  # of it in the row
+    within = square[xp.arange(B), row]  # (B, side)
+    return row * side + _interval(within, rest / mass[xp.arange(B), row][:, None])
+
+
+def _interval(mass: Array, u: Array) -> Array:
+    """Whose interval of the cumulative distribution holds u (B, 1); never one of mass 0."""
+    xp = get_xp(mass, u)
+    cdf = mass.cumsum(axis=-1, dtype=xp.float64)  # in float32 the ids would move
     total = cdf[:, -1:]
-    # <= and not <: a token of probability 0 has an empty interval; the minimum is for u -> 1
+    # <= and not <: a mass of 0 has an empty interval; the minimum is for u -> 1
     return xp.minimum((cdf <= u * total).sum(axis=-1), (cdf < total).sum(axis=-1))
 
 
@@ -168,7 +189,7 @@ def _extend(
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
     rows, alive = xp.arange(B), mask[:, -1]  # who is left in the batch; 1 until the stop token
     for step in range(max_new):
-        logits, _ = tied_logits_forward(h, params["wte"])  # (B, V)
+        logits = next_logits(h, output_matrix(params))  # (B, V)
         drawn = draw_tokens(xp.exp(logprobs(logits)), u[rows, step][:, None])
         drawn = xp.where(alive > 0, drawn, pad_id)
         out.tokens[rows, P + step] = drawn

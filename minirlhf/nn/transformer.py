@@ -1,20 +1,23 @@
-"""GPT-2: embed, L blocks of attention and MLP with residual connections, a final layer norm.
+"""GPT-2 and Llama: embed, L blocks of attention and MLP with residual connections, a last norm.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters, in the
-layout of Hugging Face's GPT-2 (every w is (in, out)):
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Touvron et al. 2023,
+arXiv 2302.13971. Parameters (every w is (in, out)):
 
     {"wte": (V, C), "wpe": (n_ctx, C),
      "blocks": [{"ln1": {gain, bias}, "attn": {"qkv": {w, b}, "out": {w, b}},
                  "ln2": {gain, bias}, "mlp": {"up": {w, b}, "down": {w, b}}}, ...],
      "ln_f": {gain, bias}}
 
+Llama's blocks are the same but for four things, each seen by what its parameters have: no biases,
+norms without a mean, a "gate" in the MLP, and in the place of wpe rotary positions. An output
+matrix of its own is "lm_head" (V, C).
+
 B sequences, T tokens, C channels, V vocabulary, L layers. What reads the output h (B, T, C) is in
 heads.py.
 """
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,13 +25,15 @@ from minirlhf.backend import Array, check_ids, get_xp
 from minirlhf.nn import layers
 from minirlhf.nn.attention import (
     AttentionCache,
+    RotaryCache,
     attention_backward,
     attention_forward,
     causal_mask,
-    split_heads,
-    unnormalised_attention,
+    rotary_angles,
+    rotary_backward,
+    rotary_forward,
 )
-from minirlhf.tree import Tree
+from minirlhf.tree import Tree, tree_items, tree_map
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,56 @@ class GPTConfig:
     n_head: int = 4  # H
     d_model: int = 64  # C, a multiple of n_head
     ln_eps: float = 1e-5
+    block: Literal["gpt2", "llama"] = "gpt2"
+    n_kv_head: int = 0  # K, of Llama: heads of keys and values, a divisor of n_head; 0: n_head
+    d_ff: int = 0  # F, of Llama: channels inside the MLP; 0: 4 C
+    rope_theta: float = 10000.0  # of Llama: base of the wavelengths of its rotary positions
+    tied: bool = True  # of Llama: is the output matrix the token embedding?
 
     def __post_init__(self):
         for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "d_model"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GPTConfig: expected {name} >= 1; got {getattr(self, name)}")
-        if self.d_model % self.n_head != 0:
+        even = 1 if self.block == "gpt2" else 2  # rotary positions turn pairs of channels
+        if self.d_model % (even * self.n_head) != 0:
             raise ValueError(
-                f"GPTConfig: expected d_model a multiple of n_head; "
+                f"GPTConfig: expected d_model a multiple of {even} n_head; "
                 f"got {self.d_model} and {self.n_head}"
             )
 
+    @property
+    def heads(self) -> dict[str, int]:
+        """H and K, as the attention is told them."""
+        return {"n_head": self.n_head, "n_kv_head": self.n_kv_head or self.n_head}
+
 
 def kept_floats(sizes: GPTConfig, T: int) -> int:
-    """Floats kept of each of T tokens by a forward: 17 C, and H rows of attention, a block."""
-    return sizes.n_layer * (17 * sizes.d_model + sizes.n_head * T)
+    """Floats kept of each of T tokens by a forward, at most; H T of a block are the attention's."""
+    C, F = sizes.d_model, sizes.d_ff or 4 * sizes.d_model
+    of_block = 12 * C + 4 * F if sizes.block == "llama" else 9 * C + 2 * F
+    return sizes.n_layer * (of_block + sizes.n_head * T)
+
+
+def parameter_shapes(config: GPTConfig) -> Tree:
+    """The tree at the top of this file with its shape at each leaf."""
+    C, (H, K), is_llama = config.d_model, config.heads.values(), config.block == "llama"
+    F, vocabulary = config.d_ff or 4 * C, (config.vocab_size, C)
+
+    def linear(i, o):
+        return {"w": (i, o)} if is_llama else {"w": (i, o), "b": (o,)}
+
+    norm = {"gain": (C,)} if is_llama else {"gain": (C,), "bias": (C,)}
+    gate = {"gate": linear(C, F)} if is_llama else {}
+    block = {
+        "ln1": norm,
+        "attn": {"qkv": linear(C, C // H * (H + 2 * K)), "out": linear(C, C)},
+        "ln2": norm,
+        "mlp": {**gate, "up": linear(C, F), "down": linear(F, C)},
+    }
+    positions = {} if is_llama else {"wpe": (config.n_ctx, C)}
+    output = {} if config.tied else {"lm_head": vocabulary}
+    blocks = [block] * config.n_layer
+    return {"wte": vocabulary, **positions, "blocks": blocks, "ln_f": norm, **output}
 
 
 def init_transformer(config: GPTConfig, *, rng: np.random.Generator, dtype=np.float32) -> Tree:
@@ -63,32 +103,18 @@ def init_transformer(config: GPTConfig, *, rng: np.random.Generator, dtype=np.fl
 
     Drawn on the host from `rng`, so that a seed means the same model on every device.
     """
-    C, std = config.d_model, 0.02
+    shapes, std = parameter_shapes(config), 0.02
+    paths = (path for path, _ in tree_items(shapes))
 
-    def normal(*shape, std=std):
-        return (std * rng.standard_normal(shape)).astype(dtype)
+    def drawn(shape: tuple[int, ...]) -> Array:
+        path = next(paths)
+        if len(shape) == 1:  # a gain, or a bias
+            return np.full(shape, 1.0 if path.endswith("gain") else 0.0, dtype=dtype)
+        # 2L terms are added up in the residual stream
+        n_terms = 2 * config.n_layer if path.endswith(("out.w", "down.w")) else 1
+        return (std / n_terms**0.5 * rng.standard_normal(shape)).astype(dtype)
 
-    def linear(i, o, std=std):
-        return {"w": normal(i, o, std=std), "b": np.zeros(o, dtype=dtype)}
-
-    def layernorm():
-        return {"gain": np.ones(C, dtype=dtype), "bias": np.zeros(C, dtype=dtype)}
-
-    residual_std = std / (2 * config.n_layer) ** 0.5  # 2L terms are added up there
-    return {
-        "wte": normal(config.vocab_size, C),
-        "wpe": normal(config.n_ctx, C),
-        "blocks": [
-            {
-                "ln1": layernorm(),
-                "attn": {"qkv": linear(C, 3 * C), "out": linear(C, C, residual_std)},
-                "ln2": layernorm(),
-                "mlp": {"up": linear(C, 4 * C), "down": linear(4 * C, C, residual_std)},
-            }
-            for _ in range(config.n_layer)
-        ],
-        "ln_f": layernorm(),
-    }
+    return tree_map(drawn, shapes)
 
 
 def check_tokens(tokens: np.ndarray, mask: np.ndarray, config: GPTConfig) -> None:
@@ -119,50 +145,115 @@ def positions_of(mask: Array) -> Array:
     return xp.maximum((mask > 0).cumsum(axis=1) - 1, 0)  # 0 also before the first real token
 
 
+# -- what the two kinds of block do in their own way -----------------------------------------------
+def norm_forward(x: Array, p: Tree, *, eps: float) -> tuple[Array, Any]:
+    """Layer norm, or RMSNorm where p has no bias."""
+    norm = layers.layernorm_forward if "bias" in p else layers.rmsnorm_forward
+    return norm(x, **p, eps=eps)
+
+
+def norm_backward(dy: Array, cache: Any) -> tuple[Array, Tree]:
+    """dx, and gradients keyed like p."""
+    if isinstance(cache, layers.RMSNormCache):
+        dx, dgain = layers.rmsnorm_backward(dy, cache)
+        return dx, {"gain": dgain}
+    dx, dgain, dbias = layers.layernorm_backward(dy, cache)
+    return dx, {"gain": dgain, "bias": dbias}
+
+
+def through_linear(dy: Array, cache: layers.LinearCache) -> tuple[Array, Tree]:
+    """dx, and gradients keyed like p of a linear layer: {w, b}, or {w}."""
+    dx, *gradients = layers.linear_backward(dy, cache)
+    return dx, dict(zip(("w", "b"), gradients, strict=False))
+
+
+class MLPCache(NamedTuple):
+    up: layers.LinearCache
+    gate: layers.LinearCache | None
+    activation: layers.GeluCache | layers.SwiGLUCache
+    down: layers.LinearCache
+
+
+def mlp_forward(x: Array, p: Tree, *, keep: bool = True) -> tuple[Array, MLPCache]:
+    """down(gelu(up)), or where p has a gate  down(swish(gate) * up).  (..., C) -> (..., C)."""
+    u, up = layers.linear_forward(x, **p["up"])  # (..., F)
+    gate = None
+    if "gate" in p:
+        g, gate = layers.linear_forward(x, **p["gate"])
+        a, activation = layers.swiglu_forward(g, u, keep=keep)
+    else:
+        a, activation = layers.gelu_forward(u, keep=keep)
+    y, down = layers.linear_forward(a, **p["down"])
+    return y, MLPCache(up, gate, activation, down)
+
+
+def mlp_backward(dy: Array, cache: MLPCache) -> tuple[Array, Tree]:
+    """dx, and gradients keyed like p."""
+    da, ddown = through_linear(dy, cache.down)  # (..., F)
+    if cache.gate is None:
+        dx, dup = through_linear(layers.gelu_backward(da, cache.activation), cache.up)
+        return dx, {"up": dup, "down": ddown}
+    dg, du = layers.swiglu_backward(da, cache.activation)
+    (dx, dup), (dx_gate, dgate) = through_linear(du, cache.up), through_linear(dg, cache.gate)
+    dx += dx_gate  # x reaches y through both
+    return dx, {"gate": dgate, "up": dup, "down": ddown}
+
+
+def rotation_of(params: Tree, positions: Array, config: GPTConfig) -> dict[str, Any] | None:
+    """What `rotary_forward` is told at these positions; None where there is a wpe."""
+    if "wpe" in params:
+        return None
+    D, n_rotated = config.d_model // config.n_head, sum(config.heads.values())
+    angles = {"n": D // 2, "theta": config.rope_theta, "dtype": params["wte"].dtype}
+    return {"n_rotated": n_rotated, **rotary_angles(positions, **angles)}
+
+
+# -- a block, and all of them ----------------------------------------------------------------------
 class BlockCache(NamedTuple):
-    ln1: layers.LayerNormCache
+    ln1: layers.LayerNormCache | layers.RMSNormCache
     qkv: layers.LinearCache
+    rotary: RotaryCache | None
     attention: AttentionCache
     taken: layers.TakeColumnsCache | None
     out: layers.LinearCache
-    ln2: layers.LayerNormCache
-    up: layers.LinearCache
-    gelu: layers.GeluCache
-    down: layers.LinearCache
+    ln2: layers.LayerNormCache | layers.RMSNormCache
+    mlp: MLPCache
 
 
 def block_forward(
     x: Array,
     p: Tree,
     *,
-    n_head: int,
+    config: GPTConfig,
     allowed: Array,
-    eps: float = 1e-5,
+    rotation: dict[str, Any] | None = None,
     read: Array | None = None,
     keep: bool = True,
 ) -> tuple[Array, BlockCache | None]:
-    """x <- x + Attention(LN1(x));  y = x + MLP(LN2(x)),  MLP = down(gelu(up)).
+    """x <- x + Attention(Norm1(x));  y = x + MLP(Norm2(x)).
 
     Args:     x: (B, T, C) residual stream.
               p: one entry of params["blocks"].
               allowed: (B, 1, T, T) who may look at whom.
+              rotation: of `rotation_of`.
               read: (B, Q) columns that are wanted of y, each at most once; None: all T.
               keep: False where no backward will follow.
     Returns:  y (B, Q, C), cache (None unless kept).
     """
-    n, ln1 = layers.layernorm_forward(x, **p["ln1"], eps=eps)  # (B, T, C)
-    qkv, qkv_cache = layers.linear_forward(n, **p["attn"]["qkv"])  # (B, T, 3C)
-    a, attention = attention_forward(qkv, n_head=n_head, allowed=allowed, read=read)
+    n, ln1 = norm_forward(x, p["ln1"], eps=config.ln_eps)  # (B, T, C)
+    qkv, qkv_cache = layers.linear_forward(n, **p["attn"]["qkv"])  # (B, T, (H + 2K) D)
+    rotary = None
+    if rotation is not None:
+        qkv, rotary = rotary_forward(qkv, **rotation)
+    a, attention = attention_forward(qkv, **config.heads, allowed=allowed, read=read)
     a, out = layers.linear_forward(a, **p["attn"]["out"])  # (B, Q, C) from here on
     x, taken = (x, None) if read is None else layers.take_columns_forward(x, columns=read)
     a += x  # the first residual connection
 
-    n, ln2 = layers.layernorm_forward(a, **p["ln2"], eps=eps)
-    u, up = layers.linear_forward(n, **p["mlp"]["up"])  # (B, Q, 4C)
-    g, gelu = layers.gelu_forward(u, keep=keep)
-    y, down = layers.linear_forward(g, **p["mlp"]["down"])  # (B, Q, C)
+    n, ln2 = norm_forward(a, p["ln2"], eps=config.ln_eps)
+    y, mlp = mlp_forward(n, p["mlp"], keep=keep)
     y += a  # the second
-    cache = BlockCache(ln1, qkv_cache, attention, taken, out, ln2, up, gelu, down)
+    cache = BlockCache(ln1, qkv_cache, rotary, attention, taken, out, ln2, mlp)
     return y, cache if keep else None
 
 
@@ -171,32 +262,28 @@ def block_backward(dy: Array, cache: BlockCache) -> tuple[Array, Tree]:
 
     dy (B, Q, C) -> dx (B, T, C), gradients keyed like p.
     """
-    dg, dw_down, db_down = layers.linear_backward(dy, cache.down)  # (B, Q, 4C)
-    du = layers.gelu_backward(dg, cache.gelu)
-    dn, dw_up, db_up = layers.linear_backward(du, cache.up)
-    da, dgain2, dbias2 = layers.layernorm_backward(dn, cache.ln2)
+    dn, dmlp = mlp_backward(dy, cache.mlp)
+    da, dln2 = norm_backward(dn, cache.ln2)
     da += dy  # a reaches y directly and through the MLP
 
-    dout, dw_out, db_out = layers.linear_backward(da, cache.out)  # (B, Q, C)
-    dqkv = attention_backward(dout, cache.attention)  # (B, T, 3C): every position is a key
-    dn, dw_qkv, db_qkv = layers.linear_backward(dqkv, cache.qkv)
-    dx, dgain1, dbias1 = layers.layernorm_backward(dn, cache.ln1)
+    dout, dout_linear = through_linear(da, cache.out)  # (B, Q, C)
+    dqkv = attention_backward(dout, cache.attention)  # every position is a key
+    if cache.rotary is not None:
+        dqkv = rotary_backward(dqkv, cache.rotary)
+    dn, dqkv_linear = through_linear(dqkv, cache.qkv)
+    dx, dln1 = norm_backward(dn, cache.ln1)
     if cache.taken is not None:
         da = layers.take_columns_backward(da, cache.taken)  # (B, T, C)
     dx += da  # x reaches a directly and through the attention
-    return dx, {
-        "ln1": {"gain": dgain1, "bias": dbias1},
-        "attn": {"qkv": {"w": dw_qkv, "b": db_qkv}, "out": {"w": dw_out, "b": db_out}},
-        "ln2": {"gain": dgain2, "bias": dbias2},
-        "mlp": {"up": {"w": dw_up, "b": db_up}, "down": {"w": dw_down, "b": db_down}},
-    }
+    attn = {"qkv": dqkv_linear, "out": dout_linear}
+    return dx, {"ln1": dln1, "attn": attn, "ln2": dln2, "mlp": dmlp}
 
 
 class TransformerCache(NamedTuple):
     wte: layers.EmbeddingCache
-    wpe: layers.EmbeddingCache
+    wpe: layers.EmbeddingCache | None
     blocks: list[BlockCache]
-    ln_f: layers.LayerNormCache
+    ln_f: layers.LayerNormCache | layers.RMSNormCache
 
 
 def transformer_forward(
@@ -208,7 +295,7 @@ def transformer_forward(
     read: Array | None = None,
     keep: bool = True,
 ) -> tuple[Array, TransformerCache | None]:
-    """h = LN_f(block_L(... block_1(wte[tokens] + wpe[positions]))).
+    """h = Norm_f(block_L(... block_1(wte[tokens] + wpe[positions]))), or without wpe.
 
     Positions count real tokens only and nobody looks at padding, so neither the side nor the
     content of the padding changes any number at a real token.
@@ -222,120 +309,31 @@ def transformer_forward(
     Returns:  h (B, Q, C), cache (None unless kept).
     """
     x, wte = layers.embedding_forward(params["wte"], ids=tokens)  # (B, T, C)
-    x_position, wpe = layers.embedding_forward(params["wpe"], ids=positions_of(mask))
-    x += x_position
-    allowed = causal_mask(mask)  # (B, 1, T, T), the same for all blocks
-    blocks = []
+    positions, wpe, blocks = positions_of(mask), None, []
+    if "wpe" in params:
+        x_position, wpe = layers.embedding_forward(params["wpe"], ids=positions)
+        x += x_position
+    same = {"config": config, "keep": keep, "rotation": rotation_of(params, positions, config)}
+    same["allowed"] = causal_mask(mask)  # (B, 1, T, T), the same for all blocks
     for i, p in enumerate(params["blocks"]):
         is_last = i == config.n_layer - 1  # before it every column is somebody's key
-        x, cache = block_forward(
-            x,
-            p,
-            n_head=config.n_head,
-            allowed=allowed,
-            eps=config.ln_eps,
-            read=read if is_last else None,
-            keep=keep,
-        )
+        x, cache = block_forward(x, p, read=read if is_last else None, **same)
         blocks.append(cache)
-    h, ln_f = layers.layernorm_forward(x, **params["ln_f"], eps=config.ln_eps)
+    h, ln_f = norm_forward(x, params["ln_f"], eps=config.ln_eps)
     return h, TransformerCache(wte, wpe, blocks, ln_f) if keep else None
 
 
 def transformer_backward(dh: Array, cache: TransformerCache) -> Tree:
     """dL/dparams from dL/dh (B, Q, C), block by block from the last to the first.
 
-    A tree keyed like params; "wte" is the embedding's share, the logits' is added outside.
+    A tree keyed like params; "wte" is the embedding's share, what the logits read is added outside.
     """
-    dx, dgain, dbias = layers.layernorm_backward(dh, cache.ln_f)  # (B, Q, C)
+    dx, dln_f = norm_backward(dh, cache.ln_f)  # (B, Q, C)
     dblocks = []
     for block in reversed(cache.blocks):
         dx, dp = block_backward(dx, block)  # (B, T, C) from the last block on
         dblocks.insert(0, dp)
-    return {
-        "wte": layers.embedding_backward(dx, cache.wte),
-        "wpe": layers.embedding_backward(dx, cache.wpe),
-        "blocks": dblocks,
-        "ln_f": {"gain": dgain, "bias": dbias},
-    }
-
-
-class KVCache(NamedTuple):
-    """Keys and values of all tokens so far: what one more token has to look at."""
-
-    keys: list[Array]  # L times (B, H, S, D), S columns preallocated
-    values: list[Array]  # L times (B, H, S, D)
-    mask: Array  # (B, S) 1 at columns that hold a real token
-
-    def rows(self, index: Array) -> "KVCache":
-        """A copy for the sequences that `index` picks, each as often as it is named."""
-        return KVCache(
-            [k[index] for k in self.keys], [v[index] for v in self.values], self.mask[index]
-        )
-
-
-def prefill(
-    params: Tree, *, tokens: Array, mask: Array, config: GPTConfig, max_new: int
-) -> tuple[Array, KVCache]:
-    """Run the prompt once and keep its keys and values, with room for `max_new` more columns.
-
-    Args:     tokens: (B, P) prompts, padded on the left: the last column holds a real token.
-              mask: (B, P).
-    Returns:  h (B, C) at the last column, cache.
-    """
-    xp = get_xp(tokens, mask)
-    B, P = tokens.shape
-    C, H = config.d_model, config.n_head
-    last = xp.full((B, 1), P - 1)
-    h, cache = transformer_forward(params, tokens=tokens, mask=mask, config=config, read=last)
-    kv = KVCache([], [], xp.zeros((B, P + max_new), dtype=mask.dtype))
-    kv.mask[:, :P] = mask
-    for block in cache.blocks:
-        qkv = block.attention.qkv  # (B, P, 3C)
-        for store, start in ((kv.keys, C), (kv.values, 2 * C)):
-            columns = xp.zeros((B, H, P + max_new, C // H), dtype=qkv.dtype)
-            columns[:, :, :P] = split_heads(qkv[..., start : start + C], H)
-            store.append(columns)
-    return h[:, 0], kv
-
-
-def decode_step(
-    params: Tree, kv: KVCache, *, tokens: Array, mask: Array, column: int, config: GPTConfig
-) -> Array:
-    """h of one more token a sequence; `kv` is extended in place at `column`.
-
-    The same numbers as `transformer_forward` on the whole sequence, up to rounding, without
-    computing the earlier positions again.
-
-    Args:     tokens: (B,) the new ids.
-              mask: (B,) 1 where the new token is real, 0 where the sequence has already ended.
-              column: where the token stands, counted from the first column of the prompt.
-    Returns:  h (B, C).
-    """
-    xp = get_xp(tokens, mask)
-    C, H, eps = config.d_model, config.n_head, config.ln_eps
-    kv.mask[:, column] = mask
-    seen = kv.mask[:, : column + 1]  # (B, S)
-    position = positions_of(seen)[:, -1]  # (B,)
-    allowed = seen[:, None, None, :].copy()  # (B, 1, 1, S)
-    allowed[..., column] = 1.0  # a token sees itself, also where its sequence has ended
-    x = params["wte"][tokens] + params["wpe"][position]  # (B, C)
-    for p, keys, values in zip(params["blocks"], kv.keys, kv.values, strict=True):
-        n, _ = layers.layernorm_forward(x, **p["ln1"], eps=eps)
-        qkv, _ = layers.linear_forward(n, **p["attn"]["qkv"])  # (B, 3C)
-        q, k, v = (qkv[:, i * C : (i + 1) * C].reshape(-1, H, C // H) for i in range(3))
-        keys[:, :, column] = k
-        values[:, :, column] = v
-        q = q * (1.0 / math.sqrt(C // H))  # (B, H, D)
-        exp_scores, total = unnormalised_attention(q[:, :, None], keys[:, :, : column + 1], allowed)
-        a = exp_scores @ values[:, :, : column + 1]  # (B, H, 1, D)
-        a /= total
-        a, _ = layers.linear_forward(xp.ascontiguousarray(a).reshape(-1, C), **p["attn"]["out"])
-        a += x
-        n, _ = layers.layernorm_forward(a, **p["ln2"], eps=eps)
-        u, _ = layers.linear_forward(n, **p["mlp"]["up"])
-        g, _ = layers.gelu_forward(u, keep=False)
-        x, _ = layers.linear_forward(g, **p["mlp"]["down"])
-        x += a
-    h, _ = layers.layernorm_forward(x, **params["ln_f"], eps=eps)
-    return h
+    dparams = {"wte": layers.embedding_backward(dx, cache.wte)}
+    if cache.wpe is not None:
+        dparams["wpe"] = layers.embedding_backward(dx, cache.wpe)
+    return dparams | {"blocks": dblocks, "ln_f": dln_f}

@@ -5,6 +5,7 @@ sampling temperature tau and works on z / tau: the old, current and reference lo
 those of the distribution that was sampled, or the ratio is not 1 at the first step.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from minirlhf.backend import Array, as_float, check_ids, check_positive, check_same_shape, get_xp
@@ -35,13 +36,14 @@ class TokenLogprobsCache(NamedTuple):
 
 
 def token_logprobs_forward(
-    logits: Array, *, targets: Array, temperature: float = 1.0
+    logits: Array, *, targets: Array, temperature: float = 1.0, in_place: bool = False
 ) -> tuple[Array, TokenLogprobsCache]:
     """logp_t = z_{t,y_t}/tau - log sum_a exp(z_{t,a}/tau).
 
     Args:     logits: (B, T, V).
               targets: (B, T) the tokens y_t.
               temperature: tau > 0.
+              in_place: True where nobody reads the logits again: exp_z takes their memory.
     Returns:  logp (B, T) [nats], cache.
     Raises:   ValueError: shapes do not fit, targets are no ids, or the temperature is not positive.
     """
@@ -53,7 +55,8 @@ def token_logprobs_forward(
     check_positive("token_logprobs", "temperature", temperature)
     check_ids("token_logprobs: targets", targets, logits.shape[-1])
     xp, logits = get_xp(logits, targets), as_float(logits)
-    z = logits - logits.real.max(axis=-1, keepdims=True)  # (B, T, V)
+    highest = logits.real.max(axis=-1, keepdims=True)
+    z = xp.subtract(logits, highest, out=logits if in_place else None)  # (B, T, V)
     z *= 1.0 / temperature
     logp = xp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]  # (B, T)
     exp_z = xp.exp(z, out=z)  # in the memory of z, which nobody reads again
@@ -71,6 +74,21 @@ def token_logprobs_backward(dlogp: Array, cache: TokenLogprobsCache) -> Array:
     B, T = targets.shape
     dlogits[xp.arange(B)[:, None], xp.arange(T), targets] += dlogp_over_tau  # no place twice
     return dlogits
+
+
+SLICE_FLOATS = 1 << 20  # of one array: what `by_columns` takes of a large vocabulary at a time
+
+
+def by_columns(f: Callable[..., Array], *arrays: Array) -> Array:
+    """f of arrays (B, T, ..), some columns at a time: what f makes beside its result stays small.
+
+    Args:     f: to (B, T); what it says of a column depends on no other.
+              arrays: the first is logits (B, T, V).
+    """
+    B, T, V = arrays[0].shape
+    step = max(1, SLICE_FLOATS // (B * V))
+    parts = [f(*(a[:, t : t + step] for a in arrays)) for t in range(0, T, step)]
+    return get_xp(*parts).concatenate(parts, axis=1)
 
 
 def response_sum(x: Array, *, mask: Array) -> Array:

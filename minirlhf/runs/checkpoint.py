@@ -1,14 +1,15 @@
-"""Models in Hugging Face's GPT-2 layout, and resumable training states. safetensors, never pickle.
+"""Models in Hugging Face's GPT-2 and Llama layouts, and training states. safetensors, no pickle.
 
-Names and shapes: huggingface/transformers, models/gpt2/modeling_gpt2.py. Its Conv1D keeps weights
-(in, out), as we do, so no tensor is transposed. The output matrix is tied to wte and not stored.
+Names and shapes: huggingface/transformers, models/gpt2/modeling_gpt2.py, whose Conv1D keeps weights
+(in, out) as we do, and models/llama/modeling_llama.py, whose linear layers keep them (out, in) and
+queries, keys and values apart. A tied output matrix is not stored.
 """
 
 import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import deserialize, safe_open
@@ -16,55 +17,59 @@ from safetensors import deserialize, safe_open
 from minirlhf import disk
 from minirlhf.backend import Array, to_host
 from minirlhf.errors import InputError
-from minirlhf.nn.transformer import GPTConfig
+from minirlhf.nn.transformer import GPTConfig, parameter_shapes
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _HEADS, STATE = "heads.safetensors", "state.safetensors"
 _STATE_KEY = "minirlhf_state"
 _DIGEST = "minirlhf_sha256"  # in a file's metadata, which transformers writes anew
-_PLAIN_GPT2 = {  # what config.json may say, GPT-2's default first
-    "model_type": ("gpt2",),  # must be there
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-_SIZES = {  # what it must say: entry -> (field of GPTConfig, GPT-2's default)
-    "vocab_size": ("vocab_size", 50257),
-    "n_positions": ("n_ctx", 1024),
-    "n_embd": ("d_model", 768),
-    "n_layer": ("n_layer", 12),
-    "n_head": ("n_head", 12),
-    "layer_norm_epsilon": ("ln_eps", 1e-5),
-}
-_NAMES = (  # a key of the parameter tree -> that part of the tensor's name, where they differ
-    {"wte": "wte.weight", "wpe": "wpe.weight", "blocks": "h", "ln1": "ln_1", "ln2": "ln_2"}
-    | {"qkv": "c_attn", "out": "c_proj", "up": "c_fc", "down": "c_proj"}
-    | {"w": "weight", "b": "bias", "gain": "weight"}
-)
+
+
+class Kind(NamedTuple):
+    """How transformers writes a kind of model: see checkpoint.toml."""
+
+    prefix: str
+    architecture: str
+    plain: dict[str, list]
+    sizes: dict[str, list]
+    names: dict[str, str]
+
+    @property
+    def allowed(self) -> dict[str, list]:
+        """`plain`, with None, which TOML does not have."""
+        return {name: values or [None] for name, values in self.plain.items()}
+
+
+_TABLES = disk.read_toml(Path(__file__).with_suffix(".toml"))
+KINDS = {block: Kind(**table) for block, table in _TABLES.items()}
+
+
+class Slot(NamedTuple):
+    """Where a parameter stands in the file: one tensor, or the columns of several."""
+
+    names: list[str]
+    shape: tuple[int, ...]  # of ours
+    widths: list[int]  # last axis of each
+    is_transposed: bool
 
 
 def _layout(config: GPTConfig) -> Tree:
-    """The parameter tree with (name of the tensor, its shape) at every leaf."""
-    C = config.d_model
-
-    def linear(n_in, n_out):
-        return {"w": (n_in, n_out), "b": (n_out,)}
-
-    norm = {"gain": (C,), "bias": (C,)}
-    block = {
-        "ln1": norm,
-        "attn": {"qkv": linear(C, 3 * C), "out": linear(C, C)},
-        "ln2": norm,
-        "mlp": {"up": linear(C, 4 * C), "down": linear(4 * C, C)},
-    }
-    embeddings = {"wte": (config.vocab_size, C), "wpe": (config.n_ctx, C)}
-    shapes = {**embeddings, "blocks": [block] * config.n_layer, "ln_f": norm}
+    """The parameter tree with a Slot at every leaf."""
+    kind, D = KINDS[config.block], config.d_model // config.n_head
+    H, K = config.heads.values()
+    shapes = parameter_shapes(config)
     paths = (path.split(".") for path, _ in tree_items(shapes))
-    names = (".".join(_NAMES.get(key, key) for key in keys) for keys in paths)
-    return tree_map(lambda shape: (next(names), shape), shapes)
+
+    def slot(shape: tuple[int, ...]) -> Slot:
+        keys = next(paths)
+        name, widths = ".".join(kind.names.get(key, key) for key in keys), [shape[-1]]
+        names = [name.format(part) for part in "qkv"] if "{}" in name else [name]
+        if len(names) > 1:
+            widths = [H * D, K * D, K * D]
+        return Slot(names, shape, widths, config.block == "llama" and keys[-1] == "w")
+
+    return tree_map(slot, shapes)
 
 
 def save_model(
@@ -77,7 +82,7 @@ def save_model(
     scale: dict[str, float] | None = None,
     files: dict[str, bytes] | None = None,
 ) -> None:
-    """Write model.safetensors and config.json, which transformers loads as GPT2LMHeadModel.
+    """Write model.safetensors and config.json, which transformers loads as a causal model.
 
     A crash leaves the old model or the new one. Other files in the folder stay.
 
@@ -85,34 +90,35 @@ def save_model(
               heads: {"value_head": {"w", "b"}}, ...; they go to heads.safetensors.
               meta: further entries of config.json, like bos_token_id and eos_token_id.
               scale: score_mean and score_sd of a reward model, for config.json. transformers
-                  loads it as GPT2ForSequenceClassification, whose logit is (raw - mean) / sd.
+                  loads a GPT-2 as GPT2ForSequenceClassification, whose logit is (raw - mean) / sd.
               files: further files of the folder.
     Raises:   ValueError: the parameters do not fit config or are not finite, or meta names an entry
                   that config decides.
               InputError: the folder cannot be written.
     """
-    tensors: dict[str, np.ndarray] = {}
+    kind, tensors = KINDS[config.block], {}
 
     def put(slot, array):
-        name, shape = slot
-        tensors[f"transformer.{name}"] = array = _host(name, array)
-        if array.shape != shape or array.dtype not in (np.float32, np.float64):
+        array = _host(slot.names[0], array)
+        if array.shape != slot.shape or array.dtype not in (np.float32, np.float64):
             raise ValueError(
-                f"save_model: expected {name} of shape {shape} in float32 or float64; "
-                f"got {array.shape} in {array.dtype}"
+                f"save_model: expected {slot.names[0]} of shape {slot.shape} in float32 or "
+                f"float64; got {array.shape} in {array.dtype}"
             )
         if not np.isfinite(array).all():
-            raise ValueError(f"save_model: expected finite numbers; {name} has NaN or inf")
+            raise ValueError(f"save_model: expected finite numbers; {slot.names[0]} has NaN or inf")
+        parts = np.split(array, np.cumsum(slot.widths)[:-1], axis=-1)
+        for name, part in zip(slot.names, parts, strict=True):
+            whole = name if name == "lm_head.weight" else kind.prefix + name
+            tensors[whole] = np.ascontiguousarray(part.T if slot.is_transposed else part)
 
     tree_map(put, _layout(config), params)
-    entries = {name: allowed[0] for name, allowed in _PLAIN_GPT2.items()}
-    entries |= {name: getattr(config, field) for name, (field, _) in _SIZES.items()}
-    entries |= {"architectures": ["GPT2LMHeadModel"], "n_inner": None}
-    entries |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    entries["torch_dtype"] = str(tensors["transformer.wte.weight"].dtype)
+    entries = _entries(config, str(next(iter(tensors.values())).dtype))
     heads, meta, files = heads or {}, meta or {}, files or {}
     if scale:
-        entries |= {"architectures": ["GPT2ForSequenceClassification"], **scale}
+        entries |= scale
+    if scale and config.block == "gpt2":
+        entries |= {"architectures": ["GPT2ForSequenceClassification"]}
         entries |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
         heads = {**heads, "ln_f": {"bias": tensors["transformer.ln_f.bias"]}}
         tensors |= _classifier(heads["ln_f"]["bias"], heads["reward_head"], **scale)
@@ -124,6 +130,20 @@ def save_model(
         of_heads = {f"minirlhf.{path}": _host(path, array) for path, array in tree_items(heads)}
         files[_HEADS] = save(of_heads, format)
     disk.write_whole_folder(folder, files, drop=frozenset({_HEADS}))
+
+
+def _entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
+    """What config.json says of the network."""
+    kind = KINDS[config.block]
+    entries = {"model_type": config.block, "architectures": [kind.architecture]}
+    entries |= {name: allowed[0] for name, allowed in kind.allowed.items()}
+    entries |= {name: getattr(config, field) for name, (field, _) in kind.sizes.items()}
+    if config.block == "gpt2":
+        entries |= {"n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    else:
+        entries["num_key_value_heads"] = config.heads["n_kv_head"]
+        entries["intermediate_size"] = config.d_ff or 4 * config.d_model
+    return entries | {"torch_dtype": dtype}
 
 
 def _classifier(
@@ -153,36 +173,47 @@ def load_model(
     """
     folder = disk.settled(folder)
     config = _gpt_config(disk.read_object(folder / _CONFIG), folder / _CONFIG)
-    path, stored = _stored_model(folder)
+    path, stored = _stored_model(folder, KINDS[config.block].prefix)
     if config.n_layer > len(stored):  # before a layout of 10^9 layers is made
         raise InputError(
             f"{path}: expected {config.n_layer} layers, by config.json; got {len(stored)} tensors "
             "in all: use the config.json that belongs to the weights"
         )
-    head = stored.pop("lm_head.weight", None)
-    layout = _layout(config)
-    params = tree_map(lambda slot: _float_tensor(stored, *slot, path, dtype), layout)
+    layout, head = _layout(config), None
+    if config.tied:
+        head = stored.pop("lm_head.weight", None)
+
+    def get(slot: Slot) -> np.ndarray:
+        shapes = [(*slot.shape[:-1], width) for width in slot.widths]
+        shapes = [shape[::-1] if slot.is_transposed else shape for shape in shapes]
+        both = zip(slot.names, shapes, strict=True)
+        parts = [_float_tensor(stored, name, shape, path, dtype) for name, shape in both]
+        parts = [part.T if slot.is_transposed else part for part in parts]
+        return np.ascontiguousarray(np.concatenate(parts, axis=-1)) if len(parts) > 1 else parts[0]
+
+    params = tree_map(lambda slot: np.ascontiguousarray(get(slot)), layout)
     heads = _load_heads(folder / _HEADS, config, dtype)
     if "ln_f" in heads:  # of a reward model, whose model.safetensors has what transformers needs
         params["ln_f"] |= heads.pop("ln_f")
         stored.pop("score.weight", None)
-    wanted = dict(tree_leaves(layout)).keys()
-    buffers = {name for name in stored if name.endswith((".attn.bias", ".attn.masked_bias"))}
-    if extra := sorted(stored.keys() - wanted - buffers):
+    wanted = {name for slot in tree_leaves(layout) for name in slot.names}
+    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+    wanted |= {name for name in stored if name.endswith(buffers)}
+    if extra := sorted(stored.keys() - wanted):
         raise InputError(
-            f"{path}: expected the tensors of a GPT-2 of {config.n_layer} layers; got also "
+            f"{path}: expected the tensors of {config.n_layer} {config.block} layers; got also "
             f"{disk.shorten(', '.join(extra[:3]), 120)} ({len(extra)} in all): name the folder of "
-            "a plain GPT-2"
+            "a plain GPT-2 or Llama"
         )
-    if head is not None and not np.array_equal(head, stored["wte.weight"]):
+    if head is not None and not np.array_equal(head, stored[layout["wte"].names[0]]):
         raise InputError(
             f"{path}: expected an output matrix tied to the embedding; lm_head.weight differs "
-            "from wte.weight: use a model with tie_word_embeddings"
+            f"from {layout['wte'].names[0]}: use a model with tie_word_embeddings"
         )
     return params, config, heads
 
 
-def _stored_model(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+def _stored_model(folder: Path, prefix: str) -> tuple[Path, dict[str, np.ndarray]]:
     """The tensors of model.safetensors or of its parts, and the file that a message may name."""
     path, index = folder / _WEIGHTS, folder / f"{_WEIGHTS}.index.json"
     parts = [path]
@@ -203,7 +234,7 @@ def _stored_model(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
     stored: dict[str, np.ndarray] = {}
     for part in parts:
         for name, array in _read_tensors(part)[0].items():
-            bare = name.removeprefix("transformer.")
+            bare = name.removeprefix(prefix)
             if bare in stored:
                 raise InputError(
                     f"{part}: expected each tensor once; got {bare} a second time, as {name}: "
@@ -214,27 +245,45 @@ def _stored_model(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
-    """GPTConfig from a config.json of transformers; what it leaves out has GPT-2's default."""
+    """GPTConfig from a config.json of transformers; what it leaves out has its kind's default."""
 
     def refuse(name, expected):
         raise InputError(
             f"{path}: expected {name} to be {expected}; got "
-            f"{disk.shorten(repr(entries.get(name)))}: only plain GPT-2 models can be loaded"
+            f"{disk.shorten(repr(entries.get(name)))}: only plain GPT-2 and Llama models can be "
+            "loaded"
         )
 
-    for name, allowed in _PLAIN_GPT2.items():
-        value = entries.get(name, None if name == "model_type" else allowed[0])
-        if value not in allowed:
+    block = entries.get("model_type")
+    if block not in KINDS:
+        refuse("model_type", "'gpt2' or 'llama'")
+    kind, sizes = KINDS[block], {"block": block}
+    if isinstance(rope := entries.get("rope_parameters"), dict):  # of transformers 5
+        scaled = None if rope.get("rope_type", "default") == "default" else rope
+        theta = {"rope_theta": rope.get("rope_theta", 10000.0)}
+        entries = entries | theta | {"rope_scaling": entries.get("rope_scaling") or scaled}
+    for name, allowed in kind.allowed.items():
+        if entries.get(name, allowed[0]) not in allowed:
             refuse(name, " or ".join(map(json.dumps, allowed)).replace('"', "'"))
-    sizes = {}
-    for name, (field, default) in _SIZES.items():
-        value = sizes[field] = entries.get(name, default)
-        if type(value) is not type(default) or not 0 < value < math.inf:
-            refuse(name, "a number above 0")
-    if entries.get("n_inner") not in (None, 4 * sizes["d_model"]):
-        refuse("n_inner", f"null or {4 * sizes['d_model']}")
-    if sizes["d_model"] % sizes["n_head"]:
-        refuse("n_embd", f"a multiple of n_head = {sizes['n_head']}")
+    for name, (field, default) in kind.sizes.items():
+        value = entries.get(name, default)
+        if name == "num_key_value_heads" and entries.get(name) is None:
+            value = sizes["n_head"]
+        if name == "rope_theta" and type(value) is int:
+            value = float(value)
+        is_size = type(default) is not bool
+        if type(value) is not type(default) or (is_size and not 0 < value < math.inf):
+            refuse(name, "a number above 0" if is_size else "true or false")
+        sizes[field] = value
+    C, H = sizes["d_model"], sizes["n_head"]
+    widths = (("n_inner", 4 * C, block == "gpt2"), ("head_dim", C // H, block == "llama"))
+    for name, width, asked in widths:
+        if asked and entries.get(name) not in (None, width):
+            refuse(name, f"null or {width}")
+    if C % H or (block == "llama" and C // H % 2):
+        refuse("n_embd" if block == "gpt2" else "hidden_size", f"a multiple of n_head = {H}")
+    if H % sizes.get("n_kv_head", H):
+        refuse("num_key_value_heads", f"a divisor of {H}")
     return GPTConfig(**sizes)
 
 

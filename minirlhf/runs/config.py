@@ -1,12 +1,11 @@
 """Everything that can be set about a run: one frozen dataclass a stage, one flag a field."""
 
-import dataclasses
 import inspect
 import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -28,60 +27,39 @@ class TrainConfig:
     device: Literal["cpu", "cuda"] = "cpu"  # Where the arrays live: NumPy or CuPy
     workers: int = 0  # Processes that share the work of a batch on the CPU; 0: one for each core
     threads: int = 1  # Of NumPy's matrix products in each worker; 0: all. More slow small models
-    # Your own text, or JSON, CSV, parquet: prompt and response, question and answer, messages ..
-    corpus: str = ""
+    corpus: str = ""  # Your own text, or JSON, CSV, parquet: prompt and response, or messages
     corpus_unit: Literal["auto", "line", "document"] = "auto"  # What one example of the corpus is
-    # Preferences in JSON, CSV or parquet: prompt, chosen, rejected; or prompt, responses, ranking
-    pairs: str = ""
-    # Columns of other names, like prompt=title response=body, in whichever file has them
-    columns: tuple[str, ...] = ()
+    pairs: str = ""  # Preferences: JSON, CSV, parquet; chosen, rejected, or responses, ranking
+    columns: tuple[str, ...] = ()  # Columns of other names, like prompt=title response=body
     max_text_mb: int = 64  # Memory for the text of a file [MB]; of more, a part drawn at random
-    # FILE.py:function, module:function, length, regex:PATTERN, .. in the place of a reward model
-    reward: str = ""
+    reward: str = ""  # Instead of a reward model: FILE.py:function, module:function, length ..
     reward_timeout: float = 0.0  # Seconds that a call of the reward may take; 0: any
-    init: str = ""  # Folder of a Hugging Face GPT-2 to start from, with its tokenizer
+    init: str = ""  # Folder of a Hugging Face GPT-2 or Llama, or llama2.c's .bin, to start from
     encoding: str = ""  # A known tiktoken encoding such as gpt2; empty: one trained on the text
     vocab_size: int = 768  # Ids of the encoding that is trained
-    # Longest prompt, at least 3; 0: so that 95 % of the prompts are whole
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: int = 0  # Longest prompt, at least 3; 0: so that 95 % are whole
     max_response_tokens: int = 0  # Longest response, at least 2, with its stop token; 0: likewise
     eval_prompts: int = 256  # Held-out prompts of the final table
     eval_every: int = 10  # Iterations between evaluations; 0: at the end
     checkpoint_every: int = 10  # PPO iterations between two checkpoints
     snapshots: int = 0  # Times that PPO's replies to the same prompts are kept, for `report`
-    # The metrics also in tensorboard/, as event files; or in metrics.csv
-    log: Literal["", "tensorboard", "csv"] = ""
-    # Rules of `minirlhf diagnose` that stop PPO where they hold; any: each of them
-    halt_on: tuple[str, ...] = ()
-    # What to run; `resume` does the rest
-    stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"
-    # The policy's transformer
-    model: settings.ModelConfig = field(default_factory=settings.ModelConfig)
+    log: Literal["", "tensorboard", "csv"] = ""  # The metrics also in tensorboard/ or metrics.csv
+    halt_on: tuple[str, ...] = ()  # Rules of `diagnose` that stop PPO where they hold, or any
+    stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"  # To run; `resume` does the rest
+    model: settings.ModelConfig = field(default_factory=settings.ModelConfig)  # The policy's sizes
     sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
     ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
     dpo: DPOConfig = field(default_factory=DPOConfig)  # Of --stages sft,dpo
 
     def __post_init__(self):
-        settings.check_fields(
-            self,
-            "",
-            at_least_1=("vocab_size", "max_text_mb", "eval_prompts", "checkpoint_every"),
-            at_least_0=(
-                *("seed", "workers", "threads"),
-                *("max_prompt_tokens", "max_response_tokens", "eval_every", "snapshots"),
-                "reward_timeout",
-            ),
-        )
-        for name, least, why in (
-            ("max_prompt_tokens", 3, "a start, a token, a separator"),
-            ("max_response_tokens", 2, "a token and the stop token"),
-        ):
-            if 0 < getattr(self, name) < least:
-                raise InputError(
-                    f"{name}: expected at least {least} ({why}), or 0; got {getattr(self, name)}: "
-                    "choose such a number"
-                )
+        sizes = "vocab_size max_text_mb eval_prompts checkpoint_every".split()
+        limits = "max_prompt_tokens max_response_tokens reward_timeout".split()
+        counts = "seed workers threads eval_every snapshots".split()
+        settings.check_fields(self, "", at_least_1=sizes, at_least_0=counts + limits)
+        for name, least in (("max_prompt_tokens", 3), ("max_response_tokens", 2)):
+            if 0 < (came := getattr(self, name)) < least:
+                raise InputError(f"{name}: expected at least {least}, or 0; got {came}: raise it")
 
     @property
     def is_dpo(self) -> bool:
@@ -116,8 +94,7 @@ def _document_fields(*modules: ModuleType) -> None:
         for name, body in _CLASS.findall(inspect.getsource(module)):
             found = [(field, above or beside) for above, field, beside in _FIELD.findall(body)]
             lines = [f"    {field}: {says}" for field, says in found if says]
-            said = vars(module)[name].__doc__.partition("\n\nAttributes:")[0]
-            vars(module)[name].__doc__ = "\n".join([f"{said}\n\nAttributes:", *lines])
+            vars(module)[name].__doc__ += "\n".join(["\n\nAttributes:", *lines])
 
 
 _document_fields(settings, sft, reward_model, dpo, sys.modules[__name__])
@@ -126,7 +103,7 @@ _document_fields(settings, sft, reward_model, dpo, sys.modules[__name__])
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("ppo.optimizer.eps", its value) of every field of a dataclass and of those in it."""
     for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
+        if is_dataclass(value):
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -136,7 +113,7 @@ def to_toml(config: Any, prefix: str = "") -> str:
     """A dataclass of numbers, strings, tuples of them, and further dataclasses as TOML."""
     lines, tables = [], []
     for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
+        if is_dataclass(value):
             tables.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
         elif value is not None:  # what JSON writes for a number, a list, a string is TOML too
             value = str(value) if isinstance(value, Path) else value
@@ -151,10 +128,7 @@ def save_config(path: Path, config: TrainConfig) -> None:
 
 
 def load_config(path: str | Path, start: TrainConfig = TrainConfig()) -> TrainConfig:
-    """Read a TOML file; what it leaves out is as in `start`.
-
-    Raises:   InputError: no TOML, an unknown field, or a value of the wrong type.
-    """
+    """Read a TOML file; what it leaves out is as in `start`."""
     values = read_toml(path)
     try:
         return settings.with_fields(start, values, "")
@@ -163,40 +137,29 @@ def load_config(path: str | Path, start: TrainConfig = TrainConfig()) -> TrainCo
 
 
 def unused_options(config: TrainConfig) -> list[str]:
-    """Options unlike their default that change nothing beside the others, one sentence each."""
-    turned, ppo, is_dpo, notes = _turned(config), config.ppo, config.is_dpo, []
-    n_pairs = ("reward_model.n_pairs", "reward_model.n_heldout_pairs")
-
-    def any_of(*begins: str, but: tuple[str, ...] = ()) -> bool:
-        return any(name.startswith(begins) and name not in but for name in turned)
-
-    clips, weighs = (is_dpo or way != "none" for way in (ppo.clip, ppo.importance))
-    for names, is_read, when in (
-        (["ppo.lam", "ppo.vf_coef"], is_dpo or ppo.has_critic, "without a critic"),
-        (["ppo.clip_eps", "ppo.clip_eps_high"], clips, "with --ppo.clip none"),
-        (["ppo.importance_cap"], weighs, "without --ppo.importance"),
-        (["corpus_unit"], config.corpus, "without --corpus"),
-        (["columns"], config.corpus or config.pairs, "without --corpus or --pairs"),
-        (["vocab_size"], config.init or not config.encoding, "beside --encoding"),
-        (["reward_timeout"], config.reward, "without --reward"),
-        (n_pairs, not config.pairs, "beside --pairs"),
+    """Options unlike their default that change nothing beside the others, a sentence a reason."""
+    ppo, is_ppo, turned, notes = config.ppo, not config.is_dpo, sorted(_turned(config)), []
+    n_pairs = "reward_model.n_pairs reward_model.n_heldout_pairs"
+    stages = "ppo. reward_model. eval_every checkpoint_every snapshots halt_on"
+    for when, is_so, begins, but in (  # then nothing reads what begins so, but for these
+        ("without a critic", is_ppo and not ppo.has_critic, "ppo.lam ppo.vf_coef", ""),
+        ("with --ppo.clip none", is_ppo and ppo.clip == "none", "ppo.clip_eps", ""),
+        ("without --ppo.importance", is_ppo and ppo.importance == "none", "ppo.importance_cap", ""),
+        ("without --corpus", not config.corpus, "corpus_unit", ""),
+        ("without --corpus or --pairs", not (config.corpus or config.pairs), "columns", ""),
+        ("beside --encoding", config.encoding and not config.init, "vocab_size", ""),
+        ("with --model.block gpt2", config.model.block == "gpt2", "model.rope_theta", ""),
+        ("beside --init", config.init, "model. encoding vocab_size", ""),
+        ("without --reward", not config.reward, "reward_timeout", ""),
+        ("beside --reward", config.reward, "reward_model.", "reward_model.n_normalize"),
+        ("beside --pairs", config.pairs, n_pairs, ""),
+        ("with --stages sft,dpo", not is_ppo, stages, f"ppo.temperature {n_pairs}"),
+        ("without --stages sft,dpo", is_ppo, "dpo.", ""),
     ):
-        for name in () if is_read else sorted(turned.intersection(names)):
-            notes.append(f"--{name.replace('_', '-')} changes nothing {when}")
-    every = ("eval_every", "checkpoint_every", "snapshots", "halt_on")
-    if is_dpo and any_of("ppo.", "reward_model.", *every, but=("ppo.temperature", *n_pairs)):
-        notes.append(
-            "DPO has no use for options of reward model and PPO, but for the number of pairs "
-            "(--reward-model.n-pairs, n-heldout-pairs) and --ppo.temperature, of their samples"
-        )
-    if not is_dpo and any_of("dpo."):
-        notes.append("--dpo.* changes nothing without --stages sft,dpo")
-    if config.reward and any_of("reward_model.", but=("reward_model.n_normalize",)):
-        notes.append("of --reward-model.* only n-normalize changes anything beside --reward")
-    sizes = {name.partition(".")[0] for name in turned} & {"model", "encoding", "vocab_size"}
-    if config.init and sizes:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in sorted(sizes))
-        notes.append(f"of {names} nothing is used beside --init, which has sizes and a tokenizer")
+        unread = [name for name in turned if name.startswith(tuple(begins.split()))]
+        flags = [f"--{name.replace('_', '-')}" for name in unread if name not in but.split()]
+        if is_so and flags:
+            notes.append(f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {when}")
     return notes
 
 
@@ -210,6 +173,7 @@ def rate_notes(config: TrainConfig) -> list[str]:
         f"--{stage.replace('_', '-')}.optimizer.learning-rate {rates[stage]}"
         for stage in config.order
         if stage in rates and f"{stage}.optimizer.learning_rate" not in turned
+        if stage != "sft" or config.sft.steps
     ]
     said = "--init: the learning rates are those of tiny models; one that was trained wants less"
     return [f"{said}, like {' '.join(flags)}"] if flags else []

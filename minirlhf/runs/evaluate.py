@@ -8,8 +8,8 @@ import numpy as np
 
 from minirlhf.backend import to_host
 from minirlhf.nn.sampling import Sampling
+from minirlhf.runs.metrics import distinct_2, repeated_bigram_share
 from minirlhf.runs.session import Score, Session
-from minirlhf.train.metrics import distinct_2, repeated_bigram_share
 from minirlhf.train.rollout import Rollout, Samples, score_rollout
 from minirlhf.tree import Tree
 from minirlhf.worlds.world import World
@@ -18,17 +18,7 @@ from minirlhf.worlds.world import World
 def response_metrics(
     rollout: Rollout, *, world: World, stop_id: int, score_mean: float = 0.0, score_sd: float = 1.0
 ) -> dict[str, float]:
-    """The columns of the final table, means over responses.
-
-    proxy      normalised score that training maximises [reward units]; nan where there is none
-    gold       the world's true reward, if it has one
-    reward     the user's own reward, if there is one, before normalisation
-    kl_seq     sum_t log pi - log pi_ref [nats per response]
-    entropy    of the next token [nats per token]
-    length     tokens, the stop token included
-
-    Args:     score_mean, score_sd: score = (reward - score_mean) / score_sd.
-    """
+    """The columns of the final table, means over responses; README.md says what they are."""
     samples = rollout.samples
     mask = to_host(rollout.batch.response_mask) > 0
     log_ratio = to_host(rollout.old_logp - rollout.ref_logp).astype(np.float64)
@@ -58,10 +48,7 @@ def gold_of(samples: Samples, world: World) -> list[float]:
 def evaluate(
     session: Session, policy: Tree, reference: Tree, score: Score
 ) -> tuple[dict[str, float], Samples]:
-    """Held-out metrics, one response a prompt, always with the same coins: two calls compare.
-
-    Args:     policy, reference: {"transformer": ...}; what else is in them is not read.
-    """
+    """Held-out metrics, one response a prompt, always with the same coins: two calls compare."""
     config = session.config
     prompts = list(islice(cycle(session.world.heldout_prompts), config.eval_prompts))
     rng = np.random.default_rng(config.seed + 1_000_003)  # no stream of the training

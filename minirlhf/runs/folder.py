@@ -1,15 +1,6 @@
-"""What a run leaves in its folder: writing it, reading it back, refusing what does not fit.
+"""What the stages leave in a run's folder: writing it, reading it back, refusing what does not fit.
 
-config.toml                      what was asked for, resolved
-world.json                       limits, and the digest of the texts that it trains on
-tiktoken.json                    the encoding
-reference/ reward_model/ policy/ models of transformers with their tokenizer
-checkpoint/                      the state of a stage, to go on from bit for bit, and the settings
-                                 with which what is here was made
-metrics.jsonl samples.jsonl      one object a step; --log mirrors the first of them
-snapshots.jsonl                  replies to the same prompts at some moments, token by token
-result.json                      the final table
-.lock                            the process that is at work here
+README.md has the table of its files.
 """
 
 import math
@@ -34,7 +25,7 @@ from minirlhf.runs.session import BEGAN, Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Rollout
-from minirlhf.tree import Tree, tree_items, tree_pack
+from minirlhf.tree import Tree, tree_items, tree_pack, tree_unpack
 
 # what each stage leaves; a run has either the last one or the two before it
 STAGES = {"sft": "reference", "reward_model": "reward_model", "ppo": "policy", "dpo": "policy"}
@@ -67,11 +58,7 @@ def has_state(session: Session, stage: str) -> bool:
 
 
 def begin_stage(session: Session, stage: str) -> None:
-    """Start a stage: where it has no checkpoint, with an empty log of its own.
-
-    Raises:   InputError: what was made from its result exists. So this stage was once finished and
-                  its folder has been lost: to run it again would not fit.
-    """
+    """Start a stage; refused where its folder was lost, and what was made from it would not fit."""
     kept, names = has_state(session, stage), session.config.order
     for later in names[names.index(stage) + kept :]:  # a policy without its state cannot go on
         if is_saved(session, STAGES[later]) or has_state(session, later):
@@ -87,28 +74,22 @@ def begin_stage(session: Session, stage: str) -> None:
 def save_params(
     session: Session, name: str, params: Tree, config: GPTConfig, **scale: float
 ) -> None:
-    """{"transformer": ..., head: ...} as a model of transformers, with its tokenizer.
-
-    Args:     scale: score_mean and score_sd of a reward model; they stand in config.json too.
-    """
+    """{"transformer": ..., head: ...} as a model of transformers; `scale`: of a reward model."""
     encoding = session.tokenizer
     ids = {f"{token}_token_id": getattr(encoding, token) for token in ("bos", "eos", "pad")}
-    heads = {head: tree for head, tree in params.items() if head != "transformer"}
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
     sampling["temperature"] = session.config.ppo.temperature if name == "policy" else 1.0
     sampling["max_new_tokens"] = session.world.max_response_tokens
     # scores are read at the right end, replies are written there
     sides = {"padding_side": "right" if scale else "left", "model_max_length": config.n_ctx}
     files = hugging_face.companions(encoding, sides, ids | sampling)
+    heads = {head: tree for head, tree in params.items() if head != "transformer"}
     further = {"heads": heads, "meta": ids, "scale": scale, "files": files}
     checkpoint.save_model(session.folder / name, params["transformer"], config, **further)
 
 
 def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -> Tree:
-    """{"transformer": ...} and the heads that should be there, on the device.
-
-    Raises:   InputError: the model has other sizes or other heads, or its files are damaged.
-    """
+    """{"transformer": ...} of the sizes and with the heads that are expected, on the device."""
     folder = session.folder / name
     transformer, config, found = checkpoint.load_model(folder, dtype=np.float32)
     if config != expected:
@@ -122,7 +103,7 @@ def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -
 
 
 def save_reward_model(session: Session, model: RewardModel) -> None:
-    """The model; of a reward of one's own, which is no model, the scale alone."""
+    """The model; of a reward of one's own, which is none, the scale alone."""
     scale = {"score_mean": model.mean, "score_sd": model.sd}
     if session.world.reward is None:
         save_params(session, "reward_model", model.params, model.config, **scale)
@@ -156,20 +137,15 @@ def save_state(
     optimizer: Optimizer,
     done: int,
     *,
-    arrays: Tree | None = None,
+    reference: Tree | None = None,
     **more,
 ) -> None:
-    """What a stage goes on from, bit for bit, after `done` steps.
-
-    Args:     arrays: host arrays by name, beside the optimiser's: of PPO the moved reference.
-              more: the kl_coef of PPO.
-    """
+    """What a stage goes on from, bit for bit, after `done` steps; of PPO with its kl_coef."""
     rng = {name: session.rng[name].bit_generator.state for name in GO_ON[stage]}
     meta = {"done": done, "rng": rng, "log": session.log.position(), **more}
-    session.made = done
     try:
-        state = optimizer.state_tree() | (arrays or {})
-        checkpoint.save_state(state_of(session, stage), state, meta)
+        arrays = _arrays(session, optimizer, reference)
+        checkpoint.save_state(state_of(session, stage), arrays, meta)
         session.kept = done
     except KeyboardInterrupt:  # before it was written, or after
         session.kept = _read_state(session, stage)[1]["done"] if has_state(session, stage) else 0
@@ -177,20 +153,18 @@ def save_state(
 
 
 def load_state(
-    session: Session, stage: str, optimizer: Optimizer, n_steps: int, *, arrays: Tree | None = None
-) -> tuple[int, float | None, Tree]:
-    """(steps done, kl_coef of PPO, arrays) of a stage's checkpoint, from which all goes on.
+    session: Session, stage: str, optimizer: Optimizer, n_steps: int, reference: Tree | None = None
+) -> tuple[int, float | None, Tree | None]:
+    """(steps done, kl_coef, reference) of a stage's checkpoint, from which all goes on.
 
-    Args:     arrays: what stands for those of `save_state` where there is no checkpoint yet.
-    Raises:   InputError: the state is not of this stage of this run; nothing has changed then.
+    The last two are PPO's; without a checkpoint None, and the reference that was given.
     """
-    arrays = arrays or {}
     if not has_state(session, stage):
-        return 0, None, arrays
+        return 0, None, reference
     found, meta = _read_state(session, stage)
     done = meta["done"]
     try:
-        _check_arrays(found, optimizer.state_tree() | arrays)
+        _check_arrays(found, _arrays(session, optimizer, reference))
         optimizer.load_state_tree(found)
         if not (done <= n_steps and optimizer.updates * n_steps == done * optimizer.total_steps):
             raise ValueError(
@@ -202,14 +176,17 @@ def load_state(
         raise _damaged(session, stage, str(error)) from error
     if session.stored:  # else it was opened to look
         session.log.rewind(meta["log"], stage, done - 1)
-    return done, meta.get("kl_coef"), {name: found[name] for name in arrays}
+    if "reference" in found:
+        reference = session.on_device(tree_unpack(found["reference"], reference))
+    return done, meta.get("kl_coef"), reference
 
 
-def moved_reference(session: Session, reference: Tree) -> Tree:
-    """What PPO's checkpoint holds beside the optimiser, on the host: the reference, if it moves."""
-    if not session.config.ppo.reset_reference_every:
-        return {}
-    return {"reference": to_host(tree_pack(reference)[0])}
+def _arrays(session: Session, optimizer: Optimizer, reference: Tree | None) -> Tree:
+    """What a checkpoint holds, on the host: the optimiser's, and PPO's reference if it moves."""
+    arrays = optimizer.state_tree()
+    if reference and session.config.ppo.reset_reference_every:
+        arrays["reference"] = to_host(tree_pack(reference)[0])
+    return arrays
 
 
 def drop_state(session: Session, stage: str) -> None:
@@ -269,9 +246,7 @@ def settle_settings(session: Session) -> None:
     """Let those settings change that may; refuse the others, by which what is there was made.
 
     May change at any time: FREE. The learning rate of a stage, until the stage is finished. All
-    of a stage's own, until it has begun.
-
-    Raises:   InputError: names the setting, what it was and what it is; nothing has changed then.
+    of a stage's own, until it has begun. After a refusal nothing has changed.
     """
     path = session.folder / "config.toml"
     if load_config(path) != session.stored:

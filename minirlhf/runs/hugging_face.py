@@ -1,16 +1,14 @@
 """What transformers reads and writes beside the weights: tokenizer out, a whole GPT-2 in.
 
 tiktoken joins the neighbours of lowest rank, transformers those that stand first in a list of
-merges. Where each token's bytes, joined by the lower ranks alone, end in two parts, these two are
-its merge, and both ways give the same ids.
+merges. The last two parts into which the ranks join a token's bytes are its merge, and both ways
+give the same ids.
 """
 
 import functools
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +17,12 @@ import numpy as np
 from minirlhf import disk
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
+from minirlhf.runs import sentencepiece
 from minirlhf.runs.checkpoint import digest_of, load_model
+from minirlhf.runs.llama2c import load_llama2c
 from minirlhf.tree import Tree, tree_items, tree_size
 from minirlhf.worlds import tokens
-from minirlhf.worlds.tokens import Tokenizer
+from minirlhf.worlds.tokens import Tokenizer, merges_of
 
 # what GPT-2 does not let tokens cross; the possessive form of tiktoken, which is faster
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -56,10 +56,11 @@ def companions(
     Args:     sides: padding_side and model_max_length, for tokenizer_config.json.
               generation: the entries of generation_config.json.
     """
-    names = {"eos": tokens.EOS, "bos": tokens.BOS, "sep": tokens.SEP, "pad": tokens.PAD}
-    named = {f"{role}_token": name for role, name in names.items()}
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": _CHAT_TEMPLATE}
-    kind["clean_up_tokenization_spaces"] = False
+    roles = zip(("eos", "bos", "sep", "pad"), tokenizer.names(), strict=True)
+    named = {f"{role}_token": name for role, name in roles if name}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if tokenizer.sep is not None:
+        kind["chat_template"] = _CHAT_TEMPLATE
     return {
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": disk.to_json(kind | named | sides),
@@ -69,30 +70,29 @@ def companions(
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
-    encoding = tokenizer.encoding
-    ranks = encoding._mergeable_ranks
-    specials = dict(sorted(encoding._special_tokens.items(), key=lambda item: item[1]))
+    exactly = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    specials = tokenizer.specials.items()
+    added = [{"id": i, "content": name, "special": True} | exactly for name, i in specials]
+    parts = sentencepiece.to_json(tokenizer) if tokenizer.rank_of else _as_byte_level(tokenizer)
+    return json.dumps({"version": "1.0", "added_tokens": added} | parts).encode()
+
+
+def _as_byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
+    encoding, ranks = tokenizer.encoding, tokenizer.encoding._mergeable_ranks
     # {1,3}+ is possessive for tiktoken but (?:{1,3})+ in Oniguruma's dialect; at the end of an
     # alternative, where the encodings of tiktoken have it, it need not be possessive
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
-    exactly = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": name, "special": True} | exactly for name, i in specials.items()]
+    vocab = {"".join(map(_CHARACTERS.get, t)): i for t, i in ranks.items()} | tokenizer.specials
     model = {
         "type": "BPE",
-        "vocab": {"".join(map(_CHARACTERS.get, t)): i for t, i in ranks.items()} | specials,
+        "vocab": vocab,
         "merges": [
             " ".join("".join(map(_CHARACTERS.get, t)) for t in pair) for pair in merges_of(ranks)
         ],
         "ignore_merges": True,  # a piece that is a token is this token, merges or not
     }
-    content = {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": _split_by(pattern),
-        "decoder": _byte_level(use_regex=True),
-        "model": model,
-    }
-    return json.dumps(content).encode()
+    decoder = _byte_level(use_regex=True)
+    return {"pre_tokenizer": _split_by(pattern), "decoder": decoder, "model": model}
 
 
 def _split_by(pattern: str) -> dict[str, Any]:
@@ -108,23 +108,9 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
     return plain | {"use_regex": use_regex}
 
 
-def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The two parts that make each token, by rank; none where the lower ranks leave more parts."""
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            of_pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-            i = of_pairs.index(min(of_pairs))
-            if of_pairs[i] >= rank:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
-
-
 # -- in ------------------------------------------------------------------------------------------
 class Start(NamedTuple):
-    """A GPT-2 to start from."""
+    """A model to start from."""
 
     transformer: Tree  # float32, on the host
     config: GPTConfig
@@ -133,43 +119,53 @@ class Start(NamedTuple):
     sha256: str  # of the weights
 
 
-def read_gpt2(folder: str | Path) -> Start:
-    """A GPT-2 of transformers with its tokenizer; its stop token is ours.
+def read_model(path: str | Path) -> Start:
+    """A GPT-2 or Llama of transformers with its tokenizer, or a FILE.bin of llama2.c.
 
-    Our other special tokens get rows of their own, the mean of all embeddings: at first they are
-    as likely as an average token (Hewitt 2021, "Initializing New Word Embeddings").
+    A GPT-2's stop token is ours. Our other special tokens get rows of their own, the mean of all
+    embeddings: at first they are as likely as an average token (Hewitt 2021, "Initializing New Word
+    Embeddings"). A Llama keeps its own special tokens and gets no others.
 
-    Raises:   InputError: as `load_model` and `read_tokenizer`.
+    Raises:   InputError: as `load_model` and `read_tokenizer`; or `load_llama2c` and `read_bin`.
     """
-    try:
-        folder = disk.settled(folder)
-    except InputError as error:
-        make = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(DIR)"
-        raise InputError(f"--init {error}, or make it: {make}, AutoTokenizer too") from error
-    transformer, config, _ = load_model(folder, dtype=np.float32)
-    tokenizer, source = read_tokenizer(folder, n_rows=config.vocab_size)
-    wte, n = transformer["wte"], tokenizer.vocab_size
-    n_new = max(0, n - len(wte))
-    mean = np.broadcast_to(wte.mean(axis=0), (n_new, config.d_model))
-    transformer["wte"] = np.concatenate([wte, mean])[:n]
+    path = Path(path)
+    if path.suffix == ".bin":
+        transformer, config = load_llama2c(path)
+        source = path.with_name("tokenizer.bin")
+        tokenizer = sentencepiece.read_bin(source, n_rows=config.vocab_size)
+    else:
+        try:
+            path = disk.settled(path)
+        except InputError as error:
+            make = f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(DIR)"
+            raise InputError(f"--init {error}, or make it: {make}, AutoTokenizer too") from error
+        transformer, config, _ = load_model(path, dtype=np.float32)
+        tokenizer, source = read_tokenizer(path, n_rows=config.vocab_size)
+    n, n_new = tokenizer.vocab_size, max(0, tokenizer.vocab_size - config.vocab_size)
+    for name in {"wte", "lm_head"} & transformer.keys():
+        table = transformer[name]
+        mean = np.broadcast_to(table.mean(axis=0), (n_new, config.d_model))
+        transformer[name] = np.concatenate([table, mean])[:n]  # rows of no token are left out
     new = f", {n_new} of them new, with the mean of all embeddings" if n_new else ""
+    name = {"gpt2": "GPT-2", "llama": "Llama"}[config.block]
     says = (
-        f"{folder}: a GPT-2 of {config.n_layer} blocks, {config.n_head} heads, {config.d_model} "
+        f"{path}: a {name} of {config.n_layer} blocks, {config.n_head} heads, {config.d_model} "
         f"channels and {config.n_ctx} positions, {tree_size(transformer):,} parameters; {n:,} "
-        f"tokens of its {source}{new}"
+        f"tokens of its {Path(source).name}{new}"
     )
     sha256 = digest_of(dict(tree_items(transformer)), {})
     return Start(transformer, replace(config, vocab_size=n), tokenizer, says, sha256)
 
 
 def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
-    """The tokenizer of a GPT-2 as a tiktoken.Encoding, and the name of its file.
+    """The tokenizer of a GPT-2 or a Llama as a tiktoken.Encoding, and the name of its file.
 
-    Args:     n_rows: rows of the embedding, after which our special tokens get their ids.
-    Raises:   InputError: there is none, it is damaged, or no byte-level BPE with GPT-2's pattern or
-                  ours.
+    Args:     n_rows: rows of the embedding. After them our special tokens get their ids; a Llama's
+                  own do, and it gets no sep.
+    Raises:   InputError: there is none, it is damaged, or neither a byte-level BPE with GPT-2's
+                  pattern or ours nor a SentencePiece BPE.
     """
-    path, eos_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    path = folder / "tokenizer.json"
     if not path.exists():
         path = folder / "vocab.json"
     if not path.exists():
@@ -183,12 +179,20 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
         merges = [line for line in lines if line and not line.startswith("#version")]
         model = {"vocab": content, "merges": merges}
         content = {"model": model, "pre_tokenizer": _byte_level(use_regex=True)}
-    eos = disk.read_object(eos_path).get("eos_token") if eos_path.exists() else tokens.EOS
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    settings = {}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        settings |= disk.read_object(file) if file.exists() else {}
+    kind = "a byte-level BPE as GPT-2's"
     try:
-        pattern, ranks, specials = _byte_level_bpe(content)
-        if max([*ranks.values(), *specials.values()], default=0) >= n_rows:
+        specials = _special_tokens(content)
+        if max([*content["model"]["vocab"].values(), *specials.values()], default=0) >= n_rows:
             raise ValueError(f"it has ids that are not among the {n_rows} rows of the embedding")
+        if sentencepiece.is_one(content["model"]):
+            kind = "a SentencePiece BPE as Llama's"
+            return sentencepiece.from_json(content, specials, settings), path.name
+        pattern, ranks, specials = _byte_level_bpe(content, specials)
+        eos = settings.get("eos_token") if settings else tokens.EOS
+        eos = eos.get("content") if isinstance(eos, dict) else eos
         if eos in specials:
             specials[tokens.EOS] = specials.pop(eos)  # the name by which we know it
         specials = tokens.with_ours(specials, n_rows)
@@ -196,28 +200,36 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         what = disk.shorten(str(error) if isinstance(error, ValueError) else repr(error), 160)
         raise InputError(
-            f"{path}: expected a byte-level BPE as GPT-2's; {what}: name a folder whose tokenizer "
-            "is one"
+            f"{path}: expected {kind}; {what}: name a folder whose tokenizer is one"
         ) from error
 
 
-def _byte_level_bpe(content: dict[str, Any]) -> tuple[str, dict[bytes, int], dict[str, int]]:
+def _special_tokens(content: dict[str, Any]) -> dict[str, int]:
+    """The ids of the special tokens of a plain BPE; raises as `_byte_level_bpe`."""
+    model, added = content["model"], content.get("added_tokens") or []
+    if (kind := model.get("type", "BPE")) != "BPE":  # old files leave it out
+        raise ValueError(f"its model is {kind!r}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ValueError(f"its BPE has {name} = {model[name]!r}")
+    if plain := [token["content"] for token in added if not token["special"]]:
+        raise ValueError(f"it has an added token that is no special one, {plain[0]!r}")
+    return {token["content"]: token["id"] for token in added}
+
+
+def _byte_level_bpe(
+    content: dict[str, Any], added: dict[str, int]
+) -> tuple[str, dict[bytes, int], dict[str, int]]:
     """(pattern, ranks, special tokens) of a tokenizer.json.
 
     Raises:   ValueError: what is not supported, in words.
               KeyError, AttributeError, TypeError: it has another structure.
     """
     model, pre = content["model"], content.get("pre_tokenizer")
-    added = {token["content"]: token for token in content.get("added_tokens") or []}
-    if (kind := model.get("type", "BPE")) != "BPE":  # old files leave it out
-        raise ValueError(f"its model is {kind!r}")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            raise ValueError(f"its BPE has {name} = {model[name]!r}")
+    if model.get("byte_fallback"):
+        raise ValueError("its BPE has byte_fallback = True")
     if normalizer := content.get("normalizer"):
         raise ValueError(f"it has a normalizer, {normalizer['type']!r}")
-    if plain := [name for name, token in added.items() if not token["special"]]:
-        raise ValueError(f"it has an added token that is no special one, {plain[0]!r}")
     known = {pattern: _split_by(pattern) for pattern in (tokens.PATTERN, GPT2_PATTERN)}
     patterns = [pattern for pattern, splits in known.items() if pre == splits]
     if not patterns and {"use_regex": True, **(pre or {}), "trim_offsets": True} != _byte_level(
@@ -227,7 +239,7 @@ def _byte_level_bpe(content: dict[str, Any]) -> tuple[str, dict[bytes, int], dic
 
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     merges, made = [(_in_bytes(a), _in_bytes(b)) for a, b in pairs], {a + b for a, b in pairs}
-    specials, ranks = {name: token["id"] for name, token in added.items()}, {}
+    specials, ranks = dict(added), {}
     for token, i in model["vocab"].items():
         if token not in added and (len(token) == 1 or token in made):
             ranks[_in_bytes(token)] = i

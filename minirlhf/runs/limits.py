@@ -3,7 +3,6 @@
 import math
 from array import array
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 from numpy.random import Generator
@@ -25,29 +24,25 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
 
     Prompts that are equal as cut stay together. `rng` is that of `split_world`.
     """
+    world = world.continued() if tokenizer.sep is None else world
     prompts = [len(tokenizer.prompt_ids(p)) for p in world.train_prompts + world.heldout_prompts]
-    rows = [texts for _, *texts in world.demonstrations + (world.pairs or [])]
-    replies = [[len(tokenizer.response_ids(text)) for text in texts] for texts in rows]
+    replies = [len(tokenizer.response_ids(text)) for _, text in world.demonstrations]
+    judged = [text for _, *texts in world.pairs or [] for text in texts]
+    in_pairs = [len(tokenizer.response_ids(text)) for text in judged]
     if of_files := bool(config.corpus or config.pairs):
-        world = _with_limits(world, prompts, list(chain(*replies)), tokenizer.vocab_size, config)
+        room = most_tokens(config.model, tokenizer.vocab_size)
+        most_prompt, most, notes = _chosen(config, room, prompts, replies + in_pairs)
     else:
-        world = replace(
-            world,
-            max_prompt_tokens=config.max_prompt_tokens or world.max_prompt_tokens,
-            max_response_tokens=config.max_response_tokens or world.max_response_tokens,
-        )
-    most_prompt, most = world.max_prompt_tokens, world.max_response_tokens
-    unended, n = "without a stop token; see --max-response-tokens", len(world.demonstrations)
-    table = (
+        most_prompt = config.max_prompt_tokens or world.max_prompt_tokens
+        most, notes = config.max_response_tokens or world.max_response_tokens, []
+    unended = "without a stop token; see --max-response-tokens"
+    for what, lengths, limit, further in (
         ("prompts", prompts, most_prompt, "see --max-prompt-tokens"),
-        ("demonstrations", list(chain(*replies[:n])), most, unended),
-        ("replies in pairs", list(chain(*replies[n:])), most, unended),
-    )
-    notes = [
-        f"cut {cut} of {len(lengths)} {what} to {limit} tokens, {further}"
-        for what, lengths, limit, further in table
-        if (cut := sum(length > limit for length in lengths))
-    ]
+        ("demonstrations", replies, most, unended),
+        ("replies in pairs", in_pairs, most, unended),
+    ):
+        if cut := sum(length > limit for length in lengths):
+            notes.append(f"cut {cut} of {len(lengths)} {what} to {limit} tokens, {further}")
 
     def as_cut(prompt: str) -> bytes:
         return bytes(array("i", tokenizer.prompt_ids(prompt, most_prompt)))
@@ -58,36 +53,28 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
         trained = set(map(as_cut, world.train_prompts))
         if again := sum(as_cut(prompt) in trained for prompt in world.heldout_prompts):
             notes.append(f"{again} held-out prompts are, as they are cut, also among training's")
-    return replace(world, notes=(*world.notes, *notes))
+    limits = {"max_prompt_tokens": most_prompt, "max_response_tokens": most}
+    return replace(world, **limits, notes=(*world.notes, *notes))
 
 
-def _with_limits(
-    world: World, prompts: list[int], replies: list[int], vocab_size: int, config: TrainConfig
-) -> World:
-    """The limits that are set; for the others those that leave 95 % of the texts whole, or less.
+def _chosen(config: TrainConfig, room: int, prompts: list[int], replies: list[int]) -> tuple:
+    """The limits that are set; for the others those that leave 95 % of the lengths whole, or less.
 
-    Less where a sequence would take too much memory: then half of it is for the response.
-
-    Args:     prompts, replies: lengths in tokens.
+    Less where they exceed the room: then half of it is for the response. And a note on the choice.
     """
     prompt = config.max_prompt_tokens or _enough(prompts)
     response = config.max_response_tokens or _enough(replies)
-    whole, room = (prompt, response), most_tokens(config.model, vocab_size)
+    whole = prompt, response
     least = 3 if config.max_response_tokens else room // 2  # a prompt leaves half, if it may
     response = config.max_response_tokens or min(response, max(2, room // 2, room - prompt))
     prompt = config.max_prompt_tokens or min(prompt, max(3, least, room - response))
-    chosen = [
-        f"--max-{name}-tokens {n}"
-        for name, n in (("prompt", prompt), ("response", response))
-        if not getattr(config, f"max_{name}_tokens")
-    ]
+    flags = [f"--max-prompt-tokens {prompt}"] * (not config.max_prompt_tokens)
+    flags += [f"--max-response-tokens {response}"] * (not config.max_response_tokens)
     why = f"{WHOLE} % of the texts are whole"
     if (prompt, response) != whole:
         holds = "the model's positions" if room == config.model.n_ctx else f"{FLOATS >> 18} MB"
         why = f"{holds} hold a sequence ({why} with {whole[0]} and {whole[1]})"
-    notes = [f"chosen so that {why}: {', '.join(chosen)}"] if chosen else []
-    limits = {"max_prompt_tokens": prompt, "max_response_tokens": response}
-    return replace(world, **limits, notes=(*world.notes, *notes))
+    return prompt, response, [f"chosen so that {why}: {', '.join(flags)}"] * bool(flags)
 
 
 def _enough(lengths: list[int]) -> int:

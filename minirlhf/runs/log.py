@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ _METRICS, _SAMPLES = {"step": int, "stage": str}, {"step": int}  # what every li
 class RunLog:
     """Appends to the two files of a run folder; every line is in the file when the call returns.
 
-    Goes on where an earlier run stopped: a line that it left unfinished is cut off.
-
-    Args:     watch: called with (step, stage, values) after their line has been written.
+    A line that an earlier run left unfinished is cut off. `watch` sees each line of metrics then.
     """
 
     def __init__(self, folder: str | Path, watch: Callable[..., None] = lambda *row: None):
@@ -26,36 +24,23 @@ class RunLog:
         self.paths = (self.metrics_path, self.samples_path)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in self.paths:
+            for path, has in zip(self.paths, (_METRICS, _SAMPLES), strict=True):
                 refuse_link(path)
                 path.touch()
                 _mend(path)
-        for path, has in zip(self.paths, (_METRICS, _SAMPLES), strict=True):
-            read_jsonl(path, has)  # refuse a damaged one before hours of work are written below it
+                read_jsonl(path, has)  # refuse a damaged one before hours of work stand below it
 
     def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
-        """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null.
-
-        Raises:   ValueError: values has a key "step" or "stage".
-                  TypeError: a value is neither a number, a string, None, nor a dict or list of
-                      them.
-        """
-        _append(self.metrics_path, [_line({"step": step, "stage": stage}, values)])
+        """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null."""
+        _append(self.metrics_path, jsonl([_joined({"step": step, "stage": stage}, values)]))
         self.watch(step, stage, values)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Append {"step", **sample} to samples.jsonl for each sample.
-
-        Raises:   ValueError: a sample has a key "step".
-                  TypeError: as `metrics`.
-        """
-        _append(self.samples_path, [_line({"step": step}, sample) for sample in samples])
+        """Append {"step", **sample} to samples.jsonl for each sample."""
+        _append(self.samples_path, jsonl(_joined({"step": step}, sample) for sample in samples))
 
     def position(self) -> dict[str, int]:
-        """Sizes of the files [bytes], for the checkpoint: `rewind` returns to this moment.
-
-        Up to there they are on the disk: no power cut leaves a checkpoint with a shorter log.
-        """
+        """Sizes of the files [bytes]; so much of them is on the disk now: no power cut takes it."""
         sizes = {}
         for path in self.paths:
             with writing(path), open(path, "r+b") as file:
@@ -64,29 +49,23 @@ class RunLog:
         return sizes
 
     def restart(self, stage: str) -> None:
-        """Drop the lines that `stage` wrote before it was interrupted: it begins again.
-
-        Only PPO, the last stage, writes samples: where a stage begins there are none.
-        """
+        """Drop the lines that `stage` wrote before it was interrupted: it begins again."""
         kept = 0
         for line in read_bytes(self.metrics_path).splitlines(keepends=True):
             if parse_object(line, str(self.metrics_path))["stage"] == stage:
                 break
             kept += len(line)
-        self._cut(kept, 0)
+        self._cut(kept, 0)  # samples are PPO's, which is the last stage
 
     def rewind(self, position: dict[str, int], stage: str, step: int) -> None:
-        """Drop what was written after `position`, when `step` of `stage` was the last one.
-
-        Raises:   InputError: no such step ends there: the position or a file is not what it was.
-        """
+        """Drop what was written after `position`, where `step` of `stage` has to be the last."""
         last = {"step": step, "stage": stage}, {"step": step} if stage == "ppo" else {}
         ends = [position.get(path.name) for path in self.paths]
         for path, end, expected in zip(self.paths, ends, last, strict=True):
-            data = read_bytes(path)
-            fits = type(end) is int and 0 <= end <= len(data)
-            line = data[data.rfind(b"\n", 0, end - 1) + 1 : end] if fits and end else b"{}\n"
-            row = parse_object(line, str(path)) if fits and line.endswith(b"\n") else None
+            data, row = read_bytes(path), None
+            if type(end) is int and 0 <= end <= len(data):
+                *_, line = [b"{}\n", *data[:end].splitlines(keepends=True)]
+                row = parse_object(line, str(path)) if line.endswith(b"\n") else None
             if row is None or {name: row.get(name) for name in expected or row} != expected:
                 raise InputError(
                     f"{path}: expected {expected or 'nothing'} up to byte {end}, as at the last "
@@ -101,17 +80,12 @@ class RunLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, each with its step and stage; refused as by `read_jsonl`."""
+    """The lines of metrics.jsonl, each with its step and stage."""
     return read_jsonl(Path(folder) / "metrics.jsonl", _METRICS)
 
 
 def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. An unfinished last line, of a run that crashed, is dropped.
-
-    Args:     has: the keys that every line has, and the types of their values.
-    Raises:   InputError: the file is missing, or a finished line is no such JSON object (says
-                  which).
-    """
+    """The objects of a JSONL file, each with what it `has` to; half a last line is dropped."""
     data, rows = read_bytes(path), []
     for number, line in enumerate(data[: _whole(data)].split(b"\n"), 1):
         if line.strip():
@@ -125,16 +99,22 @@ def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dic
     return rows
 
 
-def _line(head: dict[str, Any], values: dict[str, Any]) -> str:
+def jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
+    """A line a row, as `read_jsonl` reads it; NaN and inf become null."""
+    lines = (json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
+    return "".join(lines).encode(errors="backslashreplace")
+
+
+def _joined(head: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     if clash := sorted(head.keys() & values.keys()):
         raise ValueError(f"run log: expected other keys than {clash}, which are set already")
-    return json.dumps(plain(head | values), ensure_ascii=False, allow_nan=False) + "\n"
+    return head | values
 
 
-def _append(path: Path, lines: list[str]) -> None:
-    # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
+def _append(path: Path, data: bytes) -> None:
     with writing(path), open(path, "ab") as file:
-        file.write("".join(lines).encode("utf-8", errors="backslashreplace"))
+        file.write(data)
 
 
 def _whole(data: bytes) -> int:
@@ -153,4 +133,4 @@ def _mend(path: Path) -> None:
     size = _whole(data)
     os.truncate(path, size)
     if size and not data[:size].endswith(b"\n"):
-        _append(path, ["\n"])
+        _append(path, b"\n")

@@ -9,8 +9,9 @@ import csv
 import io
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minirlhf.runs.log import RunLog, read_metrics
 
 TENSORBOARD, CSV = "tensorboard", "metrics.csv"  # in the run folder
 Row = dict[str, Any]
+Add = Callable[[Row], bool]  # append a line to a mirror; False: it has to be made anew for it
 
 
 @contextmanager
@@ -29,24 +31,22 @@ def mirrored(log: RunLog, kind: str) -> Iterator[None]:
         yield
         return
     require(kind)
-    folder, see, made = log.metrics_path.parent, log.watch, False
-    mirror = _TensorBoard(folder) if kind == "tensorboard" else _Csv(folder)
+    folder, see, add = log.metrics_path.parent, log.watch, None
+    path = folder / (CSV if kind == "csv" else TENSORBOARD)
 
     def watch(step: int, stage: str, values: Row) -> None:
-        nonlocal made
-        with writing(mirror.path):
-            if not (made and mirror.add({"step": step, "stage": stage, **plain(values)})):
-                mirror.make(read_metrics(folder))
-        made = True
+        nonlocal add
+        with writing(path):
+            if not (add and add({"step": step, "stage": stage, **plain(values)})):
+                add = make(path, read_metrics(folder))
         see(step, stage, values)
 
     log.watch = watch
-    try:
+    with ExitStack() as opened:
+        make = _csv if kind == "csv" else partial(_event_files, opened)
         yield
-        if not made:  # there was no new line; the last one may have been killed on its way here
-            mirror.make(read_metrics(folder))
-    finally:
-        mirror.close()
+        if add is None:  # no new line; the last one may have been killed on its way here
+            make(path, read_metrics(folder))
 
 
 def require(kind: str, where: str = "--log tensorboard", instead: str = "take --log csv") -> None:
@@ -61,58 +61,44 @@ def require(kind: str, where: str = "--log tensorboard", instead: str = "take --
         ) from error
 
 
-class _Csv:
-    """metrics.csv: a column a name, in the order in which names came; an empty cell: no number."""
+def _csv(path: Path, rows: list[Row]) -> Add:
+    """A column a name, in the order in which names came; an empty cell: no number."""
+    names = {name: name for row in rows for name in row}
 
-    def __init__(self, folder: Path):
-        self.path, self.names = folder / CSV, {}
-
-    def make(self, rows: list[Row]) -> None:
-        self.names = {name: name for row in rows for name in row}
-        write_whole(self.path, self._lines([self.names, *rows]))
-
-    def add(self, row: Row) -> bool:
-        """Append a line; False: it has a new name, so all lines need a new column."""
-        if row.keys() <= self.names.keys():
-            with open(self.path, "ab") as file:
-                file.write(self._lines([row]))
-            return True
-        return False
-
-    def _lines(self, rows: list[Row]) -> bytes:
-        csv.DictWriter(text := io.StringIO(newline=""), self.names).writerows(rows)
+    def lines(rows: list[Row]) -> bytes:
+        csv.DictWriter(text := io.StringIO(newline=""), names).writerows(rows)
         return text.getvalue().encode()
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def add(row: Row) -> bool:
+        known = row.keys() <= names.keys()
+        if known:
+            with open(path, "ab") as file:
+                file.write(lines([row]))
+        return known
+
+    write_whole(path, lines([names, *rows]))
+    return add
 
 
-class _TensorBoard:
-    """tensorboard/STAGE: event files, so that a stage is a run of its own there."""
+def _event_files(opened: ExitStack, path: Path, rows: list[Row]) -> Add:
+    """tensorboard/STAGE, so that a stage is a run of its own there."""
+    from tensorboard.summary import Writer
 
-    def __init__(self, folder: Path):
-        self.path, self.writers = folder / TENSORBOARD, {}
+    writers: dict[str, Writer] = {}
 
-    def make(self, rows: list[Row]) -> None:
-        refuse_link(self.path)
-        self.close()
-        shutil.rmtree(self.path, ignore_errors=True)
-        for row in rows:
-            self.add(row)
-
-    def add(self, row: Row) -> bool:
-        from tensorboard.summary import Writer
-
+    def add(row: Row) -> bool:
         stage = row["stage"]
-        if stage not in self.writers:
-            self.writers[stage] = Writer(str(self.path / stage))
+        if stage not in writers:
+            writers[stage] = Writer(str(path / stage))
+            opened.callback(writers[stage].close)
         for name in row.keys() - {"step", "stage"}:
             value = math.nan if row[name] is None else row[name]
-            self.writers[stage].add_scalar(name, value, row["step"])
-        self.writers[stage].flush()
+            writers[stage].add_scalar(name, value, row["step"])
+        writers[stage].flush()
         return True
 
-    def close(self) -> None:
-        for writer in self.writers.values():
-            writer.close()
-        self.writers = {}
+    refuse_link(path)
+    shutil.rmtree(path, ignore_errors=True)
+    for row in rows:
+        add(row)
+    return add

@@ -13,7 +13,6 @@ import shlex
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from minirlhf.disk import read_object, shorten, to_json, write_whole
 from minirlhf.errors import InputError
@@ -69,7 +68,7 @@ def remember(name: str, sha256: str) -> None:
                 file.write(f"{json.dumps([name, sha256])}\n")
 
 
-def _is_named(name: str, sha256: Any) -> bool:
+def _is_named(name: str, sha256: str | None) -> bool:
     """Did the user name it on this machine, or can it be no code but minirlhf's own?"""
     if not name or ready_made(name) or name.startswith("python:"):
         return True
@@ -93,7 +92,6 @@ def reopened(folder: Path, config: TrainConfig, named: Reward, changed: bool) ->
 
     Args:     named: by the user, just now; where it is now, if it was moved.
               changed: take it though its source has changed.
-    Raises:   InputError: the user did not name it, or its source has changed; as `load_reward`.
     """
     if not config.reward and (config.pairs or not config.corpus):
         raise InputError(

@@ -17,8 +17,6 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
     """Pairs to learn from, held-out pairs, and the held-out difference of gold (or None).
 
     Given pairs are split by prompt; otherwise the annotator compares two reference samples.
-
-    Raises:   InputError: none are given, or none of a training prompt differs within the limit.
     """
     world, settings = session.world, session.config.reward_model
     if world.pairs is None and world.annotate is None:
@@ -57,9 +55,9 @@ def _differing_pairs(session: Session, pairs: list[Texts]) -> list[Pair]:
 def annotated_pairs(
     session: Session, reference: Tree, prompts: list[str], n: int
 ) -> tuple[list[Pair], np.ndarray | None]:
-    """n pairs of reference samples in the annotator's order; equal replies are left out.
+    """n pairs of reference samples in the annotator's order, and the difference of gold (or None).
 
-    Returns:  pairs, gold(chosen) - gold(rejected) of each (None without a gold reward).
+    Equal replies are left out.
     """
     world, rng = session.world, session.rng
     drawn = draw_prompts(prompts, n, rng["pairs"])

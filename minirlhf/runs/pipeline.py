@@ -3,14 +3,13 @@ reward model, by DPO.
 
 `run_stages` names the stages, which stand below it in this order. A stage hands its texts, a random
 stream and an optimiser to a loop of `train/`, follows it with a log, and leaves a folder; where the
-folder is there already, the stage is read back from it (`folder.py` says what a run leaves where).
+folder is there already, the stage is read back from it (README.md says what a run leaves where).
 """
 
 import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,27 +18,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from minirlhf.crew import side_by_side
 from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
-from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.nn.transformer import GPTConfig, init_transformer, parameter_shapes
 from minirlhf.runs import folder, snapshots
-from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
+from minirlhf.runs.metrics import heldout_dpo, iteration_metrics, pair_metrics, sft_loss
 from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
-from minirlhf.runs.session import Score, Session, open_session, reopen_session
+from minirlhf.runs.session import Score, Session
 from minirlhf.train import dpo, reward_model
-from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.ppo import Task, new_policy, train_ppo
 from minirlhf.train.reward_model import RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set
-from minirlhf.train.sft import sft_loss, train_sft
-from minirlhf.tree import Tree, tree_unpack
-from minirlhf.workers import side_by_side
+from minirlhf.train.sft import train_sft
+from minirlhf.tree import Tree, tree_leaves
 
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model"}
 TITLES |= {"dpo": "DPO", "ppo": "PPO"}
@@ -61,28 +59,8 @@ class Result(NamedTuple):
     seconds: dict[str, float]  # time of each stage
 
 
-def train(config: TrainConfig, **shown: Any) -> Result | None:
-    """SFT, reward model, PPO and the final comparison, from nothing.
-
-    Args:     shown: `track` (wraps a range of steps to show progress), `say` (prints a line) and
-                  `watch` (sees each line of metrics.jsonl) of the Session.
-    """
-    return run_stages(open_session(config, **shown))
-
-
-def resume(run: str | Path, **options: Any) -> Result:
-    """Go on where a run stopped: finished stages are read back, a begun one from its checkpoint.
-
-    Args:     options: of `reopen_session`.
-    """
-    return run_stages(reopen_session(run, **options))
-
-
 def load_models(session: Session) -> tuple[Tree, Tree]:
-    """(policy, reference) of a run; before PPO has ended that of its checkpoint, or the reference.
-
-    Raises:   InputError: the run has no reference yet.
-    """
+    """(policy, reference); before PPO has ended the policy of its checkpoint, or the reference."""
     config, settings = session.config, session.config.ppo
     saved = {name for name in ("policy", "reference") if folder.is_saved(session, name)}
     if not saved:
@@ -98,66 +76,53 @@ def load_models(session: Session) -> tuple[Tree, Tree]:
         session.note(f"{session.folder} has no policy yet: its reference stands for it")
         return reference, reference
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    moved = folder.moved_reference(session, reference)
-    done, *_ = folder.load_state(session, "ppo", optimizer, settings.iterations, arrays=moved)
+    done, *_ = folder.load_state(session, "ppo", optimizer, settings.iterations, reference)
     session.note(f"the policy is that after {done} of {settings.iterations} iterations of PPO")
     return optimizer.params, reference
 
 
 def run_stages(session: Session) -> Result | None:
-    """The stages in order; a stage whose result lies in the folder is not run again.
-
-    Returns:  the comparison; None where config.stages end before there is a policy.
-    """
-    if session.stored is None:
-        session.say(
-            f"run {session.folder}: finished; its texts or reward have gone or changed since"
-        )
-        return read_result(session.folder)
+    """The stages in order, and the comparison; None where config.stages end before the policy."""
     config = session.config
-    n_workers = config.workers if config.device == "cpu" else 1
-    threads = config.threads or None
+    if session.stored is None:
+        session.say(f"run {config.out}: finished; its texts or reward have gone or changed since")
+        return read_result(config.out)
     with (
         session.at_work(),
         mirrored(session.log, config.log),
-        threadpool_limits(limits=threads),
-        side_by_side(n_workers),
+        threadpool_limits(limits=config.threads or None),
+        side_by_side(config.workers if config.device == "cpu" else 1),
     ):
         refuse_link(session.folder / "checkpoint")
         folder.settle_settings(session)
         session.say(banner(session))
-        with _at_stage(session, "sft"):
-            reference = reference_stage(session)
+        reference = _run("sft", reference_stage, session)
         if config.stages == "sft":
             return None
         if config.is_dpo:
             score = session.score_with(RewardModel({}, session.gpt))
-            with _at_stage(session, "dpo"):
-                policy = dpo_stage(session, reference)
+            policy = _run("dpo", dpo_stage, session, reference)
         else:
-            with _at_stage(session, "reward_model"):
-                score = session.score_with(reward_stage(session, reference))
+            score = session.score_with(_run("reward_model", reward_stage, session, reference))
             if config.stages == "sft,reward":
                 return None
-            with _at_stage(session, "ppo"):
-                policy = ppo_stage(session, reference, score)
-        with _at_stage(session, "evaluation"):
-            session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
-            before, first = evaluate(session, reference, reference, score)
-            after, last = evaluate(session, policy, reference, score)
+            policy = _run("ppo", ppo_stage, session, reference, score)
+        session.say(f"evaluating reference and policy, {config.eval_prompts:,} replies of each")
+        before, first = _run("evaluation", evaluate, session, reference, reference, score)
+        after, last = _run("evaluation", evaluate, session, policy, reference, score)
         content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
         write_whole(session.folder / "result.json", content)
     return Result(before, after, last.prompts, first, last, session.seconds)
 
 
-@contextmanager
-def _at_stage(session: Session, stage: str) -> Iterator[None]:
-    """Note how long the block takes; it leaves a result, so no checkpoint but PPO's is needed."""
+def _run(stage: str, make: Callable, session: Session, *made: Any) -> Any:
+    """What a stage makes; how long it takes is noted, and its checkpoint dropped, but PPO's."""
     session.stage, session.steps, started = stage, "", time.perf_counter()
-    yield
-    session.seconds[stage] = time.perf_counter() - started
+    result = make(session, *made)
+    session.seconds[stage] = session.seconds.get(stage, 0.0) + time.perf_counter() - started
     if stage in HELDOUT:
         folder.drop_state(session, stage)
+    return result
 
 
 def read_result(run: Path) -> Result:
@@ -173,9 +138,8 @@ def read_result(run: Path) -> Result:
 
 def banner(session: Session) -> str:
     """What is about to be done, on one line."""
-    world, gpt, config, C = session.world, session.gpt, session.config, session.gpt.d_model
-    # embeddings and last layer norm; of a block 12 C^2 in matrices, 13 C in biases and layer norms
-    n = C * (gpt.vocab_size + gpt.n_ctx + 2) + gpt.n_layer * C * (12 * C + 13)
+    world, config = session.world, session.config
+    n = sum(map(math.prod, tree_leaves(parameter_shapes(session.gpt))))
     texts = (world.demonstrations, world.train_prompts, world.heldout_prompts)
     sizes = "{:,} demonstrations, {:,} prompts, {:,} held out".format(*map(len, texts))
     pairs = "pairs of its own samples" if world.annotate else "no preferences yet"
@@ -189,16 +153,16 @@ def banner(session: Session) -> str:
     return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
 
 
-def _follow(session: Session, stage: str, loop: Iterable, steps: range, title: str) -> Iterator:
+def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Iterator:
     """(step, what the loop yields) for the steps that are left, with progress."""
-    unit = "iteration" if stage == "ppo" else "step"
+    title, unit = TITLES[stage], "iteration" if stage == "ppo" else "step"
     session.made, session.kept, session.steps = steps.start, steps.start, f"{steps.stop} {unit}s"
     if 0 < steps.start < steps.stop:
         session.say(f"stage {stage} goes on after {steps.start} of {session.steps}")
     try:
         for step, result in zip(session.track(steps, title), loop, strict=False):
-            yield step, result
             session.made = step + 1
+            yield step, result
     except NonFiniteError as error:
         last = "no checkpoint yet"
         if folder.has_state(session, stage):
@@ -211,8 +175,8 @@ def _learn(
 ) -> dict[str, float]:
     """Let the loop of any stage but PPO run to its end, with log and checkpoints.
 
-    Args:     measure: metrics of some of the n held-out rows, as training leaves off.
-    Returns:  those of all of them at the end; {} if there are none.
+    Args:     measure: metrics of a slice of the n held-out rows, as training leaves off.
+    Returns:  those of all rows at the end; {} if there are none.
     """
     n_steps = optimizer.total_steps
     trained = n_steps * getattr(session.config, stage).batch_size
@@ -225,7 +189,7 @@ def _learn(
     done, *_ = folder.load_state(session, stage, optimizer, n_steps)
     saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
     last = look(done)
-    for step, metrics in _follow(session, stage, loop, range(done, n_steps), TITLES[stage]):
+    for step, metrics in _follow(session, stage, loop, range(done, n_steps)):
         session.log.metrics(step, stage, metrics | last)  # held out: as it was before this step
         if (began := time.perf_counter()) - saved >= pause:
             folder.save_state(session, stage, optimizer, step + 1)
@@ -266,10 +230,8 @@ def reference_stage(session: Session) -> Tree:
         return folder.load_params(session, "reference", session.gpt)
     folder.begin_stage(session, "sft")
     settings, world = session.config.sft, session.world
-    examples, heldout = (
-        [session.example_ids(*example) for example in texts]
-        for texts in (world.demonstrations, world.heldout_demonstrations)
-    )
+    examples = [session.example_ids(*texts) for texts in world.demonstrations]
+    heldout = [session.example_ids(*texts) for texts in world.heldout_demonstrations]
     same = {"config": session.gpt, **session.padding}
     first = {"transformer": session.on_device(session.first_weights())}
     optimizer = Optimizer(first, settings.optimizer, total_steps=settings.steps)
@@ -294,6 +256,7 @@ def reward_stage(session: Session, reference: Tree) -> RewardModel:
     Either way the score gets mean 0 and sd 1 on fresh reference samples, drawn as PPO draws.
     """
     settings, gpt = session.config.reward_model, session.gpt
+    gpt = replace(gpt, tied=True)  # nobody reads its logits
     if settings.init == "scratch":
         gpt = replace(gpt, n_layer=settings.n_layer)
     if folder.is_saved(session, "reward_model"):
@@ -320,7 +283,7 @@ def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> Rewa
     train = partial(reward_model.train_reward_model, config=gpt)
 
     def measure(params: Tree, *pairs: Any) -> dict[str, float]:
-        return reward_model.pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
+        return pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
 
     pairs = preference_pairs(session, reference)
     return RewardModel(_learn_pairs(session, "reward_model", params, pairs, train, measure), gpt)
@@ -334,7 +297,7 @@ def dpo_stage(session: Session, reference: Tree) -> Tree:
     same = {"config": session.gpt, **session.padding}
     *pairs, gold_difference = preference_pairs(session, reference)
     pairs = [dpo.with_reference(some, reference, **same) for some in pairs]
-    measure = partial(dpo.heldout_metrics, settings=session.config.dpo, **same)
+    measure = partial(heldout_dpo, settings=session.config.dpo, **same)
     train = partial(dpo.train_dpo, config=session.gpt)
     params = _learn_pairs(session, "dpo", reference, (*pairs, gold_difference), train, measure)
     folder.save_params(session, "policy", params, session.gpt)
@@ -344,10 +307,9 @@ def dpo_stage(session: Session, reference: Tree) -> Tree:
 def _learn_pairs(
     session: Session, stage: str, start: Tree, pairs: tuple, train: Callable, measure: Callable
 ) -> Tree:
-    """What `train` makes of a copy of `start`; its accuracy on held-out pairs is logged and said.
+    """What `train` makes of a copy of `start` and of what `preference_pairs` gives.
 
-    Args:     pairs: as `preference_pairs` gives them.
-              measure: metrics of (parameters, held-out pairs, their difference of gold or None).
+    Args:     measure: metrics of (parameters, held-out pairs, their difference of gold or None).
     """
     settings, (pairs, heldout, gold_difference) = getattr(session.config, stage), pairs
     updates, n = reward_model.n_updates(len(pairs), settings), len(heldout)
@@ -370,33 +332,20 @@ def _learn_pairs(
 
 
 def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
-    """Stage 3: PPO from the reference, with checkpoints.
-
-    Raises:   NonFiniteError: a loss is not finite; the message names the last good checkpoint.
-    """
+    """Stage 3: PPO from the reference, with checkpoints."""
     folder.begin_stage(session, "ppo")
     settings, config, stop_id = session.config.ppo, session.config, session.tokenizer.eos
+    total, task = settings.iterations, Task(partial(_sample_batch, session), score, stop_id)
     optimizer = new_policy(reference, settings, rng=session.rng["init"])
-    moved = folder.moved_reference(session, reference)
-    done, kl_coef, found = folder.load_state(
-        session, "ppo", optimizer, settings.iterations, arrays=moved
-    )
-    moved = [session.on_device(tree_unpack(flat, reference)) for flat in found.values()]
-    loop = train_ppo(
-        optimizer,
-        moved[0] if moved else reference,
-        Task(partial(_sample_batch, session), score, stop_id),
-        config=session.gpt,
-        settings=settings,
-        rng=session.rng["shuffle"],
-        kl_coef=kl_coef,
-    )
+    done, kl_coef, origin = folder.load_state(session, "ppo", optimizer, total, reference)
+    how = {"config": session.gpt, "settings": settings, "rng": session.rng["shuffle"]}
+    loop = train_ppo(optimizer, origin, task, kl_coef=kl_coef, **how)
     looks = snapshots.moments(session)
     look = partial(snapshots.take_snapshot, session, score=score)
     if looks and not done:
         look(optimizer.params, reference, done=0, kl_coef=settings.kl_coef)
-    started, steps = time.perf_counter(), range(done, settings.iterations)
-    for step, iteration in _follow(session, "ppo", loop, steps, TITLES["ppo"]):
+    started = time.perf_counter()
+    for step, iteration in _follow(session, "ppo", loop, range(done, total)):
         metrics = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
         metrics["time/iteration"] = time.perf_counter() - started
         done = step + 1
@@ -410,12 +359,12 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
             metrics |= {f"eval/{name}": value for name, value in heldout.items()}
         session.log.metrics(step, "ppo", metrics)
         session.log.samples(step, folder.sample_rows(session, iteration.rollout))
-        beta, moved = iteration.next_kl_coef, iteration.next_reference
+        beta, origin = iteration.next_kl_coef, iteration.next_reference
         if done in looks:
-            look(optimizer.params, moved, done=done, kl_coef=beta)
-        if done % config.checkpoint_every == 0 or done == settings.iterations or session.stop:
-            arrays = folder.moved_reference(session, moved)
-            folder.save_state(session, "ppo", optimizer, done, arrays=arrays, kl_coef=float(beta))
+            look(optimizer.params, origin, done=done, kl_coef=beta)
+        if done % config.checkpoint_every == 0 or done == total or session.stop:
+            state = {"reference": origin, "kl_coef": float(beta)}
+            folder.save_state(session, "ppo", optimizer, done, **state)
         if session.stop:
             raise session.stop
         started = time.perf_counter()

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.backend import array_module, to_device
+from minirlhf.crew import resolved
 from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
@@ -35,9 +36,8 @@ from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_responses
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
-from minirlhf.workers import resolved, share_packed
+from minirlhf.workers import share_packed
 from minirlhf.worlds import files, support, tokens
-from minirlhf.worlds.readers import name_and_kind
 from minirlhf.worlds.rewards import Reward, load_reward, name_of
 from minirlhf.worlds.world import World
 
@@ -49,11 +49,6 @@ BEGAN = Path("checkpoint", "config.toml")  # the settings that what is in the fo
 TOKENIZER_CHARS = 8_000_000  # of the texts that an encoding is trained on
 
 
-def no_progress(steps: Iterable, title: str) -> Iterable:
-    """The default `track`: shows nothing."""
-    return steps
-
-
 @dataclass
 class Session:
     """What the stages share. Arrays live on `config.device`."""
@@ -62,7 +57,7 @@ class Session:
     world: World
     tokenizer: tokens.Tokenizer
     rng: dict[str, Generator]
-    track: Callable[[Iterable, str], Iterable] = no_progress  # wraps steps, to show progress
+    track: Callable[[Iterable, str], Iterable] = lambda steps, title: steps  # shows progress
     say: Callable[[str], None] = lambda line: None  # prints a line
     watch: Callable[[int, str, dict], None] = lambda *row: None  # sees each line of metrics.jsonl
     stop: InputError | None = None  # set by who watches: PPO stops after this iteration
@@ -94,10 +89,7 @@ class Session:
 
     @cached_property
     def gpt(self) -> GPTConfig:
-        """The policy's sizes: those asked for, with room for the longest prompt and response.
-
-        Raises:   InputError: there are fewer positions than that.
-        """
+        """The policy's sizes: those asked for, with room for the longest prompt and response."""
         model, (prompt, response) = self.config.model, self.longest
         n_ctx = model.n_ctx or prompt + response
         if n_ctx < prompt + response:
@@ -106,16 +98,17 @@ class Session:
                 f"prompt and {response} for a response; got {n_ctx}: lower --max-prompt-tokens or "
                 "--max-response-tokens"
             )
-        return GPTConfig(self.tokenizer.vocab_size, **asdict(replace(model, n_ctx=n_ctx)))
+        sizes = asdict(replace(model, n_ctx=n_ctx))
+        if model.block == "llama":  # what 0 stands for, as its folder will say
+            sizes["n_kv_head"] = model.n_kv_head or model.n_head
+            sizes["d_ff"] = model.d_ff or 4 * model.d_model
+        return GPTConfig(self.tokenizer.vocab_size, **sizes)
 
     def first_weights(self) -> Tree:
-        """Of the policy, on the host: random ones, or those of --init.
-
-        Raises:   InputError: --init is no longer what the run began with.
-        """
+        """Of the policy, on the host: random ones, or those of --init as the run began."""
         if not self.config.init:
             return init_transformer(self.gpt, rng=self.rng["init"])
-        start = hugging_face.read_gpt2(self.config.init)
+        start = hugging_face.read_model(self.config.init)
         if start.sha256 != read_object(self.folder / "world.json").get("init_sha256"):
             raise InputError(
                 f"{self.config.init}: expected the weights that were there when the run began; "
@@ -147,11 +140,10 @@ class Session:
         samples = sample_responses(
             params, ids, config=self.gpt, rng=rng, sampling=sampling, **ends, **self.padding
         )
-        texts = ((ids[-1], self.tokenizer.decode(ids)) for ids in samples.response_ids)
-        # the limit may have cut a character, of which the beginning says nothing
-        responses = [
-            t if end == self.tokenizer.eos else t.removesuffix("\ufffd") for end, t in texts
-        ]
+        responses = [self.tokenizer.decode(ids) for ids in samples.response_ids]
+        for i, ids in enumerate(samples.response_ids):
+            if ids[-1] != self.tokenizer.eos:  # the limit may have cut a character
+                responses[i] = responses[i].removesuffix("\ufffd")
         return samples._replace(prompts=list(prompts), responses=responses)
 
     def score_with(self, model: RewardModel) -> "Score":
@@ -208,7 +200,6 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
 
     Args:     reward: a function in the place of config.reward, which names one.
               shown: `track`, `say` and `watch` of the Session.
-    Raises:   InputError: the folder holds a run already, or a setting or file cannot be used.
     """
     array_module(config.device)  # refuse what is not there before anything is written
     mirrors.require(config.log)
@@ -217,10 +208,9 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     config.refuse_in_dpo(reward)
     world = build_world(config, reward and load_reward(reward, config.reward_timeout), rng["world"])
     notes = [*(own_reward.try_reward(world) if world.reward else ()), *unused_options(config)]
-    named = config.corpus or config.pairs or "support"
     digests = {"reward_sha256": own_reward.fingerprint(reward)} if reward else {}
     if config.init:
-        start = hugging_face.read_gpt2(config.init)
+        start = hugging_face.read_model(config.init)
         notes += [f"--init: {start.says}", *rate_notes(config)]
         digests["init_sha256"] = start.sha256
         model = {f.name: getattr(start.config, f.name) for f in fields(config.model)}
@@ -233,7 +223,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     config = replace(config, workers=workers, reward=name_of(reward), **paths)
     session = Session(config, world, tokenizer, rng, **shown)
     sizes.check_run(config, session.gpt, session.longest)  # sizes may contradict each other
-    out = config.out or new_numbered_folder(name_and_kind(named)[0])
+    out = config.out or new_numbered_folder(world.name)
     session.config, session.world = replace(config, out=out), own_reward.going_on(world, out)
     for note in (*world.notes, *notes):
         session.note(note)
@@ -275,7 +265,6 @@ def reopen_session(
               reward, accept_changed_reward: `named` and `changed` of `own_reward.reopened`.
               look: to sample and score alone: reads no texts, and no reward before it is asked. So
                   is a finished run whose texts or reward have gone, or whose texts have changed.
-    Raises:   InputError: no run, damaged files, or texts or a reward that have changed since.
     """
     folder = Path(folder)
     if not os.path.exists(folder / "config.toml"):
@@ -325,9 +314,7 @@ def fork_run(
 ) -> Path:
     """A new run folder with the encoding, reference and reward model of another, and its own PPO.
 
-    `resume(out)` then runs the PPO stage alone: what differs between two forks is PPO's settings.
-
-    Raises:   InputError: `folder` has no reference and reward model yet, or `out` exists.
+    A resume of it runs the PPO stage alone: what differs between two forks is PPO's settings.
     """
     folder, out = Path(folder), Path(out)
     shared = ("tiktoken.json", "world.json", "reference", "reward_model", "metrics.jsonl")
@@ -372,10 +359,7 @@ def _new_tokenizer(config: TrainConfig, world: World) -> tokens.Tokenizer:
 
 
 def build_world(config: TrainConfig, reward: Reward, rng: Generator) -> World:
-    """The support world, or the user's own text, all of it to train on (`fit_world` splits it).
-
-    Raises:   InputError: options that contradict each other, or files that cannot be used.
-    """
+    """The support world, or the user's own text, all of it to train on (`fit_world` splits it)."""
     if not (config.corpus or config.pairs):
         return replace(support.make_world(rng=rng), reward=reward or None)
     return files.corpus_world(

@@ -1,9 +1,13 @@
 """What a run takes of memory, told from its sizes alone: at least so many bytes, by option."""
 
+import math
+from dataclasses import replace
+
 from minirlhf.memory import require_memory
 from minirlhf.nn.sampling import PIECE_FLOATS
-from minirlhf.nn.transformer import GPTConfig, kept_floats
+from minirlhf.nn.transformer import GPTConfig, kept_floats, parameter_shapes
 from minirlhf.runs.config import TrainConfig
+from minirlhf.tree import tree_leaves
 
 COPIES = 5  # of the policy: itself, its gradient, two moments, the reference
 PROCESS = 20 << 20  # bytes of a worker's own, measured: 27 to 41 MB
@@ -14,12 +18,13 @@ def check_run(config: TrainConfig, gpt: GPTConfig, longest: tuple[int, int]) -> 
 
     Args:     config: with the number of workers resolved.
               longest: tokens of a prompt and of a response.
-    Raises:   InputError: names the option that takes most.
     """
     if config.device != "cpu":
         return
-    V, C, L, T = gpt.vocab_size, gpt.d_model, gpt.n_layer, sum(longest)
-    blocks, positions, vocabulary = 48 * L * C * C, 4 * gpt.n_ctx * C, 4 * V * C
+    C, T, shapes = gpt.d_model, sum(longest), parameter_shapes(replace(gpt, n_layer=1))
+    blocks = 4 * gpt.n_layer * sum(map(math.prod, tree_leaves(shapes["blocks"])))
+    positions = 4 * math.prod(shapes.get("wpe", (0,)))
+    vocabulary = 4 * gpt.vocab_size * C * (1 if gpt.tied else 2)
     activations = 4 * T * kept_floats(gpt, T)  # of the longest sequence
     in_worker = PROCESS + blocks + positions + vocabulary + activations
     model, ppo = config.reward_model, config.ppo

@@ -4,17 +4,16 @@ A snapshot is a few replies of the policy as it is then, always to the first hel
 with the same coins: what differs from one to the next is the policy.
 """
 
-import json
 from typing import Any
 
 import numpy as np
 
 from minirlhf.backend import to_host
-from minirlhf.disk import plain, write_whole
+from minirlhf.disk import write_whole
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.kl import summed_penalty
-from minirlhf.runs.log import read_jsonl
+from minirlhf.runs.log import jsonl, read_jsonl
 from minirlhf.runs.session import Session
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import final_score, rollout_penalty
@@ -33,21 +32,11 @@ def token_rows(
     scores: np.ndarray | None,
     kl_coef: float,
 ) -> list[dict[str, Any]]:
-    """What each reply of `samples` pays, a dict of T tokens each; in nats, if nothing is said.
+    """What each reply of `samples` pays: a dict each, of `app.api.TokenScores`'s fields.
 
-    prompt, response  the texts
-    pieces, ids       (T,) the tokens; a piece is printable text
-    logp, ref_logp    (T,) log pi_theta(y_t|.) and log pi_ref(y_t|.)
-    entropy           (T,) of pi_theta(.|x, y_<t)
-    value             (T,) V(x, y_<t) [reward units]; None where the policy has no value head
-    reward_token      (T,) -beta times what kl_mode takes off the reward of each token, and the
-                      score on the last token [reward units]; None without a score
-    advantage         (T,) of GAE, not whitened [reward units]; None without a value or a score
-    top, ref_top      (T, 5) [piece, probability] of the likeliest next tokens of either policy
-    kl_seq            sum over t of logp - ref_logp: the penalty
-    score             normalised reward of the whole reply; None without one
-    gold              the world's true reward, where there is one
-    kl_coef           beta [reward units per nat]
+    reward_token      -beta times what kl_mode takes off the reward of each token, and the score on
+                      the last token; None without a score
+    value, advantage  None without a value head; advantage, of GAE, also without a score
 
     Args:     scores: (B,) normalised; None where there is no reward yet.
     """
@@ -56,13 +45,12 @@ def token_rows(
     judged = scores is not None
     known = scores if judged else np.zeros(len(samples.response_ids))
     rollout = score_rollout(policy, reference, samples, score=lambda _: known, **same)
-    mask, values = rollout.batch.response_mask, rollout.values
+    mask, values, has_critic = rollout.batch.response_mask, rollout.values, "value_head" in policy
     final = final_score(rollout, settings=settings, stop_id=session.tokenizer.eos)
     penalty = rollout_penalty(rollout, settings)
     rewards = token_rewards(final, penalty, mask=mask, kl_coef=kl_coef)
     advantages, _ = gae(rewards, values, mask=mask, gamma=settings.gamma, lam=settings.lam)
     arrays = {"logp": rollout.old_logp, "ref_logp": rollout.ref_logp, "entropy": rollout.entropy}
-    has_critic = "value_head" in policy
     arrays["value"] = values if has_critic else None
     arrays["reward_token"] = rewards if judged else None
     arrays["advantage"] = advantages if judged and has_critic else None
@@ -93,15 +81,13 @@ def _likeliest(session: Session, params: Tree, samples: Samples) -> list[list[li
     rows = []
     for z in logits:  # a reply at a time: of a large vocabulary a copy counts
         some = np.argpartition(-z, LIKELIEST, axis=-1)[:, :LIKELIEST]
-        best = np.take_along_axis(z, some, axis=-1)
-        order = np.argsort(-best, axis=-1)
-        highest = best.max(axis=-1, keepdims=True)
-        p = np.exp(best - highest) / np.exp(z - highest).sum(axis=-1, keepdims=True)
-        ids, shares = (np.take_along_axis(of, order, axis=-1) for of in (some, p))
-        pieces = map(session.tokenizer.pieces, ids)
-        shares = shares.astype(np.float64).round(4).tolist()
-        pairs = (zip(*of_token, strict=True) for of_token in zip(pieces, shares, strict=True))
-        rows.append([list(map(list, of_token)) for of_token in pairs])
+        order = np.argsort(-np.take_along_axis(z, some, axis=-1), axis=-1)
+        ids = np.take_along_axis(some, order, axis=-1)
+        best = np.take_along_axis(z, ids, axis=-1)
+        p = np.exp(best - best[:, :1]) / np.exp(z - best[:, :1]).sum(axis=-1, keepdims=True)
+        shares = p.astype(np.float64).round(4).tolist()
+        tops = zip(map(session.tokenizer.pieces, ids), shares, strict=True)
+        rows.append([list(map(list, zip(*top, strict=True))) for top in tops])
     return rows
 
 
@@ -119,13 +105,10 @@ def take_snapshot(
     coins = np.random.default_rng(session.config.seed + 1_000_003)  # those of `evaluate`
     sampling = Sampling(session.config.ppo.temperature)
     samples = session.sample(policy, prompts, coins, sampling)._replace(hidden=None)
-    scores = score(samples)
-    rows = token_rows(session, policy, reference, samples, scores=scores, kl_coef=kl_coef)
+    rows = token_rows(session, policy, reference, samples, scores=score(samples), kl_coef=kl_coef)
     kept = [row for row in read_snapshots(session) if row["step"] < done]
-    lines = [json.dumps(plain(row), ensure_ascii=False) for row in kept]
-    lines += [json.dumps(plain({"step": done, **row}), ensure_ascii=False) for row in rows]
-    content = "".join(line + "\n" for line in lines)
-    write_whole(session.folder / "snapshots.jsonl", content.encode(errors="backslashreplace"))
+    content = jsonl(kept + [{"step": done, **row} for row in rows])
+    write_whole(session.folder / "snapshots.jsonl", content)
 
 
 def read_snapshots(session: Session) -> list[dict[str, Any]]:

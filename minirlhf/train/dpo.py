@@ -19,7 +19,7 @@ from minirlhf.rlhf.preferences import BradleyTerryCache, dpo_backward, dpo_forwa
 from minirlhf.train.batches import micro_batches, pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.train.reward_model import Pair, margin_metrics, pairs_loss_and_gradients, shuffled
+from minirlhf.train.reward_model import Pair, pairs_loss_and_gradients, shuffled
 from minirlhf.train.settings import OptimizerConfig, check_fields
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over
@@ -101,16 +101,6 @@ def dpo_metrics(
     return metrics, cache
 
 
-def heldout_metrics(
-    params: Tree, pairs: list[Pair], gold: np.ndarray | None = None, *, settings: DPOConfig, **same
-) -> dict[str, float]:
-    """`margin_metrics` of the implicit rewards of pairs not learnt from; and the loss."""
-    logp = reply_logps(params, pairs, **same)
-    loss = dpo_metrics(logp, pairs, settings)[0]["loss/dpo"]
-    chosen, rejected = settings.kl_coef * (logp - np.array([p.ref_logp for p in pairs]).T)
-    return {"heldout/loss_dpo": float(loss), **margin_metrics(chosen - rejected, gold)}
-
-
 def with_reference(pairs: list[Pair], reference: Tree, **same: Any) -> list[Pair]:
     """The pairs, of lists the best and the worst, with what the reference says of them."""
     logps = zip(*reply_logps(reference, pairs, **same).tolist(), strict=True) if pairs else ()
@@ -133,6 +123,6 @@ def _forward(
 ) -> tuple[Array, tuple]:
     replies = [p.replies[0] for p in pairs] + [p.replies[-1] for p in pairs]
     batch = pad_batch([p.prompt for p in pairs] * 2, replies, config=config, **padding)
-    out, cache = policy_forward(params, batch=batch, config=config, keep=keep)
+    out, cache = policy_forward(params, batch=batch, config=config, keep=keep, keep_logits=False)
     seq_logp = response_sum(out.logp, mask=batch.response_mask)
     return seq_logp.reshape(2, -1), (cache, batch.response_mask)

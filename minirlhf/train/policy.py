@@ -4,6 +4,7 @@ params = {"transformer": ..., "value_head": {w, b}}; without a value head there 
 hidden state that predicts token t, h_{t-1}, also gives V(x, y_<t).
 """
 
+import functools
 from typing import NamedTuple
 
 from minirlhf.backend import Array, get_xp
@@ -20,16 +21,17 @@ from minirlhf.tree import Tree
 
 
 class PolicyOutput(NamedTuple):
-    logits: Array  # (B, T, V) that predict the response tokens
+    logits: Array | None  # (B, T, V) that predict the response tokens; None unless kept
     logp: Array  # (B, T) log pi(y_t | x, y_<t) [nats]
     values: Array | None  # (B, T) V(x, y_<t) [reward units]
 
 
 class PolicyCache(NamedTuple):
     trunk: TransformerCache
-    logits: heads.TiedLogitsCache
+    logits: heads.LogitsCache
     logp: logprobs.TokenLogprobsCache
     values: heads.ScalarHeadCache | None
+    is_tied: bool  # the logits read the token embedding
 
 
 def policy_forward(
@@ -40,12 +42,14 @@ def policy_forward(
     temperature: float = 1.0,
     hidden: Array | None = None,
     keep: bool = True,
+    keep_logits: bool = True,
 ) -> tuple[PolicyOutput, PolicyCache | None]:
     """logits, log-probs and values of the response tokens of a batch.
 
     Args:     hidden: (B, at least T, C) the transformer's output that predicts the response tokens,
                   where it is known from sampling them. No backward can follow.
               keep: False where no backward will follow: it takes less time and memory.
+              keep_logits: False where only a backward reads them: one array (B, T, V) less.
     Returns:  PolicyOutput, cache (None unless kept).
     """
     xp = get_xp(batch.tokens)
@@ -62,15 +66,20 @@ def policy_forward(
         )
     else:
         h, trunk, keep = hidden[:, : len(before)], None, False
-    logits, logits_cache = heads.tied_logits_forward(h, params["transformer"]["wte"])  # h (B, T, C)
-    logp, logp_cache = logprobs.token_logprobs_forward(
-        logits, targets=batch.responses, temperature=temperature
-    )
+    w = heads.output_matrix(params["transformer"])
+    logits, logits_cache = heads.logits_forward(h, w)  # h (B, T, C)
+    f = functools.partial(logprobs.token_logprobs_forward, temperature=temperature)
+    if keep:
+        logp, logp_cache = f(logits, targets=batch.responses, in_place=not keep_logits)
+    else:  # the softmax is nobody's
+        logp_cache = None
+        logp = logprobs.by_columns(lambda z, y: f(z, targets=y)[0], logits, batch.responses)
     values = values_cache = None
     if "value_head" in params:
         values, values_cache = heads.scalar_head_forward(h, **params["value_head"])
-    cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache)
-    return PolicyOutput(logits, logp, values), cache if keep else None
+    is_tied = "lm_head" not in params["transformer"]
+    cache = PolicyCache(trunk, logits_cache, logp_cache, values_cache, is_tied)
+    return PolicyOutput(logits if keep_logits else None, logp, values), cache if keep else None
 
 
 def policy_backward(
@@ -80,7 +89,7 @@ def policy_backward(
     dlogits_total = logprobs.token_logprobs_backward(dlogp, cache.logp)
     if dlogits is not None:
         dlogits_total += dlogits
-    dh, dwte_head = heads.tied_logits_backward(dlogits_total, cache.logits)
+    dh, dw_logits = heads.logits_backward(dlogits_total, cache.logits)
     del dlogits_total  # the largest of all arrays
     gradients = {}
     if cache.values is not None:
@@ -88,7 +97,10 @@ def policy_backward(
         dh += dh_value
         gradients["value_head"] = {"w": dw, "b": db}
     dtransformer = transformer_backward(dh, cache.trunk)
-    dtransformer["wte"] += dwte_head  # one table, read at both ends
+    if cache.is_tied:
+        dtransformer["wte"] += dw_logits  # one table, read at both ends
+    else:
+        dtransformer["lm_head"] = dw_logits
     return {"transformer": dtransformer, **gradients}
 
 

@@ -328,7 +328,13 @@ def ppo_loss_forward(
     Returns:  loss (), cache.
     """
     batch, weights, tau = experience.batch, experience.weights, settings.temperature
-    out, policy = policy_forward(params, batch=batch, config=config, temperature=tau)
+    out, policy = policy_forward(
+        params,
+        batch=batch,
+        config=config,
+        temperature=tau,
+        keep_logits=bool(settings.ent_coef or kl.KL_MODES[settings.kl_mode].in_loss),
+    )
     surrogate_forward, _ = objectives.SURROGATES[settings.ratio]
     loss, surrogate = surrogate_forward(
         out.logp,

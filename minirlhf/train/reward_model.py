@@ -117,11 +117,12 @@ def train_reward_model(
 
 
 def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Generator) -> Tree:
-    """{"transformer": as given, "reward_head": w ~ N(0, 1/sqrt(C + 1)), b = 0}."""
+    """{"transformer": as given but for lm_head, "reward_head": w ~ N(0, 1/sqrt(C + 1)), b = 0}."""
     wte, std = transformer["wte"], (config.d_model + 1) ** -0.5
     head = init_scalar_head(config.d_model, std=std, rng=rng, dtype=wte.dtype)
     head = {name: get_xp(wte).asarray(value) for name, value in head.items()}
-    return {"transformer": transformer, "reward_head": head}
+    read = {name: tree for name, tree in transformer.items() if name != "lm_head"}
+    return {"transformer": read, "reward_head": head}
 
 
 def shuffled(
@@ -263,45 +264,6 @@ def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
     scaled = np.ldexp(raw_scores, -exponent)
     mean, sd = (math.ldexp(float(value), exponent) for value in (scaled.mean(), scaled.std()))
     return model._replace(mean=mean, sd=sd)
-
-
-def pair_metrics(
-    model: RewardModel,
-    pairs: list[Pair],
-    gold_difference: np.ndarray | None = None,
-    *,
-    pad_id: int,
-    device: str = "cpu",
-) -> dict[str, float]:
-    """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
-    rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
-    prompts, *both = map(list, zip(*rows, strict=True))
-    score = [
-        score_responses(model, prompts, responses, pad_id=pad_id, device=device)
-        for responses in both
-    ]
-    margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
-    loss = float(np.logaddexp(0.0, -margin).mean())
-    return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
-
-
-def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> dict[str, float]:
-    """What is to be known of the margins, reward of the better - reward of the worse, of pairs.
-
-    accuracy           share of pairs with a margin above 0
-    calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(margin)
-    gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
-    """
-    metrics = {
-        "heldout/accuracy": float((margin > 0).mean()),
-        "heldout/calibration_error": calibration_error(margin),
-        "heldout/margin": float(margin.mean()),
-    }
-    if gold_difference is not None:
-        differs = gold_difference != 0
-        agree = (margin > 0) == (gold_difference > 0)
-        metrics["heldout/gold_accuracy"] = float(agree[differs].mean()) if differs.any() else 0.0
-    return metrics
 
 
 def calibration_error(margin: np.ndarray, *, n_bins: int = 10) -> float:

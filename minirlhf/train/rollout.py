@@ -9,7 +9,7 @@ import numpy as np
 from minirlhf.backend import Array, get_xp
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.kl import KL_MODES, full_kl_forward
-from minirlhf.rlhf.logprobs import entropy_forward
+from minirlhf.rlhf.logprobs import by_columns, entropy_forward
 from minirlhf.train.batches import Batch, Ids
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.settings import PPOConfig
@@ -102,11 +102,14 @@ def _score_part(
     same = {"batch": batch, "config": config, "temperature": tau, "keep": False}
     old, _ = policy_forward(policy, hidden=hidden, **same)
     ref, _ = policy_forward(reference, **same)
-    entropy, _ = entropy_forward(old.logits, temperature=tau)
-    kl_full, _ = full_kl_forward(old.logits, ref_logits=ref.logits, temperature=tau)
     arrays = {"old_logp": old.logp, "ref_logp": ref.logp}
     arrays["values"] = 0.0 * old.logp if old.values is None else old.values
-    arrays |= {"entropy": entropy, "kl_full": kl_full}
+    arrays["entropy"] = by_columns(lambda z: entropy_forward(z, temperature=tau)[0], old.logits)
+    arrays["kl_full"] = by_columns(
+        lambda z, ref_z: full_kl_forward(z, ref_logits=ref_z, temperature=tau)[0],
+        old.logits,
+        ref.logits,
+    )
     if KL_MODES[settings.kl_mode].needs_ref_logits:
         arrays["ref_logits"] = ref.logits
     return arrays

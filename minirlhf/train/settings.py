@@ -145,14 +145,29 @@ class ModelConfig:
     d_model: int = 64  # Channels
     n_ctx: int = 0  # Positions; 0: as many as the longest prompt and response take
     ln_eps: float = 1e-5  # Added to the variance in layer norms
+    block: Literal["gpt2", "llama"] = "gpt2"  # llama: RMSNorm, SwiGLU and rotary positions
+    n_kv_head: int = 0  # Of llama: heads of keys and values, a divisor of n_head; 0: n_head
+    d_ff: int = 0  # Of llama: channels inside the MLP; 0: 4 d_model
+    rope_theta: float = 10000.0  # Of llama: base of the wavelengths of rotary positions
+    tied: bool = True  # Is the output matrix the token embedding? False: of llama alone
 
     def __post_init__(self):
-        sizes, floats = ("n_layer", "n_head", "d_model"), ("ln_eps",)
-        check_fields(self, "model.", at_least_1=sizes, at_least_0=("n_ctx",), above_0=floats)
-        if self.d_model % self.n_head:
-            raise InputError(
-                f"model.n_head: expected a divisor of d_model = {self.d_model}; got {self.n_head}"
-            )
+        sizes, counts = ("n_layer", "n_head", "d_model"), ("n_ctx", "n_kv_head", "d_ff")
+        floats = ("ln_eps", "rope_theta")
+        check_fields(self, "model.", at_least_1=sizes, at_least_0=counts, above_0=floats)
+        C, H, llama = self.d_model, self.n_head, self.block == "llama"
+        unit = 2 * H if llama else H  # rotary positions turn pairs of a head's channels
+        for name, fits, expected in (
+            ("n_head", C % unit == 0, f"a divisor of d_model{' / 2' * llama} = {C * H // unit}"),
+            ("n_kv_head", H % (self.n_kv_head or H) == 0, f"a divisor of n_head = {H}"),
+            ("n_kv_head", llama or not self.n_kv_head, "0 with block gpt2"),
+            ("d_ff", llama or not self.d_ff, "0 with block gpt2"),
+            ("tied", llama or self.tied, "True with block gpt2"),
+        ):
+            if not fits:
+                raise InputError(
+                    f"model.{name}: expected {expected}; got {getattr(self, name)}: change one"
+                )
 
 
 @dataclass(frozen=True)

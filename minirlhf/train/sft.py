@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.imitation import cross_entropy_backward, cross_entropy_forward
 from minirlhf.rlhf.objectives import token_weights
-from minirlhf.train.batches import Batch, Ids, pad_batch, row_slices
+from minirlhf.train.batches import Batch, Ids, pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
 from minirlhf.train.settings import OptimizerConfig, check_fields
@@ -85,32 +85,8 @@ def sft_loss_and_gradients(params: Tree, batch: Batch, config: GPTConfig) -> tup
 
 def _micro_batch(params: Tree, part: tuple[Batch, Array], *, config: GPTConfig) -> Tree:
     batch, weights = part
-    out, cache = policy_forward(params, batch=batch, config=config)
+    out, cache = policy_forward(params, batch=batch, config=config, keep_logits=False)
     weights = weights[:, : out.logp.shape[1]]  # `Batch.part` leaves out columns of padding
     loss, loss_cache = cross_entropy_forward(out.logp, weights=weights)
     dlogp = cross_entropy_backward(1.0, loss_cache)
     return {"loss": loss, "gradients": policy_backward(None, dlogp, None, cache)}
-
-
-def sft_loss(
-    params: Tree,
-    examples: list[Example],
-    *,
-    config: GPTConfig,
-    batch_size: int,
-    pad_id: int,
-    device: str = "cpu",
-) -> float:
-    """Mean cross-entropy of the response tokens of all examples [nats per token].
-
-    Args:     params: {"transformer": ...}.
-    """
-    total = tokens = 0.0
-    for rows in row_slices(len(examples), batch_size):
-        prompts, responses = zip(*examples[rows], strict=True)
-        batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
-        logp = policy_forward(params, batch=batch, config=config, keep=False)[0].logp
-        mask = batch.response_mask
-        total -= float(get_xp(logp).where(mask > 0, logp, 0.0).sum())
-        tokens += float(mask.sum())
-    return total / tokens

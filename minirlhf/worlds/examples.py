@@ -70,11 +70,9 @@ class Kept:
             raise InputError(f"{self.path}:{number}: {error}") from error
 
     def finish(self, convert: Callable[[Texts], Texts], what: str, notes: list[str]) -> list[Texts]:
-        """The rows, converted once more now that all are known; `notes` get a sentence on them.
+        """The rows, converted once more now that all are known.
 
-        It says how many were read, skipped (and why, and in which lines) and kept.
-
-        Raises:   InputError: nothing is left.
+        `notes` get a sentence: how many were read, skipped (and why, in which lines) and kept.
         """
         rows = [new for n, texts in self.rows for new in self._tried(convert, n, texts)]
         skipped = ", ".join(
@@ -96,13 +94,7 @@ class Kept:
 
 # --- a corpus
 def examples_of(kept: Kept, notes: list[str]) -> tuple[list[Texts], str]:
-    r"""(prompt, response) of every example, and the joiner between them.
-
-    The prompt of a text without columns is its first line (joiner "\n"). Where most examples are
-    one line it is the first word (" "); where most are one word, the first character ("").
-
-    Args:     kept: rows that `as_example` converted.
-    """
+    """(prompt, response) of every example, and the joiner between them, as README.md has it."""
     whole = [texts[0] for _, texts in kept.rows if len(texts) == 1]
     n_lines = sum("\n" in text for text in whole)
     n_words = sum(len(text.split(None, 1)) > 1 for text in whole)
@@ -139,10 +131,7 @@ def as_example(row: dict) -> Texts:
 
 # --- preferences
 def preferences_of(kept: Kept, notes: list[str]) -> list[Texts]:
-    """(prompt, best reply, .., worst reply); without those that are given in two orders.
-
-    Args:     kept: rows that `as_preference` converted.
-    """
+    """(prompt, best reply, .., worst reply); without those that are given in two orders."""
     orders = defaultdict(set)
     for _, (prompt, *replies) in kept.rows:
         orders[prompt, frozenset(replies)].add(tuple(replies))

@@ -1,8 +1,4 @@
-"""The user's own world: a corpus and preferences of one's own, and what of them is held out.
-
-Which files and columns are read is in readers.py and examples.py, what a reward may be in
-rewards.py.
-"""
+"""The user's own world: a corpus and preferences of one's own, and what of them is held out."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -33,23 +29,21 @@ def corpus_world(
     max_chars: int = 64_000_000,
     rng: Generator,
 ) -> World:
-    """A world from files, all prompts to train on; `split_world` holds some of them out.
-
-    Preferences come from pairs or from a reward: exactly one of them.
+    """A world from one file or two, all prompts to train on; `split_world` holds some of them out.
 
     Args:     path: corpus; None: the best replies of the pairs are the demonstrations.
               pairs_path: preferences; their prompts join those of the corpus.
-              reward: what `load_reward` takes.
-              unit: what is an example of a plain text: "line", "document", or "auto".
-              columns: what columns of other names mean, like "prompt=title", in files with them.
+              reward: what `load_reward` takes, in the place of pairs.
+              unit, columns: --corpus-unit and --columns.
               judged: False: fine-tuning alone, which needs no preferences.
-              max_chars: of more characters in a file a part is kept.
-              rng: chooses that part.
-    Raises:   InputError: a file cannot be used, nothing usable is left, or the choices do not fit.
+              max_chars: of more characters in a file a part is kept, which rng draws.
     """
-    _check_sources(path, pairs_path, reward, judged)
-    if unit not in ("auto", "line", "document"):
-        raise InputError(f"unit: expected auto, line or document; got {unit!r}: choose one of them")
+    if (pairs_path is None) == (reward is None) and (judged or reward is not None):
+        came = "neither" if reward is None else "both"
+        raise InputError(
+            "corpus: expected either preference pairs or a reward function, to say which response "
+            f"is better; got {came}: give --pairs FILE or --reward module:function"
+        )
     notes: list[str] = []
     keep = {"max_chars": max_chars, "rng": rng.spawn(1)[0]}  # the split draws what it always drew
     read = {"unit": unit, "named": named_columns(columns), "notes": notes}
@@ -82,17 +76,6 @@ def corpus_world(
     )
 
 
-def _check_sources(path, pairs_path, reward, judged) -> None:
-    if (pairs_path is None) == (reward is None) and (judged or reward is not None):
-        came = "neither" if reward is None else "both"
-        raise InputError(
-            "corpus: expected either preference pairs or a reward function, to say which response "
-            f"is better; got {came}: give --pairs FILE or --reward module:function"
-        )
-    if path is None and pairs_path is None:
-        raise InputError("corpus: expected a corpus or preference pairs; got none: give --corpus")
-
-
 def split_pairs(pairs: list[tuple], *, train_prompts: list[str]) -> tuple[list, list]:
     """(train, held-out): a preference, or an example, belongs where its prompt does."""
     train = set(train_prompts)
@@ -102,30 +85,23 @@ def split_pairs(pairs: list[tuple], *, train_prompts: list[str]) -> tuple[list, 
 def split_world(
     world: World, *, rng: Generator, key: Callable[[str], Hashable] = lambda prompt: prompt
 ) -> World:
-    """The world with 15 % of its prompts held out, and with them their demonstrations.
+    """The world with some of its prompts held out, and with them their demonstrations.
 
-    But never more than 20 % of the examples unless one prompt has more than that (26 first letters
-    of names are few prompts). At least one prompt of the pairs is trained on. A single prompt is in
-    both lists.
-
-    Args:     rng: chooses the held-out prompts.
-              key: what the policy sees of a prompt; prompts that look alike are on the same side.
+    Prompts of which the policy sees the same, their `key`, are on the same side.
     """
     keys = {prompt: key(prompt) for prompt in world.train_prompts}
     judged = [keys[prompt] for prompt, *_ in world.pairs or []]
     weights = Counter([keys[prompt] for prompt, _ in world.demonstrations] + judged)
     train_keys, heldout_keys = map(set, _split_prompts(weights, rng, set(judged)))
     train_prompts = [prompt for prompt in keys if keys[prompt] in train_keys]
-    demonstrations, heldout_demonstrations = split_pairs(
-        world.demonstrations, train_prompts=train_prompts
-    )
+    train, heldout = split_pairs(world.demonstrations, train_prompts=train_prompts)
     note = "the policy sees one prompt in all: it is trained on and evaluated on"
     return replace(
         world,
-        demonstrations=demonstrations,
+        demonstrations=train,
         train_prompts=train_prompts,
         heldout_prompts=[prompt for prompt in keys if keys[prompt] in heldout_keys],
-        heldout_demonstrations=heldout_demonstrations,
+        heldout_demonstrations=heldout,
         notes=world.notes + (note,) * (train_keys == heldout_keys),
     )
 
@@ -133,9 +109,9 @@ def split_world(
 def _split_prompts(
     weights: dict[Hashable, int], rng: Generator, judged: frozenset | set = frozenset()
 ) -> tuple[list, list]:
-    """(train, held-out) prompts.
+    """(train, held-out) prompts, as README.md has it; a single one is in both lists.
 
-    Args:     weights: how many examples each has.
+    Args:     weights: prompt -> how many examples it has.
               judged: prompts of pairs, of which at least one has to be among those of training.
     """
     prompts = list(weights)

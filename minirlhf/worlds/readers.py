@@ -1,8 +1,8 @@
 """Files to rows: text, JSON, CSV and parquet, gzipped or not; held are a row and a buffer.
 
-A row is a dict keyed by what its columns mean (COLUMNS); what becomes of rows is in examples.py.
-Under None stands why a row is none. What a file is follows from its name, and where that says
-nothing, from how it begins.
+A row is a dict keyed by what its columns mean (readers.toml); what becomes of rows is in
+examples.py. Under None stands why a row is none. What a file is follows from its name, and where
+that says nothing, from how it begins.
 """
 
 import codecs
@@ -18,26 +18,11 @@ from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from minirlhf.disk import cannot_read, check_regular, parse_object, shorten
+from minirlhf.disk import cannot_read, check_regular, parse_object, read_toml, shorten
 from minirlhf.errors import InputError
 
-COLUMNS = {  # what a column means -> what it may be called, capitals aside
-    "prompt": ("prompt", "instruction", "question", "input"),
-    "input": ("input",),  # beside an instruction: what it is about
-    "response": ("response", "completion", "output", "answer"),
-    "messages": ("messages", "conversations", "conversation"),
-    "text": ("text",),
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
-    "responses": ("responses",),
-    "ranking": ("ranking",),
-}
-FORMS = {  # the option that names a file -> the columns that it needs, one of these rows
-    "corpus": (("prompt", "response"), ("messages",), ("text",)),
-    "pairs": (("chosen", "rejected"), ("prompt", "responses", "ranking")),
-}
-KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-KINDS[".parquet"] = "parquet"
+_TABLES = read_toml(Path(__file__).with_suffix(".toml"))
+COLUMNS, FORMS = _TABLES["columns"], _TABLES["forms"]
 LONGEST = 1 << 24  # characters of a line, which is parted, or of an entry of an array
 _LINES = 50_000  # of a document, which is parted
 _HEAD = 2000  # lines from which it is guessed whether blank lines part documents
@@ -51,7 +36,6 @@ _BEFORE = re.compile(  # of rows that are not one a line: a bracket, an object u
 )
 _BROKEN = 10  # lines that are no JSON may be skipped, or one in a hundred
 
-Line = tuple[int, str]
 Named = tuple[tuple[str, str], ...]  # what a column means, its name in small letters
 Rows = Iterator[tuple[int, dict[str | None, Any]]]
 
@@ -60,7 +44,7 @@ def name_and_kind(path: str | Path) -> tuple[str, str]:
     """("plays", "json") of plays.JSONL.gz; the kind of an unknown ending is text."""
     path = Path(path)
     path = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return path.stem, KINDS.get(path.suffix.lower(), "text")
+    return path.stem, _TABLES["kinds"].get(path.suffix.lower(), "text")
 
 
 def rows_of(
@@ -69,11 +53,9 @@ def rows_of(
     """(line, row) of every row that is not blank; of parquet, the row's number.
 
     Args:     source: the option that names the file: "corpus" or "pairs".
-              unit: as of `corpus_world`.
               named: of `named_columns`; each counts if the file has it, else the usual names do.
               found: gets the names of those that it has.
               notes: gets a sentence if it was guessed what a row is.
-    Raises:   InputError: the file cannot be read, is no text, or has other columns.
     """
     kind = name_and_kind(path)[1]
     means = functools.partial(_meanings, source=source, named=named, found=found)
@@ -121,8 +103,10 @@ def _damaged(where: str | Path, expected: str, error: Exception) -> InputError:
 
 
 def _kind_by_content(head: bytes, start: str, named: tuple) -> str:
-    if head.startswith(b"PAR1") or _JSON.match(start):
-        return "json" if _JSON.match(start) else "parquet"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if _JSON.match(start):
+        return "json"
     line = start.partition("\n")[0]
     names = tuple(name.strip('" \r').lower() for name in line.split(_delimiter(line)))
     here = tuple(pair for pair in named if pair[1] in names)
@@ -135,9 +119,7 @@ def named_columns(columns: tuple[str, ...]) -> Named:
     known = {name: meaning for meaning, names in COLUMNS.items() for name in (*names, meaning)}
     split = (column.partition("=") for column in columns)
     named = tuple((known.get(m, m), name.strip().lower()) for m, _, name in split)
-    if not all(
-        meaning in COLUMNS and name and not _NO_TEXT.search(name) for meaning, name in named
-    ):
+    if any(m not in COLUMNS or not name or _NO_TEXT.search(name) for m, name in named):
         raise InputError(
             f"--columns: expected MEANING=NAME, each meaning one of {', '.join(COLUMNS)}; got "
             f"{shorten(' '.join(columns))!r}: write, for example, prompt=title"
@@ -171,19 +153,16 @@ def _meanings(names, where: str, *, source: str, named: Named, found: set[str]) 
     if source in sources:
         return known
     came = shorten(", ".join(names), 120) or "none"
-    if missing := [name for _, name in named if name not in there]:
-        raise InputError(
-            f"{where}: expected the columns that --columns names, {shorten(missing[0])!r} too; got "
-            f"{came}: correct the name"
-        )
     forms = ", or ".join(" and ".join(form) for form in FORMS[source])
     example = " ".join(f"{meaning}=NAME" for meaning in FORMS[source][0])
     advice = f"give the file as --{sources[0]}" if sources else f"name yours: --columns {example}"
+    if missing := [name for _, name in named if name not in there]:
+        advice = f"correct {shorten(missing[0])!r} in --columns, it has no such column"
     raise InputError(f"{where}: expected the columns {forms}; got {came}: {advice}")
 
 
 # --- the kinds of files
-def _lines(text: TextIO, path: str | Path) -> Iterator[Line]:
+def _lines(text: TextIO, path: str | Path) -> Iterator[tuple[int, str]]:
     """(number, line), its end included."""
     for number, line in enumerate(iter(lambda: text.readline(LONGEST), ""), 1):
         _refuse_bytes(line, path, number)
@@ -298,8 +277,7 @@ def _csv_rows(text: TextIO, path: str | Path, means: Callable) -> Rows:
 
 def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
     try:
-        import pyarrow
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(
             f"{path}: expected the package pyarrow, which reads parquet; it is not installed: pip "
@@ -313,5 +291,5 @@ def _parquet_rows(file: BinaryIO, path: str | Path, means: Callable) -> Rows:
         batches = table.iter_batches(batch_size=256, columns=list(known.values()))
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield number, {meaning: row[name] for meaning, name in known.items()}
-    except (pyarrow.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise _damaged(path, "parquet", error) from error

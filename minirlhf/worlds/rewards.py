@@ -1,16 +1,10 @@
 """A reward of one's own: which functions can be one, how it is found and called; and some to use.
 
-    --reward file.py:function     or package.module:function
-    --reward length               or another of READY_MADE
-
 The names of its parameters say what a function wants: text (prompt and response as one text), or
 (prompt, response); lists of them where the names are plural: texts, (prompts, responses).
 """
 
-import contextlib
-import difflib
 import functools
-import importlib
 import importlib.util
 import inspect
 import numbers
@@ -20,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -37,11 +32,7 @@ _RESPONSES = {"response", "completion", "reply", "answer"} | (_PLURALS - {"texts
 
 @dataclass(frozen=True)
 class UserReward:
-    """The user's function, checked: a finite number for each reply.
-
-    Raises:   InputError: the function takes something else, raised, or returned something else;
-                  quotes the text and the value.
-    """
+    """The user's function, checked: a finite number for each reply, or a refusal that quotes it."""
 
     function: Callable
     name: str = "reward"
@@ -50,11 +41,9 @@ class UserReward:
 
     def __post_init__(self):
         if len(self._wants) > 2:
-            raise InputError(
-                f"{self.name}: expected a function of text, (prompt, response), texts or "
-                f"(prompts, responses); got the parameters {', '.join(self._wants)}: give those "
-                "beyond two a default"
-            )
+            expected = "a function of text, (prompt, response), texts or (prompts, responses)"
+            came = f"got the parameters {', '.join(self._wants)}, none with a default"
+            raise self._refusal(expected, came)
 
     @property
     def _wants(self) -> list[str]:
@@ -85,46 +74,40 @@ class UserReward:
         else:
             values = [self._ask(*row) for row in zip(texts, *columns, strict=True)]
         if not isinstance(values, list | tuple) or len(values) != len(texts):
-            raise InputError(
-                f"{self.name}: expected a list of {len(texts)} numbers, one a reply; got "
-                f"{shorten(repr(values))}: {self.then}"
-            )
+            expected = f"a list of {len(texts)} numbers, one a reply"
+            raise self._refusal(expected, f"got {shorten(repr(values))}")
         return [self._number(value, text) for value, text in zip(values, texts, strict=True)]
 
     def _ask(self, text: str, *arguments: Any) -> Any:
         try:
-            with _alarm(self.timeout):
+            with _alarm(self.timeout) if self.timeout else nullcontext():
                 return self.function(*arguments)
         except BaseException as error:  # the user's code may raise anything
-            raise InputError(
-                f"{self.name}: expected a number for the text {shorten(text)!r}; "
-                f"{_raised(error)}: {self.then}"
-            ) from error
+            expected = f"a number for the text {shorten(text)!r}"
+            raise self._refusal(expected, _raised(error)) from error
 
     def _number(self, value: Any, text: str) -> float:
         number = value.item() if getattr(value, "shape", None) == () else value
         if not isinstance(number, numbers.Real) or not abs(number) <= LARGEST:
-            raise InputError(
-                f"{self.name}: expected a finite number of at most {LARGEST:g} for the text "
-                f"{shorten(text)!r}; got {shorten(repr(value))}: {self.then}"
-            )
+            expected = f"a finite number of at most {LARGEST:g} for the text {shorten(text)!r}"
+            raise self._refusal(expected, f"got {shorten(repr(value))}")
         return float(number)
+
+    def _refusal(self, expected: str, came: str) -> InputError:
+        return InputError(f"{self.name}: expected {expected}; {came}: {self.then}")
 
 
 class Timeout(BaseException):
     """A call took too long. It is no Exception, which the user's code may catch."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raise Timeout in the block after so many seconds; 0: never."""
+    """Raise Timeout in the block after so many seconds."""
 
     def ring(*_):
         raise Timeout(f"longer than --reward-timeout {seconds:g}")
 
-    if not seconds:
-        yield
-        return
     before = signal.signal(signal.SIGALRM, ring)
     every = min(seconds, 1e8)  # again and again, should the code go on in spite of it
     signal.setitimer(signal.ITIMER_REAL, every, every)
@@ -147,19 +130,10 @@ def _raised(error: BaseException) -> str:
     return f"it raised {type(error).__name__}{where}: {shorten(str(error), 120)}"
 
 
-def absolute_reward(where: str) -> str:
-    """The same function, named so that it is found from any directory if it lies in a file."""
-    source, _, name = where.rpartition(":")
-    if where.startswith("words:"):
-        return f"words:{os.path.abspath(where[len('words:') :])}"
-    in_file = source.endswith(".py") and not ready_made(where)
-    return f"{os.path.abspath(source)}:{name}" if in_file else where
-
-
 def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
     """A function, or the one at "package.module:function" or "file.py:function", checked.
 
-    The module may lie in the current directory. One that is loaded already is given back.
+    The module may lie in the current directory.
 
     Raises:   InputError: there is no such module, file or function, its import fails, or it cannot
                   be called.
@@ -177,21 +151,15 @@ def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
             "its name alone: pass reward= to minirlhf.open_run or minirlhf.resume"
         )
     if not (source and name):
-        near = difflib.get_close_matches(reward, READY_MADE, 1)
-        advice = f"perhaps {near[0]} is meant" if near else "name one of these"
         raise InputError(
             f"reward: expected file.py:function, module:function, {', '.join(READY_MADE)}; got "
-            f"{shorten(reward)!r}: {advice}"
+            f"{shorten(reward)!r}: name one of these"
         )
     return UserReward(load_function(reward, "reward"), reward, timeout)
 
 
 def load_function(place: str, what: str) -> Callable:
-    """The function at "package.module:function" or "file.py:function".
-
-    Args:     what: stands before a refusal.
-    Raises:   InputError: as `load_reward`.
-    """
+    """The function at "package.module:function" or "file.py:function"; `what` opens a refusal."""
     source, _, name = place.rpartition(":")
     if source.endswith(".py") and not Path(source).is_file():
         raise InputError(
@@ -242,12 +210,16 @@ def module_file(module: str) -> str:
 
 
 def name_of(reward: Reward) -> str:
-    """module:function where the function can be found again; python:NAME where it cannot."""
-    if isinstance(reward, str):
-        return absolute_reward(reward)
-    module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "reward")
-    found = getattr(sys.modules.get(module), name, None) is reward and module != "__main__"
-    return f"{module}:{name}" if found else f"python:{name}"
+    """A name that finds the function from any directory; python:NAME where none does."""
+    if not isinstance(reward, str):
+        module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "reward")
+        found = getattr(sys.modules.get(module), name, None) is reward and module != "__main__"
+        return f"{module}:{name}" if found else f"python:{name}"
+    source, _, name = reward.rpartition(":")
+    if reward.startswith("words:"):
+        return f"words:{os.path.abspath(reward[len('words:') :])}"
+    in_file = source.endswith(".py") and not ready_made(reward)
+    return f"{os.path.abspath(source)}:{name}" if in_file else reward
 
 
 # -- ready-made ----------------------------------------------------------------------------------

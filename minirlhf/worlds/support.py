@@ -3,11 +3,9 @@
     customer  Hello, where is my kettle?
     desk      Happy to help. Your kettle is on its way. You can track it online.
 
-1,296 customer messages, all sentences of the desk and what each is worth stand in `support.toml`,
-so a reply can be judged from its text alone: `gold_terms` looks up every sentence. A reward model
-never sees that judgement; it learns from noisy comparisons (`annotate`) of fluent, mostly right,
-short replies, and so has little reason to learn that a third detail earns nothing, or that garbled
-or repeated text is bad. A policy pushed too far against it moves in exactly those directions.
+All sentences of customers and of the desk and what each is worth stand in `support.toml`, so a
+reply can be judged from its text alone. A reward model never sees that judgement: README.md says
+what follows from it.
 
 Top down: 1 the grammar · 2 prompts and demonstrations · 3 gold · 4 annotator · 5 the world.
 """
@@ -16,6 +14,7 @@ import math
 import re
 from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from numpy.random import Generator
@@ -23,27 +22,15 @@ from numpy.random import Generator
 from minirlhf.disk import read_toml
 from minirlhf.worlds.world import World
 
-
 # ---------------------------------------------------------------- 1 the grammar
-class Intent(NamedTuple):
-    """What a customer may want; {item} stands for one of ITEMS."""
-
-    questions: list[str]  # first letter small: an opener may stand before
-    answers: list[str]  # each of them right
-    details: list[str]  # worth adding, for this intent only
-
-
 _TABLES = read_toml(Path(__file__).with_suffix(".toml"))
 ITEMS, OPENERS = _TABLES["items"], _TABLES["openers"]
-INTENTS = {name: Intent(**entries) for name, entries in _TABLES["intents"].items()}
+# what a customer may want: its questions, answers and details
+INTENTS = {name: SimpleNamespace(**entries) for name, entries in _TABLES["intents"].items()}
 SENTENCES = _TABLES["sentences"]  # kind -> those of the desk that fit no intent in particular
 
+
 # ---------------------------------------------------------------- 2 prompts and demonstrations
-
-N_DEMONSTRATIONS = 6000
-TRAIN_SHARE = 0.8  # of the prompts
-
-
 class Meaning(NamedTuple):
     """What a sentence of a customer or of the desk is about."""
 
@@ -96,9 +83,6 @@ def _demonstrate(topic: Meaning, rng: Generator) -> str:
 # ---------------------------------------------------------------- 3 gold
 
 GOLD_WEIGHTS = _TABLES["gold"]  # term -> gold for each sentence that it counts
-MAX_WORDS = _TABLES["max_words"]  # of a reply; the term "length" counts those beyond
-
-_SENTENCE_END = re.compile(r"(?<=[.?!])")
 _WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
@@ -147,10 +131,8 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
 
     The response is split after each of . ? ! and every sentence looked up, exactly but for capitals
     and spacing. A sentence said again costs "repeated" on top of what its kind costs, and never
-    earns twice. The highest possible gold is 3.0; that of an empty response is 0.
+    earns twice.
 
-    Args:     prompt: one of PROMPTS, capitals and spacing aside.
-              response: any text.
     Returns:  a value for each key of GOLD_WEIGHTS [reward units], in that order.
     Raises:   ValueError: the prompt is not of the grammar, so that nothing can be right or wrong.
     Tested by: tests/worlds/test_support_world.py::test_gold_of_a_worked_example
@@ -161,7 +143,7 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
             f"support world: expected one of the {len(PROMPTS):,} prompts of its grammar, as no "
             f"other has a gold reward; got {prompt!r}; take one like {PROMPTS[0]!r}"
         )
-    *finished, rest = _SENTENCE_END.split(response)
+    *finished, rest = re.split(r"(?<=[.?!])", response)
     sentences = [_normalise(sentence) for sentence in finished]
     said = [_term(sentence, topic) for sentence in sentences]
     distinct = [_term(sentence, topic) for sentence in set(sentences)]
@@ -175,52 +157,38 @@ def gold_terms(prompt: str, response: str) -> dict[str, float]:
     other_words = distinct.count("answer") - count["answer"]
     count["repeated"] = same_words + other_words
     count["unfinished"] = 1 if rest.strip() else 0
-    count["length"] = max(0, count_words(response) - MAX_WORDS)
+    count["length"] = max(0, count_words(response) - _TABLES["max_words"])
     # `or 0.0`: a term that counts nothing is 0.0, not -0.0
     return {term: weight * count[term] or 0.0 for term, weight in GOLD_WEIGHTS.items()}
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """gold = sum of `gold_terms`: the true reward of a reply, from the text alone; at most 3.0.
-
-    It is logged and never trained on. Arguments and errors are those of `gold_terms`.
-    """
+    """gold = sum of `gold_terms`, at most 3.0: the true reward, logged and never trained on."""
     return sum(gold_terms(prompt, response).values())
 
 
 # ---------------------------------------------------------------- 4 annotator
-
-ANNOTATOR_TEMPERATURE = 0.5  # reward units; smaller = fewer mistakes
-
-
 def annotate(prompt: str, a: str, b: str, rng: Generator) -> bool:
-    """Pr(a preferred) = sigmoid((gold(a) - gold(b)) / ANNOTATOR_TEMPERATURE).
+    """Pr(a preferred) = sigmoid((gold(a) - gold(b)) / temperature).
 
     Bradley & Terry 1952 with the gold reward as strength: a person who mostly, not always, sees the
     better reply.
 
-    Args:     prompt: one of PROMPTS. a, b: two responses to it.
     Returns:  True if this time the annotator prefers a.
-    Raises:   ValueError: the prompt is not of the grammar.
     Tested by: tests/worlds/test_support_world.py::test_annotator_is_logistic_in_the_gold_difference
     """
-    difference = (gold_reward(prompt, a) - gold_reward(prompt, b)) / ANNOTATOR_TEMPERATURE
+    difference = (gold_reward(prompt, a) - gold_reward(prompt, b)) / _TABLES["temperature"]
     # (1 + tanh(z / 2)) / 2 is the sigmoid of z, and cannot overflow
     return bool(rng.random() < 0.5 + 0.5 * math.tanh(0.5 * difference))
 
 
 # ---------------------------------------------------------------- 5 the world
 def make_world(*, rng: Generator) -> World:
-    """The support desk: a random 80/20 split of the 1,296 prompts and 6,000 demonstrations.
-
-    Demonstrations are drawn for training prompts only, prompts uniformly with repetition.
-
-    Args:     rng: decides the split and the demonstrations, nothing else.
-    """
+    """The support desk: a random split of its prompts, and demonstrations for those of training."""
     prompts = [PROMPTS[i] for i in rng.permutation(len(PROMPTS))]
-    n_train = round(TRAIN_SHARE * len(prompts))
+    n_train = round(_TABLES["train_share"] * len(prompts))
     train_prompts, heldout_prompts = prompts[:n_train], prompts[n_train:]
-    asked = [train_prompts[i] for i in rng.integers(n_train, size=N_DEMONSTRATIONS)]
+    asked = [train_prompts[i] for i in rng.integers(n_train, size=_TABLES["n_demonstrations"])]
     return World(
         name="support",
         demonstrations=[(prompt, _demonstrate(_TOPICS[prompt], rng)) for prompt in asked],
@@ -228,7 +196,6 @@ def make_world(*, rng: Generator) -> World:
         heldout_prompts=heldout_prompts,
         gold=gold_reward,
         annotate=annotate,
-        joiner=" ",
         max_prompt_tokens=24,
         max_response_tokens=32,
     )

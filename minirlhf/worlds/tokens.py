@@ -6,12 +6,14 @@ base alphabet is all 256 bytes, so every text encodes and decodes to itself.
 
 import base64
 import heapq
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import add
+from functools import cached_property
+from itertools import pairwise
+from operator import add, itemgetter
 from pathlib import Path
 
 import tiktoken
@@ -38,57 +40,87 @@ _LONGEST_PIECE = 256  # bytes: longer pieces are counted in parts, so that a mer
 class Tokenizer:
     """A tiktoken encoding and the ids of its four special tokens.
 
-    Sequences are [pad .. bos prompt sep | response eos pad ..].
+    Sequences are [pad .. bos prompt sep | response eos pad ..], without a sep if it is None: a
+    model that has never seen one gets none, and its response goes on with the prompt.
+
+    The ids of a SentencePiece table (`runs/sentencepiece.py`) are not the order in which it merges:
+    `rank_of` gives each its rank in the encoding. The prompt then begins with a space.
     """
 
     encoding: tiktoken.Encoding
     bos: int
-    sep: int
+    sep: int | None
     eos: int
     pad: int
+    rank_of: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
         """Largest id + 1: the rows that the embedding needs."""
-        return self.encoding.max_token_value + 1
+        return len(self.rank_of) or self.encoding.max_token_value + 1
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every prompt."""
+        return " " if self.rank_of else ""
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """The ids of the special tokens, in order."""
+        ranks, rank_of = self.encoding._special_tokens, self.rank_of
+        ids = {name: rank_of.index(rank) for name, rank in ranks.items()} if rank_of else ranks
+        return dict(sorted(ids.items(), key=itemgetter(1)))
+
+    @cached_property
+    def _ids_of(self) -> dict[int, list[int]]:
+        """The ids of each rank: of two the later; of a part of a character those of its bytes."""
+        ranks, ids = self.encoding._mergeable_ranks, {r: [i] for i, r in enumerate(self.rank_of)}
+        for token, rank in ranks.items():
+            ids.setdefault(rank, [ids[ranks[bytes([byte])]][0] for byte in token])
+        return ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text.
-
-        Raises:   InputError: the text is more than a pattern of others can split.
-        """
-        with _panic_refused():
-            return self.encoding.encode_ordinary(text)
+        """Ids of the text; a special token's name in it, like "<|endoftext|>", is plain text."""
+        try:
+            ranks = self.encoding.encode_ordinary(text)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+                raise
+            raise InputError(
+                "encoding: expected a pattern that splits every text; tiktoken gave up "
+                f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore "
+                "the file of the tokenizer"
+            ) from error
+        return [i for rank in ranks for i in self._ids_of[rank]] if self.rank_of else ranks
 
     def decode(self, ids: Sequence[int]) -> str:
-        r"""The text of the ids without the special ones; bytes that are not UTF-8 become "\ufffd".
-
-        Raises:   ValueError: an id outside the vocabulary.
-        """
-        plain = (i for i in map(int, ids) if not self.encoding.is_special_token(i))
-        return b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
+        r"""The text of all ids but the special ones; bytes that are not UTF-8 become "\ufffd"."""
+        special, ids = self.encoding.is_special_token, [i for i in map(int, ids) if i != self.pad]
+        plain = (i for i in ids if not special(self._rank(i)))
+        text = b"".join(map(self._bytes, plain)).decode("utf-8", errors="replace")
+        return text.removeprefix(self.prefix) if ids[:1] == [self.bos] else text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        r"""One printable string a token: a newline reads "\n", a lone byte "\xe2".
-
-        Raises:   ValueError: an id outside the vocabulary.
-        """
+        r"""One printable string a token: a newline reads "\n", a lone byte "\xe2"."""
         texts = (self._bytes(int(i)).decode("utf-8", errors="backslashreplace") for i in ids)
         return [
             "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
             for text in texts
         ]
 
+    def names(self) -> list[str | None]:
+        """Of eos, bos, sep (None if there is none) and pad."""
+        ids = self.eos, self.bos, self.sep, self.pad
+        return [None if i is None else self._bytes(i).decode() for i in ids]
+
     def prompt_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[bos, *ids, sep]; of a prompt that is too long, bos and the last max_tokens - 1 of these.
 
         A cut stands between characters, so that one token more or two may be missing.
-
-        Raises:   InputError: the prompt is empty.
         """
         if not text:
             raise InputError("prompt: expected some text; got an empty prompt: write one")
-        ids = [*self.encode(text), self.sep]
+        ids = self.encode(self.prefix + text) + ([] if self.sep is None else [self.sep])
         start = 0 if max_tokens is None else max(0, len(ids) + 1 - max_tokens)
         while start and self._is_inside(ids[start]):
             start += 1
@@ -97,10 +129,8 @@ class Tokenizer:
     def response_ids(self, text: str, max_tokens: int | None = None) -> list[int]:
         """[*ids, eos]; of a response that is too long, the first max_tokens ids, without an eos.
 
-        Without a limit the empty response is [eos], as a policy that ends at once samples it. A cut
-        stands between characters, as of `prompt_ids`.
-
-        Raises:   InputError: there is a limit, as for text to train on or to score, and no text.
+        Without a limit the empty response is [eos], as a policy that ends at once samples it; with
+        one, as for text to train on or to score, it is refused. A cut is as of `prompt_ids`.
         """
         if max_tokens is not None and not text:
             raise InputError("response: expected some text; got an empty response: write one")
@@ -114,11 +144,14 @@ class Tokenizer:
         """Does the token begin inside of a character?"""
         return self._bytes(i)[0] & 0xC0 == 0x80
 
-    def _bytes(self, i: int) -> bytes:
+    def _rank(self, i: int) -> int:
         if not 0 <= i < self.vocab_size:
             raise ValueError(f"tokens: expected ids below {self.vocab_size}; got {i}")
+        return self.rank_of[i] if self.rank_of else i
+
+    def _bytes(self, i: int) -> bytes:
         try:
-            return self.encoding.decode_single_token_bytes(i)
+            return self.encoding.decode_single_token_bytes(self._rank(i))
         except KeyError:  # cl100k_base leaves ids unused that an untrained policy may sample
             return "\ufffd".encode()
 
@@ -127,27 +160,18 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Byte-level BPE: give the most frequent adjacent pair the next rank, merge it, repeat.
 
     Pairs are counted within the pieces of PATTERN; ties go to the pair first in byte order, so the
-    order of the texts does not matter. Training ends early when no pair occurs twice.
-
-    Args:     texts: what to count.
-              vocab_size: ids wanted, with the 256 bytes and the 4 special tokens; the most there
-                  will be.
-    Raises:   InputError: vocab_size is below 260, or there is no text.
+    order of the texts does not matter. Training ends early when no pair occurs twice: `vocab_size`,
+    with the 256 bytes and the 4 special tokens, is the most ids there will be.
     """
-    base = 256 + len(SPECIALS)
-    if vocab_size < base:
-        raise InputError(
-            f"vocab_size: expected at least {base}, 256 bytes and {len(SPECIALS)} special tokens; "
-            f"got {vocab_size}: raise it"
-        )
+    least = 256 + len(SPECIALS)  # each byte is a token
+    if vocab_size < least:
+        raise InputError(f"vocab_size: expected at least {least}; got {vocab_size}: raise it")
     words: Counter[str] = Counter()  # pieces as bytes, one character a byte; long ones in parts
     pieces = Counter(piece for text in texts for piece in re.findall(PATTERN, text))
     for piece, times in pieces.items():
         data = piece.encode("utf-8", errors="replace").decode("latin-1")
         for start in range(0, len(data), _LONGEST_PIECE):
             words[data[start : start + _LONGEST_PIECE]] += times
-    if not words:
-        raise InputError("tokenizer: expected some text to train on; got none: give a corpus")
     ranks = _train_ranks(words, n_ranks=vocab_size - len(SPECIALS))
     specials = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
     return make_tokenizer("minirlhf", PATTERN, ranks, specials)
@@ -210,8 +234,6 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
     """A known encoding of tiktoken ("gpt2", "cl100k_base", ...) and our special tokens after it.
 
     Its <|endoftext|> is our eos. tiktoken fetches the table from the network at first use.
-
-    Raises:   InputError: tiktoken does not know the name, or the table cannot be had.
     """
     names = tiktoken.list_encoding_names()
     if name not in names:
@@ -239,77 +261,80 @@ def with_ours(specials: dict[str, int], first: int) -> dict[str, int]:
 
 
 def make_tokenizer(
-    name: str, pattern: str, ranks: dict[bytes, int], specials: dict[str, int]
+    name: str,
+    pattern: str,
+    ranks: dict[bytes, int],
+    specials: dict[str, int],
+    *,
+    roles: Sequence[str | None] = SPECIALS,
+    rank_of: Sequence[int] = (),
 ) -> Tokenizer:
-    """A tokenizer from the parts of a tiktoken.Encoding; `specials` has all of SPECIALS.
+    """From the parts of a tiktoken.Encoding, or a ValueError.
 
-    Raises:   ValueError: an id is out of range or stands twice, a byte is missing, or the pattern
-                  is no regular expression.
+    Args:     roles: the names among `specials` of eos, bos, sep (or None) and pad.
+              rank_of: that of each id, in ranks or specials, where ids are not ranks.
     """
     ids = [*ranks.values(), *specials.values()]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+    if not all(type(i) is int and 0 <= i < 2**31 for i in (*ids, *rank_of)):
         raise ValueError("an id is no whole number in its range")
     if len(set(ids)) != len(ids):  # tiktoken itself would abort with a Rust panic
         raise ValueError("two tokens share an id")
     if b"" in ranks or any(bytes([i]) not in ranks for i in range(256)):
         raise ValueError("the tokens are not the 256 bytes and longer ones")
-    parts = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": specials}
-    with _panic_refused():
-        bpe = tiktoken.Encoding(name, **parts)  # its README, "Extending", documents the parts
-    return Tokenizer(bpe, specials[BOS], specials[SEP], specials[EOS], specials[PAD])
+    if rank_of and not {ranks[bytes([i])] for i in range(256)} <= set(rank_of) <= set(ids):
+        raise ValueError("a byte has no id, or an id has no token")
+    bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    ids = {name: rank_of.index(i) if rank_of else i for name, i in specials.items()}
+    eos, bos, sep, pad = roles
+    of_sep = None if sep is None else ids[sep]
+    return Tokenizer(bpe, ids[bos], of_sep, ids[eos], ids[pad], tuple(rank_of))
 
 
-@contextmanager
-def _panic_refused() -> Iterator[None]:
-    """A panic of tiktoken's Rust, which is no Exception, becomes one."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise InputError(
-            "encoding: expected a pattern that splits every text; tiktoken gave up "
-            f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore the "
-            "file of the tokenizer"
-        ) from error
+def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two parts that make each token, by rank; none where its bytes are joined otherwise."""
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            of_pairs = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            lowest = min(of_pairs)
+            if lowest == math.inf:
+                break
+            i = of_pairs.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write tiktoken.json (`runs/hugging_face.py` writes the tokenizer.json of transformers).
-
-    Raises:   InputError: the folder cannot be written.
-    """
-    encoding, ranks = tokenizer.encoding, tokenizer.encoding._mergeable_ranks
-    in_order = sorted(ranks, key=ranks.__getitem__)
+    """Write tiktoken.json (`runs/hugging_face.py` writes the tokenizer.json of transformers)."""
+    encoding = tokenizer.encoding
+    ranks = encoding._mergeable_ranks.items()
     content = {
         "format": _FORMAT,
         "name": encoding.name,
         "pattern": encoding._pat_str,
         "special_tokens": encoding._special_tokens,
-        "ranks": {base64.b64encode(token).decode("ascii"): ranks[token] for token in in_order},
+        "ranks": {base64.b64encode(token).decode("ascii"): rank for token, rank in ranks},
     }
+    if tokenizer.rank_of:
+        content |= {"roles": tokenizer.names(), "rank_of": tokenizer.rank_of}
     write_whole(Path(folder) / _FILE, to_json(content))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read what `save_tokenizer` wrote.
-
-    Raises:   InputError: the file is missing, corrupt or of another kind.
-    """
+    """Read what `save_tokenizer` wrote."""
     path = settled(folder) / _FILE
     content = read_object(path)
-    if content.get("format") != _FORMAT:
-        raise InputError(
-            f"{path}: expected the format {_FORMAT!r}; got {content.get('format')!r}: name a "
-            "folder that minirlhf wrote"
-        )
     try:
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {shorten(repr(content['format']))}, not {_FORMAT!r}")
         name, pattern = str(content["name"]), str(content["pattern"])
         specials, stored = content["special_tokens"], content["ranks"].items()
         ranks = {base64.b64decode(token, validate=True): rank for token, rank in stored}
-        return make_tokenizer(name, pattern, ranks, specials)
+        roles, rank_of = content.get("roles", SPECIALS), content.get("rank_of", ())
+        return make_tokenizer(name, pattern, ranks, specials, roles=roles, rank_of=rank_of)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: expected a tokenizer; it is corrupt ({type(error).__name__}: {error}): "
-            "restore the file or train again"
+            f"{path}: expected a tokenizer that minirlhf wrote; it is corrupt "
+            f"({type(error).__name__}: {error}): restore the file or train again"
         ) from error

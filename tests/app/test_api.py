@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_run import interrupted_after, outcome, tiny_config, write_names
+from tiny_run import interrupted_after, outcome, tiny_config, train, write_names
 
 import minirlhf
 from minirlhf.app import api
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 
 def test_it_is_what_the_pipeline_does(run, tmp_path):
-    pipeline.train(tiny_config(tmp_path / "same", max_response_tokens=12))
+    train(tiny_config(tmp_path / "same", max_response_tokens=12))
     assert outcome(run.folder) == outcome(tmp_path / "same")
 
 

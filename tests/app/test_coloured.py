@@ -6,6 +6,7 @@ import re
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.style import Style
 
 from minirlhf.app import coloured
 
@@ -67,13 +68,17 @@ def test_a_text_is_text():
 
 def test_the_extreme_tokens_are_named():
     of = row(["a", " b", " c"], [0.25, -4.0, 2.0])
-    assert coloured.extremes([of], n=2) == [(-4.0, " b", "a"), (2.0, " c", "a b")]
+    assert coloured.extremes([of], n=2) == [(-4.0, of, 1), (2.0, of, 2)]
+    said = re.sub("<[^>]+>", "", coloured.html([of]))
+    assert "·b -4.00 after “a”; \n·c +2.00 after “a b”; " in said
 
 
 def test_the_terminal_shows_the_same_colours():
     line = coloured.text(row(["a", " b", " c"], [0.05, -3.0, 1.5]))
     assert line.plain == "a b c"
-    backgrounds = {line.plain[of.start : of.end]: of.style.bgcolor for of in line.spans}
+    backgrounds = {
+        line.plain[of.start : of.end]: Style.parse(of.style).bgcolor for of in line.spans
+    }
     assert backgrounds.pop("a", None) is None  # below the first mark there is none
     assert [of.name for of in backgrounds.values()] == ["#0072b2", "#eaae80"]
     assert list(backgrounds) == [" b", " c"]

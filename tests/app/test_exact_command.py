@@ -8,13 +8,14 @@ from rich.console import Console
 from tiny_run import call, refusal
 
 from minirlhf.app import exact
-from minirlhf.app.exact import check_claims, draw_pictures, exact_command, show_tables
+from minirlhf.app.exact import PICTURES, TABLES, check_claims, exact_command
 from minirlhf.exact.expected import kl_gradient_table
 
 
 def shown(results):
     console = Console(width=120, record=True, file=io.StringIO())
-    show_tables(results, console)
+    for part, rows in results.items():
+        console.print(*TABLES[part](rows))
     return console.export_text()
 
 
@@ -85,7 +86,8 @@ def test_several_seeds_give_means_and_the_least(everything, tmp_path):
     first = runs[0]["history"][-1]["exact/fraction"]
     assert "2 seeds, 1 iterations" in text
     assert all(f"{share:.4f}" in text for share in (first + 0.25, 0.25, first))
-    assert all(path.stat().st_size > 5_000 for path in draw_pictures(results, tmp_path))
+    for part, rows in results.items():
+        assert PICTURES[part](rows, tmp_path / "a.png").stat().st_size > 5_000
 
 
 def test_a_folder_with_results_is_not_written_over(everything, capsys):

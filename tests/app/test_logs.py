@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_run import metrics, tiny_config, write_pairs
+from tiny_run import metrics, tiny_config, train, write_pairs
 
 from minirlhf.app.logs import TABLES, read_log
 from minirlhf.errors import InputError
-from minirlhf.runs import pipeline
 from minirlhf.runs.log import RunLog
 
 PPO_STATE = Path(__file__).with_name("trl-1.12.0-ppo") / "trainer_state.json"
@@ -45,7 +44,7 @@ GRPO = {
 
 def test_a_trainer_state_of_grpo(tmp_path):
     log = read_log(written(tmp_path / "trainer_state.json", GRPO))
-    assert (log.source, log.title, log.folder) == ("trl-grpo", tmp_path.name, None)
+    assert (log.source, log.folder) == ("trl-grpo", None)
     assert log.unknown == "epoch eval_runtime total_flos train_loss train_runtime".split()
     rows = log.stages["ppo"]
     names = {"step", "objective/kl_token", "loss/total", "objective/scores", "objective/scores_sd"}
@@ -62,10 +61,10 @@ def test_the_state_of_a_folder_is_that_of_its_last_checkpoint_or_its_own(tmp_pat
         state = {"log_history": [{"reward": float(step), "step": step}]}
         written(tmp_path / f"checkpoint-{step}" / "trainer_state.json", state)
     log = read_log(tmp_path)
-    assert log.title == "checkpoint-10" and log.stages["ppo"][0]["objective/scores"] == 10
+    assert log.stages["ppo"][0]["objective/scores"] == 10
     assert series(tmp_path / "checkpoint-9")[0]["objective/scores"] == 9
     written(tmp_path / "trainer_state.json", GRPO)
-    assert read_log(tmp_path).title == tmp_path.name and len(series(tmp_path)) == 3
+    assert len(series(tmp_path)) == 3
 
 
 def test_the_ppo_trainer_of_trl(tmp_path):
@@ -100,7 +99,7 @@ def verl_rows(n=3):
 
 def test_the_file_logger_of_verl(tmp_path):
     log = read_log(written(tmp_path / "run.jsonl", verl_rows()))
-    assert (log.source, log.title, log.unknown) == ("verl", "run.jsonl", ["perf/throughput"])
+    assert (log.source, log.unknown) == ("verl", ["perf/throughput"])
     assert log.stages["ppo"][2] == {
         "step": 2,
         "objective/kl_token": 0.002,
@@ -212,13 +211,13 @@ def test_a_mean_over_tokens_is_never_the_sum():
 def desk(tmp_path_factory):
     """A finished run of the support world, with its mirror for spreadsheets."""
     config = tiny_config(tmp_path_factory.mktemp("desk") / "desk", log="csv")
-    pipeline.train(config)
+    train(config)
     return config.out
 
 
 def test_a_run_of_ours(desk):
     log = read_log(desk)
-    assert (log.source, log.title, log.unknown, log.folder) == ("minirlhf", "desk", [], desk)
+    assert (log.source, log.unknown, log.folder) == ("minirlhf", [], desk)
     assert list(log.stages) == ["sft", "reward_model", "ppo"]
     for stage, rows in log.stages.items():
         for here, there in zip(rows, metrics(desk, stage), strict=True):
@@ -233,7 +232,7 @@ def test_its_files_elsewhere_are_the_same_log(desk, tmp_path):
         path = tmp_path / name
         path.write_bytes((desk / name).read_bytes())
         log = read_log(path)
-        assert (log.source, log.title, log.unknown, log.folder) == ("minirlhf", name, [], None)
+        assert (log.source, log.unknown, log.folder) == ("minirlhf", [], None)
         assert list(log.stages) == list(whole.stages)
         for stage, rows in log.stages.items():
             for here, there in zip(rows, whole.stages[stage], strict=True):
@@ -244,7 +243,7 @@ def test_its_files_elsewhere_are_the_same_log(desk, tmp_path):
 
 def test_dpo_is_a_stage(tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
-    pipeline.train(tiny_config(tmp_path / "run", pairs=pairs, stages="sft,dpo"))
+    train(tiny_config(tmp_path / "run", pairs=pairs, stages="sft,dpo"))
     assert list(read_log(tmp_path / "run").stages) == ["sft", "dpo"]
     assert "rewards/margins" in series(tmp_path / "run", "dpo")[0]
 

@@ -14,16 +14,23 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from tiny_run import VOWELS, call, interrupted_after, metrics, refusal, tiny_config, write_pairs
+from tiny_run import (
+    VOWELS,
+    call,
+    interrupted_after,
+    metrics,
+    refusal,
+    tiny_config,
+    train,
+    write_pairs,
+)
 
 import minirlhf
-from minirlhf.app import charts, page
+from minirlhf.app import charts, coloured, page, pictures
 from minirlhf.app.known import BETAS, known_world
-from minirlhf.app.pictures import CURVES
 from minirlhf.app.tables import ROWS
 from minirlhf.disk import parse_object
 from minirlhf.exact import ground_truth, tiny
-from minirlhf.runs import pipeline
 from minirlhf.runs.log import read_jsonl
 
 EVIL = "<script>alert(1)</script>&'\"]]>"
@@ -35,7 +42,7 @@ def runs(tmp_path_factory):
     """Two runs of other betas, with snapshots; no test changes them."""
     folder = tmp_path_factory.mktemp("runs")
     for name, beta in (("some", 0.2), ("none", 0.0)):
-        pipeline.train(tiny_config(folder / name, ppo__kl_coef=beta, snapshots=2, seed=3))
+        train(tiny_config(folder / name, ppo__kl_coef=beta, snapshots=2, seed=3))
     return folder / "some", folder / "none"
 
 
@@ -101,14 +108,14 @@ def measured(run, name):
 
 def test_every_curve_is_that_of_metrics_jsonl(shown, runs):
     last = json.loads((runs[0] / "result.json").read_text())["policy"]
-    for metric, panel in page.readings().items():
+    for metric, panel in page.PANELS.items():
         expected = {}
         for name in panel["metrics"]:
             x, y = measured(runs[0], name)
             if name.startswith("eval/") and y and x[-1] < 3:  # the final table is the last one
                 x, y = [*x, 3], [*y, last[name.removeprefix("eval/")]]
             if any(of is not None for of in y):
-                expected["held out" if page.is_held(name) else "training"] = x, y
+                expected["held out" if pictures.is_held(name) else "training"] = x, y
         found = shown.lines(metric)
         assert found == ([expected] if expected else []), metric
     assert len(shown.lines("objective/kl")[0]["training"][0]) == 3
@@ -178,11 +185,11 @@ def test_a_long_series_keeps_its_ends_and_its_extremes():
 
 
 def test_a_chart_has_gaps_where_there_was_no_number():
-    line = charts.Line("a", [0, 1, 2, 3], [1.0, None, 3.0, 5.0])
-    found = charts.chart("t", "u", "x", [line])
-    (drawn,) = found["lines"]
-    assert re.sub(r"[\d. ]+", "", drawn["path"]) == "MML" and len(drawn["points"]) == 3
-    assert found["numbers"] == [{"label": "a", "x": [0, 1, 2, 3], "y": [1.0, None, 3.0, 5.0]}]
+    line = charts.Line("a", [0, 1, 2, 3], [1.0, None, 3.0, 5.0], "here", dots=True)
+    drawn = coloured.template("chart.html").module.figure(charts.chart("t", "u", "x", [line]))
+    path, rest = re.search(r'<g class="here"><path d="(.*?)"/>(.*?)</g>', drawn, re.DOTALL).groups()
+    assert re.sub(r"[\d. ]+", "", path) == "MML" and rest.count("<circle") == 3
+    assert Page(drawn).lines(None) == [{"a": ([0, 1, 2, 3], [1.0, None, 3.0, 5.0])}]
     flat = charts.chart("t", "u", "x", [charts.Line("a", [5], [0.2])])
     assert len(flat["y_ticks"]) > 1  # one point, or a level line
 
@@ -200,11 +207,10 @@ def test_ticks_are_round_and_inside(low, high):
 
 
 def test_every_panel_has_a_reading_and_every_reading_an_end():
-    readings = page.readings()
-    assert {metrics[0] for _, *metrics in (of for of in CURVES.values())} <= readings.keys()
     some = page.numbers_of([1.0, 2.0], [3.0, 4.0])
-    for metric, of in readings.items():
+    for metric, of in page.PANELS.items():
         assert of["metrics"][0] == metric and of["healthy"].endswith(".")
+        assert of["metrics"] == sorted(of["metrics"], key=pictures.is_held)  # these stand last
         for number, _, text in of["says"]:
             assert text[-1] in ".?" and number in some
             assert set(re.findall(r"{(\w+)}", text)) <= some.keys()
@@ -212,7 +218,7 @@ def test_every_panel_has_a_reading_and_every_reading_an_end():
 
 
 def said(metric, ours, held=()):
-    parts = page.sentence(page.readings()[metric]["says"], page.numbers_of(ours, list(held)))
+    parts = page.sentence(page.PANELS[metric]["says"], page.numbers_of(ours, list(held)))
     return "".join(part if isinstance(part, str) else charts.number(part) for part in parts)
 
 
@@ -299,7 +305,7 @@ def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
 def test_a_run_that_stopped_shows_what_it_has(tmp_path, capsys, title, steps):
     track = interrupted_after(title, steps)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(tiny_config(tmp_path / "run"), track=track)
+        train(tiny_config(tmp_path / "run"), track=track)
     found = text_of(capsys, tmp_path / "run")
     assert "This run has not ended" in found.said and "minirlhf resume" in found.said
     if title == "PPO":
@@ -313,7 +319,7 @@ def test_a_run_that_stopped_shows_what_it_has(tmp_path, capsys, title, steps):
 
 
 def test_dpo_has_its_own_curves(tmp_path, capsys):
-    pipeline.train(tiny_config(tmp_path / "run", stages="sft,dpo", dpo__epochs=1))
+    train(tiny_config(tmp_path / "run", stages="sft,dpo", dpo__epochs=1))
     found = text_of(capsys, tmp_path / "run")
     assert set(found.lines("rewards/chosen")[0]) == {"chosen", "rejected"}
     assert found.lines("rewards/chosen")[0]["rejected"] == measured(
@@ -325,15 +331,15 @@ def test_dpo_has_its_own_curves(tmp_path, capsys):
 def test_where_there_is_nobody_to_ask_it_says_so(tmp_path, capsys):
     """Pairs of one's own are not read again, and DPO logs no replies; or there is no policy yet."""
     pairs = write_pairs(tmp_path / "pairs.jsonl")
-    pipeline.train(tiny_config(tmp_path / "pairs", stages="sft,dpo", pairs=pairs, dpo__epochs=1))
-    pipeline.train(tiny_config(tmp_path / "sft", stages="sft"))
+    train(tiny_config(tmp_path / "pairs", stages="sft,dpo", pairs=pairs, dpo__epochs=1))
+    train(tiny_config(tmp_path / "sft", stages="sft"))
     for name in ("pairs", "sft"):
         assert "Not shown: replies: expected" in text_of(capsys, tmp_path / name).said
 
 
 def test_a_reward_of_ones_own_has_its_units_and_no_gold(tmp_path, capsys, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, eval_every=0)
-    pipeline.train(config)
+    train(config)
     found = text_of(capsys, tmp_path / "run")
     (reward,) = found.lines("objective/reward")
     assert reward["training"] == measured(tmp_path / "run", "objective/reward")
@@ -348,7 +354,7 @@ def test_a_reward_of_ones_own_has_its_units_and_no_gold(tmp_path, capsys, names)
 def test_texts_are_text_wherever_they_stand(tmp_path, capsys):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     run = tmp_path / EVIL.replace("/", "|")
-    pipeline.train(tiny_config(run, pairs=pairs, snapshots=1, ppo__iterations=2))
+    train(tiny_config(run, pairs=pairs, snapshots=1, ppo__iterations=2))
     for name, key in (("samples.jsonl", "response"), ("snapshots.jsonl", "prompt")):
         rows = read_jsonl(run / name)
         content = "".join(json.dumps(row | {key: EVIL}) + "\n" for row in rows)
@@ -394,8 +400,8 @@ def test_findings_follow_the_replies_and_are_text(runs, monkeypatch):
     finding = SimpleNamespace(rule="r<b>", severity="warning", onset=7)
     finding.evidence, finding.cause, finding.knob = "<i>", "c", "k"
     found = Found([finding], ["a rule: without its metric"])
-    monkeypatch.setattr(page, "findings", lambda runs: [(runs[0], found)])
-    shown = Page(page.page([page.recorded(runs[0])]))
+    monkeypatch.setattr(page, "diagnose", lambda folder: found)
+    shown = Page(page.page([page.Recorded(runs[0])]))
     assert "warning: r<b> , from step 7 on <i> c First: k" in shown.said
     assert "a rule: without its metric" in shown.said and "<i>" not in shown.text
     assert shown.text.index('id="replies"') < shown.text.index('id="findings"')
@@ -528,7 +534,7 @@ def in_browser(text, folder, *, width=1400):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_in_a_browser_it_fits_asks_for_nothing_and_makes_no_error(runs, tmp_path, known, width):
-    text = page.page([page.recorded(runs[0])]).replace("</main>", "")
+    text = page.page([page.Recorded(runs[0])]).replace("</main>", "")
     seen, asked = in_browser(text, tmp_path, width=width)
     assert seen["errors"] == [] and asked == set()
     assert seen["wide"] <= seen["window"] == width
@@ -537,7 +543,7 @@ def test_in_a_browser_it_fits_asks_for_nothing_and_makes_no_error(runs, tmp_path
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_the_optimum_of_the_slider_is_the_exact_one(runs, tmp_path, known, monkeypatch):
-    monkeypatch.setattr(page, "known_world", lambda: known)
+    monkeypatch.setattr(page.known, "known_world", lambda: known)
     seen, asked = in_browser(page.page([], exact=True), tmp_path, width=400)
     assert seen["errors"] == [] and asked == set() and seen["wide"] <= 400
     beta = float(f"{0.5 * 10 ** (-6 / 20):.3g}")

@@ -11,11 +11,10 @@ import sys
 
 import pytest
 from rich.console import Console
-from tiny_run import as_flags, tiny_config
+from tiny_run import as_flags, tiny_config, train
 
 from minirlhf.app import progress
 from minirlhf.app.progress import sparkline
-from minirlhf.runs import pipeline
 
 PPO = {
     "objective/scores": 0.5,
@@ -34,7 +33,7 @@ def shown(width, values=None, *, steps=3, encoding="utf-8"):
         progress.watch(0, "ppo", PPO if values is None else values)
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(force_terminal=True, file=file, width=width, color_system=None)
-    console.print(progress._Figures())
+    console.print(progress.figures(console))
     file.flush()
     return [line.rstrip() for line in file.buffer.getvalue().decode(encoding).splitlines()]
 
@@ -106,7 +105,7 @@ def test_what_a_run_logs_is_what_is_shown(tmp_path):
         labels = {progress.FIGURES[name] for name in values if name in progress.FIGURES}
         found.setdefault(stage, set()).update(labels)
 
-    pipeline.train(tiny_config(tmp_path / "run"), watch=watch)
+    train(tiny_config(tmp_path / "run"), watch=watch)
     assert found["sft"] == {"loss"}  # the support world holds no demonstrations out
     assert found["reward_model"] == {"loss", "held out", "accuracy"}
     assert found["ppo"] == {"score", "kl_seq", "gold", "entropy", "length", "beta"}

@@ -2,16 +2,26 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
-from tiny_run import call, changed, differences, interrupted_after, outcome, refusal, tiny_config
+from tiny_run import (
+    call,
+    changed,
+    differences,
+    interrupted_after,
+    outcome,
+    refusal,
+    tiny_config,
+    train,
+)
 
 import minirlhf
 from minirlhf.app import sweep
-from minirlhf.runs import pipeline
 from minirlhf.runs.config import load_config, save_config
 
 RATE = "ppo.optimizer.learning_rate"
+NOTHING = sweep.Sweep(Path("none"), [], {})
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +41,7 @@ def alone(tmp_path_factory):
         key = tuple(changes.items())
         if key not in made:
             out = tmp_path_factory.mktemp("alone") / "run"
-            pipeline.train(tiny_config(out, **changes))
+            train(tiny_config(out, **changes))
             made[key] = outcome(out)
         return made[key]
 
@@ -102,16 +112,16 @@ def test_an_interrupted_sweep_goes_on(capsys, monkeypatch, tiny, alone, tmp_path
         ("", "expected several values of an option, like --beta 0 0.2; got one of each"),
         ("--beta 0.1", "got one of each: name more, or use minirlhf train"),
         ("--columns a=b c=d", "got one of each"),
-        ("--betta 0 1", "expected an option of train; got '--betta': perhaps --beta is meant"),
-        ("0 1", "expected an option of train; got '0'"),
-        ("--beta 0 x", "--ppo.kl-coef: expected a number; got 'x'"),
+        ("--betta 0 1", "expected an option of sweep; got '--betta': perhaps --beta is meant"),
+        ("0 1", "expected an option of sweep; got '0'"),
+        ("--beta 0 x", "--beta: expected a number; got 'x'"),
         ("--beta 0 -1", "ppo.kl_coef: expected at least 0; got -1.0"),
         ("--ppo.samples-per-prompt 1 4 --ppo.advantages group", "expected at least 2"),
         ("--beta 0 0.0", "expected different values; got kl_coef-0_seed-0 twice: drop one"),
         ("--stages sft sft,reward", "--stages: expected all of them; got sft: leave it out"),
         ("--beta 0 1 --jobs -1", "--jobs: expected 0 or more; got -1"),
-        ("--beta 0 1 --jobs x", "--jobs: expected a value; got: invalid int value: 'x'"),
-        ("--beta 0 1 --out=", "--out: expected a folder; got an empty name"),
+        ("--beta 0 1 --jobs x", "--jobs: expected a whole number; got 'x'"),
+        ("--beta 0 1 --out=", "--out: expected a path; got ''"),
         ("--recipe ppo grop", "recipe: expected one of ppo, grpo"),
     ],
 )
@@ -138,11 +148,20 @@ def test_a_folder_of_other_runs_is_refused(capsys, tmp_path):
     assert not list(tmp_path.rglob("*.log"))
 
 
-def test_runs_are_named_by_what_varies():
-    def planned(words):
-        runs = sweep.plan(sweep._typed_choices(words.split(), []))
-        return {run.config.out.name: run for run in runs}
+@pytest.fixture
+def planned(monkeypatch):
+    """The runs that these words of a sweep plan, by name."""
 
+    def of(words):
+        found = []
+        monkeypatch.setattr(sweep, "run_all", lambda runs, *_: found.extend(runs) or NOTHING)
+        sweep.sweep_command(words.split())
+        return {run.config.out.name: run for run in found}
+
+    return of
+
+
+def test_runs_are_named_by_what_varies(planned):
     found = planned("--recipe ppo grpo --reward length words/a.py:f --eval-prompts 5")
     assert list(found)[1] == "recipe-ppo_reward-words-a.py-f_seed-0"
     config = found["recipe-grpo_reward-length_seed-0"].config
@@ -155,9 +174,9 @@ def test_runs_are_named_by_what_varies():
     assert planned(flags)["kl_coef-0.2_seed-3"].config.dpo.kl_coef == 0.2
 
 
-def test_runs_share_what_does_not_depend_on_what_varies():
+def test_runs_share_what_does_not_depend_on_what_varies(planned):
     def groups(words):
-        return len({run.origin for run in sweep.plan(sweep._typed_choices(words.split(), []))})
+        return len({run.origin for run in planned(words).values()})
 
     assert groups("--beta 0 1 --ppo.lam 0.5 1") == 1
     assert groups("--beta 0 1 --seed 1 2") == 2

@@ -103,7 +103,7 @@ def results():
 
 WORLD = World("support", [], [], [], gold=lambda prompt, reply: -12.345)
 SHOWN = {
-    "kl": lambda console: console.print(exact.kl_table(KL)),
+    "kl": lambda console: console.print(*exact.kl_tables(KL)),
     "runs of one seed": lambda console: console.print(*exact.optimum_tables(RUNS[::2])),
     "runs": lambda console: console.print(*exact.optimum_tables(RUNS)),
     "check": lambda console: check.print_table(CHECKED, console),

@@ -27,9 +27,9 @@ from programs import Program, busy_seconds, family, own_seconds
 from workloads import SGEMM_SIZE, WORKLOADS, Sizes, disagreement, matmul_gflop, write_workload
 
 from minirlhf.app.progress import track
+from minirlhf.crew import usable_cores
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
-from minirlhf.workers import usable_cores
 
 Row = dict[str, Any]
 
@@ -153,12 +153,19 @@ def measure(name: str, folder: Path, options: BenchOptions, threads: int) -> lis
 
 
 def implementations(options: BenchOptions, workload: str) -> list[str]:
-    """Ours, and the peers that are installed; TRL for whole iterations of the smaller workloads."""
+    """Ours, and the peers that are installed; TRL for whole iterations of the smaller workloads.
+
+    Of Llama only PyTorch has one here.
+    """
     if not options.peers:
         return [OURS]
     installed = [n for n, (_, _, library) in PEERS.items() if importlib.util.find_spec(library)]
-    trl = workload in ("nano", "toy") and "iteration" in options.parts
-    return [OURS, *(n for n in installed if n != "TRL" or trl)]
+    left_out = set()
+    if workload not in ("nano", "toy") or "iteration" not in options.parts:
+        left_out.add("TRL")
+    if WORKLOADS[workload].block == "llama":
+        left_out |= {"JAX", "TRL"}
+    return [OURS, *(n for n in installed if n not in left_out)]
 
 
 def start(name: str, folder: Path, threads: int) -> Program:

@@ -20,8 +20,8 @@ from bench import OURS, PARTS, columns, quartiles, rounds
 from programs import Program
 from workloads import WORKLOADS, disagreement, write_workload
 
+from minirlhf.crew import usable_cores
 from minirlhf.errors import InputError
-from minirlhf.workers import usable_cores
 
 THIS = Path(__file__).parents[2]
 # Its iteration was not yet the loop of a training: these are the calls of that loop then.

@@ -12,12 +12,13 @@ from workloads import SGEMM_SIZE, gpt_of, tree_of
 
 from minirlhf import __version__
 from minirlhf.backend import Array
+from minirlhf.crew import side_by_side
 from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.adam import adamw_step
 from minirlhf.nn.sampling import Generation, generate
 from minirlhf.nn.transformer import GPTConfig
+from minirlhf.runs.metrics import iteration_metrics
 from minirlhf.train.batches import Batch
-from minirlhf.train.metrics import iteration_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import Experience, Iteration, Task, minibatch_gradients, train_ppo
@@ -26,7 +27,7 @@ from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import Tree, tree_items
-from minirlhf.workers import map_over, share_packed, side_by_side
+from minirlhf.workers import map_over, share_packed
 
 NO_STOP, PAD = -1, 0  # ids: nothing stops early, nothing is padded
 

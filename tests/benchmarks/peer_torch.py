@@ -1,6 +1,6 @@
 """The benchmark's PyTorch peer: `eager`, or `compile` (torch.compile where it is faster).
 
-The same GPT-2, the same PPO. protocol.py says what it reads and answers.
+The same GPT-2 or Llama, the same PPO. protocol.py says what it reads and answers.
 """
 
 import time
@@ -15,38 +15,80 @@ from protocol import Peer, Workload, serve
 from torch import Tensor, nn
 
 
+def norm(w: Workload) -> nn.Module:
+    return nn.RMSNorm(w.d_model, eps=1e-5) if w.block == "llama" else nn.LayerNorm(w.d_model)
+
+
+class RotaryAngles(nn.Module):
+    """cos and sin (T, D) of all positions, both halves of the channels alike."""
+
+    def __init__(self, n_positions: int, D: int):
+        super().__init__()
+        frequencies = 10000.0 ** (-torch.arange(0, D, 2).double() / D)
+        angles = torch.outer(torch.arange(n_positions).double(), frequencies).repeat(1, 2)
+        self.register_buffer("cos", angles.cos().float())
+        self.register_buffer("sin", angles.sin().float())
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
 class Block(nn.Module):
-    """x + Attention(LN1(x)), then x + MLP(LN2(x))."""
+    """x + Attention(Norm1(x)), then x + MLP(Norm2(x))."""
 
     def __init__(self, w: Workload):
         super().__init__()
-        C, self.n_head = w.d_model, w.n_head
-        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(C, 3 * C), "out": nn.Linear(C, C)})
-        self.mlp = nn.ModuleDict({"up": nn.Linear(C, 4 * C), "down": nn.Linear(4 * C, C)})
+        C, self.n_head, width = w.d_model, w.n_head, w.d_ff or 4 * w.d_model
+        bias = w.block == "gpt2"
+        self.ln1, self.ln2 = norm(w), norm(w)
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(C, 3 * C, bias=bias), "out": nn.Linear(C, C, bias=bias)}
+        )
+        self.mlp = nn.ModuleDict(
+            {"up": nn.Linear(C, width, bias=bias), "down": nn.Linear(width, C, bias=bias)}
+        )
+        if w.block == "llama":
+            self.mlp["gate"] = nn.Linear(C, width, bias=False)
 
-    def forward(self, x: Tensor, kv: Tensor | None, column: int) -> Tensor:
+    def forward(
+        self, x: Tensor, kv: Tensor | None, column: int, rotary: RotaryAngles | None
+    ) -> Tensor:
         qkv = self.attn["qkv"](self.ln1(x)).chunk(3, dim=-1)
         q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv)  # (B, H, T, D)
+        if rotary is not None:
+            columns = slice(column, column + x.shape[1])
+            cos, sin = rotary.cos[columns], rotary.sin[columns]
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         if kv is not None:
             end = column + x.shape[1]
             kv[0, :, :, column:end], kv[1, :, :, column:end] = k, v
             k, v = kv[:, :, :, :end]
         a = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
         x = x + self.attn["out"](a.transpose(1, 2).flatten(2))
-        u = F.gelu(self.mlp["up"](self.ln2(x)), approximate="tanh")
+        n = self.ln2(x)
+        if "gate" in self.mlp:
+            u = F.silu(self.mlp["gate"](n)) * self.mlp["up"](n)
+        else:
+            u = F.gelu(self.mlp["up"](n), approximate="tanh")
         return x + self.mlp["down"](u)
 
 
 class Transformer(nn.Module):
-    """Pre-LN GPT-2 without its output layer."""
+    """Pre-LN GPT-2, or Llama, without its output layer."""
 
     def __init__(self, w: Workload):
         super().__init__()
         self.wte = nn.Embedding(w.vocab_size, w.d_model)
-        self.wpe = nn.Embedding(w.prompt_len + w.response_len, w.d_model)
+        n_positions = w.prompt_len + w.response_len
+        self.wpe = self.rotary = None
+        if w.block == "llama":
+            self.rotary = RotaryAngles(n_positions, w.d_model // w.n_head)
+        else:
+            self.wpe = nn.Embedding(n_positions, w.d_model)
         self.blocks = nn.ModuleList(Block(w) for _ in range(w.n_layer))
-        self.ln_f = nn.LayerNorm(w.d_model)
+        self.ln_f = norm(w)
 
     def forward(
         self, tokens: Tensor, first: int, kv: Tensor | None = None, column: int = 0
@@ -57,22 +99,25 @@ class Transformer(nn.Module):
             tokens: (B, T), standing in the columns from `column` on.
             kv: (L, 2, B, H, S, D) keys and values of the columns before, extended in place.
         """
-        x = self.wte(tokens) + self.wpe.weight[column : column + tokens.shape[1]]
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[column : column + tokens.shape[1]]
         for i, block in enumerate(self.blocks):
-            x = block(x, None if kv is None else kv[i], column)
+            x = block(x, None if kv is None else kv[i], column, self.rotary)
         return self.ln_f(x[:, first:])
 
 
 def named_parameters(model: nn.Module):
     """(path in arrays.npz, parameter): Linear's weight is stored transposed there."""
-    names = {nn.Linear: ("w", "b"), nn.LayerNorm: ("gain", "bias")}
+    names = {nn.Linear: ("w", "b"), nn.LayerNorm: ("gain", "bias"), nn.RMSNorm: ("gain", "")}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             yield path, module.weight
         elif type(module) in names:
             weight, bias = names[type(module)]
             yield f"{path}.{weight}", module.weight
-            yield f"{path}.{bias}", module.bias
+            if getattr(module, "bias", None) is not None:
+                yield f"{path}.{bias}", module.bias
 
 
 def in_folder_layout(path: str, x: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class Workload:
     threads: int
     seed: int
     ppo: PPOSettings
+    block: str = "gpt2"
+    d_ff: int = 0  # 0: 4 d_model
 
     @classmethod
     def load(cls, folder: Path) -> "Workload":

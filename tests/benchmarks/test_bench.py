@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import bench
@@ -72,6 +73,9 @@ def test_work_is_counted_by_hand():
     assert matmul_gflop(sizes, "logprobs") == pytest.approx(forward)
     assert matmul_gflop(sizes, "loss") == pytest.approx(3 * forward)
     assert matmul_gflop(sizes, "sample") is None
+    llama = replace(sizes, block="llama", d_ff=3)  # three products of 2 x 3, not of two of 2 x 8
+    fewer = 5 * 2 * (2 * 2 * 8 - 3 * 2 * 3) * 2 / 1e9
+    assert matmul_gflop(llama, "logprobs") == pytest.approx(forward - fewer)
 
 
 # --- programs
@@ -214,6 +218,8 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
     assert bench.implementations(BenchOptions(peers=True), "toy") == ["minirlhf"]
     monkeypatch.setattr(bench, "PEERS", {"Json": ("peer_json.py", "", "json")})
     assert bench.implementations(BenchOptions(peers=True), "toy") == ["minirlhf", "Json"]
+    monkeypatch.setattr(bench, "PEERS", {"JAX": ("peer_jax.py", "", "json")})
+    assert bench.implementations(BenchOptions(peers=True), "stories") == ["minirlhf"], "of Llama"
 
 
 def test_the_peers_programs_are_there():

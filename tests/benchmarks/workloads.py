@@ -36,12 +36,15 @@ class Sizes:
     response_len: int
     batch_size: int
     parts: tuple[str, ...] = ("loss", "sample", "logprobs", "adamw", "iteration")
+    block: str = "gpt2"
+    d_ff: int = 0  # of llama; 0: 4 d_model
 
 
 def gpt_of(w: Sizes | Workload) -> GPTConfig:
     """The transformer of a workload."""
     n_ctx = w.prompt_len + w.response_len
-    return GPTConfig(w.vocab_size, n_ctx, w.n_layer, w.n_head, w.d_model)
+    sizes = {"n_layer": w.n_layer, "n_head": w.n_head, "d_model": w.d_model}
+    return GPTConfig(w.vocab_size, n_ctx, **sizes, block=w.block, d_ff=w.d_ff)
 
 
 WORKLOADS = {
@@ -49,6 +52,7 @@ WORKLOADS = {
     "toy": Sizes(512, 128, 4, 4, 16, 48, 64),
     "small": Sizes(2048, 256, 6, 8, 64, 128, 32),
     "gpt2": Sizes(50257, 768, 12, 12, 128, 128, 1, ("loss", "logprobs")),
+    "stories": Sizes(32000, 288, 6, 6, 16, 48, 32, block="llama", d_ff=768),
 }
 SGEMM_SIZE = 1536  # of the square matrices whose product is the measure of the machine
 PPO = PPOSettings(
@@ -101,6 +105,8 @@ def write_workload(folder: Path, name: str, sizes: Sizes, threads: int, seed: in
     np.savez(folder / "arrays.npz", **arrays)
     fields = asdict(sizes) | {"name": name, "threads": threads, "seed": seed, "ppo": asdict(PPO)}
     del fields["parts"]
+    if sizes.block == "gpt2":  # an older checkout knows no other: compare.py
+        del fields["block"], fields["d_ff"]
     (folder / "workload.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
@@ -112,8 +118,9 @@ def matmul_gflop(sizes: Sizes, part: str) -> float | None:
     """
     C, L, V, R = sizes.d_model, sizes.n_layer, sizes.vocab_size, sizes.response_len
     T = sizes.prompt_len + R - 1  # nothing follows the last token
-    block = 24 * C * C * T + 4 * C * T * T
-    last = 6 * C * C * T + 18 * C * C * R + 4 * C * T * R
+    mlp = 6 * C * sizes.d_ff if sizes.block == "llama" else 16 * C * C
+    block = (8 * C * C + mlp) * T + 4 * C * T * T
+    last = 6 * C * C * T + (2 * C * C + mlp) * R + 4 * C * T * R
     forward = sizes.batch_size * ((L - 1) * block + last + 2 * C * V * R) / 1e9
     return {"loss": 3 * forward, "logprobs": forward}.get(part)
 

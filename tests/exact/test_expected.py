@@ -16,7 +16,6 @@ from gradients import flatness_table, gae_table, gather_nodes, logits_at_kl
 from minirlhf.exact.enumeration import PrefixTree, Responses, all_responses, enumerate_responses
 from minirlhf.exact.expected import (
     PLACEMENTS,
-    STALE,
     cosine,
     gradient_moments,
     kl_gradient_table,
@@ -33,6 +32,7 @@ from minirlhf.rlhf.logprobs import log_softmax
 
 FEWER = settings(max_examples=settings().max_examples // 5 or 1)  # where an example takes long
 SEEDS = range(5)
+STALE = "biased: samples of old"
 
 
 class Tables(NamedTuple):

@@ -18,6 +18,7 @@ from tiny import (
     ppo_step,
     sampled,
 )
+from tiny_run import train
 from tolerances import STAND_IN, assert_close, assert_trees_close
 
 from minirlhf import backend
@@ -29,7 +30,6 @@ from minirlhf.rlhf.advantages import ADVANTAGES, gae, masked_whiten
 from minirlhf.rlhf.kl import KL_MODES, summed_penalty
 from minirlhf.rlhf.objectives import SURROGATES
 from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
-from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig
 from minirlhf.train.batches import pad_batch
@@ -228,7 +228,7 @@ def test_a_whole_run(cuda_is_the_stand_in, tmp_path, stages):
     """Text to policy, all stages with their files, smallest of all: the same table at the end."""
 
     def run(device):
-        return pipeline.train(
+        return train(
             TrainConfig(
                 out=tmp_path / device,
                 device=device,

@@ -341,8 +341,7 @@ def test_arguments_must_be_float64_arrays():
 
 
 def whole_sft(seed):
-    whole = next(w for w in WHOLE_LOSSES if w.name == "supervised fine-tuning")
-    return whole.make(Draw(np.random.default_rng(seed)))
+    return WHOLE_LOSSES["supervised fine-tuning"](Draw(np.random.default_rng(seed)))
 
 
 PATHS = [path for path, _ in tree_items(whole_sft(0)[1])]
@@ -374,7 +373,7 @@ def attention_without_the_row_sum(dout, cache):
 
 
 def without_the_tied_share(dlogits, cache):
-    dh, dwte = policy_tied_logits_backward(dlogits, cache)
+    dh, dwte = policy_logits_backward(dlogits, cache)
     return dh, np.zeros_like(dwte)
 
 
@@ -382,9 +381,9 @@ def one_position_off(dy, cache):
     return embedding_backward(np.roll(dy, 1, axis=1), cache)
 
 
-policy_tied_logits_backward = heads.tied_logits_backward
+policy_logits_backward = heads.logits_backward
 DROPPED_TERMS = {
-    "tied logits": (heads, "tied_logits_backward", without_the_tied_share),
+    "tied logits": (heads, "logits_backward", without_the_tied_share),
     "row sum of the softmax": (transformer, "attention_backward", attention_without_the_row_sum),
     "mean of the layer norm": (layers, "layernorm_backward", without_the_mean),
     "embedding of the neighbour": (layers, "embedding_backward", one_position_off),
@@ -508,18 +507,19 @@ def test_the_command_finds_every_gradient_right(capsys):
 
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):
-    row, whole = next(row for row in TABLE if row.operation == "linear"), WHOLE_LOSSES[0]
+    row = next(row for row in TABLE if row.operation == "linear")
+    right = WHOLE_LOSSES["supervised fine-tuning"]
     factor = then(row.backward, lambda g: [1.001 * g[0], *g[1:]])
     shape = then(row.backward, lambda g: [g[0], g[1].T[..., None], g[2]])
     rows = [row, row._replace(backward=factor, mode="factor")]
     rows += [row._replace(backward=shape, mode="shape")]
 
     def zeroed(draw):
-        loss, params, gradients = whole.make(draw)
+        loss, params, gradients = right(draw)
         return loss, params, changed(gradients, "transformer.ln_f.bias", np.zeros_like)
 
     monkeypatch.setattr(check, "TABLE", rows)
-    monkeypatch.setattr(check, "WHOLE_LOSSES", [whole, whole._replace(name="sft", make=zeroed)])
+    monkeypatch.setattr(check, "WHOLE_LOSSES", {"right": right, "sft": zeroed})
     assert check_command(cases=3) == 1
     out = capsys.readouterr().out
     assert out.count(" ok ") - out.count("  ok    ") == 2

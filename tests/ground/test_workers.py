@@ -14,6 +14,7 @@ from tiny import CONFIG, Letters, generated, make_batch, make_ids, make_params
 from tolerances import MICRO_BATCH, assert_close, assert_trees_close
 
 from minirlhf import workers
+from minirlhf.crew import side_by_side, usable_cores
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.train import batches
@@ -22,7 +23,7 @@ from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.train.sft import sft_loss_and_gradients
 from minirlhf.tree import tree_map
-from minirlhf.workers import map_over, share, share_packed, side_by_side, sum_over, usable_cores
+from minirlhf.workers import map_over, share, share_packed, sum_over
 
 MODES = pytest.mark.parametrize("forks", [True, False], ids=["processes", "threads"])
 
@@ -225,11 +226,11 @@ def test_shared_arrays_are_seen_as_they_are_now():
 
 
 def test_shared_memory_is_given_back():
-    count = len(workers._shared)
+    count = len(workers.shared)
     files = len(os.listdir("/proc/self/fd")) if workers.CAN_FORK else 0
     arrays = [share(np.ones(3)) for _ in range(5)]
     del arrays
-    assert len(workers._shared) == count
+    assert len(workers.shared) == count
     assert not workers.CAN_FORK or len(os.listdir("/proc/self/fd")) == files
 
 
@@ -315,6 +316,7 @@ def test_groups_hold_every_row_once_and_like_lengths_together():
         (GPTConfig(2048, 192, 6, 8, 256), 5, 192, 4),
         (GPTConfig(64, 16, 2, 2, 32), 3, 16, 1),  # too little to share
         (GPTConfig(64, 2048, 2, 2, 32), 3, 2048, 3),  # a sequence is not cut
+        (GPTConfig(32000, 64, 2, 2, 64), 64, 64, 12),  # of a large vocabulary: the least again
     ],
 )
 def test_groups_suit_the_cache_and_two_workers(monkeypatch, gpt, n, length, groups):
@@ -358,7 +360,8 @@ def test_zero_means_every_core():
 def test_workers_end_with_the_one_who_forked_them(end):
     script = """
 import os, time
-from minirlhf.workers import map_over, side_by_side
+from minirlhf.crew import side_by_side
+from minirlhf.workers import map_over
 def who(x):
     time.sleep(0.2)  # so that none does two shares
     return os.getpid()

@@ -1,6 +1,7 @@
 """Sampling draws from the distribution it says, stops where it says, and can be repeated."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tiny import CONFIG, Letters, make_ids, make_params, sampled
 from tolerances import CHI_SQUARE_P, CHI_SQUARE_Z, KV_CACHE, LOOPS, assert_close
 
 from minirlhf.nn import sampling
+from minirlhf.nn.heads import VOCABULARY_PIECE, logits_forward, next_logits
 from minirlhf.nn.sampling import Sampling, draw_tokens, generate, sampling_logprobs
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import pad_batch
@@ -144,21 +146,37 @@ def distributions(draw):
     )
 
 
-@given(distributions(), st.sampled_from([0.0, 1e-300, 0.3, 0.5, ALMOST_1, 1.0]))
-def test_a_token_of_probability_0_is_never_drawn(probs, u):
+LARGE_FROM = st.sampled_from([1, 4096])  # a vocabulary of more tokens is drawn from in two steps
+
+
+@given(distributions(), st.sampled_from([0.0, 1e-300, 0.3, 0.5, ALMOST_1, 1.0]), LARGE_FROM)
+def test_a_token_of_probability_0_is_never_drawn(probs, u, large_from):
     """Nor one beyond the vocabulary, should a coin just below 1 be rounded up to 1."""
-    ids = draw_tokens(probs, np.full((len(probs), 1), u))
+    with mock.patch.object(sampling, "VOCABULARY_PIECE", large_from):
+        ids = draw_tokens(probs, np.full((len(probs), 1), u))
     assert (probs[np.arange(len(probs)), ids] > 0).all()
 
 
-@given(distributions(), st.integers(0, 99))
-def test_the_draw_is_the_inverse_of_the_cumulative_distribution(probs, seed):
+@given(distributions(), st.integers(0, 99), LARGE_FROM)
+def test_the_draw_is_the_inverse_of_the_cumulative_distribution(probs, seed, large_from):
     u = np.random.default_rng(seed).random((len(probs), 1))
     expected = []
     for row, coin in zip(probs.astype(np.float64), u[:, 0], strict=True):
         masses = np.cumsum(row)  # the first token at which the mass exceeds the coin
         expected.append(next(i for i, mass in enumerate(masses) if mass > coin * masses[-1]))
-    assert draw_tokens(probs, u).tolist() == expected
+    with mock.patch.object(sampling, "VOCABULARY_PIECE", large_from):
+        assert draw_tokens(probs, u).tolist() == expected
+
+
+def test_a_large_vocabulary_is_read_and_drawn_from_in_pieces():
+    """The same logits and tokens as in one piece; two steps of the draw round by 1e-16."""
+    rng, V = np.random.default_rng(0), 2 * VOCABULARY_PIECE + 7
+    h, w = rng.standard_normal((20, 6)), rng.standard_normal((V, 6))
+    assert_close(next_logits(h, w), logits_forward(h, w)[0])
+    probs, u = np.exp(next_logits(h, w)), rng.random((20, 1))
+    probs[:, ::3] = 0.0
+    cdf = probs.cumsum(axis=1)
+    assert draw_tokens(probs, u).tolist() == (cdf <= u * cdf[:, -1:]).sum(axis=1).tolist()
 
 
 def test_the_ends_of_the_coin():

@@ -24,13 +24,12 @@ from tolerances import (
     assert_trees_close,
 )
 
-from minirlhf.nn.heads import init_scalar_head, tied_logits_backward, tied_logits_forward
+from minirlhf.nn.decoding import decode_step, prefill
+from minirlhf.nn.heads import init_scalar_head, logits_backward, logits_forward
 from minirlhf.nn.transformer import (
     GPTConfig,
     check_tokens,
-    decode_step,
     init_transformer,
-    prefill,
     transformer_backward,
     transformer_forward,
 )
@@ -38,9 +37,9 @@ from minirlhf.rlhf.imitation import cross_entropy_backward, cross_entropy_forwar
 from minirlhf.rlhf.kl import KL_MODES
 from minirlhf.rlhf.logprobs import entropy_forward
 from minirlhf.rlhf.objectives import AGGREGATIONS, token_weights
+from minirlhf.runs.metrics import mean_of_updates, update_metrics
 from minirlhf.train import ppo
 from minirlhf.train.batches import Batch, pad_batch, row_slices
-from minirlhf.train.metrics import mean_of_updates, update_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward, reward_backward, reward_forward
 from minirlhf.train.ppo import Experience, minibatch_gradients, ppo_update
@@ -235,7 +234,7 @@ def test_one_table_is_read_at_both_ends():
     dlogits = np.random.default_rng(0).standard_normal(out.logits.shape)
     zero = np.zeros_like(out.logp)
     gradients = policy_backward(dlogits, zero, zero, cache)
-    dh, dwte_head = tied_logits_backward(dlogits, tied_logits_forward(h, wte)[1])
+    dh, dwte_head = logits_backward(dlogits, logits_forward(h, wte)[1])
     dwte_embedding = transformer_backward(dh, cache.trunk)["wte"]
     assert min(np.abs(dwte_head).max(), np.abs(dwte_embedding).max()) > 0.1  # both count
     assert_close(gradients["transformer"]["wte"], dwte_embedding + dwte_head)

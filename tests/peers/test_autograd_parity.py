@@ -26,9 +26,9 @@ from minirlhf.rlhf.preferences import (
     plackett_luce_backward,
     plackett_luce_forward,
 )
+from minirlhf.runs.metrics import mean_of_updates
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.dpo import DPOConfig, dpo_micro_batch, with_reference
-from minirlhf.train.metrics import mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
 from minirlhf.train.ppo import (

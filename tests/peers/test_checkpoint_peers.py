@@ -126,5 +126,5 @@ def test_another_architecture_is_refused(tmp_path):
         intermediate_size=8,
     )
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="model_type to be 'gpt2'; got 'gpt_neox'"):
+    with pytest.raises(InputError, match="model_type to be 'gpt2' or 'llama'; got 'gpt_neox'"):
         load_model(tmp_path)

@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from minirlhf.nn.heads import tied_logits_forward
+from minirlhf.nn.heads import logits_forward
 from minirlhf.nn.sampling import Sampling, generate, sampling_logprobs
 from minirlhf.nn.transformer import GPTConfig, init_transformer, transformer_forward
 from minirlhf.runs.checkpoint import load_model, save_model
@@ -82,7 +82,7 @@ def padded_batch(vocab_size, side, dtype, pad_id=0):
 
 def our_logits(params, config, tokens, mask):
     h, _ = transformer_forward(params, tokens=tokens, mask=mask, config=config)
-    return tied_logits_forward(h, params["wte"])[0]
+    return logits_forward(h, params["wte"])[0]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import CHATS, VOWELS, tiny_config, write_names, write_pairs
+from tiny_run import CHATS, VOWELS, tiny_config, train, write_names, write_pairs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
@@ -15,7 +15,7 @@ import tokenizers
 
 from minirlhf.nn.sampling import Sampling
 from minirlhf.runs import pipeline
-from minirlhf.runs.hugging_face import GPT2_PATTERN, companions, read_gpt2, read_tokenizer
+from minirlhf.runs.hugging_face import GPT2_PATTERN, companions, read_model, read_tokenizer
 from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.reward_model import score_responses
 from minirlhf.worlds.examples import as_example
@@ -114,7 +114,7 @@ def test_what_transformers_saves_again_is_read(pair, tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     pairs = write_pairs(folder / "pairs.jsonl")
-    pipeline.train(tiny_config(folder / "run", pairs=pairs, sft__steps=150))
+    train(tiny_config(folder / "run", pairs=pairs, sft__steps=150))
     return folder / "run"
 
 
@@ -197,7 +197,7 @@ def test_from_a_gpt2_to_a_policy_and_back(gpt2, tmp_path):
     names = write_names(tmp_path / "names.txt")
     config = tiny_config(tmp_path / "run", corpus=names, init=str(gpt2), reward=VOWELS)
     session = open_session(config)
-    start = read_gpt2(gpt2)
+    start = read_model(gpt2)
     peer = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
     wte = peer.transformer.wte.weight.detach().numpy()
     assert np.array_equal(start.transformer["wte"][:336], wte)

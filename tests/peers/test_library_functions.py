@@ -54,10 +54,10 @@ from minirlhf.rlhf.preferences import (
     log_sigmoid,
     sigmoid,
 )
+from minirlhf.runs.metrics import calibration_error, rollout_metrics, update_metrics
 from minirlhf.train.batches import Batch
-from minirlhf.train.metrics import rollout_metrics, update_metrics
 from minirlhf.train.ppo import Experience, MinibatchGradient, make_experience
-from minirlhf.train.reward_model import RewardModel, calibration_error, normalized
+from minirlhf.train.reward_model import RewardModel, normalized
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import PPOConfig
 

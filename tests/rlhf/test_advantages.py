@@ -21,8 +21,8 @@ from minirlhf.rlhf.kl import (
     token_kl_loss_forward,
 )
 from minirlhf.rlhf.logprobs import response_sum
+from minirlhf.runs.metrics import rollout_metrics
 from minirlhf.train.batches import Batch
-from minirlhf.train.metrics import rollout_metrics
 from minirlhf.train.ppo import make_experience
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import PPOConfig

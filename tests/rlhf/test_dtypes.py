@@ -123,6 +123,7 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
     "ipo": lambda a: pair(preferences, "dpo")(a.x[:, 0], a.x[:, 1], kl_coef=0.1, loss="ipo"),
     "plackett_luce": lambda a: pair(preferences, "plackett_luce")(a.x[:, :5]),
     # of nn/ what takes anything but activations
+    "by_columns": lambda a: logprobs.by_columns(lambda z: logprobs.entropy_forward(z)[0], a.z),
     "gelu": lambda a: [gelu_forward(a.x)[0], gelu_forward(a.x, keep=False)[0]],
     "sampling_logprobs": lambda a: [
         np.exp(sampling_logprobs(a.z, temperature=temperature, top_k=3, top_p=0.9))

@@ -14,12 +14,7 @@ from tiny import CONFIG, make_ids, make_params, ragged, with_junk
 from tolerances import LOOPS, assert_close
 
 from minirlhf.nn.attention import attention_forward, causal_mask
-from minirlhf.nn.heads import (
-    last_columns,
-    scalar_head_forward,
-    tied_logits_backward,
-    tied_logits_forward,
-)
+from minirlhf.nn.heads import last_columns, logits_backward, logits_forward, scalar_head_forward
 from minirlhf.nn.layers import (
     embedding_backward,
     embedding_forward,
@@ -187,9 +182,9 @@ def test_heads(case):
             logits[i, t, a] = sum(h[i, t, c] * wte[a, c] for c in range(C))
             for c in range(C):
                 dwte[a, c] += dlogits[i, t, a] * h[i, t, c]
-    out, cache = tied_logits_forward(h, wte)
+    out, cache = logits_forward(h, wte)
     assert_close(out, logits)
-    assert_close(tied_logits_backward(dlogits, cache)[1], dwte)
+    assert_close(logits_backward(dlogits, cache)[1], dwte)
     assert_close(scalar_head_forward(h, w, b)[0], values)
 
 

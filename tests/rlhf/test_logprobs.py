@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from tolerances import LOOPS, assert_close
 
+from minirlhf.rlhf import logprobs
 from minirlhf.rlhf.kl import full_kl_backward, full_kl_forward
 from minirlhf.rlhf.logprobs import (
+    by_columns,
     entropy_backward,
     entropy_forward,
     log_softmax,
@@ -113,3 +115,28 @@ def test_a_shift_of_all_logits_changes_nothing():
     logits = np.random.default_rng(0).standard_normal((2, 3, 5))
     for shift in (1e3, -1e8):
         assert_close(log_softmax(logits + shift), log_softmax(logits), abs(shift) * LOOPS)
+
+
+def test_in_place_the_softmax_takes_the_memory_of_the_logits():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.standard_normal((2, 3, 5)), rng.integers(5, size=(2, 3))
+    logp, cache = token_logprobs_forward(logits.copy(), targets=targets, temperature=0.7)
+    same, given = token_logprobs_forward(logits, targets=targets, temperature=0.7, in_place=True)
+    assert given.exp_z is logits
+    assert np.array_equal(same, logp) and np.array_equal(given.exp_z, cache.exp_z)
+
+
+def test_columns_side_by_side_are_the_whole(monkeypatch):
+    """Of a large vocabulary f sees as few columns as `SLICE_FLOATS` holds, and at least one."""
+    logits, seen = np.random.default_rng(0).standard_normal((2, 5, 7)), []
+
+    def f(some):
+        seen.append(some.shape[1])
+        return entropy_forward(some)[0]
+
+    whole = entropy_forward(logits)[0]
+    for floats, expected in ((70, [5]), (29, [2, 2, 1]), (3, [1] * 5)):
+        monkeypatch.setattr(logprobs, "SLICE_FLOATS", floats)
+        assert_close(by_columns(f, logits), whole)
+        assert seen == expected
+        seen.clear()

@@ -292,8 +292,8 @@ def test_a_tensor_in_two_parts_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama"}, "model_type to be 'gpt2'; got 'llama'"),
-        ({"model_type": "absent"}, "model_type to be 'gpt2'; got None"),
+        ({"model_type": "mistral"}, "model_type to be 'gpt2' or 'llama'; got 'mistral'"),
+        ({"model_type": "absent"}, "model_type to be 'gpt2' or 'llama'; got None"),
         ({"activation_function": "relu"}, "activation_function .*got 'relu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx to be false"),
         ({"scale_attn_weights": False}, "scale_attn_weights to be true"),

@@ -64,6 +64,7 @@ FIELDS = dict(leaves(TrainConfig()))
 NEEDS = {  # what else must be set
     "ppo.samples_per_prompt": {"ppo.batch_size": 129},
     "ppo.importance": {"ppo.sampler_bits": 7},
+    **{f"model.{name}": {"model.block": "llama"} for name in ("n_kv_head", "d_ff", "tied")},
 }
 
 
@@ -111,6 +112,7 @@ def test_the_file_is_plain_toml():
     assert tables["ppo"]["optimizer"]["beta2"] == 0.95
     assert tables["ppo"]["whiten_advantages"] is True
     sizes = {"n_layer": 2, "n_head": 4, "d_model": 64, "n_ctx": 0, "ln_eps": 1e-5}
+    sizes |= {"block": "gpt2", "n_kv_head": 0, "d_ff": 0, "rope_theta": 1e4, "tied": True}
     assert tables["model"] == sizes
     assert "out" not in tables  # None: chosen when the run begins
 
@@ -199,6 +201,9 @@ IMPOSSIBLE = {
     "model.d_model": 0,
     "model.n_ctx": -1,
     "model.ln_eps": 0.0,
+    "model.n_kv_head": -1,
+    "model.d_ff": -1,
+    "model.rope_theta": 0.0,
     "sft.steps": -1,
     "sft.batch_size": 0,
     "reward_model.n_layer": 0,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import VOWELS, changed, files_under, tiny_config, write_names, write_pairs
+from tiny_run import VOWELS, changed, files_under, tiny_config, train, write_names, write_pairs
 
 from minirlhf.app.api import open_run
 from minirlhf.errors import LONGEST, InputError
@@ -295,7 +295,7 @@ def run(tmp_path_factory, texts):
         tmp_path_factory.mktemp("damaged") / "run", pairs=str(texts / "pairs.jsonl")
     )
     changes = {"sft.steps": 2, "reward_model.epochs": 1, "ppo.iterations": 2, "vocab_size": 262}
-    pipeline.train(changed(config, changes | {"eval_prompts": 4, "reward_model.n_normalize": 8}))
+    train(changed(config, changes | {"eval_prompts": 4, "reward_model.n_normalize": 8}))
     return config.out
 
 

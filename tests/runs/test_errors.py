@@ -20,6 +20,7 @@ from tiny_run import (
     metrics,
     refusal,
     tiny_config,
+    train,
     write_names,
     write_pairs,
 )
@@ -51,7 +52,7 @@ def texts(tmp_path_factory):
 def finished(tmp_path_factory, texts):
     """A run with all three models, which no test changes."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    pipeline.train(tiny_config(out, pairs=str(texts / "pairs.jsonl")))
+    train(tiny_config(out, pairs=str(texts / "pairs.jsonl")))
     return out
 
 
@@ -351,7 +352,7 @@ def test_a_policy_that_was_lost_is_that_of_the_checkpoint(run, capsys):
 def test_a_model_with_another_vocabulary(run, capsys, tmp_path, texts):
     """Its ids would mean other words."""
     other = tiny_config(tmp_path / "other", pairs=str(texts / "pairs.jsonl"), vocab_size=265)
-    pipeline.train(other)
+    train(other)
     for name, command in (
         ("policy", LOOK),
         ("reward_model", ("resume",)),
@@ -376,7 +377,7 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
 def test_a_run_that_is_not_finished(texts, tmp_path, capsys):
     config = tiny_config(tmp_path / "run", corpus=str(texts / "names.txt"), reward=VOWELS)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config, track=interrupted_after("PPO", 1))
+        train(config, track=interrupted_after("PPO", 1))
     before = files_under(config.out)
     status, out, err = call(capsys, "sample", config.out, "--prompt", "k")
     assert status == 0 and "policy" in out and files_under(config.out) == before
@@ -496,7 +497,7 @@ def test_nan_in_a_gradient_stops_training_and_keeps_the_last_checkpoint(
     assert len(metrics(tmp_path / "new", "ppo")) == 2
     # ... which goes on as if nothing had happened, once its cause is gone
     config = load_config(tmp_path / "new/config.toml")
-    pipeline.train(changed(config, {"out": tmp_path / "healthy"}))
+    train(changed(config, {"out": tmp_path / "healthy"}))
     status, _, _ = call(capsys, "resume", tmp_path / "new")
     assert status == 0
     ours, theirs = (

@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_run import STAGES, interrupted_after, tiny_config
+from tiny_run import STAGES, interrupted_after, resume, tiny_config, train
 
 from minirlhf.app.logs import read_log
 from minirlhf.errors import InputError
-from minirlhf.runs import mirrors, pipeline
+from minirlhf.runs import mirrors
 from minirlhf.runs import session as session_module
 from minirlhf.runs.log import RunLog, read_metrics
 
@@ -74,7 +74,7 @@ def small(folder, kind):
 def whole(request, tmp_path_factory):
     """(kind, folder) of a run that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    pipeline.train(small(folder, request.param))
+    train(small(folder, request.param))
     return request.param, folder
 
 
@@ -132,8 +132,8 @@ def test_a_resumed_run_has_the_mirror_of_an_uninterrupted_one(whole, tmp_path, t
     kind, folder = whole
     config = small(tmp_path / "run", kind)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config, track=interrupted_after(title, steps))
-    pipeline.resume(config.out)
+        train(config, track=interrupted_after(title, steps))
+    resume(config.out)
     assert rows_of(config.out, kind) == rows_of(folder, kind) == logged(config.out, kind)
 
 
@@ -147,17 +147,17 @@ def test_a_mirror_that_was_killed_or_lost_is_made_again(whole, tmp_path):
         file = next(path.glob("ppo/*"))
         file.write_bytes(file.read_bytes()[:-40])
     assert rows_of(folder, kind) != expected
-    pipeline.resume(folder)
+    resume(folder)
     assert rows_of(folder, kind) == expected
 
 
 def test_a_resume_may_begin_with_it(tmp_path):
     config = small(tmp_path / "run", "")
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config, track=interrupted_after("PPO", 3))
+        train(config, track=interrupted_after("PPO", 3))
     said, path = [], config.out / "config.toml"
     path.write_text(path.read_text().replace('log = ""', 'log = "csv"'))
-    pipeline.resume(config.out, say=said.append)
+    resume(config.out, say=said.append)
     assert any("log '' -> 'csv' from here on" in line for line in said)
     assert rows_of(config.out, "csv") == logged(config.out, "csv")
 
@@ -168,7 +168,7 @@ def test_without_its_library_it_is_refused_before_anything_is_written(tmp_path, 
     with pytest.raises(
         InputError, match="not installed: pip install tensorboard, or take --log csv"
     ):
-        pipeline.train(config)
+        train(config)
     assert not config.out.exists()
     monkeypatch.undo()
     session_module.open_session(config)
@@ -176,7 +176,7 @@ def test_without_its_library_it_is_refused_before_anything_is_written(tmp_path, 
     with pytest.raises(
         InputError, match=r"pip install tensorboard.* then go on with `minirlhf res"
     ):
-        pipeline.resume(config.out)
+        resume(config.out)
     assert not read_metrics(config.out)
     assert session_module.reopen_session(config.out, look=True)  # to look needs no library
 

@@ -20,14 +20,16 @@ from tiny_run import (
     leaves,
     metrics,
     outcome,
+    resume,
     tiny_config,
+    train,
     write_names,
     write_pairs,
 )
 from tolerances import BATCH_COMPOSITION
 
 import minirlhf
-from minirlhf import workers
+from minirlhf import crew
 from minirlhf.backend import cuda_is_available, get_xp
 from minirlhf.errors import InputError
 from minirlhf.rlhf.kl import KL_MODES
@@ -59,6 +61,7 @@ class Turn:
     first: str = ""  # the first stage that may change; default: the one the field is named after
 
 
+LLAMA = {"model.block": "llama"}
 LEARNS_FAST = {"ppo.optimizer.learning_rate": 0.1, "ppo.epochs": 4}
 STEERED = {"ppo.kl_target": 0.02, "ppo.kl_horizon": 50.0}
 PENALTY_IN_LOSS = {"ppo.kl_coef": 5.0}
@@ -112,6 +115,11 @@ MUTATIONS = {
     "model.d_model": Turn(12, shows="reference/config.json"),
     "model.n_ctx": Turn(99, shows="reference/config.json"),
     "model.ln_eps": Turn(0.1, shows="metrics of sft"),
+    "model.block": Turn("llama", shows="metrics of sft"),
+    "model.n_kv_head": Turn(1, given=LLAMA, shows="reference/config.json"),
+    "model.d_ff": Turn(12, given=LLAMA, shows="reference/config.json"),
+    "model.rope_theta": Turn(100.0, given=LLAMA, shows="metrics of sft"),
+    "model.tied": Turn(False, given=LLAMA, shows="reference/config.json"),
     "sft.steps": sft_turn(7),
     "sft.batch_size": sft_turn(5),
     **optimizer_turns("sft", sft_turn),
@@ -240,7 +248,7 @@ def observed(config, patch):
         "load_tokenizer_by_name",
         lambda name: train_tokenizer(["kalo mitru brisen"] * 3, vocab_size=265),
     )
-    pipeline.train(config)
+    train(config)
     seen = {"seen: checkpoints": saves, "seen: rows in a forward": sorted(sizes)}
     return {**outcome(config.out), **seen}
 
@@ -359,24 +367,24 @@ def test_threads_are_limited_while_the_stages_run(tmp_path, files, monkeypatch, 
     monkeypatch.setattr(pipeline, "reference_stage", lambda run: seen.append("stage") or 1 / 0)
     config = changed(tiny_config(tmp_path / "run", threads=threads), files["names"])
     with pytest.raises(ZeroDivisionError):
-        pipeline.train(config)
+        train(config)
     assert seen == [limit, "stage"]
 
 
 def test_workers_change_who_computes_and_no_result(tmp_path, files, monkeypatch):
     monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 16)  # several groups, so all have work
     monkeypatch.setattr(batches, "MICRO_BATCH_FLOATS", 0)
-    crews, original = [], workers._Processes
+    crews, original = [], crew._Processes
 
     def watched(n):
         crews.append(n)
         return original(n)
 
-    monkeypatch.setattr(workers, "_Processes", watched)
+    monkeypatch.setattr(crew, "_Processes", watched)
     results = {}
     for n in (1, 2, 3):
         config = changed(tiny_config(tmp_path / str(n), workers=n), files["pairs"])
-        pipeline.train(config)
+        train(config)
         results[n] = outcome(config.out)
     assert set(crews) == {1, 2}  # beside this process
     tolerance = 10 * BATCH_COMPOSITION[np.float32]
@@ -394,11 +402,11 @@ def test_workers_change_who_computes_and_no_result(tmp_path, files, monkeypatch)
 def test_a_part_of_the_stages_is_run_and_resume_does_the_rest(run, files, tmp_path, stages, made):
     out = tmp_path / "run"
     config = changed(tiny_config(out, stages=stages), files["names"])
-    assert pipeline.train(config) is None
+    assert train(config) is None
     made = made or ["reference", "reward_model"]
     assert [n for n in ("reference", "reward_model", "policy") if (out / n).exists()] == made
     assert load_config(out / "config.toml").stages == stages
-    pipeline.resume(out)
+    resume(out)
     found = differences(outcome(out), run("names", {}))
     assert found == ["seen: checkpoints", "seen: rows in a forward"]  # which only `run` looks at
 
@@ -469,7 +477,7 @@ def test_a_run_starts_from_the_weights_and_the_tokenizer_of_init(run, tmp_path, 
         if key.startswith("reference/"):
             (tmp_path / key).write_bytes(content)
     config = changed(tiny_config(tmp_path / "run"), files["names"] | {"init": str(reference)})
-    pipeline.train(changed(config, {"model.d_model": 12}))
+    train(changed(config, {"model.d_model": 12}))
     got = outcome(tmp_path / "run")
     same = {"config", "generation_config", "tokenizer", "tokenizer_config"}
     assert not {f"reference/{name}.json" for name in same} & set(differences(base, got))
@@ -481,7 +489,7 @@ def test_a_run_starts_from_the_weights_and_the_tokenizer_of_init(run, tmp_path, 
 def test_the_metrics_have_a_mirror(run, files, tmp_path, kind, made):
     """And no number is another one; test_mirrors.py reads it."""
     base, config = run("names", {}), changed(tiny_config(tmp_path / "run"), files["names"])
-    pipeline.train(changed(config, {"log": kind}))
+    train(changed(config, {"log": kind}))
     assert (config.out / made).exists()
     found = differences(outcome(config.out), base)
     assert found == ["seen: checkpoints", "seen: rows in a forward"]  # which only `run` looks at

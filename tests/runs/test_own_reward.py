@@ -19,6 +19,7 @@ from tiny_run import (
     outcome,
     refusal,
     tiny_config,
+    train,
     write_pairs,
 )
 
@@ -41,7 +42,7 @@ def finished(tmp_path_factory, names):
     home = tmp_path_factory.mktemp("home")
     (home / "mine.py").write_text(COUNT)
     config = tiny_config(home / "run", corpus=names, reward=f"{home}/mine.py:count")
-    pipeline.train(config)
+    train(config)
     return home
 
 
@@ -146,7 +147,7 @@ def test_a_configuration_of_a_run_from_elsewhere_too(home, elsewhere, capsys):
 
 def test_what_is_minirlhfs_own_needs_no_name(tmp_path, names, elsewhere, capsys):
     config = tiny_config(tmp_path / "run", corpus=names, reward="length:4")
-    pipeline.train(config)
+    train(config)
     assert not (tmp_path / "other state").exists()
     for command in (("resume", config.out), ("score", config.out, *SCORE)):
         status, out, _ = call(capsys, *command)
@@ -275,7 +276,7 @@ def test_a_function_of_python_is_the_same_by_its_source(tmp_path, names):
 
 def test_a_run_with_a_reward_model_has_no_reward_to_name(tmp_path, capsys):
     config = tiny_config(tmp_path / "run", pairs=write_pairs(tmp_path / "pairs.jsonl"))
-    pipeline.train(config)
+    train(config)
     assert "leave out --reward" in refusal(capsys, "resume", config.out, "--reward", "length")
     assert "reward_sha256" not in json.loads((config.out / "world.json").read_text())
     assert "your reward" not in call(capsys, "score", config.out, *SCORE)[1]
@@ -295,7 +296,7 @@ def test_it_is_asked_before_anything_is_done(home, names, monkeypatch):
         (home / "broken.py").write_text(f"def f(texts):\n    return {body}\n")
         config = tiny_config(home / "new", corpus=names, reward="broken.py:f")
         with pytest.raises(InputError, match="broken.py:f: expected .*: correct the function$"):
-            pipeline.train(config)
+            train(config)
         assert not (home / "new").exists()
 
 
@@ -316,7 +317,7 @@ def test_what_it_is_given_and_that_it_is_constant_is_noted(home, names):
 def test_what_takes_long_is_said_before(home, names):
     said = []
     config = tiny_config(home / "other", corpus=names, reward=f"{home}/mine.py:count")
-    pipeline.train(config, say=lambda line: said.append((line, files_under(config.out).keys())))
+    train(config, say=lambda line: said.append((line, files_under(config.out).keys())))
     lines, made = zip(*said, strict=True)
     scale = lines.index("scaling the reward on 24 samples of the reference")
     last = lines.index("evaluating reference and policy, 12 replies of each")
@@ -325,7 +326,7 @@ def test_what_takes_long_is_said_before(home, names):
 
 def test_before_ppo_there_is_no_score_of_ones_own_reward(home, names, capsys):
     config = tiny_config(home / "other", corpus=names, reward=f"{home}/mine.py:count", stages="sft")
-    pipeline.train(config)
+    train(config)
     out = call(capsys, "score", config.out, *SCORE)[1]
     assert "no score: the run has no scale of your reward yet" in out
 
@@ -333,7 +334,7 @@ def test_before_ppo_there_is_no_score_of_ones_own_reward(home, names, capsys):
 def test_a_run_of_a_corpus_alone_gets_its_reward_later(home, names, capsys, monkeypatch):
     config = tiny_config(home / "other", corpus=names, stages="sft")
     with pytest.raises(InputError, match="got neither"):
-        pipeline.train(changed(config, {"stages": "sft,reward"}))
+        train(changed(config, {"stages": "sft,reward"}))
     status, out, err = call(capsys, "train", *as_flags(config))
     assert status == 0 and "; no preferences yet; stages to run: sft" in err
     assert f"done: sft; `minirlhf resume {config.out} --reward ..` goes on" in out
@@ -347,7 +348,7 @@ def test_a_run_of_a_corpus_alone_gets_its_reward_later(home, names, capsys, monk
     monkeypatch.setenv("XDG_STATE_HOME", str(home.parent / "state"))
     assert call(capsys, "resume", config.out)[0] == 0  # it is the run's own by now
     whole = tiny_config(home / "whole", corpus=names, reward=f"{home}/mine.py:count")
-    pipeline.train(whole)
+    train(whole)
     assert differences(outcome(config.out), outcome(whole.out)) == []
 
 
@@ -391,7 +392,7 @@ def test_the_reward_is_shown_in_its_own_units(tmp_path, names, capsys):
     config = tiny_config(
         tmp_path / "run", corpus=names, reward=VOWELS, ppo__batch_size=8, eval_every=1
     )
-    result = pipeline.train(config)
+    result = train(config)
     samples = [json.loads(line) for line in (config.out / "samples.jsonl").read_text().splitlines()]
     for row in metrics(config.out, "ppo"):
         texts = [s["prompt"] + s["response"] for s in samples if s["step"] == row["step"]]
@@ -433,7 +434,7 @@ def test_the_score_has_mean_0_at_the_temperature_of_training(tmp_path, names):
         max_response_tokens=16,
         sft__steps=60,
     )
-    result = pipeline.train(config)
+    result = train(config)
     assert abs(result.reference["proxy"]) < 0.25
 
 

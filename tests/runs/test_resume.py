@@ -1,6 +1,7 @@
 """A run folder between two sessions: who is at work in it, what may change, where it goes on."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -19,22 +20,22 @@ from tiny_run import (
     metrics,
     outcome,
     refusal,
+    resume,
     tiny_config,
+    train,
     write_pairs,
 )
 
 import minirlhf
-from minirlhf import disk, memory, workers
+from minirlhf import crew, disk, memory, workers
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs import checkpoint, pipeline, sizes
 from minirlhf.runs import folder as run_folder
-from minirlhf.runs import lock as lock_module
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig, load_config, save_config
 from minirlhf.runs.lock import locked
 from minirlhf.runs.log import read_metrics
-from minirlhf.runs.session import no_progress
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.tree import tree_leaves
 
@@ -46,7 +47,7 @@ GPT2 = {"vocab_size": 50260, "n_ctx": 1024, "n_layer": 12, "n_head": 12, "d_mode
 def finished(tmp_path_factory, names):
     """A finished run, which no test changes."""
     config = tiny_config(tmp_path_factory.mktemp("run") / "run", corpus=names, reward=VOWELS)
-    pipeline.train(config)
+    train(config)
     return config.out
 
 
@@ -104,13 +105,13 @@ def test_the_second_process_is_refused_and_told_who_is_first(run, capsys, tmp_pa
         other = in_a_process(holding(fresh.out))
         (fresh.out / "config.toml").unlink()  # it has not got as far as that
         with pytest.raises(InputError, match=f"process {other} is"):
-            pipeline.train(fresh)
+            train(fresh)
         ended(other)
         minirlhf.open_run(run).sample("k")  # who looks needs no lock
         assert files_under(run) == before
     finally:
         ended(pid)
-    pipeline.resume(run)  # the lock has died with its process
+    resume(run)  # the lock has died with its process
 
 
 def stay(path):
@@ -126,7 +127,7 @@ def test_a_worker_that_outlives_its_parent_keeps_no_lock(run):
 
     def act(ready):
         with locked(run):
-            workers._Processes(1).map(stay, [busy])
+            crew._Processes(1).map(stay, [busy])
             while not (busy.exists() and busy.read_text()):
                 time.sleep(0.005)
             ready()
@@ -154,26 +155,13 @@ def test_a_lock_is_let_go_whatever_happens(tmp_path):
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
-def test_where_there_is_no_flock_windows_has_its_own(tmp_path, monkeypatch):
-    locks = []
+def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    class Windows:
-        LK_NBLCK = 2
-
-        @staticmethod
-        def locking(file, mode, n):
-            locks.append(file)
-            if len(locks) == 2:
-                raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(lock_module, "fcntl", None)
-    monkeypatch.setattr(lock_module, "msvcrt", Windows, raising=False)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with locked(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
-        with pytest.raises(InputError, match=f"process {os.getpid()} is"), locked(tmp_path):
-            pass
-    with locked(tmp_path):
-        pass
 
 
 def test_numbered_folders_are_never_shared(tmp_path):
@@ -207,7 +195,7 @@ def at_every_step(monkeypatch):
 def annotated(tmp_path_factory):
     """A run whose pairs are samples of its own."""
     config = tiny_config(tmp_path_factory.mktemp("annotated") / "run", reward_model__epochs=4)
-    pipeline.train(config)
+    train(config)
     return config
 
 
@@ -227,7 +215,7 @@ def test_a_stage_goes_on_where_it_was(tmp_path, annotated, at_every_step, title,
         def track(items, name):
             if name == title:
                 begun.append(items.start)
-            for item in no_progress(items, name):
+            for item in items:
                 if name == title and item == step:
                     raise KeyboardInterrupt
                 yield item
@@ -237,11 +225,11 @@ def test_a_stage_goes_on_where_it_was(tmp_path, annotated, at_every_step, title,
     stage = {"reward model": "reward_model"}.get(title, "sft")
     where = f"in stage {stage}: {stops[0]} of . steps made, {stops[0]} in the checkpoint; "
     with pytest.raises(KeyboardInterrupt, match=where + "`minirlhf resume .*/run` goes on"):
-        pipeline.train(config, track=stopping_at(stops[0]))
+        train(config, track=stopping_at(stops[0]))
     for step in stops[1:]:
         with contextlib.suppress(KeyboardInterrupt):
-            pipeline.resume(config.out, track=stopping_at(step))
-    pipeline.resume(config.out, track=stopping_at(None))
+            resume(config.out, track=stopping_at(step))
+    resume(config.out, track=stopping_at(None))
     expected = [0, *stops]
     assert begun == expected[: len(begun)] and len(begun) >= 2  # no step was made again
     assert differences(outcome(annotated.out), outcome(config.out)) == []
@@ -256,7 +244,7 @@ def test_what_was_held_out_is_measured_as_if_nothing_had_been(
 ):
     """Stopped right after a look, or before it: its line comes once."""
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, stages="sft")
-    pipeline.train(changed(config, {"out": tmp_path / "whole"}))
+    train(changed(config, {"out": tmp_path / "whole"}))
     loss, looks = pipeline.sft_loss, []
 
     def stopping(*arguments, **more):
@@ -267,7 +255,7 @@ def test_what_was_held_out_is_measured_as_if_nothing_had_been(
 
     monkeypatch.setattr(pipeline, "sft_loss", stopping)
     with pytest.raises(KeyboardInterrupt, match="in stage sft: 2 of 6 steps made, 2 in the chec"):
-        pipeline.train(config, track=interrupted_after("supervised fine-tuning", 4))
+        train(config, track=interrupted_after("supervised fine-tuning", 4))
     for steps in (1, 3, 9):
         with contextlib.suppress(KeyboardInterrupt):
             session = session_module.reopen_session(
@@ -296,7 +284,7 @@ def test_checkpoints_of_the_first_stages_take_a_small_share_of_the_time(
     monkeypatch.setattr(pipeline.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(run_folder, "save_state", save)
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, sft__steps=40, stages="sft")
-    pipeline.train(config, track=track)
+    train(config, track=track)
     assert saves == [3, 16, 29]  # after 10 s; then 50 s, as saving took 1 s: two per cent
 
 
@@ -333,16 +321,16 @@ def test_damaged_headers_of_a_state_are_one_sentence(run):
 def test_ppo_goes_on_for_longer(tmp_path, names):
     """With a constant learning rate it is the run that had so many from the start."""
     constant = {"ppo__optimizer__schedule": "constant", "corpus": names, "reward": VOWELS}
-    pipeline.train(tiny_config(tmp_path / "long", ppo__iterations=5, **constant))
-    pipeline.train(tiny_config(tmp_path / "run", ppo__iterations=2, **constant))
+    train(tiny_config(tmp_path / "long", ppo__iterations=5, **constant))
+    train(tiny_config(tmp_path / "run", ppo__iterations=2, **constant))
     said = []
-    pipeline.resume(tmp_path / "run", iterations=5, say=said.append)
+    resume(tmp_path / "run", iterations=5, say=said.append)
     assert differences(outcome(tmp_path / "long"), outcome(tmp_path / "run")) == []
     assert load_config(tmp_path / "run/config.toml").ppo.iterations == 5
     assert "note: the learning rate now follows its schedule to iteration 5" in said
     before = files_under(tmp_path / "run")
     with pytest.raises(InputError, match="expected at least the 5 that are done; got 4"):
-        pipeline.resume(tmp_path / "run", iterations=4)
+        resume(tmp_path / "run", iterations=4)
     assert files_under(tmp_path / "run") == before
 
 
@@ -350,10 +338,10 @@ def test_a_reference_that_moves_goes_on_where_it_was(tmp_path, names):
     """With K = 2 and a checkpoint after each iteration: also in the middle of a stretch."""
     config = {"ppo__iterations": 5, "ppo__reset_reference_every": 2, "ppo__kl_coef": 5.0}
     config |= {"corpus": names, "reward": VOWELS, "ppo__advantages": "batch"}
-    pipeline.train(tiny_config(tmp_path / "straight", **config))
+    train(tiny_config(tmp_path / "straight", **config))
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(tiny_config(tmp_path / "run", **config), track=interrupted_after("PPO", 3))
-    pipeline.resume(tmp_path / "run")
+        train(tiny_config(tmp_path / "run", **config), track=interrupted_after("PPO", 3))
+    resume(tmp_path / "run")
     assert differences(outcome(tmp_path / "straight"), outcome(tmp_path / "run")) == []
     rows = [row for row in read_metrics(tmp_path / "run") if row["stage"] == "ppo"]
     from_start = rows[3]["eval/kl_seq"]  # measured every second iteration
@@ -363,10 +351,10 @@ def test_a_reference_that_moves_goes_on_where_it_was(tmp_path, names):
 
 def test_a_run_that_was_stopped_on_its_way_to_more_goes_on(run, names, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        pipeline.resume(run, iterations=6, track=interrupted_after("PPO", 1))
+        resume(run, iterations=6, track=interrupted_after("PPO", 1))
     assert not (run / "result.json").exists()
     said = []
-    pipeline.resume(run, say=said.append)
+    resume(run, say=said.append)
     assert (
         any(line.endswith("stages to run: ppo") for line in said) and len(metrics(run, "ppo")) == 6
     )
@@ -375,7 +363,7 @@ def test_a_run_that_was_stopped_on_its_way_to_more_goes_on(run, names, tmp_path)
 def test_a_linear_learning_rate_decays_to_the_new_end(run, names, tmp_path):
     minirlhf.resume(run, iterations=6, progress=False)
     rates = [row["lr"] for row in metrics(run, "ppo")]
-    pipeline.train(tiny_config(tmp_path / "long", corpus=names, reward=VOWELS, ppo__iterations=6))
+    train(tiny_config(tmp_path / "long", corpus=names, reward=VOWELS, ppo__iterations=6))
     from_the_start = [row["lr"] for row in metrics(tmp_path / "long", "ppo")]
     assert rates[3:] == from_the_start[3:] and rates[:3] != from_the_start[:3]
 
@@ -405,32 +393,32 @@ def test_a_setting_by_which_something_was_made_is_refused_by_name(run, capsys, c
 
 def test_what_made_nothing_yet_may_change(tmp_path, names):
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, stages="sft,reward")
-    pipeline.train(config)
+    train(config)
     edit(config.out, ppo__kl_coef=0.7, ppo__optimizer__eps=1e-4, checkpoint_every=2, eval_every=0)
-    pipeline.resume(config.out)
+    resume(config.out)
     assert metrics(config.out, "ppo")[0]["objective/kl_coef"] == 0.7
     began = load_config(config.out / session_module.BEGAN)
     assert began == load_config(config.out / "config.toml")
     edit(config.out, ppo__kl_coef=0.2)  # from now on it is what the policy was made with
     with pytest.raises(InputError, match=r"expected ppo.kl_coef = 0.7"):
-        pipeline.resume(config.out)
+        resume(config.out)
 
 
 def test_another_number_of_workers_is_said(run):
     said = []
     edit(run, workers=2)
-    pipeline.resume(run, say=said.append)
+    resume(run, say=said.append)
     assert [line for line in said if line.startswith("note: workers is 2 now: sums are rounded")]
 
 
 def test_what_was_edited_is_noted(run):
     said = []
     edit(run, eval_every=7, checkpoint_every=3)
-    pipeline.resume(run, say=said.append)
+    resume(run, say=said.append)
     note = "eval_every 2 -> 7, checkpoint_every 1 -> 3 from here on"
     assert f"note: {run / 'config.toml'}: {note}" in said
     said.clear()
-    pipeline.resume(run, say=said.append)
+    resume(run, say=said.append)
     assert not [line for line in said if "from here on" in line]
 
 
@@ -451,18 +439,18 @@ def test_ctrl_c_while_a_checkpoint_is_written_tells_what_is_in_it(
     monkeypatch.setattr(checkpoint, "save_state", stopped)
     config, said = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS), []
     with pytest.raises(KeyboardInterrupt, match=f"2 of 3 iterations made, {kept} in the check"):
-        pipeline.train(config)
+        train(config)
     monkeypatch.undo()
-    pipeline.resume(config.out, say=said.append)
+    resume(config.out, say=said.append)
     assert f"stage ppo goes on after {kept} of 3 iterations" in said
 
 
 def test_the_number_of_workers_is_settled_at_the_start(tmp_path, names, monkeypatch):
     """So a resume on other cores adds up in the same order."""
-    monkeypatch.setattr(workers, "usable_cores", lambda: 3)
+    monkeypatch.setattr(crew, "usable_cores", lambda: 3)
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS, workers=0)
     assert session_module.open_session(config).config.workers == 3
-    monkeypatch.setattr(workers, "usable_cores", lambda: 1)
+    monkeypatch.setattr(crew, "usable_cores", lambda: 1)
     assert session_module.reopen_session(config.out).config.workers == 3
     assert load_config(config.out / "config.toml").workers == 3
 
@@ -474,7 +462,7 @@ def test_the_start_says_what_will_be_done(tmp_path, names):
     said = []
     config = tiny_config(tmp_path / "run", corpus=names, reward=VOWELS)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config, say=said.append, track=interrupted_after("PPO", 1))
+        train(config, say=said.append, track=interrupted_after("PPO", 1))
     session = session_module.reopen_session(config.out)
     n = sum(leaf.size for leaf in tree_leaves(checkpoint.load_model(config.out / "reference")[0]))
     banner = next(line for line in said if line.startswith("run "))
@@ -482,11 +470,11 @@ def test_the_start_says_what_will_be_done(tmp_path, names):
     assert f"{len(session.world.demonstrations)} demonstrations, " in banner
     assert f"the reward {VOWELS}; stages to run: sft, reward, ppo" in banner
     said.clear()
-    pipeline.resume(config.out, say=said.append)
+    resume(config.out, say=said.append)
     assert said[-3].endswith("stages to run: ppo")
     assert said[-2] == "stage ppo goes on after 1 of 3 iterations"
     said.clear()
-    pipeline.resume(config.out, say=said.append)
+    resume(config.out, say=said.append)
     assert said[-2].endswith("stages to run: none, all are done")
     pairs = tiny_config(tmp_path / "pairs", pairs=write_pairs(tmp_path / "pairs.jsonl"))
     assert "; 30 pairs in all; " in pipeline.banner(session_module.open_session(pairs))
@@ -502,7 +490,7 @@ def test_a_refusal_in_a_run_says_how_to_go_on(tmp_path, names, monkeypatch):
         monkeypatch.setattr(pipeline, "reference_stage", fail)
         folder = tmp_path / name
         with pytest.raises(type(stop)) as refused:
-            pipeline.train(tiny_config(folder, corpus=names, reward=VOWELS))
+            train(tiny_config(folder, corpus=names, reward=VOWELS))
         return str(refused.value).replace(str(folder), "{folder}")
 
     mend = "reward: expected --this; got that: mend it"
@@ -545,7 +533,7 @@ def test_a_link_in_the_place_of_the_checkpoint_is_refused(run, finished, capsys)
 def test_settings_that_were_changed_while_one_waited_are_not_undone(run):
     waiting = session_module.reopen_session(run)
     edit(run, eval_every=7)
-    pipeline.resume(run)
+    resume(run)
     with pytest.raises(InputError, match="another process has changed them: try it again"):
         pipeline.run_stages(waiting)
     assert load_config(run / "config.toml").eval_every == 7

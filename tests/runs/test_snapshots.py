@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tiny_run import interrupted_after, tiny_config, write_names
+from tiny_run import interrupted_after, resume, tiny_config, train, write_names
 
 import minirlhf
-from minirlhf.runs import pipeline, session, snapshots
+from minirlhf.runs import session, snapshots
 
 ROWS = {"prompt", "response", "pieces", "ids", "logp", "ref_logp", "entropy", "value", "step"}
 ROWS |= {"reward_token", "advantage", "top", "ref_top", "kl_seq", "score", "gold", "kl_coef"}
@@ -15,7 +15,7 @@ ROWS |= {"reward_token", "advantage", "top", "ref_top", "kl_seq", "score", "gold
 def folder(tmp_path_factory):
     """A run of five iterations with a snapshot before it and after the second, third and fifth."""
     out = tmp_path_factory.mktemp("snapshots") / "run"
-    pipeline.train(tiny_config(out, snapshots=3, ppo__iterations=5, max_prompt_tokens=40))
+    train(tiny_config(out, snapshots=3, ppo__iterations=5, max_prompt_tokens=40))
     return out
 
 
@@ -71,16 +71,16 @@ def test_the_last_ones_are_what_score_says_of_the_finished_run(folder):
 
 def test_they_change_nothing_else_and_survive_an_interruption(folder, tmp_path):
     plain = tiny_config(tmp_path / "plain", ppo__iterations=5, max_prompt_tokens=40)
-    pipeline.train(plain)
+    train(plain)
     policy = "policy/model.safetensors"
     assert (plain.out / policy).read_bytes() == (folder / policy).read_bytes()
     assert not (plain.out / "snapshots.jsonl").exists()
     same = {"ppo__iterations": 5, "max_prompt_tokens": 40, "checkpoint_every": 2}
     cut = tiny_config(tmp_path / "cut", snapshots=3, **same)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(cut, track=interrupted_after("PPO", 3))
+        train(cut, track=interrupted_after("PPO", 3))
     assert {row["step"] for row in rows_of(cut.out)} == {0, 2, 3}  # 3 is made again
-    pipeline.resume(cut.out)
+    resume(cut.out)
     assert rows_of(cut.out) == rows_of(folder)
 
 

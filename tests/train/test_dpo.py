@@ -9,12 +9,12 @@ from tiny import CONFIG, Letters, make_params, toy_pairs, toy_rankings
 from tolerances import BATCH_COMPOSITION, MICRO_BATCH, assert_close, assert_trees_close
 
 from minirlhf.errors import InputError
+from minirlhf.runs.metrics import heldout_dpo
 from minirlhf.train import batches
 from minirlhf.train.dpo import (
     DPOConfig,
     dpo_metrics,
     dpo_micro_batch,
-    heldout_metrics,
     reply_logps,
     train_dpo,
     with_reference,
@@ -65,7 +65,7 @@ def test_it_learns_a_preference_and_the_reference_stays():
         rows[-1]["rewards/margins"], rel=1e-4
     )
     heldout = with_reference(heldout, reference, **SAME)
-    found = heldout_metrics(optimizer.params, heldout, np.ones(64), settings=DPOConfig(), **SAME)
+    found = heldout_dpo(optimizer.params, heldout, np.ones(64), settings=DPOConfig(), **SAME)
     assert found["heldout/loss_dpo"] < 0.6
     assert found["heldout/accuracy"] == found["heldout/gold_accuracy"] > 0.75
     for (path, a), (_, b) in zip(tree_items(reference), tree_items(kept), strict=True):

@@ -1,6 +1,7 @@
 """The loop: the acts in their order, whoever consumes it; where it begins again; what it counts."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,8 @@ from tiny import CONFIG, Letters, make_params, ppo_step, sampled
 from tolerances import SAMPLER_HIDDEN, assert_close
 
 from minirlhf.errors import InputError
+from minirlhf.nn.transformer import init_transformer
+from minirlhf.rlhf import logprobs
 from minirlhf.rlhf.advantages import (
     ADVANTAGES,
     advantages_without_critic,
@@ -17,13 +20,13 @@ from minirlhf.rlhf.advantages import (
 )
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.metrics import explained_variance, iteration_metrics, mean_of_updates
 from minirlhf.train import ppo
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.metrics import explained_variance, iteration_metrics, mean_of_updates
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.ppo import Task, make_experience, next_kl_coef, ppo_update, train_ppo
 from minirlhf.train.recipes import RECIPES, recipe, says
-from minirlhf.train.rollout import score_rollout
+from minirlhf.train.rollout import Samples, score_rollout
 from minirlhf.train.sampler import round_mantissa, sample_as_set
 from minirlhf.train.settings import PPOConfig, with_fields
 from minirlhf.tree import tree_copy, tree_map
@@ -295,3 +298,35 @@ def test_ids_that_are_no_integers_are_refused(ids):
         pad_batch([ids], [[3]], pad_id=9, config=CONFIG)
     with pytest.raises(ValueError, match="expected ids that are integers"):
         pad_batch([[1]], [ids], pad_id=9, config=CONFIG)
+
+
+def test_of_a_large_vocabulary_two_arrays_are_alive_at_once(monkeypatch):
+    """(rows, V) in the loss and in the scoring; the entropies' temporaries are those of a slice."""
+    monkeypatch.setattr(logprobs, "SLICE_FLOATS", 1 << 14)
+    config = replace(CONFIG, vocab_size=8192, n_ctx=40)
+    params = init_transformer(config, rng=np.random.default_rng(0), dtype=np.float64)
+    policy = {"transformer": params}
+    ids = [[5]] * 4, [[*[7] * 31, 6]] * 4
+    batch = pad_batch(*ids, pad_id=0, config=config, dtype=np.float64)
+    samples = Samples(*ids, batch)
+    settings = PPOConfig(
+        advantages="leave-one-out", batch_size=4, samples_per_prompt=4, micro_batch_size=4
+    )
+    same = {"config": config, "settings": settings}
+    array = 4 * 32 * 8192 * 8
+    rollout, peak = peak_of(
+        lambda: score_rollout(policy, policy, samples, score=lambda s: np.arange(4.0), **same)
+    )
+    assert 2 * array < peak < 2.5 * array
+    experience = make_experience(rollout, settings=settings, kl_coef=0.1, stop_id=6)
+    _, peak = peak_of(lambda: ppo.minibatch_gradients(policy, experience, **same))
+    assert 2 * array < peak < 2.5 * array
+
+
+def peak_of(f):
+    """f(), and the most bytes that it held at once."""
+    tracemalloc.start()
+    try:
+        return f(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

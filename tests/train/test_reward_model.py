@@ -12,9 +12,11 @@ from tolerances import BATCH_COMPOSITION
 
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import init_transformer
+from minirlhf.runs import metrics as metrics_module
 from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_model
+from minirlhf.runs.metrics import pair_metrics
 from minirlhf.train import batches, reward_model
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import (
@@ -25,7 +27,6 @@ from minirlhf.train.reward_model import (
     init_reward_model,
     n_updates,
     normalized,
-    pair_metrics,
     pairs_loss_and_gradients,
     score_responses,
     train_reward_model,
@@ -175,7 +176,7 @@ def with_scores(monkeypatch, chosen, rejected):
     """A model whose scores are given."""
     answers = {"chosen": np.array(chosen, float), "rejected": np.array(rejected, float)}
     monkeypatch.setattr(
-        reward_model,
+        metrics_module,
         "score_responses",
         lambda model, prompts, responses, **constants: answers[responses[0]],
     )

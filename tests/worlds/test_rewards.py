@@ -16,9 +16,9 @@ from minirlhf.worlds import rewards
 from minirlhf.worlds.rewards import (
     READY_MADE,
     UserReward,
-    absolute_reward,
     load_reward,
     module_file,
+    name_of,
     ready_made,
 )
 
@@ -56,7 +56,7 @@ def here(tmp_path, monkeypatch):
 def test_ready_made_rewards_by_hand(here, reward, response, value):
     (here / "list.txt").write_text("good\nTea\n")
     assert of_reply(load_reward(reward), response) == value
-    assert of_reply(load_reward(absolute_reward(reward)), response) == value
+    assert of_reply(load_reward(name_of(reward)), response) == value
 
 
 def test_the_prompt_is_no_part_of_a_reply_that_is_counted():
@@ -88,8 +88,8 @@ def test_every_ready_made_reward_is_named_where_none_is_known():
 
 
 def test_a_list_of_words_is_found_from_any_directory(here):
-    assert absolute_reward("words:a/b.txt") == f"words:{here}/a/b.txt"
-    assert absolute_reward("regex:a.py:b") == "regex:a.py:b"
+    assert name_of("words:a/b.txt") == f"words:{here}/a/b.txt"
+    assert name_of("regex:a.py:b") == "regex:a.py:b"
 
 
 # --- what it raises

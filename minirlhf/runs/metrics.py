@@ -1,21 +1,29 @@
-"""What an iteration of PPO was like, by the names that the field uses. Nothing here is trained on.
+"""What an iteration of PPO was like, by the names that the field uses; and what is held out in the
+stages before it. Nothing here is trained on.
 
 One number means the same everywhere: `objective/kl` is kl_seq, the penalty summed over a response
 and averaged over responses [nats]; what is called _avg is a mean over tokens.
 """
 
+import itertools
 import math
 from collections import Counter
 
 import numpy as np
 
 from minirlhf.backend import Array, get_xp, to_host
+from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.advantages import masked_mean, masked_var
 from minirlhf.rlhf.kl import LOG_RATIO_LIMIT, clamp_log_ratio, kl_estimate, summed_penalty
 from minirlhf.rlhf.logprobs import response_sum
-from minirlhf.train import ppo
+from minirlhf.train import dpo, ppo
+from minirlhf.train.batches import pad_batch, row_slices
+from minirlhf.train.policy import policy_forward
+from minirlhf.train.reward_model import Pair, RewardModel, calibration_error, score_responses
 from minirlhf.train.rollout import Rollout
 from minirlhf.train.settings import PPOConfig
+from minirlhf.train.sft import Example
+from minirlhf.tree import Tree
 
 
 def iteration_metrics(
@@ -173,3 +181,82 @@ def update_metrics(
         "policy/clamped_log_ratios": ((mask > 0) & ~inside).sum(),
     }
     return {name: float(value) for name, value in metrics.items()}
+
+
+# -- held out, before PPO --------------------------------------------------------------------------
+def sft_loss(
+    params: Tree,
+    examples: list[Example],
+    *,
+    config: GPTConfig,
+    batch_size: int,
+    pad_id: int,
+    device: str = "cpu",
+) -> float:
+    """Mean cross-entropy of the response tokens of all examples [nats per token].
+
+    Args:     params: {"transformer": ...}.
+    """
+    total = tokens = 0.0
+    for rows in row_slices(len(examples), batch_size):
+        prompts, responses = zip(*examples[rows], strict=True)
+        batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
+        logp = policy_forward(params, batch=batch, config=config, keep=False)[0].logp
+        mask = batch.response_mask
+        total -= float(get_xp(logp).where(mask > 0, logp, 0.0).sum())
+        tokens += float(mask.sum())
+    return total / tokens
+
+
+def pair_metrics(
+    model: RewardModel,
+    pairs: list[Pair],
+    gold_difference: np.ndarray | None = None,
+    *,
+    pad_id: int,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
+    rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
+    prompts, *both = map(list, zip(*rows, strict=True))
+    score = [
+        score_responses(model, prompts, responses, pad_id=pad_id, device=device)
+        for responses in both
+    ]
+    margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
+    loss = float(np.logaddexp(0.0, -margin).mean())
+    return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
+
+
+def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> dict[str, float]:
+    """What is to be known of the margins, reward of the better - reward of the worse, of pairs.
+
+    accuracy           share of pairs with a margin above 0
+    calibration_error  ECE: mean |Pr predicted - share observed| over ten bins of sigma(margin)
+    gold_accuracy      share ordered as the gold reward orders them (pairs with equal gold left out)
+    """
+    metrics = {
+        "heldout/accuracy": float((margin > 0).mean()),
+        "heldout/calibration_error": calibration_error(margin),
+        "heldout/margin": float(margin.mean()),
+    }
+    if gold_difference is not None:
+        differs = gold_difference != 0
+        agree = (margin > 0) == (gold_difference > 0)
+        metrics["heldout/gold_accuracy"] = float(agree[differs].mean()) if differs.any() else 0.0
+    return metrics
+
+
+def heldout_dpo(
+    params: Tree,
+    pairs: list[Pair],
+    gold: np.ndarray | None = None,
+    *,
+    settings: dpo.DPOConfig,
+    **same,
+) -> dict[str, float]:
+    """`margin_metrics` of the implicit rewards of pairs not learnt from; and the loss."""
+    logp = dpo.reply_logps(params, pairs, **same)
+    loss = dpo.dpo_metrics(logp, pairs, settings)[0]["loss/dpo"]
+    chosen, rejected = settings.kl_coef * (logp - np.array([p.ref_logp for p in pairs]).T)
+    return {"heldout/loss_dpo": float(loss), **margin_metrics(chosen - rejected, gold)}
