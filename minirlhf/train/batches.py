@@ -109,8 +109,8 @@ def micro_batches(
     n = len(lengths)
     if not size and device == "cpu":
         longest = int(max(lengths))
-        # of a token; the softmax and its gradient, one after the other, where they are the larger
-        floats = max(kept_floats(config, longest), 2 * config.vocab_size)
+        # of a token; its logits, where they are many, count half: they are not kept as long
+        floats = max(kept_floats(config, longest), config.vocab_size // 2)
         half = n * longest // 2  # so that two workers have something to do
         tokens = max(MICRO_BATCH_TOKENS, min(MICRO_BATCH_FLOATS // floats, half))
         size = max(1, tokens // longest)
