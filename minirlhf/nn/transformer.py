@@ -41,7 +41,7 @@ class GPTConfig:
     """The sizes of a transformer."""
 
     vocab_size: int  # V
-    n_ctx: int  # learned positions: the longest sequence, padding not counted
+    n_ctx: int  # the longest sequence, padding not counted; GPT-2 learns so many positions
     n_layer: int = 2  # L
     n_head: int = 4  # H
     d_model: int = 64  # C, a multiple of n_head

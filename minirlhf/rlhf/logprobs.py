@@ -87,7 +87,7 @@ def by_columns(f: Callable[..., Array], *arrays: Array) -> Array:
     """
     B, T, V = arrays[0].shape
     step = max(1, SLICE_FLOATS // (B * V))
-    parts = [f(*(a[:, t : t + step] for a in arrays)) for t in range(0, T, step)]
+    parts = [f(*(a[:, t : t + step] for a in arrays)) for t in range(0, max(T, 1), step)]
     return get_xp(*parts).concatenate(parts, axis=1)
 
 

@@ -583,3 +583,5 @@ def test_a_prompt_batch_without_responses_has_no_log_probs():
     batch = pad_batch(make_ids((3, 2)), [[], []], pad_id=Letters.pad, config=CONFIG)
     out = policy(batch._replace(mask=batch.mask.astype(np.float64)))
     assert out.logp.shape == (2, 0) and out.values.shape == (2, 0)
+    looked, _ = policy_forward(PARAMS[np.float64], batch=batch, config=CONFIG, keep=False)
+    assert looked.logp.shape == (2, 0)
