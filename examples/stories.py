@@ -1,4 +1,4 @@
-"""Does the KL penalty keep a pretrained model telling stories? stories15M, beta = 0, 0.1 and 2.
+"""Does the KL penalty keep a pretrained model telling stories? stories15M, beta = 0, 0.3 and 2.
 
     python examples/get_stories15m.py models/stories15M
     python examples/stories.py models/stories15M        # four minutes a run on two cores
@@ -27,7 +27,7 @@ import minirlhf
 from minirlhf.app.page import report
 from minirlhf.runs.metrics import repeated_bigram_share
 
-BETAS, DEFAULT = (0.0, 0.1, 2.0), 0.1
+BETAS, DEFAULT = (0.0, 0.3, 2.0), 0.3
 GOOD = set(
     "happy happily love loved loves lovely smile smiled smiling laugh laughed laughing fun joy "
     "nice kind kindness good great best beautiful wonderful glad proud hug hugged friend friends "
@@ -124,11 +124,11 @@ def claims(rows: dict[str, dict]) -> dict[str, bool]:
             free[repeats] >= 3 * ref[repeats] or free[text] <= ref[text] - 2
         ),
         "beta 0: gold below the reference": free["gold"] < ref["gold"],
-        "beta 0.1: reward and gold above it by 0.5": (
+        "beta 0.3: reward and gold above it by 0.5": (
             min(default[name] - ref[name] for name in ("reward", "gold")) >= 0.5
         ),
-        "beta 2: reward within 0.5 of it, kl_seq below 1": (
-            abs(tight["reward"] - ref["reward"]) < 0.5 and tight["kl_seq"] < 1
+        "beta 2: reward within 0.5 of it, log pi_ref within 0.1": (
+            abs(tight["reward"] - ref["reward"]) < 0.5 and abs(tight[text] - ref[text]) < 0.1
         ),
     }
 

@@ -4,7 +4,6 @@ The keys of a parameter dict are the keyword names of the function that consumes
 called as `layernorm_forward(x, **p["ln1"])`, and its gradients come back under the same keys.
 """
 
-import functools
 import itertools
 import math
 import operator
@@ -51,7 +50,12 @@ def tree_leaves(tree: Tree) -> list[Array]:
 
 def tree_sum(trees: Iterable[Tree]) -> Tree:
     """Leafwise sum, in the order they come; the first tree's memory becomes the sum's."""
-    return functools.reduce(functools.partial(tree_map, operator.iadd), trees)
+    trees = iter(trees)
+    total = next(trees)
+    for tree in trees:
+        total = tree_map(operator.iadd, total, tree)
+        del tree  # before the next is made
+    return total
 
 
 def tree_copy(tree: Tree) -> Tree:

@@ -62,6 +62,23 @@ def with_claims(text: str, held: list[dict[str, bool]]) -> str:
     return f"{text}\n\nSeeds in which it held: {'; '.join(said)}." if held[0] else text
 
 
+def stories(folder: Path) -> str:
+    """Means over the seeds of stories.py, and in how many of them each claim holds."""
+    found = read(folder / "runs" / "stories.json")
+    columns = {"reward": ("good words in a reply", 2), "gold": ("gold", 2)}
+    columns |= {"kl_seq": ("`kl_seq` [nats]", 1), "ref_logp": ("log π_ref per token", 2)}
+    columns["repeated_bigrams"] = ("repeated bigrams in a reply", 3)
+    seeds, rows = list(found["rows"].values()), []
+    for key in seeds[0]:
+        values = {c: [seed[key][c] for seed in seeds] for c in columns}
+        name = key if key == "reference" else f"β = {key}"
+        rows.append([name, *(spread(values[c], digits) for c, (_, digits) in columns.items())])
+    held = list(found["claims"].values())
+    said = (f"{claim}: {sum(h[claim] for h in held)} of {len(held)}" for claim in held[0])
+    text = table(["", *(title for title, _ in columns.values())], rows)
+    return f"{text}\n\nSeeds in which it held: {'; '.join(said)}."
+
+
 def recipes(folder: Path) -> str:
     """Means over the seeds of recipes_compared.py, and in how many of them gold rose."""
     seeds = read(folder / "runs" / "results.json")

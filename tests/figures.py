@@ -67,6 +67,11 @@ SOURCES = {
         (f"python examples/cases/{DIAGNOSIS}.py --out {DIAGNOSIS}",),
         {f"{DIAGNOSIS}/{DIAGNOSIS}.png": f"{DIAGNOSIS}.png"},
     ),
+    "stories": Source(
+        30,
+        ("python examples/get_stories15m.py model", "python examples/stories.py model --out runs"),
+        needs=("npm",),
+    ),
     "recipes": Source(9, ("python examples/recipes_compared.py --out runs",)),
     "gradients": Source(
         0.1, ("minirlhf exact --parts kl --out exact",), {"exact/kl.png": "exact_kl.png"}
@@ -114,6 +119,7 @@ FIGURES: dict[str, tuple[str, Callable[[Path], str]]] = {  # name -> (source, it
     "support": ("support", tables.support),
     "cases": ("cases", tables.cases),
     "diagnosis": ("diagnosis", tables.diagnosis),
+    "stories": ("stories", tables.stories),
     "recipes": ("recipes", tables.recipes),
     "kl": ("gradients", tables.kl),
     "kl4": ("gradients", tables.kl4),

@@ -37,7 +37,7 @@ def parse_config(words: list[str]) -> TrainConfig:
         raise SystemExit(0)
     config = configured(**typed)
     if "recipe" in typed:
-        say(recipes.says(typed["recipe"], config))
+        say(recipe_says(typed["recipe"], config))
     return config
 
 
@@ -86,6 +86,25 @@ def configured(
             )
         found = with_fields(found, {stage: {"kl_coef": beta}}, "train")
     return found
+
+
+def recipe_says(name: str, config: Any) -> str:
+    """What a recipe has set, as one would type it, and what something else overruled.
+
+    Args:     config: the TrainConfig that came of it.
+    """
+    lines: dict[bool, list[str]] = {True: [], False: []}
+    for stage, changes in recipes.recipe(name).items():
+        nested = isinstance(changes, dict)
+        of = getattr(config, stage) if nested else config
+        for field, value in (changes if nested else {stage: changes}).items():
+            switch = "no-" if value is False else ""
+            flag = f"--{f'{stage}.' if nested else ''}{switch}{field.replace('_', '-')}"
+            words = flag if isinstance(value, bool) else f"{flag} {value}"
+            lines[getattr(of, field) == value].append(words)
+    nothing = "nothing" if lines[False] else "the defaults"
+    said = f"recipe {name}: {' '.join(lines[True]) or nothing}"
+    return said + (f"; overruled: {' '.join(lines[False])}" if lines[False] else "")
 
 
 def resume(

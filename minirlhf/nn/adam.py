@@ -7,8 +7,18 @@ parameters are views into it and see the update.
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from minirlhf.backend import Array, as_float, check_positive, get_xp
 from minirlhf.tree import Tree, tree_leaves
+
+PIECE = 1 << 15  # parameters
+
+
+def pieces(flat: Array) -> list[slice]:
+    """Of a buffer (N,): each stays in the cache for all that is done to it. On a GPU it is one."""
+    size = PIECE if get_xp(flat) is np else max(1, len(flat))
+    return [slice(start, start + size) for start in range(0, len(flat), size)]
 
 
 class AdamWState(NamedTuple):
@@ -55,26 +65,27 @@ def adamw_step(
         raise ValueError(f'adamw: expected form "torch" or "tf"; got {form!r}')
     check_positive("adamw", "eps", eps)
     xp, dflat = get_xp(flat, dflat), as_float(dflat)
-    k, m, v = state.step + 1, state.mean, state.var
-    m *= beta1  # in place from here on: the buffers hold all parameters of a model
-    m += (1 - beta1) * dflat
-    v *= beta2
-    update = dflat * dflat
-    update *= 1 - beta2
-    v += update
+    k = state.step + 1
     correction1, correction2 = 1 - beta1**k, math.sqrt(1 - beta2**k)  # both moments began at 0
-    xp.sqrt(v, out=update)
-    if form == "torch":
-        update *= 1 / correction2  # sqrt(vhat), and eps is added to that
-        step_size = learning_rate / correction1
-    else:
-        step_size = learning_rate * correction2 / correction1
-    update += eps
-    xp.divide(m, update, out=update)
-    update *= step_size
-    flat *= 1.0 - learning_rate * weight_decay  # decoupled: not through the gradient
-    flat -= update
-    return AdamWState(k, m, v)
+    step_size = learning_rate * (1.0 if form == "torch" else correction2) / correction1
+    kept = 1.0 - learning_rate * weight_decay  # decoupled: not through the gradient
+    for piece in pieces(flat):
+        theta, g, m, v = flat[piece], dflat[piece], state.mean[piece], state.var[piece]
+        m *= beta1  # in place from here on: the buffers hold all parameters of a model
+        m += (1 - beta1) * g
+        v *= beta2
+        update = g * g
+        update *= 1 - beta2
+        v += update
+        xp.sqrt(v, out=update)
+        if form == "torch":
+            update *= 1 / correction2  # sqrt(vhat), and eps is added to that
+        update += eps
+        xp.divide(m, update, out=update)
+        update *= step_size
+        theta *= kept[piece] if getattr(kept, "ndim", 0) else kept
+        theta -= update
+    return state._replace(step=k)
 
 
 def decay_mask(params: Tree) -> Array:
@@ -116,9 +127,12 @@ def clip_global_norm(dflat: Array, max_norm: float) -> tuple[Array, Array]:
 
     Pascanu, Mikolov & Bengio 2013, arXiv 1211.5063.
 
-    Returns:  the clipped gradient (N,) in new memory, and |g| before clipping, 0-d float64.
+    Args:     dflat: (N,), written to.
+    Returns:  the clipped gradient (N,) and |g| before clipping, 0-d float64.
     """
     xp, dflat = get_xp(dflat), as_float(dflat)
-    norm = xp.sqrt((dflat * dflat).sum(dtype=xp.float64))  # many terms: in float64
+    squares = (dflat[piece] * dflat[piece] for piece in pieces(dflat))
+    norm = xp.sqrt(sum(x.sum(dtype=xp.float64) for x in squares))  # many terms: in float64
     scale = xp.minimum(1.0, max_norm / (norm + 1e-6))  # 0-d on the device: nobody waits for it
-    return dflat * scale.astype(dflat.dtype), norm
+    dflat *= scale.astype(dflat.dtype)
+    return dflat, norm

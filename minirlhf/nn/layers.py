@@ -265,10 +265,13 @@ def embedding_forward(table: Array, *, ids: Array) -> tuple[Array, EmbeddingCach
     return table[ids], EmbeddingCache(table.shape, ids)
 
 
-def embedding_backward(dy: Array, cache: EmbeddingCache) -> Array:
-    """dtable[i] = sum of dy over the places where ids == i.  (..., C) -> (N, C)."""
-    xp = get_xp(dy, cache.ids)
-    dtable = xp.zeros(cache.shape, dtype=dy.dtype)  # rows that nobody asked for stay 0
+def embedding_backward(dy: Array, cache: EmbeddingCache, *, dtable: Array | None = None) -> Array:
+    """dtable[i] += sum of dy over the places where ids == i.  (..., C) -> (N, C).
+
+    Args:     dtable: (N, C) what the table got elsewhere, added to in place; None: zeros.
+    """
+    if dtable is None:
+        dtable = get_xp(dy, cache.ids).zeros(cache.shape, dtype=dy.dtype)
     scatter_add(dtable, cache.ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
     return dtable
 

@@ -323,17 +323,17 @@ def transformer_forward(
     return h, TransformerCache(wte, wpe, blocks, ln_f) if keep else None
 
 
-def transformer_backward(dh: Array, cache: TransformerCache) -> Tree:
+def transformer_backward(dh: Array, cache: TransformerCache, *, dwte: Array | None = None) -> Tree:
     """dL/dparams from dL/dh (B, Q, C), block by block from the last to the first.
 
-    A tree keyed like params; "wte" is the embedding's share, what the logits read is added outside.
+    A tree keyed like params. The embedding's share is added to dwte, what the logits found of it.
     """
     dx, dln_f = norm_backward(dh, cache.ln_f)  # (B, Q, C)
     dblocks = []
     for block in reversed(cache.blocks):
         dx, dp = block_backward(dx, block)  # (B, T, C) from the last block on
         dblocks.insert(0, dp)
-    dparams = {"wte": layers.embedding_backward(dx, cache.wte)}
+    dparams = {"wte": layers.embedding_backward(dx, cache.wte, dtable=dwte)}
     if cache.wpe is not None:
         dparams["wpe"] = layers.embedding_backward(dx, cache.wpe)
     return dparams | {"blocks": dblocks, "ln_f": dln_f}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.backend import Array, get_xp, to_device
+from minirlhf.nn.heads import VOCABULARY_PIECE
 from minirlhf.nn.transformer import GPTConfig, check_tokens, kept_floats
 
 Ids = list[int]
@@ -92,6 +93,7 @@ def pad_batch(
 
 MICRO_BATCH_FLOATS = 9 << 19  # kept from a forward for its backward: about what a cache holds
 MICRO_BATCH_TOKENS = 384  # ... but not fewer: below, products of matrices get slow
+LARGE_VOCABULARY_TOKENS = 256  # ... or these, where logits are most of the memory
 
 
 def micro_batches(
@@ -112,7 +114,12 @@ def micro_batches(
         # of a token; its logits, where they are many, count half: they are not kept as long
         floats = max(kept_floats(config, longest), config.vocab_size // 2)
         half = n * longest // 2  # so that two workers have something to do
-        tokens = max(MICRO_BATCH_TOKENS, min(MICRO_BATCH_FLOATS // floats, half))
+        is_large = config.vocab_size > VOCABULARY_PIECE
+        least = LARGE_VOCABULARY_TOKENS if is_large else MICRO_BATCH_TOKENS
+        # a gradient of many parameters takes long to add up: a thousand tokens for 124 million
+        n_parameters = config.d_model * (config.vocab_size + 12 * config.n_layer * config.d_model)
+        least = max(least, n_parameters >> 17)
+        tokens = max(least, min(MICRO_BATCH_FLOATS // floats, half))
         size = max(1, tokens // longest)
     n_groups = -(-n // size) if size else 1
     if n_groups == 1:

@@ -89,18 +89,17 @@ def policy_backward(
     dlogits_total = logprobs.token_logprobs_backward(dlogp, cache.logp)
     if dlogits is not None:
         dlogits_total += dlogits
-    dh, dw_logits = heads.logits_backward(dlogits_total, cache.logits)
+    dh, dw = heads.logits_backward(dlogits_total, cache.logits)
     del dlogits_total  # the largest of all arrays
     gradients = {}
     if cache.values is not None:
-        dh_value, dw, db = heads.scalar_head_backward(dvalues, cache.values)
+        dh_value, dw_value, db_value = heads.scalar_head_backward(dvalues, cache.values)
         dh += dh_value
-        gradients["value_head"] = {"w": dw, "b": db}
-    dtransformer = transformer_backward(dh, cache.trunk)
-    if cache.is_tied:
-        dtransformer["wte"] += dw_logits  # one table, read at both ends
+        gradients["value_head"] = {"w": dw_value, "b": db_value}
+    if cache.is_tied:  # one table, read at both ends
+        dtransformer = transformer_backward(dh, cache.trunk, dwte=dw)
     else:
-        dtransformer["lm_head"] = dw_logits
+        dtransformer = transformer_backward(dh, cache.trunk) | {"lm_head": dw}
     return {"transformer": dtransformer, **gradients}
 
 

@@ -20,22 +20,3 @@ def recipe(name: str) -> dict[str, Any]:
     if name not in RECIPES:
         raise InputError(f"recipe: expected one of {', '.join(RECIPES)}; got {name!r}: choose one")
     return RECIPES[name]
-
-
-def says(name: str, config: Any) -> str:
-    """What a recipe has set, as one would type it, and what something else overruled.
-
-    Args:     config: the TrainConfig that came of it.
-    """
-    lines: dict[bool, list[str]] = {True: [], False: []}
-    for stage, changes in recipe(name).items():
-        nested = isinstance(changes, dict)
-        of = getattr(config, stage) if nested else config
-        for field, value in (changes if nested else {stage: changes}).items():
-            switch = "no-" if value is False else ""
-            flag = f"--{f'{stage}.' if nested else ''}{switch}{field.replace('_', '-')}"
-            words = flag if isinstance(value, bool) else f"{flag} {value}"
-            lines[getattr(of, field) == value].append(words)
-    nothing = "nothing" if lines[False] else "the defaults"
-    said = f"recipe {name}: {' '.join(lines[True]) or nothing}"
-    return said + (f"; overruled: {' '.join(lines[False])}" if lines[False] else "")

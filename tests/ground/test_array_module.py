@@ -101,7 +101,7 @@ def test_the_rest_of_a_step_never_waits():
     flat, dflat = rng.standard_normal((2, 7))
 
     def run(rewards, values, mask, flat, dflat):
-        clipped, norm = clip_global_norm(dflat, 1.0)
+        clipped, norm = clip_global_norm(dflat.copy(), 1.0)
         adamw_step(flat, clipped, init_adamw(flat), learning_rate=0.1, weight_decay=0.1)
         outputs = [*gae(rewards, values, mask=mask), *masked_whiten(rewards, mask=mask)]
         return [*outputs, summed_penalty(rewards, values, mask=mask), flat, norm]

@@ -377,8 +377,8 @@ def without_the_tied_share(dlogits, cache):
     return dh, np.zeros_like(dwte)
 
 
-def one_position_off(dy, cache):
-    return embedding_backward(np.roll(dy, 1, axis=1), cache)
+def one_position_off(dy, cache, **more):
+    return embedding_backward(np.roll(dy, 1, axis=1), cache, **more)
 
 
 policy_logits_backward = heads.logits_backward

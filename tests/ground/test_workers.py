@@ -316,7 +316,8 @@ def test_groups_hold_every_row_once_and_like_lengths_together():
         (GPTConfig(2048, 192, 6, 8, 256), 5, 192, 4),
         (GPTConfig(64, 16, 2, 2, 32), 3, 16, 1),  # too little to share
         (GPTConfig(64, 2048, 2, 2, 32), 3, 2048, 3),  # a sequence is not cut
-        (GPTConfig(32000, 64, 2, 2, 64), 64, 64, 12),  # of a large vocabulary: the least again
+        (GPTConfig(32000, 64, 2, 2, 64), 64, 64, 16),  # a large vocabulary: its least, 256 tokens
+        (GPTConfig(50257, 256, 12, 12, 768), 32, 256, 12),  # many parameters: about a thousand
     ],
 )
 def test_groups_suit_the_cache_and_two_workers(monkeypatch, gpt, n, length, groups):

@@ -130,7 +130,7 @@ CALLS = {  # a has whole numbers: x, y, w (B, T), z, z_ref (B, T, V), and mask (
         for temperature in (0.0, 7.0)
     ],
     "draw_tokens": lambda a: draw_tokens(a.mask, np.full((B, 1), 0.999)),
-    "clip_global_norm": lambda a: list(clip_global_norm(a.x.reshape(-1), 0.5)),
+    "clip_global_norm": lambda a: list(clip_global_norm(a.x.reshape(-1).copy(), 0.5)),
 }
 OTHERS = {"adaptive_kl_coef", "named"}  # take no arrays
 

@@ -9,6 +9,7 @@ import pytest
 from tiny import CONFIG, Letters, make_params, ppo_step, sampled
 from tolerances import SAMPLER_HIDDEN, assert_close
 
+from minirlhf.app.commands import recipe_says
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import init_transformer
 from minirlhf.rlhf import logprobs
@@ -25,7 +26,7 @@ from minirlhf.train import ppo
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.ppo import Task, make_experience, next_kl_coef, ppo_update, train_ppo
-from minirlhf.train.recipes import RECIPES, recipe, says
+from minirlhf.train.recipes import RECIPES, recipe
 from minirlhf.train.rollout import Samples, score_rollout
 from minirlhf.train.sampler import round_mantissa, sample_as_set
 from minirlhf.train.settings import PPOConfig, with_fields
@@ -173,13 +174,13 @@ def test_a_recipe_that_is_none_is_refused():
 
 def test_a_recipe_says_what_it_sets_and_what_was_overruled():
     config = with_fields(TrainConfig(), recipe("grpo"), "train")
-    said = says("grpo", config)
+    said = recipe_says("grpo", config)
     assert said.startswith("recipe grpo: --ppo.samples-per-prompt 8 --ppo.no-whiten-advantages ")
     assert "overruled" not in said
     config = with_fields(config, {"ppo": {"kl_mode": "reward_k1"}}, "train")
-    assert says("grpo", config).endswith("; overruled: --ppo.kl-mode loss_k3_tok")
-    assert says("ppo", TrainConfig()) == "recipe ppo: the defaults"
-    assert says("dpo", TrainConfig()) == "recipe dpo: nothing; overruled: --stages sft,dpo"
+    assert recipe_says("grpo", config).endswith("; overruled: --ppo.kl-mode loss_k3_tok")
+    assert recipe_says("ppo", TrainConfig()) == "recipe ppo: the defaults"
+    assert recipe_says("dpo", TrainConfig()) == "recipe dpo: nothing; overruled: --stages sft,dpo"
 
 
 def test_the_reference_becomes_the_policy_every_k_iterations():
