@@ -33,15 +33,7 @@ _CHARACTERS = {b: chr(b) for b in _PRINTABLE} | {b: chr(256 + i) for i, b in enu
 _BYTES = {character: byte for byte, character in _CHARACTERS.items()}
 _LONGEST_TOKEN = 256  # bytes; the time to check a token grows with its square
 # a conversation as worlds/examples.py writes it, in the sequences of tokens.Tokenizer
-_CHAT_TEMPLATE = (
-    "{% set of = namespace(turns=[]) %}{% for m in messages if (m['content'] or '') | trim %}"
-    "{% set speaker = 'Human' if m['role'] == 'user' else m['role'] | capitalize %}"
-    "{% set of.turns = of.turns + [[speaker + ': ', m['content'] | trim]] %}{% endfor %}"
-    "{% set replied = of.turns and of.turns[-1][0] == 'Assistant: ' %}"
-    "{% set asked = of.turns[:-1] if replied else of.turns %}{{ '<|bos|>' }}"
-    "{{ asked|map('last')|join if asked|length < 2 else (asked + [['Assistant:']]) | map('join')"
-    "| join('\\n\\n') }}{{ '<|sep|>' + (of.turns[-1][1] + '<|endoftext|>' if replied else '') }}"
-)
+_CHAT_TEMPLATE = disk.read_text(Path(__file__).with_name("chat.jinja")).replace("\n", "")
 
 
 # -- out -----------------------------------------------------------------------------------------
@@ -82,15 +74,11 @@ def _as_byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
     # {1,3}+ is possessive for tiktoken but (?:{1,3})+ in Oniguruma's dialect; at the end of an
     # alternative, where the encodings of tiktoken have it, it need not be possessive
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
-    vocab = {"".join(map(_CHARACTERS.get, t)): i for t, i in ranks.items()} | tokenizer.specials
-    model = {
-        "type": "BPE",
-        "vocab": vocab,
-        "merges": [
-            " ".join("".join(map(_CHARACTERS.get, t)) for t in pair) for pair in merges_of(ranks)
-        ],
-        "ignore_merges": True,  # a piece that is a token is this token, merges or not
-    }
+    written = {token: "".join(map(_CHARACTERS.get, token)) for token in ranks}
+    vocab = {written[token]: i for token, i in ranks.items()} | tokenizer.specials
+    merges = [" ".join(map(written.get, pair)) for pair in merges_of(ranks)]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    model["ignore_merges"] = True  # a piece that is a token is this token, merges or not
     decoder = _byte_level(use_regex=True)
     return {"pre_tokenizer": _split_by(pattern), "decoder": decoder, "model": model}
 
@@ -232,9 +220,8 @@ def _byte_level_bpe(
         raise ValueError(f"it has a normalizer, {normalizer['type']!r}")
     known = {pattern: _split_by(pattern) for pattern in (tokens.PATTERN, GPT2_PATTERN)}
     patterns = [pattern for pattern, splits in known.items() if pre == splits]
-    if not patterns and {"use_regex": True, **(pre or {}), "trim_offsets": True} != _byte_level(
-        use_regex=True
-    ):
+    plain = {"use_regex": True, **(pre or {}), "trim_offsets": True}
+    if not patterns and plain != _byte_level(use_regex=True):
         raise ValueError(f"its pre_tokenizer is {json.dumps(pre)}")
 
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
