@@ -13,16 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from minirlhf import gradcheck
-from minirlhf.app.cases import (
-    FULL,
-    TABLE,
-    Draw,
-    Row,
-    drawn_batch,
-    drawn_model,
-    drawn_ppo_case,
-    ppo_loss_held,
-)
+from minirlhf.app import cases
+from minirlhf.app.cases import FULL, TABLE, Draw, Row
 from minirlhf.app.progress import track
 from minirlhf.app.tables import BAD, GOOD, number_table
 from minirlhf.errors import InputError
@@ -39,12 +31,12 @@ Whole = tuple[Callable[[Tree], Any], Tree, Tree]  # params -> loss, the paramete
 def two_blocks(draw: Draw, B: int) -> tuple[GPTConfig, Batch]:
     """Sizes of a model, and B prompts with their responses."""
     config = GPTConfig(vocab_size=11, n_ctx=8, n_layer=2, n_head=draw.pick((1, 2, 4)), d_model=8)
-    return config, drawn_batch(draw, config, B, 3, 4)
+    return config, cases.drawn_batch(draw, config, B, 3, 4)
 
 
 def whole_sft(draw: Draw) -> Whole:
     config, batch = two_blocks(draw, 3)
-    params = drawn_model(draw, config)
+    params = cases.drawn_model(draw, config)
 
     def loss(params):
         out, _ = policy.policy_forward(params, batch=batch, config=config)
@@ -56,7 +48,7 @@ def whole_sft(draw: Draw) -> Whole:
 
 def whole_bradley_terry(draw: Draw) -> Whole:
     config, batch = two_blocks(draw, 6)  # three chosen, then three rejected
-    params = drawn_model(draw, config, "reward_head")
+    params = cases.drawn_model(draw, config, "reward_head")
 
     def forward(params):
         score, cache = policy.reward_forward(params, batch=batch, config=config)
@@ -72,10 +64,10 @@ def whole_ppo(draw: Draw, **changes: Any) -> Whole:
     """Clip, clipped value, entropy, penalty; the gradient as the training step computes it."""
     config, batch = two_blocks(draw, 4)
     settings = replace(FULL, micro_batch_size=draw.pick((0, 1, 3)), **changes)
-    (params,), constants = drawn_ppo_case(draw, config, batch, settings)
+    (params,), constants = cases.drawn_ppo_case(draw, config, batch, settings)
     experience = constants["experience"]
     gradients, *_ = ppo.minibatch_gradients(params, experience, config=config, settings=settings)
-    return lambda params: ppo_loss_held(params, **constants)[0], params, gradients
+    return lambda params: cases.ppo_loss_held(params, **constants)[0], params, gradients
 
 
 RATIOS = [name for name in objectives.SURROGATES if name != "token"]
