@@ -351,17 +351,13 @@ def drawn_ppo_case(draw: Draw, config: GPTConfig, batch: Batch, settings: PPOCon
 
 
 def make_ppo_loss(draw: Draw) -> Case:
-    ratio = draw.pick(tuple(objectives.SURROGATES))
-    settings = replace(
-        FULL,
-        kl_mode=draw.pick(tuple(KL_MODES)),
-        ratio=ratio,
-        clip=draw.pick(objectives.CLIPS),
-        dual_clip=draw.pick((0.0, 3.0)) if ratio in ("token", "sequence") else 0.0,
-        value_clip_eps=draw.pick((0.2, 0.0)),
-        ent_coef=draw.pick((0.2, 0.0)),
-        aggregation=draw.pick(objectives.AGGREGATIONS),
-    )
+    choices = {"ratio": tuple(objectives.SURROGATES), "kl_mode": tuple(KL_MODES)}
+    choices |= {"clip": objectives.CLIPS, "aggregation": objectives.AGGREGATIONS}
+    choices |= {"value_clip_eps": (0.2, 0.0), "ent_coef": (0.2, 0.0), "dual_clip": (0.0, 3.0)}
+    drawn = {name: draw.pick(options) for name, options in choices.items()}
+    if drawn["ratio"] not in ("token", "sequence"):
+        drawn["dual_clip"] = 0.0
+    settings = replace(FULL, **drawn)
     config = drawn_config(draw, *KINDS)
     return drawn_ppo_case(draw, config, drawn_batch(draw, config), settings)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minirlhf.app.logs import Log, read_log
-from minirlhf.app.rules import RULES, Rule, Seen, first_sign
+from minirlhf.app.rules import RULES, Rule, Seen, Sign, first_sign
 from minirlhf.backend import to_host
 from minirlhf.disk import to_json
 from minirlhf.errors import InputError
@@ -96,11 +96,8 @@ def diagnose(run: Any) -> Diagnosis:
         except ValueError as error:  # InputError, or ids that are none
             unseen.append(f"what is made again from the folder: {error}")
     own = log.folder is not None
-    return Diagnosis(
-        [_finding(RULES[name], *signs[name], own) for name in RULES if name in signs],
-        unseen,
-        len(seen.steps),
-    )
+    found = [_finding(RULES[name], *signs[name], own) for name in RULES if name in signs]
+    return Diagnosis(found, unseen, len(seen.steps))
 
 
 def _seen(log: Log) -> Seen:
@@ -121,7 +118,7 @@ def _finding(rule: Rule, onset: int, says: str, own: bool = True) -> Finding:
 
 
 # -- made again from a run folder ----------------------------------------------------------------
-def _made_again(path: Path) -> Iterator[tuple[str, tuple[int, str]]]:
+def _made_again(path: Path) -> Iterator[tuple[str, Sign]]:
     """(rule, its sign) of what logged replies are under the saved reference and reward model."""
     rows = read_jsonl(path / "samples.jsonl")
     if rows and not LOGGED.keys() <= rows[0].keys():
@@ -149,9 +146,7 @@ def _made_again(path: Path) -> Iterator[tuple[str, tuple[int, str]]]:
             yield "reward-drift", first_sign(steps, shown, off > np.median(off) / 2)
 
 
-def _reference(
-    session: Session, some: Samples, steps: list[int], logged: np.ndarray
-) -> tuple[int, str] | None:
+def _reference(session: Session, some: Samples, steps: list, logged: np.ndarray) -> Sign | None:
     """Is log pi_ref of logged replies that of the saved reference, at the run's temperature?"""
     reference = pipeline.reference_stage(session)
     batch = pad_batch(*some[:2], pad_id=session.tokenizer.pad, config=session.gpt)

@@ -345,8 +345,7 @@ def judge_command(
         )
     if function == "libraries":
         names = LIBRARIES if json_ else track(LIBRARIES, "judging")
-        reports = {name: judge(name, **about) for name in names}
-        return _show_libraries(reports, json_)
+        return _show_libraries({name: judge(name, **about) for name in names}, json_)
     report = judge(function, placement=placement, framework=framework, **about)
     holds, said = not expect or report.holds(expect), sentences(report)
     rows = [{**v._asdict(), **row, "of": PARTS[v.part]} for v in report.verdicts for row in v.rows]

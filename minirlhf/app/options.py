@@ -76,9 +76,7 @@ class Parser(argparse.ArgumentParser):
             **known,
         )
 
-    def add(
-        self, options: Iterable[Option], title: str | None = "", *, several: bool = False
-    ) -> None:
+    def add(self, options: Iterable[Option], title: str | None = "", *, several=False) -> None:
         """Options under a title of the help, or None: not shown; each may take several values."""
         group = self.add_argument_group(title) if title else self
         for name, hint, default, says, is_flag in options:

@@ -64,8 +64,7 @@ def sparkline(history: list[float], blocks: str = BLOCKS) -> str:
     finite = [value for value in history if math.isfinite(value)]
     if not finite:
         return ""
-    parts = np.array_split(finite, min(len(finite), WIDTH))
-    means = np.array([part.mean() for part in parts])
+    means = np.array([part.mean() for part in np.array_split(finite, min(len(finite), WIDTH))])
     spread = np.ptp(means)
     if spread <= 1e-9 * np.abs(means).max():  # rounding
         spread = math.inf

@@ -17,6 +17,7 @@ from minirlhf.runs.config import TrainConfig
 
 Shown = dict[str, np.ndarray]  # words -> (n,) what is shown as evidence
 Held = tuple[np.ndarray, Shown]
+Sign = tuple[int, str]  # the step from which something holds, the evidence
 
 
 class Seen:
@@ -68,7 +69,7 @@ class Rule(NamedTuple):
     replies: int = 0  # that a batch has at least: of fewer a spread says little
     holds: Callable[..., Held] | None = None  # (Seen, **limits)
 
-    def look(self, seen: Seen) -> tuple[int, str] | None:
+    def look(self, seen: Seen) -> Sign | None:
         """(the step from which it holds, the evidence), once it has held long enough."""
         if self.holds is None or len(seen.steps) < self.rows or not all(map(seen.has, self.needs)):
             return None
@@ -81,7 +82,7 @@ class Rule(NamedTuple):
         return first_sign(seen.steps, beside | shown, long) if long.any() else None
 
 
-def first_sign(steps: list[int], shown: Shown, holds: np.ndarray) -> tuple[int, str]:
+def first_sign(steps: list[int], shown: Shown, holds: np.ndarray) -> Sign:
     """The step from which something holds, and metrics in that row and in the last one."""
     i, last = int(holds.argmax()), len(steps) - 1
     text = f"step {steps[i]}: {', '.join(f'{words} {x[i]:.3g}' for words, x in shown.items())}"
