@@ -102,11 +102,11 @@ SOURCES = {
         needs=(str(DATA / "names.txt"), str(DATA / "tinyshakespeare.txt")),
     ),
     "bench": Source(
-        25,
+        40,
         (
             f"{BENCH} --peers --workloads nano toy small --rounds 5 --growth --out 1",
-            f"{BENCH} --workloads gpt2 --parts loss --rounds 3 --out 2",
-            f"{BENCH} --peers --workloads gpt2 --parts logprobs --rounds 3 --out 3",
+            f"{BENCH} --peers --workloads stories --rounds 5 --out 2",
+            f"{BENCH} --peers --workloads gpt2 --rounds 3 --out 3",
         ),
         {"1/bench.png": "bench.png", "1/bench_growth.png": "bench_growth.png"},
         needs=("torch", "jax", "trl"),

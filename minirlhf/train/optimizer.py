@@ -7,7 +7,7 @@ from minirlhf.errors import InputError
 from minirlhf.nn import adam
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
-from minirlhf.workers import share_packed
+from minirlhf.workers import share, share_packed
 
 
 class NonFiniteError(InputError):
@@ -21,7 +21,8 @@ class Optimizer:
         self.config = config
         self.total_steps = total_steps
         self.flat, self.params = share_packed(params)  # the workers see every update
-        self.state = adam.init_adamw(self.flat)
+        # shared, or a worker that was forked would keep a copy from before the first update
+        self.state = adam.AdamWState(0, *(share(x) for x in adam.init_adamw(self.flat)[1:]))
         self.skipped = 0  # updates that the schedule counts although they were not made
         self._decay = config.weight_decay * adam.decay_mask(params) if config.weight_decay else 0.0
 
@@ -93,9 +94,8 @@ class Optimizer:
         xp = get_xp(self.flat)
         self.flat[...] = xp.asarray(tree["flat"])
         self.skipped = int(tree["skipped"])
-        self.state = adam.AdamWState(
-            int(tree["step"]), xp.array(tree["mean"]), xp.array(tree["var"])
-        )
+        moments = share(xp.asarray(tree["mean"])), share(xp.asarray(tree["var"]))
+        self.state = adam.AdamWState(int(tree["step"]), *moments)
 
 
 def _where_not_finite(gradients: Tree, loss: float) -> str:

@@ -38,6 +38,7 @@ PARTS = {
     "sample": "sampling, KV cache",
     "logprobs": "reference log-probs",
     "adamw": "AdamW, one step",
+    "update": "one update: loss, gradients, clip, AdamW",
     "iteration": "whole PPO iteration",
 }
 OURS = "minirlhf"
@@ -64,7 +65,7 @@ GROWTH = {
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Time one PPO loss, sampling, log-probs, AdamW and a whole PPO iteration."""
+    """Time the PPO loss, sampling, log-probs, AdamW, an update and a whole PPO iteration."""
 
     workloads: tuple[Literal[tuple(WORKLOADS)], ...] = tuple(WORKLOADS)  # type: ignore[valid-type]
     """Which sizes."""
@@ -146,9 +147,9 @@ def measure(name: str, folder: Path, options: BenchOptions, threads: int) -> lis
             rows += part_rows(name, part, sizes, laps, wrong)
     for row in rows:
         row["version"] = programs[row["program"]].name
-        if row["part"] == "loss":
+        if row["part"] == sizes.parts[0]:  # the loss; of gpt2 a whole update
             with start(row["program"], folder, threads) as program:
-                row["memory"] = program.memory_above_start("loss")
+                row["memory"] = program.memory_above_start(row["part"])
     return rows
 
 
@@ -302,16 +303,18 @@ def results_table(rows: list[Row]) -> str:
 
 
 def memory_table(rows: list[Row]) -> str:
-    """A line a workload: parameters, batch, PPO loss and gradients, above the libraries alone."""
+    """A line a workload: parameters, batch and the part, above the libraries alone."""
     names = list(dict.fromkeys(row["program"] for row in rows if row["memory"] is not None))
     if not names:
         return ""
     table = [["", *names]]
     for (workload, part), same in by_line(rows):
-        if part == "loss":
+        if any(row["memory"] is not None for row in same.values()):
             known = [same.get(name) for name in names]
-            table.append([workload, *(f"{r['memory'] / 2**20:.0f}" if r else "" for r in known)])
-    return f"memory of the PPO loss above the libraries' [MiB]\n\n{columns(*table)}\n"
+            table.append(
+                [f"{workload} {part}", *(f"{r['memory'] / 2**20:.0f}" if r else "" for r in known)]
+            )
+    return f"memory above the libraries' [MiB]\n\n{columns(*table)}\n"
 
 
 def by_line(rows: list[Row]) -> Iterator[tuple[tuple[str, str], dict[str, Row]]]:

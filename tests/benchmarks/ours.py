@@ -128,6 +128,12 @@ class MiniRLHF(Peer):
             opt.flat, self.gradient, opt.state, beta1=c.beta1, beta2=c.beta2, **rates
         )
 
+    def update(self) -> None:
+        """One step of the optimiser on the fixed batch."""
+        opt, same = self.optimizer, {"config": self.config, "settings": self.settings}
+        step = minibatch_gradients(opt.params, self.experience, **same)
+        opt.step(step.gradients, loss=step.loss)
+
     def iteration(self) -> None:
         iteration_metrics(next(self.loop), settings=self.settings, stop_id=NO_STOP)
 
@@ -167,8 +173,8 @@ class MiniRLHF(Peer):
             return {"tokens": tokens, "logp": _logprobs(params, self.config, self._batch(tokens))}
         if part == "logprobs":
             return {"logp": self.logprobs()}
-        if part == "adamw":
-            self.adamw()
+        if part in ("adamw", "update"):
+            getattr(self, part)()
             return _paths(self.optimizer.params)
         given = Samples(self.prompts, self.batch.responses.tolist(), self.batch)
         turn = next(self.train(lambda policy: given))

@@ -260,6 +260,11 @@ class JaxPeer(Peer):
         step = adamw_step(self.policy, self.fixed_gradients, self.state, w=self.workload)
         self.policy, self.state = jax.block_until_ready(step)
 
+    def update(self) -> None:
+        """One step of the optimiser on the fixed batch."""
+        step = update(self.policy, self.state, self.batch, w=self.workload)
+        self.policy, self.state = jax.block_until_ready(step)
+
     def iteration(self) -> None:
         self.learn(self.sample()[0])
 
@@ -281,8 +286,8 @@ class JaxPeer(Peer):
             return {"tokens": np.array(tokens, np.int64), "logp": np.array(logp)}
         if part == "logprobs":
             return {"logp": np.array(self.logprobs())}
-        if part == "adamw":
-            self.adamw()
+        if part in ("adamw", "update"):
+            getattr(self, part)()
             return by_path(self.policy)
         results = self.learn(self.batch["tokens"])
         return {name: np.array(x) for name, x in results.items()} | by_path(self.policy)

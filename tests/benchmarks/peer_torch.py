@@ -296,6 +296,15 @@ class TorchPeer(Peer):
             self.loss()
         self.optimizer.step()
 
+    def update(self) -> None:
+        """One step of the optimiser on the fixed batch."""
+        self.step(self.batch)
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        self.gradients(batch)
+        nn.utils.clip_grad_norm_(self.policy.parameters(), self.workload.ppo.max_grad_norm)
+        self.optimizer.step()
+
     def iteration(self) -> None:
         self.learn(self.sample())
 
@@ -304,9 +313,7 @@ class TorchPeer(Peer):
         batch, score = self.experience(tokens)
         batch = {name: x.clone() for name, x in batch.items()}  # autograd keeps no inference tensor
         for _ in range(self.workload.ppo.epochs):
-            self.gradients(batch)
-            nn.utils.clip_grad_norm_(self.policy.parameters(), self.workload.ppo.max_grad_norm)
-            self.optimizer.step()
+            self.step(batch)
         return {"advantages": batch["advantages"], "score": score}
 
     @torch.inference_mode()
@@ -341,8 +348,8 @@ class TorchPeer(Peer):
             return {"tokens": tokens.numpy(), "logp": torch.stack(logprobs, dim=1).numpy()}
         if part == "logprobs":
             return {"logp": self.logprobs().numpy()}
-        if part == "adamw":
-            self.adamw()
+        if part in ("adamw", "update"):
+            getattr(self, part)()
             return self.policy_arrays("data")
         results = self.learn(self.batch["tokens"])
         return {name: x.numpy() for name, x in results.items()} | self.policy_arrays("data")

@@ -83,7 +83,7 @@ class Peer:
     """One implementation at work on one workload: a subclass's methods are the parts."""
 
     name: str
-    parts = ("loss", "sample", "logprobs", "adamw", "iteration")
+    parts = ("loss", "sample", "logprobs", "adamw", "update", "iteration")
 
     def __init__(self, workload: Workload, variant: str):
         self.workload, self.variant, self.is_warm = workload, variant, False

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from programs import Program
-from protocol import PPOSettings, Workload
+from protocol import Peer, PPOSettings, Workload
 
 from minirlhf.nn.heads import init_scalar_head
 from minirlhf.nn.transformer import GPTConfig, init_transformer
@@ -20,6 +20,7 @@ AGREE = {  # largest difference of a result, relative to its norm, in float32
     "sample": 1e-4,
     "logprobs": 1e-4,
     "adamw": 1e-2,  # a step is nearly the gradient's sign, also where that is rounding
+    "update": 1e-2,
     "iteration": 5e-2,  # four of them
 }
 
@@ -35,7 +36,7 @@ class Sizes:
     prompt_len: int
     response_len: int
     batch_size: int
-    parts: tuple[str, ...] = ("loss", "sample", "logprobs", "adamw", "iteration")
+    parts: tuple[str, ...] = Peer.parts
     block: str = "gpt2"
     d_ff: int = 0  # of llama; 0: 4 d_model
 
@@ -51,7 +52,7 @@ WORKLOADS = {
     "nano": Sizes(64, 32, 2, 2, 8, 8, 256),
     "toy": Sizes(512, 128, 4, 4, 16, 48, 64),
     "small": Sizes(2048, 256, 6, 8, 64, 128, 32),
-    "gpt2": Sizes(50257, 768, 12, 12, 128, 128, 1, ("loss", "logprobs")),
+    "gpt2": Sizes(50257, 768, 12, 12, 128, 128, 8, ("update", "logprobs")),
     "stories": Sizes(32000, 288, 6, 6, 16, 48, 32, block="llama", d_ff=768),
 }
 SGEMM_SIZE = 1536  # of the square matrices whose product is the measure of the machine
@@ -122,7 +123,7 @@ def matmul_gflop(sizes: Sizes, part: str) -> float | None:
     block = (8 * C * C + mlp) * T + 4 * C * T * T
     last = 6 * C * C * T + (2 * C * C + mlp) * R + 4 * C * T * R
     forward = sizes.batch_size * ((L - 1) * block + last + 2 * C * V * R) / 1e9
-    return {"loss": 3 * forward, "logprobs": forward}.get(part)
+    return {"loss": 3 * forward, "update": 3 * forward, "logprobs": forward}.get(part)
 
 
 def tree_of(arrays: dict[str, np.ndarray]) -> Tree:
@@ -168,7 +169,7 @@ def disagreement(folder: Path, part: str, program: Program) -> str:
     else:
         with np.load(expected_file) as file:
             wanted = dict(file)
-    if part in ("adamw", "iteration"):
+    if part in ("adamw", "update", "iteration"):
         start = {f"policy.{path}": array for path, array in workload.parameters("policy").items()}
         got, wanted = ({k: a - start.get(k, 0.0) for k, a in d.items()} for d in (got, wanted))
     for name, array in wanted.items():
