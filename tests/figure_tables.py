@@ -73,10 +73,13 @@ def stories(folder: Path) -> str:
         values = {c: [seed[key][c] for seed in seeds] for c in columns}
         name = key if key == "reference" else f"β = {key}"
         rows.append([name, *(spread(values[c], digits) for c, (_, digits) in columns.items())])
-    held = list(found["claims"].values())
-    said = (f"{claim}: {sum(h[claim] for h in held)} of {len(held)}" for claim in held[0])
     text = table(["", *(title for title, _ in columns.values())], rows)
-    return f"{text}\n\nSeeds in which it held: {'; '.join(said)}."
+    told = (
+        f"- {row[0]}: {seeds[0][key]['replies'][1]}"
+        for row, key in zip(rows, seeds[0], strict=True)
+    )
+    text = with_claims(text, list(found["claims"].values()))
+    return "\n".join([text, "", "An opening, and what follows it (seed 1):", "", *told])
 
 
 def recipes(folder: Path) -> str:
