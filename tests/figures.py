@@ -49,6 +49,7 @@ class Source(NamedTuple):
 
 SEEDS = "--seeds 0 1 2 3 4"
 BENCH = "python tests/benchmarks/bench.py"
+SMALL_ONES = "--peers --workloads nano toy small --rounds 5"
 CASES = [path.stem for path in sorted((ROOT / "examples" / "cases").glob("[0-9][0-9]_*.py"))]
 DIAGNOSIS = "28_names_what_went_wrong"
 SOURCES = {
@@ -104,9 +105,10 @@ SOURCES = {
     "bench": Source(
         40,
         (
-            f"{BENCH} --peers --workloads nano toy small --rounds 5 --growth --out 1",
-            f"{BENCH} --peers --workloads stories --rounds 5 --out 2",
-            f"{BENCH} --peers --workloads gpt2 --rounds 3 --out 3",
+            f"{BENCH} {SMALL_ONES} --parts loss sample logprobs iteration --growth --out 1",
+            f"{BENCH} {SMALL_ONES} --parts adamw update --out 2",
+            f"{BENCH} --peers --workloads stories --rounds 5 --out 3",
+            f"{BENCH} --peers --workloads gpt2 --rounds 3 --out 4",
         ),
         {"1/bench.png": "bench.png", "1/bench_growth.png": "bench_growth.png"},
         needs=("torch", "jax", "trl"),
