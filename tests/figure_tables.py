@@ -74,8 +74,8 @@ def stories(folder: Path) -> str:
         name = key if key == "reference" else f"β = {key}"
         rows.append([name, *(spread(values[c], digits) for c, (_, digits) in columns.items())])
     text = table(["", *(title for title, _ in columns.values())], rows)
-    said = {row[0]: seeds[0][key]["replies"][1] for row, key in zip(rows, seeds[0], strict=True)}
-    told = (f"- {name}: {reply}" for name, reply in said.items())
+    said = zip(rows, (seed["replies"][1] for seed in seeds[0].values()), strict=True)
+    told = (f"- {row[0]}: {' '.join(reply.split())} …" for row, reply in said)
     text = with_claims(text, list(found["claims"].values()))
     return "\n".join([text, "", "An opening, and what follows it (seed 1):", "", *told])
 
