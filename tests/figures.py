@@ -108,7 +108,7 @@ SOURCES = {
             f"{BENCH} {SMALL_ONES} --parts loss sample logprobs iteration --growth --out 1",
             f"{BENCH} {SMALL_ONES} --parts adamw update --out 2",
             f"{BENCH} --peers --workloads stories --rounds 5 --out 3",
-            f"{BENCH} --peers --workloads gpt2 --rounds 3 --out 4",
+            f"{BENCH} --peers --beside PyTorch --workloads gpt2 --rounds 3 --out 4",
         ),
         {"1/bench.png": "bench.png", "1/bench_growth.png": "bench_growth.png"},
         needs=("torch", "jax", "trl"),

@@ -73,6 +73,8 @@ class BenchOptions:
     """What is timed."""
     peers: bool = False
     """Beside PyTorch, torch.compile, JAX and TRL, as far as they are installed."""
+    beside: tuple[Literal[tuple(PEERS)], ...] = tuple(PEERS)  # type: ignore[valid-type]
+    """With --peers: these alone."""
     rounds: int = 7
     """Times each is asked; the medians are reported."""
     threads: int = 0
@@ -160,7 +162,7 @@ def implementations(options: BenchOptions, workload: str) -> list[str]:
     """
     if not options.peers:
         return [OURS]
-    installed = [n for n, (_, _, library) in PEERS.items() if importlib.util.find_spec(library)]
+    installed = [n for n in options.beside if importlib.util.find_spec(PEERS[n][2])]
     left_out = set()
     if workload not in ("nano", "toy") or "iteration" not in options.parts:
         left_out.add("TRL")
