@@ -162,7 +162,8 @@ def implementations(options: BenchOptions, workload: str) -> list[str]:
     """
     if not options.peers:
         return [OURS]
-    installed = [n for n in options.beside if importlib.util.find_spec(PEERS[n][2])]
+    asked = {n: library for n, (_, _, library) in PEERS.items() if n in options.beside}
+    installed = [n for n, library in asked.items() if importlib.util.find_spec(library)]
     left_out = set()
     if workload not in ("nano", "toy") or "iteration" not in options.parts:
         left_out.add("TRL")
