@@ -73,8 +73,8 @@ class BenchOptions:
     """What is timed."""
     peers: bool = False
     """Beside PyTorch, torch.compile, JAX and TRL, as far as they are installed."""
-    beside: tuple[Literal[tuple(PEERS)], ...] = tuple(PEERS)  # type: ignore[valid-type]
-    """With --peers: these alone."""
+    beside: tuple[Literal[tuple(PEERS)], ...] = ()  # type: ignore[valid-type]
+    """With --peers: these alone; none named: all."""
     rounds: int = 7
     """Times each is asked; the medians are reported."""
     threads: int = 0
@@ -162,8 +162,8 @@ def implementations(options: BenchOptions, workload: str) -> list[str]:
     """
     if not options.peers:
         return [OURS]
-    asked = {n: library for n, (_, _, library) in PEERS.items() if n in options.beside}
-    installed = [n for n, library in asked.items() if importlib.util.find_spec(library)]
+    installed = [n for n, (_, _, library) in PEERS.items() if importlib.util.find_spec(library)]
+    installed = [n for n in installed if n in (options.beside or PEERS)]
     left_out = set()
     if workload not in ("nano", "toy") or "iteration" not in options.parts:
         left_out.add("TRL")
