@@ -30,12 +30,14 @@ import numpy as np
 
 from minirlhf import workers
 from minirlhf.errors import InputError
+from minirlhf.ranks import n_ranks
 from minirlhf.workers import Part, Result
 
 
 @contextlib.contextmanager
 def side_by_side(n_workers: int) -> Iterator[None]:
-    """Within the block `sum_over` and `map_over` use n_workers; 0: one for each core we may use.
+    """Within the block `sum_over` and `map_over` use n_workers; 0: one for each core we may use,
+    or one for each process of mpiexec.
 
     For NumPy arrays only. A daemon of multiprocessing may have no children, and works alone.
     """
@@ -55,6 +57,7 @@ def _work_alone() -> None:
     """In a forked process: the crew belongs to the one who forked it."""
     workers.dismiss(forget=True)
     workers.engage(1, _new_crew)
+    workers.ranks = None
 
 
 if workers.CAN_FORK:
@@ -63,7 +66,8 @@ if workers.CAN_FORK:
 
 def resolved(n_workers: int) -> int:
     """The number that `side_by_side` makes of this one."""
-    return 1 if multiprocessing.current_process().daemon else n_workers or usable_cores()
+    alone = multiprocessing.current_process().daemon or (n_ranks() > 1 and not n_workers)
+    return 1 if alone else n_workers or usable_cores()
 
 
 def usable_cores() -> int:

@@ -26,6 +26,7 @@ CAN_FORK = sys.platform == "linux"
 _n = 1  # how many work side by side here, this process among them
 _new_crew: Callable[[int], Any] | None = None  # n others, with map and shutdown of an Executor
 _crew: Any = None  # the n - 1 others, once there was work
+ranks: Any = None  # processes of mpiexec that share the parts: see ranks.py
 shared = weakref.WeakValueDictionary()  # id -> array in memory that forked processes see
 
 
@@ -50,8 +51,8 @@ def engaged() -> tuple[int, Callable[[int], Any] | None]:
 
 
 def n_workers() -> int:
-    """How many parts are worked on at a time here."""
-    return _n
+    """How many parts are worked on at a time."""
+    return _n * (1 if ranks is None else ranks.size)
 
 
 def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
@@ -59,6 +60,8 @@ def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
 
     Raises:   whatever f raises.
     """
+    if ranks is not None:
+        return ranks.map_over(f, parts)
     done = _run(list, f, parts)
     return [done[i % len(done)][i // len(done)] for i in range(len(parts))]
 
@@ -72,6 +75,8 @@ def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
     """
     if not parts:
         raise ValueError("sum_over: expected at least one part; got none")
+    if ranks is not None:
+        return ranks.sum_over(f, parts)
     return tree_sum(_run(tree_sum, f, parts))
 
 

@@ -32,6 +32,11 @@ SAMPLER_HIDDEN = 1e-5
 # Gradients of micro-batches added up, against one large batch; relative to the norm of all of them.
 MICRO_BATCH = {np.float64: 1e-12, np.float32: 1e-5}
 
+# Numbers of a whole float32 run on several ranks against those of one process: sums in another
+# order, which Adam's root of small numbers enlarges update by update: 2e-7 was the most. A part
+# that is lost, or counted twice, moves the first or second digit.
+RANKS = 1e-4
+
 # A float32 run against the float64 run of the same numbers, relative to the largest entry: 6e-8 a
 # rounding, a hundred roundings in a row, gradients somewhat worse.
 FLOAT32_FORWARD, FLOAT32_GRADIENT = 1e-5, 1e-4

@@ -87,12 +87,19 @@ def run_command(arguments: list[str]) -> int:
     command = getattr(importlib.import_module(f"minirlhf.app.{module}"), function)
     from minirlhf.app.options import call
     from minirlhf.memory import keep_freed_memory
+    from minirlhf.ranks import n_ranks, together
 
     keep_freed_memory()
     _on_interrupt("raise")
-    if name in ("train", "sweep"):  # a file may hold the options that its flags leave open
-        return command(rest)
-    return call(command, rest, name)
+    with together():
+        if n_ranks() > 1 and name not in ("train", "resume"):
+            raise InputError(
+                f"mpiexec: expected minirlhf train or resume, which several processes share; got "
+                f"{name}: run it without mpiexec"
+            )
+        if name in ("train", "sweep"):  # a file may hold the options that its flags leave open
+            return command(rest)
+        return call(command, rest, name)
 
 
 # -- Ctrl-C, and streams that are closed or full --------------------------------------------------

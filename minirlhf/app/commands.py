@@ -12,6 +12,7 @@ from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.memory import require_memory
+from minirlhf.ranks import leave_to_first
 from minirlhf.runs.config import TrainConfig, load_config
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import refuse_foreign_code
@@ -126,7 +127,13 @@ def resume(
 
 
 def _finish(session: Session) -> int:
-    result, folder, console = api.run_session(session), session.folder, _console()
+    _show_result(session, api.run_session(session))
+    return 0
+
+
+@leave_to_first
+def _show_result(session: Session, result: Any) -> None:
+    folder, console = session.folder, _console()
     if result is None:
         judged = session.world.reward or session.world.pairs or session.world.annotate
         how = f"minirlhf resume {shlex.quote(str(folder))}{'' if judged else ' --reward ..'}"
@@ -135,7 +142,6 @@ def _finish(session: Session) -> int:
         tables.print_result(result, session.world, console)
     figure = pictures.curves_figure(read_metrics(folder), result and result.policy)
     show(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
-    return 0
 
 
 def score(

@@ -16,6 +16,7 @@ from minirlhf.backend import to_host
 from minirlhf.disk import read_object, settled, shorten, to_json, write_whole_folder
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
+from minirlhf.ranks import ask_first, leave_to_first
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.rlhf.logprobs import response_sum
 from minirlhf.runs import checkpoint, hugging_face
@@ -40,6 +41,7 @@ FREE = {  # what may change between two sessions; other texts and rewards are re
 SAMPLES_LOGGED = 8  # replies of each iteration that go into samples.jsonl
 
 
+@ask_first
 def is_saved(session: Session, name: str) -> bool:
     """Does a folder of the run exist, also in the middle of being replaced?"""
     with suppress(InputError):
@@ -52,6 +54,7 @@ def state_of(session: Session, stage: str) -> Path:
     return session.folder / "checkpoint" / ("" if stage == "ppo" else stage)
 
 
+@ask_first
 def has_state(session: Session, stage: str) -> bool:
     """Has it a checkpoint to go on from? A first save that was interrupted leaves none in it."""
     return (state_of(session, stage) / checkpoint.STATE).exists()
@@ -71,6 +74,7 @@ def begin_stage(session: Session, stage: str) -> None:
         session.log.restart(stage)
 
 
+@leave_to_first
 def save_params(
     session: Session, name: str, params: Tree, config: GPTConfig, **scale: float
 ) -> None:
@@ -91,7 +95,7 @@ def save_params(
 def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -> Tree:
     """{"transformer": ...} of the sizes and with the heads that are expected, on the device."""
     folder = session.folder / name
-    transformer, config, found = checkpoint.load_model(folder, dtype=np.float32)
+    transformer, config, found = ask_first(checkpoint.load_model)(folder, dtype=np.float32)
     if config != expected:
         raise InputError(f"{folder}: expected {expected}; got {config}: restore the folder")
     if found.keys() != set(heads):
@@ -102,6 +106,7 @@ def load_params(session: Session, name: str, expected: GPTConfig, *heads: str) -
     return session.on_device({"transformer": transformer, **found})
 
 
+@leave_to_first
 def save_reward_model(session: Session, model: RewardModel) -> None:
     """The model; of a reward of one's own, which is none, the scale alone."""
     scale = {"score_mean": model.mean, "score_sd": model.sd}
@@ -118,8 +123,8 @@ def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
     if session.world.reward is None:
         params = load_params(session, "reward_model", expected, "reward_head")
         scale_in = "config.json"
-    path = settled(session.folder / "reward_model") / scale_in
-    entries = read_object(path)
+    path = session.folder / "reward_model" / scale_in
+    entries = ask_first(lambda: read_object(settled(path.parent) / scale_in))()
     mean, sd = entries.get("score_mean"), entries.get("score_sd")
     numbers = isinstance(mean, float) and isinstance(sd, float)
     # `normalized` gives no smaller sd, nor a mean that far from 0
@@ -131,6 +136,7 @@ def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
     return RewardModel(params, expected, mean, sd)
 
 
+@leave_to_first
 def save_state(
     session: Session,
     stage: str,
@@ -189,6 +195,7 @@ def _arrays(session: Session, optimizer: Optimizer, reference: Tree | None) -> T
     return arrays
 
 
+@leave_to_first
 def drop_state(session: Session, stage: str) -> None:
     """Remove the checkpoint of a stage, any but PPO, that has left its result."""
     shutil.rmtree(state_of(session, stage), ignore_errors=True)
@@ -203,6 +210,7 @@ def last_kl_coef(session: Session) -> float:
     return _read_state(session, "ppo")[1]["kl_coef"]
 
 
+@ask_first
 def _read_state(session: Session, stage: str) -> tuple[Tree, dict[str, Any]]:
     """The arrays of a checkpoint, and its meta, whose entries are what they should be."""
     arrays, meta = checkpoint.load_state(state_of(session, stage))
@@ -242,6 +250,7 @@ def _damaged(session: Session, stage: str, why: str) -> InputError:
     return InputError(f"{path}: {why}: restore the file from a copy")
 
 
+@leave_to_first
 def settle_settings(session: Session) -> None:
     """Let those settings change that may; refuse the others, by which what is there was made.
 

@@ -23,6 +23,7 @@ from minirlhf.disk import read_object, refuse_link, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer, parameter_shapes
+from minirlhf.ranks import ask_first, is_first, leave_to_first, n_ranks
 from minirlhf.runs import folder, snapshots
 from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
@@ -86,10 +87,10 @@ def run_stages(session: Session) -> Result | None:
     config = session.config
     if session.stored is None:
         session.say(f"run {config.out}: finished; its texts or reward have gone or changed since")
-        return read_result(config.out)
+        return ask_first(read_result)(config.out)
     with (
         session.at_work(),
-        mirrored(session.log, config.log),
+        mirrored(session.log, config.log if is_first() else ""),
         threadpool_limits(limits=config.threads or None),
         side_by_side(config.workers if config.device == "cpu" else 1),
     ):
@@ -111,7 +112,7 @@ def run_stages(session: Session) -> Result | None:
         before, first = _run("evaluation", evaluate, session, reference, reference, score)
         after, last = _run("evaluation", evaluate, session, policy, reference, score)
         content = to_json({"reference": before, "policy": after, "seconds": session.seconds})
-        write_whole(session.folder / "result.json", content)
+        leave_to_first(write_whole)(session.folder / "result.json", content)
     return Result(before, after, last.prompts, first, last, session.seconds)
 
 
@@ -150,6 +151,7 @@ def banner(session: Session) -> str:
     left = [stage.removesuffix("_model") for stage in done if not done[stage]]
     asked = [name for name in left if config.stages == "all" or name in config.stages]
     to_run = ", ".join(asked) or "none, all are done"
+    to_run += f"; {n_ranks()} processes of mpiexec" if n_ranks() > 1 else ""
     return f"run {session.folder}: {n:,} parameters; {sizes}; {source}; stages to run: {to_run}"
 
 
@@ -165,7 +167,7 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Itera
             yield step, result
     except NonFiniteError as error:
         last = "no checkpoint yet"
-        if folder.has_state(session, stage):
+        if session.kept:
             last = f"the last good checkpoint is {folder.state_of(session, stage)}"
         raise NonFiniteError(f"{title} {unit} {session.made}: {error} ({last})") from error
 
@@ -203,6 +205,7 @@ def _learn(
     return last
 
 
+@leave_to_first
 def _note_memorised(session: Session, stage: str, n_steps: int, last: dict, n: int) -> None:
     """Say so if the loss of n held-out rows was clearly lower on the way, their order no worse."""
     name, right = HELDOUT[stage], "heldout/accuracy"

@@ -11,9 +11,9 @@ import shlex
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
+from minirlhf.ranks import Silent, ask_first, is_first, leave_to_first, n_ranks
 from minirlhf.runs import hugging_face, mirrors, own_reward, sizes
 from minirlhf.runs.config import TrainConfig, load_config, rate_notes, save_config, unused_options
 from minirlhf.runs.limits import fit_world
@@ -75,6 +76,8 @@ class Session:
     @cached_property
     def log(self) -> RunLog:
         """Opened by the first stage that writes: to look at a run changes nothing in its folder."""
+        if not is_first():
+            return Silent()
         return RunLog(self.folder, lambda *row: self.watch(*row))  # who watches may change
 
     @property
@@ -108,8 +111,9 @@ class Session:
         """Of the policy, on the host: random ones, or those of --init as the run began."""
         if not self.config.init:
             return init_transformer(self.gpt, rng=self.rng["init"])
-        start = hugging_face.read_model(self.config.init)
-        if start.sha256 != read_object(self.folder / "world.json").get("init_sha256"):
+        start = ask_first(hugging_face.read_model)(self.config.init)
+        outline = ask_first(read_object)(self.folder / "world.json")
+        if start.sha256 != outline.get("init_sha256"):
             raise InputError(
                 f"{self.config.init}: expected the weights that were there when the run began; "
                 "they have changed: restore the folder, or train in a new one"
@@ -157,7 +161,7 @@ class Session:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """In the block the folder is this process's; a refusal in it says how to go on."""
-        with locked(self.folder):
+        with locked(self.folder) if is_first() else nullcontext():
             how = f"minirlhf resume {shlex.quote(str(self.folder))}"
             try:
                 yield
@@ -188,20 +192,52 @@ class Score(NamedTuple):
                 return np.full(len(ids[1]), np.nan)
             return score_responses(self.model, *ids, **self.padding)
         try:
-            rewards = self.world.rewards(samples.prompts, samples.responses)
+            rewards = ask_first(self.world.rewards)(samples.prompts, samples.responses)
         except InputError as error:
             error.resume = None  # the reward says itself how its run goes on
             raise
         return (np.array(rewards, dtype=np.float64) - self.model.mean) / self.model.sd
 
 
+def _on_all_ranks(opens: Callable[..., Session]) -> Callable[..., Session]:
+    """Rank 0 opens it; the others get what it found, but for the reward, which they never ask."""
+
+    @wraps(opens)
+    def opened(*arguments: Any, **options: Any) -> Session:
+        session = leave_to_first(opens)(*arguments, **options)
+        if n_ranks() == 1:
+            return session
+        found = ask_first(_found)(session)
+        shown = {name: options[name] for name in ("track", "say", "watch") if name in options}
+        return session or Session(**found, **shown)
+
+    return opened
+
+
+def _found(session: Session) -> dict[str, Any]:
+    world = replace(session.world, reward=bool(session.world.reward) or None)
+    kept = {name: getattr(session, name) for name in ("config", "tokenizer", "rng", "stored")}
+    return {"world": world, **kept}
+
+
+def _require_device(device: str) -> None:
+    """Refuse one that is not there, or that several processes cannot train on together."""
+    if n_ranks() > 1 and device != "cpu":
+        raise InputError(
+            f"mpiexec: expected --device cpu, as processes add up in main memory; got {device}: "
+            "train on a GPU without mpiexec"
+        )
+    array_module(device)
+
+
+@_on_all_ranks
 def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> Session:
     """A new run: its world, encoding and random streams, and a folder to open it from again.
 
     Args:     reward: a function in the place of config.reward, which names one.
               shown: `track`, `say` and `watch` of the Session.
     """
-    array_module(config.device)  # refuse what is not there before anything is written
+    _require_device(config.device)  # refuse what is not there before anything is written
     mirrors.require(config.log)
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
@@ -248,6 +284,7 @@ def _refuse_a_run(out: Path | None) -> None:
         )
 
 
+@_on_all_ranks
 def reopen_session(
     folder: str | Path,
     *,
@@ -277,7 +314,7 @@ def reopen_session(
     stored.refuse_in_dpo(reward or stored.reward, iterations)
     stages = stored.stages if stored.is_dpo else "all"
     config = replace(stored, out=folder, device=device or stored.device, stages=stages, ppo=ppo)
-    array_module(config.device)
+    _require_device(config.device)
     ended = not (look or reward or accept_changed_reward or ppo != stored.ppo)
     ended = ended and (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
     look = look or (ended and own_reward.sources_gone(stored))

@@ -11,6 +11,7 @@ import numpy as np
 from minirlhf.backend import to_host
 from minirlhf.disk import write_whole
 from minirlhf.nn.sampling import Sampling
+from minirlhf.ranks import leave_to_first
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs.log import jsonl, read_jsonl
@@ -106,6 +107,11 @@ def take_snapshot(
     sampling = Sampling(session.config.ppo.temperature)
     samples = session.sample(policy, prompts, coins, sampling)._replace(hidden=None)
     rows = token_rows(session, policy, reference, samples, scores=score(samples), kl_coef=kl_coef)
+    _keep(session, rows, done)
+
+
+@leave_to_first
+def _keep(session: Session, rows: list[dict[str, Any]], done: int) -> None:
     kept = [row for row in read_snapshots(session) if row["step"] < done]
     content = jsonl(kept + [{"step": done, **row} for row in rows])
     write_whole(session.folder / "snapshots.jsonl", content)

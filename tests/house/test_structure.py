@@ -23,16 +23,18 @@ MAY_IMPORT = {
     "memory": {"errors"},
     "disk": {"errors", "memory"},
     "workers": {"errors", "backend", "tree"},
-    "crew": {"errors", "workers", ""},
+    "ranks": {"errors", "tree", "workers"},
+    "crew": {"errors", "ranks", "workers", ""},
     "gradcheck": {"backend", "tree"},
     "nn": BASE,
     "rlhf": BASE,
     "train": BASE | {"nn", "rlhf"},
     "exact": BASE | {"nn", "rlhf", "train"},
     "worlds": BASE | {"disk"},
-    "runs": BASE | {"crew", "disk", "memory", "nn", "rlhf", "train", "worlds", ""},
+    "runs": BASE | {"crew", "disk", "memory", "ranks", "nn", "rlhf", "train", "worlds", ""},
     "app": BASE
-    | {"crew", "disk", "memory", "gradcheck", "nn", "rlhf", "train", "exact", "worlds", "runs", ""},
+    | {"crew", "disk", "memory", "gradcheck", "nn", "ranks", "rlhf", "train", "exact", "worlds"}
+    | {"runs", ""},
     "__main__": {"app"},
     "": BASE | {"disk", "gradcheck", "nn", "rlhf", "train", "exact", "worlds", "runs", "app"},
 }
