@@ -27,6 +27,7 @@ from minirlhf.workers import map_over, sum_over
 
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", 0)))
 PLANTED = os.environ.get("MINIRLHF_PLANTED", "")  # what goes wrong, where
+ASKED = []  # what this rank's reward has been asked
 FAULTS = {"refusal": InputError("planted: expected nothing"), "bug": ZeroDivisionError("planted")}
 
 
@@ -74,7 +75,7 @@ def one_step():
 
 def mathematics():
     """Sums, maps and a step of PPO are those of one process."""
-    batches.MICRO_BATCH_TOKENS = 8
+    batches.MICRO_BATCH_TOKENS, batches.MICRO_BATCH_FLOATS = 8, 0
     with together():
         n = n_ranks()
         parts_are_shared()
@@ -89,18 +90,19 @@ def mathematics():
     print(f"rank {RANK} of {n}: as one")
 
 
-def chance(text, asked=[]):  # noqa: B006
-    asked.append(text)
-    return random.Random(os.getpid() + len(asked)).random()  # no two ranks would say the same
+def chance(text):
+    """A reward that says something else in each process, and each time."""
+    ASKED.append(text)
+    return random.Random(os.getpid() + len(ASKED)).random()
 
 
 def from_python(out):
-    """`minirlhf.train` with a reward that gives each rank, and each call, another number."""
+    """`minirlhf.train` with a reward that all ranks have to hear from one."""
     with together():
         names = write_names(f"{out}.txt") if RANK == 0 else f"{out}.txt"
         ready = {"corpus": names, "reward": chance, "progress": False}
         run = minirlhf.train(tiny_config(out, eval_every=0), **ready)
-        assert bool(chance.__defaults__[0]) == (RANK == 0)  # nobody else was asked
+        assert bool(ASKED) == (RANK == 0)  # nobody else was asked
         assert all_have(flat(run.policy))
         replies = run.sample(["a", "b", "c"])
     assert run.sample(["a", "b", "c"]) == replies  # by itself, after the block
