@@ -21,6 +21,7 @@ process works on the shares of all n, one after the other.
 import argparse
 import itertools
 import json
+import math
 import os
 import pickle
 import statistics
@@ -245,7 +246,9 @@ def modelled(folder: Path) -> Iterator[list[str]]:
         row = [Workload.load(folder).name, str(n), f"{computed:.2f}", f"{one / computed:.2f}"]
         row += [f"{one / seconds:.2f}" for seconds in total.values()]
         ring = 2 * (n - 1) / n * sum(ranks.sums) / len(ranks.sums)
-        yield [*row, f"{ring / 1e6:.1f}"]
+        saved = one - computed - ranks.sent(LATENCY, math.inf)
+        least = ranks.sent(0.0, 1.0) / saved if saved > 0 else math.inf  # bytes a second
+        yield [*row, f"{ring / 1e6:.1f}", f"{8e-9 * least:.2f}" if n > 1 else ""]
 
 
 def show(head: list[str], rows: Iterable[list[str]]) -> None:
@@ -279,7 +282,7 @@ def main() -> None:
             show(head, measure(toy, [one_round(*how) for _ in range(options.rounds)]))
         head = ["workload", "machines", "CPU s without sending", "times as fast", *NETWORKS]
         rows = (row for name in options.models for row in modelled(Path(folder) / name))
-        show([*head, "MB sent an update"], rows)
+        show([*head, "MB sent an update", "no gain below [Gbit/s]"], rows)
 
 
 if __name__ == "__main__":
