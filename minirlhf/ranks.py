@@ -27,7 +27,7 @@ from minirlhf.workers import Part, Result
 
 # of their _SIZE and _RANK: Open MPI; MPICH, Intel MPI and srun; MVAPICH; PMIx, which has no _SIZE
 LAUNCHERS = ("OMPI_COMM_WORLD", "PMI", "MV2_COMM_WORLD", "PMIX")
-PATIENCE = 3.0  # seconds that the others leave rank 0 to say what all found wrong
+PATIENCE = 10.0  # seconds that the others leave rank 0 to say what all found wrong
 
 _joined: "Ranks | None" = None
 

@@ -21,7 +21,7 @@ import numpy as np
 from desk import fit_bradley_terry, pair_accuracy
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.exact.tiny import ANS, REF
-from minirlhf.runs.metrics import calibration_error
+from minirlhf.train.reward_model import calibration_error
 from study import Arm, Case, mean_lines, spread
 
 case = Case("10_regulated_blueprint", __doc__)

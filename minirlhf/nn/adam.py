@@ -68,7 +68,6 @@ def adamw_step(
     k = state.step + 1
     correction1, correction2 = 1 - beta1**k, math.sqrt(1 - beta2**k)  # both moments began at 0
     step_size = learning_rate * (1.0 if form == "torch" else correction2) / correction1
-    by_entry = getattr(weight_decay, "ndim", 0) > 0
     kept = 1.0 - learning_rate * weight_decay  # decoupled: not through the gradient
     for piece in pieces(flat):
         theta, g, m, v = flat[piece], dflat[piece], state.mean[piece], state.var[piece]
@@ -84,8 +83,7 @@ def adamw_step(
         update += eps
         xp.divide(m, update, out=update)
         update *= step_size
-        if by_entry or weight_decay:
-            theta *= kept[piece] if by_entry else kept
+        theta *= kept[piece] if getattr(kept, "ndim", 0) else kept
         theta -= update
     return state._replace(step=k)
 

@@ -19,7 +19,7 @@ from minirlhf.rlhf.logprobs import response_sum
 from minirlhf.train import dpo, ppo
 from minirlhf.train.batches import pad_batch, row_slices
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.reward_model import Pair, RewardModel, score_responses
+from minirlhf.train.reward_model import Pair, RewardModel, calibration_error, score_responses
 from minirlhf.train.rollout import Rollout
 from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import Example
@@ -245,23 +245,6 @@ def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> di
         agree = (margin > 0) == (gold_difference > 0)
         metrics["heldout/gold_accuracy"] = float(agree[differs].mean()) if differs.any() else 0.0
     return metrics
-
-
-def calibration_error(margin: np.ndarray, *, n_bins: int = 10) -> float:
-    """Expected calibration error of sigma(margin) as the probability that `chosen` is preferred.
-
-    Every pair is counted in the direction the model prefers, so predictions lie in [1/2, 1]; a tie
-    is half right. Guo et al. 2017, arXiv 1706.04599.
-    """
-    predicted = 1.0 / (1.0 + np.exp(-np.minimum(np.abs(margin), 700.0)))
-    right = (margin > 0) + 0.5 * (margin == 0)
-    bins = np.minimum(((predicted - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
-    error = 0.0
-    for b in range(n_bins):
-        inside = bins == b
-        if inside.any():
-            error += inside.mean() * abs(predicted[inside].mean() - right[inside].mean())
-    return float(error)
 
 
 def heldout_dpo(

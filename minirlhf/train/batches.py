@@ -118,8 +118,7 @@ def micro_batches(
         least = LARGE_VOCABULARY_TOKENS if is_large else MICRO_BATCH_TOKENS
         # a gradient of many parameters takes long to add up: a thousand tokens for 124 million
         n_parameters = config.d_model * (config.vocab_size + 12 * config.n_layer * config.d_model)
-        least = max(least, n_parameters >> 17)
-        tokens = max(least, min(MICRO_BATCH_FLOATS // floats, half))
+        tokens = max(least, n_parameters >> 17, min(MICRO_BATCH_FLOATS // floats, half))
         size = max(1, tokens // longest)
     n_groups = -(-n // size) if size else 1
     if n_groups == 1:

@@ -264,3 +264,16 @@ def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
     scaled = np.ldexp(raw_scores, -exponent)
     mean, sd = (math.ldexp(float(value), exponent) for value in (scaled.mean(), scaled.std()))
     return model._replace(mean=mean, sd=sd)
+
+
+def calibration_error(margin: np.ndarray, *, n_bins: int = 10) -> float:
+    """Expected calibration error of sigma(margin) as the probability that `chosen` is preferred.
+
+    Every pair is counted in the direction the model prefers, so predictions lie in [1/2, 1]; a tie
+    is half right. Guo et al. 2017, arXiv 1706.04599.
+    """
+    predicted = 1.0 / (1.0 + np.exp(-np.minimum(np.abs(margin), 700.0)))
+    right = (margin > 0) + 0.5 * (margin == 0)
+    bins = np.minimum(((predicted - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    error_of_bin = np.bincount(bins, predicted - right, n_bins)  # times the pairs in it
+    return float(np.abs(error_of_bin).sum() / margin.size)

@@ -514,7 +514,8 @@ def in_browser(text, folder, *, width=1400):
     """
     inside = html.escape(text.replace("<head>", "<head>" + SPY, 1))
     frame = f'<iframe srcdoc="{inside}" style="border: 0; width: {width}px; height: 900px">'
-    (folder / "page.html").write_text(f"<!doctype html>{frame}</iframe>", encoding="utf-8")
+    outside = f'<!doctype html><meta charset="utf-8">{frame}</iframe>'
+    (folder / "page.html").write_text(outside, encoding="utf-8")
     flags = [f"--{flag}" for flag in QUIET]
     flags += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}"]
     flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1600,1000", "--dump-dom"]

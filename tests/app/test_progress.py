@@ -146,7 +146,7 @@ def on_terminal(columns, arguments, interrupt_at):
 
 
 def test_a_run_on_a_terminal_shows_them_and_ctrl_c_leaves_it_as_it_was(tmp_path):
-    config = tiny_config(tmp_path / "run", ppo__iterations=3000, eval_every=0)
+    config = tiny_config(tmp_path / "run", ppo__iterations=30_000, eval_every=0)
     status, text = on_terminal(80, ["train", *as_flags(config)], r"kl_seq +\S+ [▁-█]")
     assert status == 130
     assert re.search(r"score +\S+ [▁-█]+ +kl_seq +\S+ [▁-█]", text)

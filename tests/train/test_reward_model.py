@@ -16,13 +16,14 @@ from minirlhf.runs import metrics as metrics_module
 from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_model
-from minirlhf.runs.metrics import calibration_error, pair_metrics
+from minirlhf.runs.metrics import pair_metrics
 from minirlhf.train import batches, reward_model
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import (
     Pair,
     RewardModel,
     RewardModelConfig,
+    calibration_error,
     init_reward_model,
     n_updates,
     normalized,
