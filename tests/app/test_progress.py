@@ -127,9 +127,11 @@ def on_terminal(columns, arguments, interrupt_at):
     ours, theirs = pty.openpty()
     looks = {"TERM": "xterm-256color", "COLUMNS": str(columns), "NO_COLOR": "1"}
     command = [sys.executable, "-m", "minirlhf", *arguments]
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    how: dict = dict.fromkeys(("stdin", "stdout", "stderr"), theirs) | {"env": os.environ | looks}
+    # tests that run in the background ignore Ctrl-C, and so would their children
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     written = b""
-    with subprocess.Popen(command, env=os.environ | looks, **streams) as process:
+    with subprocess.Popen(command, **how) as process:
         os.close(theirs)
         while select.select([ours], [], [], 60)[0]:
             try:
@@ -146,7 +148,7 @@ def on_terminal(columns, arguments, interrupt_at):
 
 
 def test_a_run_on_a_terminal_shows_them_and_ctrl_c_leaves_it_as_it_was(tmp_path):
-    config = tiny_config(tmp_path / "run", ppo__iterations=30_000, eval_every=0)
+    config = tiny_config(tmp_path / "run", ppo__iterations=3000, eval_every=0)
     status, text = on_terminal(80, ["train", *as_flags(config)], r"kl_seq +\S+ [▁-█]")
     assert status == 130
     assert re.search(r"score +\S+ [▁-█]+ +kl_seq +\S+ [▁-█]", text)
