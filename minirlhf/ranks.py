@@ -124,6 +124,7 @@ def _communicator() -> Any:
 
 def _abort(comm: Any, status: int) -> None:
     sys.stdout.flush()
+    time.sleep(1.0)  # mpiexec passes on what was said, but no longer once a rank has aborted
     comm.Abort(status)
 
 
