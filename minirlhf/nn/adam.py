@@ -12,7 +12,7 @@ import numpy as np
 from minirlhf.backend import Array, as_float, check_positive, get_xp
 from minirlhf.tree import Tree, tree_leaves
 
-PIECE = 1 << 15  # parameters
+PIECE = 1 << 15  # parameters that a core's cache holds, with gradient and moments
 
 
 def pieces(flat: Array) -> list[slice]:

@@ -326,7 +326,8 @@ def transformer_forward(
 def transformer_backward(dh: Array, cache: TransformerCache, *, dwte: Array | None = None) -> Tree:
     """dL/dparams from dL/dh (B, Q, C), block by block from the last to the first.
 
-    A tree keyed like params. The embedding's share is added to dwte, what the logits found of it.
+    Args:     dwte: (V, C) the logits' share where they read wte; the embedding's is added in place.
+    Returns:  a tree keyed like params.
     """
     dx, dln_f = norm_backward(dh, cache.ln_f)  # (B, Q, C)
     dblocks = []

@@ -71,7 +71,7 @@ class Optimizer:
             weight_decay=self._decay,
             form=c.form,
         )
-        if not np.isfinite(float(self.flat.sum())):
+        if not np.isfinite(float(self.flat.sum(dtype=np.float64))):
             raise NonFiniteError(_what_overflowed(self.params))
         return {"grad_norm": norm, "lr": learning_rate}
 

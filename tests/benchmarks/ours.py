@@ -70,12 +70,11 @@ class MiniRLHF(Peer):
 
     @classmethod
     def _begin_work(cls, w: Workload) -> None:
-        """A worker for each thread; a single sequence is left to the BLAS and its threads."""
+        """A worker for each thread."""
         if cls._at_work is None:
             cls._at_work = contextlib.ExitStack()
-            alone = w.batch_size == 1
-            cls._at_work.enter_context(threadpool_limits(w.threads if alone else 1))
-            cls._at_work.enter_context(side_by_side(1 if alone else w.threads))
+            cls._at_work.enter_context(threadpool_limits(1))
+            cls._at_work.enter_context(side_by_side(w.threads))
 
     @classmethod
     def dismiss(cls) -> None:
