@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from minirlhf.app.cli import main
-from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.config import ModelConfig, TrainConfig
 from minirlhf.runs.log import read_jsonl
 from minirlhf.runs.pipeline import Result, run_stages
 from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.train.reward_model import RewardModelConfig
-from minirlhf.train.settings import ModelConfig, OptimizerConfig, PPOConfig
+from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.train.sft import SFTConfig
 from minirlhf.tree import tree_items
 

@@ -23,6 +23,7 @@ import numpy as np
 from minirlhf.app.diagnose import diagnose
 from minirlhf.app.rules import RULES, Seen
 from minirlhf.disk import read_object, to_json, write_whole
+from minirlhf.fields import with_fields
 from minirlhf.nn.sampling import Sampling
 from minirlhf.rlhf import kl, objectives
 from minirlhf.rlhf.advantages import token_rewards
@@ -33,7 +34,6 @@ from minirlhf.runs.own_reward import fingerprint, remember
 from minirlhf.runs.session import BEGAN, Score, fork_run, open_session, reopen_session
 from minirlhf.train import ppo, recipes
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.settings import with_fields
 from minirlhf.tree import tree_copy
 from minirlhf.worlds.rewards import name_of
 from study import Case

@@ -20,6 +20,7 @@ from minirlhf.app.diagnose import check_names, watched
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import read_object
 from minirlhf.errors import InputError
+from minirlhf.fields import with_fields
 from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.sampling import Sampling
 from minirlhf.runs import pipeline
@@ -31,7 +32,6 @@ from minirlhf.runs.snapshots import token_rows
 from minirlhf.train import recipes
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.rollout import Samples
-from minirlhf.train.settings import with_fields
 from minirlhf.worlds.rewards import Reward
 from minirlhf.worlds.world import World
 

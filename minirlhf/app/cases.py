@@ -20,7 +20,7 @@ from minirlhf.nn import attention, heads, layers, transformer
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf import imitation, kl, logprobs, objectives, preferences
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.train import policy, ppo
+from minirlhf.train import policy, ppo, reward_model
 from minirlhf.train.batches import Batch
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import Tree, tree_map
@@ -449,6 +449,6 @@ TABLE = [
     row(objectives.value_loss_forward, make_value_loss, 0.2, mode="clipped"),
     *[row(kl_loss_held, make_kl_loss, mode, mode=mode) for mode in KL_MODES],
     row(policy_as_one_array, make_any_model, "value_head", "", backward=policy_from_one_array),
-    row(policy.reward_forward, make_model, "reward_head"),
+    row(reward_model.reward_forward, make_model, "reward_head"),
     row(ppo_loss_held, make_ppo_loss),
 ]

@@ -21,7 +21,7 @@ from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf import imitation, objectives, preferences
 from minirlhf.rlhf.kl import KL_MODES
-from minirlhf.train import policy, ppo, sft
+from minirlhf.train import policy, ppo, reward_model, sft
 from minirlhf.train.batches import Batch
 from minirlhf.tree import Tree, tree_items, tree_size
 
@@ -51,13 +51,13 @@ def whole_bradley_terry(draw: Draw) -> Whole:
     params = cases.drawn_model(draw, config, "reward_head")
 
     def forward(params):
-        score, cache = policy.reward_forward(params, batch=batch, config=config)
+        score, cache = reward_model.reward_forward(params, batch=batch, config=config)
         loss, loss_cache = preferences.bradley_terry_forward(score[:3], score[3:], margin=0.2)
         return loss, cache, loss_cache
 
     _, cache, loss_cache = forward(params)
     dscore = np.concatenate(preferences.bradley_terry_backward(1.0, loss_cache))
-    return lambda params: forward(params)[0], params, policy.reward_backward(dscore, cache)
+    return lambda params: forward(params)[0], params, reward_model.reward_backward(dscore, cache)
 
 
 def whole_ppo(draw: Draw, **changes: Any) -> Whole:

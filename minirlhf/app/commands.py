@@ -11,6 +11,7 @@ from minirlhf.app.options import SHOWN, Parser, of_command, of_config
 from minirlhf.app.progress import say, track, watch
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
+from minirlhf.fields import with_fields
 from minirlhf.memory import require_memory
 from minirlhf.ranks import leave_to_first
 from minirlhf.runs.config import TrainConfig, load_config
@@ -19,7 +20,6 @@ from minirlhf.runs.own_reward import refuse_foreign_code
 from minirlhf.runs.session import Session, open_session, reopen_session
 from minirlhf.runs.sizes import samples_bytes
 from minirlhf.train import recipes
-from minirlhf.train.settings import with_fields
 
 
 def train(words: list[str]) -> int:

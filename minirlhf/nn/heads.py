@@ -47,21 +47,6 @@ def logits_backward(dlogits: Array, cache: LogitsCache) -> tuple[Array, Array]:
     return dh, dlogits_rows.T @ h.reshape(-1, h.shape[-1])
 
 
-def next_logits(h: Array, w: Array) -> Array:
-    """z = h w^T of few rows, (B, C) -> (B, V).
-
-    Of a large vocabulary piece by piece as w h^T, each turned round while it is in the cache: the
-    BLAS then reads w as it lies in memory and copies none of it.
-    """
-    if len(w) <= VOCABULARY_PIECE:
-        return logits_forward(h, w)[0]
-    logits = get_xp(h, w).empty((len(h), len(w)), dtype=h.dtype)
-    for start in range(0, len(w), VOCABULARY_PIECE):
-        piece = slice(start, start + VOCABULARY_PIECE)
-        logits[:, piece] = (w[piece] @ h.T).T
-    return logits
-
-
 class ScalarHeadCache(NamedTuple):
     h: Array  # (..., C) borrowed
     w: Array  # (C, 1) borrowed

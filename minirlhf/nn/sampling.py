@@ -13,7 +13,7 @@ import numpy as np
 
 from minirlhf.backend import Array, as_float, get_xp
 from minirlhf.nn.decoding import decode_step, prefill
-from minirlhf.nn.heads import VOCABULARY_PIECE, next_logits, output_matrix
+from minirlhf.nn.heads import VOCABULARY_PIECE, logits_forward, output_matrix
 from minirlhf.nn.transformer import GPTConfig, kept_floats
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
@@ -30,6 +30,21 @@ class Sampling(NamedTuple):
     temperature: float = 1.0  # tau >= 0; 0: always the most likely token
     top_k: int = 0  # only so many tokens, the most likely; 0: all
     top_p: float = 1.0  # only the most likely that together have this mass, in (0, 1]; 1: all
+
+
+def next_logits(h: Array, w: Array) -> Array:
+    """z = h w^T of few rows, (B, C) -> (B, V).
+
+    Of a large vocabulary piece by piece as w h^T, each turned round while it is in the cache: the
+    BLAS then reads w as it lies in memory and copies none of it.
+    """
+    if len(w) <= VOCABULARY_PIECE:
+        return logits_forward(h, w)[0]
+    logits = get_xp(h, w).empty((len(h), len(w)), dtype=h.dtype)
+    for start in range(0, len(w), VOCABULARY_PIECE):
+        piece = slice(start, start + VOCABULARY_PIECE)
+        logits[:, piece] = (w[piece] @ h.T).T
+    return logits
 
 
 def sampling_logprobs(

@@ -12,10 +12,45 @@ from typing import Any, Literal
 
 from minirlhf.disk import read_toml, write_whole
 from minirlhf.errors import InputError
+from minirlhf.fields import check_fields, with_fields
 from minirlhf.train import dpo, reward_model, settings, sft
 from minirlhf.train.dpo import DPOConfig
 from minirlhf.train.reward_model import RewardModelConfig
 from minirlhf.train.sft import SFTConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's transformer; its vocabulary follows from the encoding."""
+
+    n_layer: int = 2  # Blocks
+    n_head: int = 4  # Attention heads; divides d_model
+    d_model: int = 64  # Channels
+    n_ctx: int = 0  # Positions; 0: as many as the longest prompt and response take
+    ln_eps: float = 1e-5  # Added to the variance in layer norms
+    block: Literal["gpt2", "llama"] = "gpt2"  # llama: RMSNorm, SwiGLU and rotary positions
+    n_kv_head: int = 0  # Of llama: heads of keys and values, a divisor of n_head; 0: n_head
+    d_ff: int = 0  # Of llama: channels inside the MLP; 0: 4 d_model
+    rope_theta: float = 10000.0  # Of llama: base of the wavelengths of rotary positions
+    tied: bool = True  # Is the output matrix the token embedding? False: of llama alone
+
+    def __post_init__(self):
+        sizes, counts = ("n_layer", "n_head", "d_model"), ("n_ctx", "n_kv_head", "d_ff")
+        floats = ("ln_eps", "rope_theta")
+        check_fields(self, "model.", at_least_1=sizes, at_least_0=counts, above_0=floats)
+        C, H, llama = self.d_model, self.n_head, self.block == "llama"
+        unit = 2 * H if llama else H  # rotary positions turn pairs of a head's channels
+        for name, fits, expected in (
+            ("n_head", C % unit == 0, f"a divisor of d_model{' / 2' * llama} = {C * H // unit}"),
+            ("n_kv_head", H % (self.n_kv_head or H) == 0, f"a divisor of n_head = {H}"),
+            ("n_kv_head", llama or not self.n_kv_head, "0 with block gpt2"),
+            ("d_ff", llama or not self.d_ff, "0 with block gpt2"),
+            ("tied", llama or self.tied, "True with block gpt2"),
+        ):
+            if not fits:
+                raise InputError(
+                    f"model.{name}: expected {expected}; got {getattr(self, name)}: change one"
+                )
 
 
 @dataclass(frozen=True)
@@ -46,7 +81,7 @@ class TrainConfig:
     log: Literal["", "tensorboard", "csv"] = ""  # The metrics also in tensorboard/ or metrics.csv
     halt_on: tuple[str, ...] = ()  # Rules of `diagnose` that stop PPO where they hold, or any
     stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"  # To run; `resume` does the rest
-    model: settings.ModelConfig = field(default_factory=settings.ModelConfig)  # The policy's sizes
+    model: ModelConfig = field(default_factory=ModelConfig)  # The policy's sizes
     sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
     ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
@@ -56,7 +91,7 @@ class TrainConfig:
         sizes = "vocab_size max_text_mb eval_prompts checkpoint_every".split()
         limits = "max_prompt_tokens max_response_tokens reward_timeout".split()
         counts = "seed workers threads eval_every snapshots".split()
-        settings.check_fields(self, "", at_least_1=sizes, at_least_0=counts + limits)
+        check_fields(self, "", at_least_1=sizes, at_least_0=counts + limits)
         for name, least in (("max_prompt_tokens", 3), ("max_response_tokens", 2)):
             if 0 < (came := getattr(self, name)) < least:
                 raise InputError(f"{name}: expected at least {least}, or 0; got {came}: raise it")
@@ -131,7 +166,7 @@ def load_config(path: str | Path, start: TrainConfig = TrainConfig()) -> TrainCo
     """Read a TOML file; what it leaves out is as in `start`."""
     values = read_toml(path)
     try:
-        return settings.with_fields(start, values, "")
+        return with_fields(start, values, "")
     except InputError as error:
         raise InputError(f"{path}: {str(error).removeprefix(': ')}") from error
 

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.nn.transformer import kept_floats
-from minirlhf.runs.config import TrainConfig
-from minirlhf.train.settings import ModelConfig
+from minirlhf.runs.config import ModelConfig, TrainConfig
 from minirlhf.worlds.files import split_world
 from minirlhf.worlds.tokens import Tokenizer
 from minirlhf.worlds.world import World

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.random import Generator
 
 from minirlhf.backend import Array, get_xp, to_host
+from minirlhf.fields import check_fields
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.logprobs import response_sum
 from minirlhf.rlhf.preferences import BradleyTerryCache, dpo_backward, dpo_forward
@@ -20,7 +21,7 @@ from minirlhf.train.batches import micro_batches, pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
 from minirlhf.train.reward_model import Pair, pairs_loss_and_gradients, shuffled
-from minirlhf.train.settings import OptimizerConfig, check_fields
+from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over
 

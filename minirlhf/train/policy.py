@@ -101,38 +101,3 @@ def policy_backward(
     else:
         dtransformer = transformer_backward(dh, cache.trunk) | {"lm_head": dw}
     return {"transformer": dtransformer, **gradients}
-
-
-class RewardCache(NamedTuple):
-    trunk: TransformerCache
-    score: heads.ScalarHeadCache
-
-
-def reward_forward(
-    params: Tree, *, batch: Batch, config: GPTConfig, keep: bool = True
-) -> tuple[Array, RewardCache | None]:
-    """score = h_last . w + b at the last real token of [x, y, eos].
-
-    Args:     params: {"transformer": ..., "reward_head": {w, b}}.
-              keep: False where no backward will follow.
-    Returns:  score (B,), cache (None unless kept).
-    """
-    h, trunk = transformer_forward(
-        params["transformer"],
-        tokens=batch.tokens,
-        mask=batch.mask,
-        config=config,
-        read=heads.last_columns(batch.mask),
-        keep=keep,
-    )
-    score, score_cache = heads.scalar_head_forward(h[:, 0], **params["reward_head"])
-    return score, RewardCache(trunk, score_cache) if keep else None
-
-
-def reward_backward(dscore: Array, cache: RewardCache) -> Tree:
-    """dL/dparams from dL/dscore (B,)."""
-    dh_last, dw, db = heads.scalar_head_backward(dscore, cache.score)
-    return {
-        "transformer": transformer_backward(dh_last[:, None], cache.trunk),
-        "reward_head": {"w": dw, "b": db},
-    }

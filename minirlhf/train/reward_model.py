@@ -9,20 +9,25 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import get_xp, to_host
+from minirlhf.backend import Array, get_xp, to_host
 from minirlhf.errors import InputError
-from minirlhf.nn.heads import init_scalar_head
-from minirlhf.nn.transformer import GPTConfig
+from minirlhf.fields import check_fields
+from minirlhf.nn import heads
+from minirlhf.nn.transformer import (
+    GPTConfig,
+    TransformerCache,
+    transformer_backward,
+    transformer_forward,
+)
 from minirlhf.rlhf.preferences import (
     bradley_terry_backward,
     bradley_terry_forward,
     plackett_luce_backward,
     plackett_luce_forward,
 )
-from minirlhf.train.batches import Ids, micro_batches, pad_batch, row_slices
+from minirlhf.train.batches import Batch, Ids, micro_batches, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.policy import reward_backward, reward_forward
-from minirlhf.train.settings import OptimizerConfig, check_fields
+from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import map_over, sum_over
 
@@ -119,7 +124,7 @@ def train_reward_model(
 def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Generator) -> Tree:
     """{"transformer": as given but for lm_head, "reward_head": w ~ N(0, 1/sqrt(C + 1)), b = 0}."""
     wte, std = transformer["wte"], (config.d_model + 1) ** -0.5
-    head = init_scalar_head(config.d_model, std=std, rng=rng, dtype=wte.dtype)
+    head = heads.init_scalar_head(config.d_model, std=std, rng=rng, dtype=wte.dtype)
     head = {name: get_xp(wte).asarray(value) for name, value in head.items()}
     read = {name: tree for name, tree in transformer.items() if name != "lm_head"}
     return {"transformer": read, "reward_head": head}
@@ -213,6 +218,41 @@ def _micro_batch(
         "margin": share * (better - worse).mean(),
     }
     return {"metrics": metrics, "gradients": reward_backward(dscore, cache)}
+
+
+class RewardCache(NamedTuple):
+    trunk: TransformerCache
+    score: heads.ScalarHeadCache
+
+
+def reward_forward(
+    params: Tree, *, batch: Batch, config: GPTConfig, keep: bool = True
+) -> tuple[Array, RewardCache | None]:
+    """score = h_last . w + b at the last real token of [x, y, eos].
+
+    Args:     params: {"transformer": ..., "reward_head": {w, b}}.
+              keep: False where no backward will follow.
+    Returns:  score (B,), cache (None unless kept).
+    """
+    h, trunk = transformer_forward(
+        params["transformer"],
+        tokens=batch.tokens,
+        mask=batch.mask,
+        config=config,
+        read=heads.last_columns(batch.mask),
+        keep=keep,
+    )
+    score, score_cache = heads.scalar_head_forward(h[:, 0], **params["reward_head"])
+    return score, RewardCache(trunk, score_cache) if keep else None
+
+
+def reward_backward(dscore: Array, cache: RewardCache) -> Tree:
+    """dL/dparams from dL/dscore (B,)."""
+    dh_last, dw, db = heads.scalar_head_backward(dscore, cache.score)
+    return {
+        "transformer": transformer_backward(dh_last[:, None], cache.trunk),
+        "reward_head": {"w": dw, "b": db},
+    }
 
 
 def score_responses(

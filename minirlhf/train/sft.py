@@ -9,13 +9,14 @@ import numpy as np
 
 from minirlhf.backend import Array
 from minirlhf.errors import InputError
+from minirlhf.fields import check_fields
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.imitation import cross_entropy_backward, cross_entropy_forward
 from minirlhf.rlhf.objectives import token_weights
 from minirlhf.train.batches import Batch, Ids, pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_backward, policy_forward
-from minirlhf.train.settings import OptimizerConfig, check_fields
+from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree
 from minirlhf.workers import sum_over
 

@@ -16,13 +16,13 @@ import minirlhf
 from minirlhf.app.diagnose import check_names, diagnose, difference
 from minirlhf.app.rules import RULES, Seen
 from minirlhf.errors import InputError
+from minirlhf.fields import with_fields
 from minirlhf.nn.sampling import Sampling
 from minirlhf.runs import pipeline
 from minirlhf.runs.config import TrainConfig, flat, save_config
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.session import open_session
 from minirlhf.train import ppo
-from minirlhf.train.settings import with_fields
 
 N = 12
 FLAT = {  # a run in which nothing happens

@@ -27,8 +27,9 @@ from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.rlhf.objectives import token_weights
 from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
 from minirlhf.train.batches import Batch
-from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
+from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import Experience, make_experience, ppo_loss_backward, ppo_loss_forward
+from minirlhf.train.reward_model import reward_backward, reward_forward
 from minirlhf.train.rollout import Samples, score_rollout
 from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import tree_items, tree_map

@@ -31,12 +31,12 @@ from minirlhf.rlhf.kl import KL_MODES, summed_penalty
 from minirlhf.rlhf.objectives import SURROGATES
 from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
 from minirlhf.runs import session as session_module
-from minirlhf.runs.config import TrainConfig
+from minirlhf.runs.config import ModelConfig, TrainConfig
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
-from minirlhf.train.reward_model import RewardModelConfig
+from minirlhf.train.policy import policy_forward
+from minirlhf.train.reward_model import RewardModelConfig, reward_backward, reward_forward
 from minirlhf.train.sampler import sample_as_set
-from minirlhf.train.settings import ModelConfig, OptimizerConfig, PPOConfig
+from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.train.sft import SFTConfig, sft_loss_and_gradients
 from minirlhf.tree import tree_items, tree_map
 

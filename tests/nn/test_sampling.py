@@ -11,8 +11,8 @@ from tiny import CONFIG, Letters, make_ids, make_params, sampled
 from tolerances import CHI_SQUARE_P, CHI_SQUARE_Z, KV_CACHE, LOOPS, assert_close
 
 from minirlhf.nn import sampling
-from minirlhf.nn.heads import VOCABULARY_PIECE, logits_forward, next_logits
-from minirlhf.nn.sampling import Sampling, draw_tokens, generate, sampling_logprobs
+from minirlhf.nn.heads import VOCABULARY_PIECE, logits_forward
+from minirlhf.nn.sampling import Sampling, draw_tokens, generate, next_logits, sampling_logprobs
 from minirlhf.rlhf.logprobs import log_softmax
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward

@@ -41,8 +41,9 @@ from minirlhf.runs.metrics import mean_of_updates, update_metrics
 from minirlhf.train import ppo
 from minirlhf.train.batches import Batch, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.policy import policy_backward, policy_forward, reward_backward, reward_forward
+from minirlhf.train.policy import policy_backward, policy_forward
 from minirlhf.train.ppo import Experience, minibatch_gradients, ppo_update
+from minirlhf.train.reward_model import reward_backward, reward_forward
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import tree_items, tree_map
 

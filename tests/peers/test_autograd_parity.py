@@ -30,7 +30,7 @@ from minirlhf.runs.metrics import mean_of_updates
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.dpo import DPOConfig, dpo_micro_batch, with_reference
 from minirlhf.train.optimizer import Optimizer
-from minirlhf.train.policy import policy_forward, reward_backward, reward_forward
+from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import (
     Experience,
     make_experience,
@@ -39,7 +39,12 @@ from minirlhf.train.ppo import (
     ppo_loss_forward,
     ppo_update,
 )
-from minirlhf.train.reward_model import Pair, pairs_loss_and_gradients
+from minirlhf.train.reward_model import (
+    Pair,
+    pairs_loss_and_gradients,
+    reward_backward,
+    reward_forward,
+)
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.train.sft import sft_loss_and_gradients

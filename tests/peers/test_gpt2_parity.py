@@ -14,7 +14,8 @@ from minirlhf.nn.sampling import Sampling, generate, sampling_logprobs
 from minirlhf.nn.transformer import GPTConfig, init_transformer, transformer_forward
 from minirlhf.runs.checkpoint import load_model, save_model
 from minirlhf.train.batches import pad_batch
-from minirlhf.train.policy import policy_forward, reward_forward
+from minirlhf.train.policy import policy_forward
+from minirlhf.train.reward_model import reward_forward
 from minirlhf.tree import tree_items, tree_map
 
 pytestmark = pytest.mark.peers

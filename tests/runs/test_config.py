@@ -15,10 +15,11 @@ from tiny_run import as_flags, changed, leaves, tiny_config
 
 from minirlhf.app.commands import parse_config
 from minirlhf.errors import InputError
+from minirlhf.fields import with_fields
 from minirlhf.runs import config as config_module
 from minirlhf.runs.config import TrainConfig, load_config, save_config, to_toml
 from minirlhf.train.reward_model import RewardModelConfig
-from minirlhf.train.settings import PPOConfig, with_fields
+from minirlhf.train.settings import PPOConfig
 
 PACKAGE = Path(config_module.__file__).parents[1]
 TEXT_FIELDS = ("corpus", "pairs", "reward", "encoding")

@@ -13,10 +13,11 @@ from minirlhf.app.api import open_run
 from minirlhf.errors import InputError
 from minirlhf.runs import hugging_face
 from minirlhf.runs.checkpoint import load_model
+from minirlhf.runs.config import ModelConfig
 from minirlhf.runs.llama2c import load_llama2c
 from minirlhf.runs.pipeline import run_stages
 from minirlhf.runs.session import open_session, reopen_session
-from minirlhf.train.settings import ModelConfig, PPOConfig
+from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import tree_items
 
 MODEL = ModelConfig(n_layer=1, n_head=2, d_model=8, block="llama", n_kv_head=1, d_ff=12, tied=False)

@@ -15,10 +15,10 @@ from tiny_run import VOWELS, changed, metrics, refusal, tiny_config, updates
 from minirlhf.errors import InputError
 from minirlhf.runs import limits, pipeline
 from minirlhf.runs import session as session_module
+from minirlhf.runs.config import ModelConfig
 from minirlhf.runs.limits import most_tokens
 from minirlhf.runs.pairs import preference_pairs
 from minirlhf.runs.session import open_session, reopen_session
-from minirlhf.train.settings import ModelConfig
 from minirlhf.worlds.tokens import Tokenizer
 
 

@@ -11,6 +11,7 @@ from tolerances import SAMPLER_HIDDEN, assert_close
 
 from minirlhf.app.commands import recipe_says
 from minirlhf.errors import InputError
+from minirlhf.fields import with_fields
 from minirlhf.nn.transformer import init_transformer
 from minirlhf.rlhf import logprobs
 from minirlhf.rlhf.advantages import (
@@ -29,7 +30,7 @@ from minirlhf.train.ppo import Task, make_experience, next_kl_coef, ppo_update, 
 from minirlhf.train.recipes import RECIPES, recipe
 from minirlhf.train.rollout import Samples, score_rollout
 from minirlhf.train.sampler import round_mantissa, sample_as_set
-from minirlhf.train.settings import PPOConfig, with_fields
+from minirlhf.train.settings import PPOConfig
 from minirlhf.tree import tree_copy, tree_map
 
 SETTINGS = PPOConfig(
