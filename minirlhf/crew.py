@@ -112,18 +112,18 @@ class _Processes:
             theirs.close()  # so that its end is noticed
             self.crew.append((process, ours, block))
 
-    def map(self, f: Callable[[Part], Result], shares: list[Part]) -> Iterator[Result]:
+    def map(self, f: Callable[[Part], Result], shares: list[Part], lend=False) -> Iterator[Result]:
+        """[f(share) of each]. Lend: the next call may write into arrays of the answers."""
         for (_, pipe, _), share in zip(self.crew, shares, strict=False):
             with contextlib.suppress(ConnectionError):  # there will be no answer either
                 pipe.send_bytes(_Pickler.dumps((f, share), 5))
-        return (_received(pipe, block) for _, pipe, block in self.crew[: len(shares)])
+        return (_received(pipe, block, lend) for _, pipe, block in self.crew[: len(shares)])
 
     def shutdown(self) -> None:
-        for process, pipe, block in self.crew:
+        for process, pipe, _ in self.crew:
             process.kill()
             process.join()
             pipe.close()
-            block.close()
 
 
 def _serve(pipe: Connection, other_end: Connection, block: mmap.mmap) -> None:
@@ -151,13 +151,12 @@ def _answer(message: bytes, keep: Callable[[pickle.PickleBuffer], Any]) -> bytes
         return pickle.dumps((None, RuntimeError(f"in a worker: {error!r}")))
 
 
-def _received(pipe: Connection, block: mmap.mmap) -> Any:
+def _received(pipe: Connection, block: mmap.mmap, lend: bool) -> Any:
     try:
         message, sizes = pipe.recv()
-        with memoryview(block) as arrays:
-            ends = zip(itertools.accumulate(sizes), sizes, strict=True)
-            copies = [bytearray(arrays[end - size : end]) for end, size in ends]
-        answer, error = pickle.loads(message, buffers=copies)
+        ends = zip(itertools.accumulate(sizes), sizes, strict=True)
+        arrays = [memoryview(block)[end - size : end] for end, size in ends]
+        answer, error = pickle.loads(message, buffers=arrays if lend else map(bytearray, arrays))
     except (EOFError, ConnectionError) as error:
         raise InputError(
             "workers: expected an answer; a worker process has ended, perhaps for want of "

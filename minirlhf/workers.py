@@ -22,6 +22,7 @@ from minirlhf.tree import Tree, tree_leaves, tree_pack, tree_sum, tree_unpack
 
 Part, Result = TypeVar("Part"), TypeVar("Result")
 CAN_FORK = sys.platform == "linux"
+PIECE = 1 << 15  # parameters that a core's cache holds, with gradient and moments
 
 _n = 1  # how many work side by side here, this process among them
 _new_crew: Callable[[int], Any] | None = None  # n others, with map and shutdown of an Executor
@@ -60,10 +61,7 @@ def map_over(f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
 
     Raises:   whatever f raises.
     """
-    if ranks is not None:
-        return ranks.map_over(f, parts)
-    done = _run(list, f, parts)
-    return [done[i % len(done)][i // len(done)] for i in range(len(parts))]
+    return (_map if ranks is None else ranks.map_over)(f, parts)
 
 
 def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
@@ -80,6 +78,27 @@ def sum_over(f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
     return tree_sum(_run(tree_sum, f, parts))
 
 
+def over_pieces(f: Callable[..., Result], *arrays: Array) -> list[Result]:
+    """[f(a piece of each array), ..] of arrays (N,), in order. f may write into the pieces.
+
+    A piece stays in the cache for all that is done to it; a GPU takes the arrays as they are. The
+    workers share the pieces if they see the arrays; ranks do not.
+    """
+    size = PIECE if get_xp(*arrays) is np else len(arrays[0])
+    pieces = [slice(start, start + size) for start in range(0, len(arrays[0]), size)]
+    all_see_them = all(id(array) in shared for array in arrays)
+    return list((_map if all_see_them else map)(functools.partial(_on_piece, f, arrays), pieces))
+
+
+def _on_piece(f: Callable, arrays: tuple, piece: slice) -> Any:
+    return f(*(array[piece] for array in arrays))
+
+
+def _map(f: Callable, parts: list) -> list:
+    done = _run(list, f, parts)
+    return [done[i % len(done)][i // len(done)] for i in range(len(parts))]
+
+
 def _run(collect: Callable, f: Callable, parts: list) -> list:
     """[collect(f(part), ..) of each share]: the first is worked on here, the others by the crew."""
     global _crew
@@ -88,7 +107,8 @@ def _run(collect: Callable, f: Callable, parts: list) -> list:
         return [work(parts)]
     _crew = _crew or _new_crew(_n - 1)
     try:
-        answers = _crew.map(work, [parts[k::n] for k in range(1, n)])
+        lend = {"lend": True} if collect is tree_sum and CAN_FORK else {}  # what is summed is read
+        answers = _crew.map(work, [parts[k::n] for k in range(1, n)], **lend)
         return [work(parts[::n]), *answers]
     except BaseException:
         dismiss()  # answers may be under way that nobody will fetch

@@ -4,21 +4,13 @@ The optimiser works on one flat buffer that holds every parameter (`tree_pack`);
 parameters are views into it and see the update.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
-import numpy as np
-
 from minirlhf.backend import Array, as_float, check_positive, get_xp
 from minirlhf.tree import Tree, tree_leaves
-
-PIECE = 1 << 15  # parameters that a core's cache holds, with gradient and moments
-
-
-def pieces(flat: Array) -> list[slice]:
-    """Of a buffer (N,): each stays in the cache for all that is done to it. On a GPU it is one."""
-    size = PIECE if get_xp(flat) is np else max(1, len(flat))
-    return [slice(start, start + size) for start in range(0, len(flat), size)]
+from minirlhf.workers import over_pieces
 
 
 class AdamWState(NamedTuple):
@@ -64,27 +56,24 @@ def adamw_step(
     if form not in ("torch", "tf"):
         raise ValueError(f'adamw: expected form "torch" or "tf"; got {form!r}')
     check_positive("adamw", "eps", eps)
-    xp, dflat = get_xp(flat, dflat), as_float(dflat)
-    k = state.step + 1
+    xp, g = get_xp(flat, dflat), as_float(dflat)
+    m, v, k = state.mean, state.var, state.step + 1
     correction1, correction2 = 1 - beta1**k, math.sqrt(1 - beta2**k)  # both moments began at 0
     step_size = learning_rate * (1.0 if form == "torch" else correction2) / correction1
-    kept = 1.0 - learning_rate * weight_decay  # decoupled: not through the gradient
-    for piece in pieces(flat):
-        theta, g, m, v = flat[piece], dflat[piece], state.mean[piece], state.var[piece]
-        m *= beta1  # in place from here on: the buffers hold all parameters of a model
-        m += (1 - beta1) * g
-        v *= beta2
-        update = g * g
-        update *= 1 - beta2
-        v += update
-        xp.sqrt(v, out=update)
-        if form == "torch":
-            update *= 1 / correction2  # sqrt(vhat), and eps is added to that
-        update += eps
-        xp.divide(m, update, out=update)
-        update *= step_size
-        theta *= kept[piece] if getattr(kept, "ndim", 0) else kept
-        theta -= update
+    m *= beta1  # in place from here on: the buffers hold all parameters of a model
+    m += (1 - beta1) * g
+    v *= beta2
+    update = g * g
+    update *= 1 - beta2
+    v += update
+    xp.sqrt(v, out=update)
+    if form == "torch":
+        update *= 1 / correction2  # sqrt(vhat), and eps is added to that
+    update += eps
+    xp.divide(m, update, out=update)
+    update *= step_size
+    flat *= 1.0 - learning_rate * weight_decay  # decoupled: not through the gradient
+    flat -= update
     return state._replace(step=k)
 
 
@@ -131,8 +120,15 @@ def clip_global_norm(dflat: Array, max_norm: float) -> tuple[Array, Array]:
     Returns:  the clipped gradient (N,) and |g| before clipping, 0-d float64.
     """
     xp, dflat = get_xp(dflat), as_float(dflat)
-    squares = (dflat[piece] * dflat[piece] for piece in pieces(dflat))
-    norm = xp.sqrt(sum(x.sum(dtype=xp.float64) for x in squares))  # many terms: in float64
+    norm = xp.sqrt(sum(over_pieces(_sum_of_squares, dflat)))
     scale = xp.minimum(1.0, max_norm / (norm + 1e-6))  # 0-d on the device: nobody waits for it
-    dflat *= scale.astype(dflat.dtype)
+    over_pieces(functools.partial(_multiply, scale.astype(dflat.dtype)), dflat)
     return dflat, norm
+
+
+def _sum_of_squares(piece: Array) -> Array:
+    return (piece * piece).sum(dtype="float64")  # many terms
+
+
+def _multiply(scale: Array, piece: Array) -> None:
+    piece *= scale

@@ -1,13 +1,15 @@
 """One optimiser for all three stages: parameters in one flat buffer, clip, schedule, AdamW."""
 
+import functools
+
 import numpy as np
 
-from minirlhf.backend import get_xp, to_host
+from minirlhf.backend import Array, get_xp, to_host
 from minirlhf.errors import InputError
 from minirlhf.nn import adam
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
-from minirlhf.workers import share, share_packed
+from minirlhf.workers import over_pieces, share, share_packed
 
 
 class NonFiniteError(InputError):
@@ -21,10 +23,11 @@ class Optimizer:
         self.config = config
         self.total_steps = total_steps
         self.flat, self.params = share_packed(params)  # the workers see every update
-        # shared, or a worker that was forked would keep a copy from before the first update
+        self.dflat = share(self.flat)  # the last gradient, clipped
         self.state = adam.AdamWState(0, *(share(x) for x in adam.init_adamw(self.flat)[1:]))
         self.skipped = 0  # updates that the schedule counts although they were not made
-        self._decay = config.weight_decay * adam.decay_mask(params) if config.weight_decay else 0.0
+        decay = config.weight_decay
+        self._decay = (share(decay * adam.decay_mask(params)),) if decay else ()
 
     @property
     def updates(self) -> int:
@@ -54,26 +57,24 @@ class Optimizer:
         """
         c, learning_rate = self.config, self.learning_rate
         leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order
-        dflat = get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves])
+        get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves], out=self.dflat)
         with np.errstate(invalid="ignore", over="ignore"):  # looked for in the next lines
-            dflat, norm = adam.clip_global_norm(dflat, c.max_grad_norm or float("inf"))
+            _, norm = adam.clip_global_norm(self.dflat, c.max_grad_norm or float("inf"))
         norm = float(norm)
         if not (np.isfinite(norm) and np.isfinite(loss)):
             raise NonFiniteError(_where_not_finite(gradients, loss))
-        self.state = adam.adamw_step(
-            self.flat,
-            dflat,
-            self.state,
-            learning_rate=learning_rate,
-            beta1=c.beta1,
-            beta2=c.beta2,
-            eps=c.eps,
-            weight_decay=self._decay,
-            form=c.form,
-        )
+        self.move(learning_rate)
         if not np.isfinite(float(self.flat.sum(dtype=np.float64))):
             raise NonFiniteError(_what_overflowed(self.params))
         return {"grad_norm": norm, "lr": learning_rate}
+
+    def move(self, learning_rate: float) -> None:
+        """AdamW along `dflat`, piece by piece, by all workers."""
+        c, (step, *moments) = self.config, self.state
+        rates = {"learning_rate": learning_rate, "beta1": c.beta1, "beta2": c.beta2, "eps": c.eps}
+        f = functools.partial(_adamw, step, {**rates, "form": c.form})
+        over_pieces(f, self.flat, self.dflat, *moments, *self._decay)
+        self.state = self.state._replace(step=step + 1)
 
     def skip(self, n_updates: int) -> None:
         """Let the learning rate go on as if n_updates had been made."""
@@ -96,6 +97,12 @@ class Optimizer:
         self.skipped = int(tree["skipped"])
         moments = share(xp.asarray(tree["mean"])), share(xp.asarray(tree["var"]))
         self.state = adam.AdamWState(int(tree["step"]), *moments)
+
+
+def _adamw(
+    step: int, rates: dict, flat: Array, dflat: Array, mean: Array, var: Array, decay: Array = 0.0
+) -> None:
+    adam.adamw_step(flat, dflat, adam.AdamWState(step, mean, var), weight_decay=decay, **rates)
 
 
 def _where_not_finite(gradients: Tree, loss: float) -> str:

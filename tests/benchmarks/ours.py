@@ -14,7 +14,6 @@ from minirlhf import __version__
 from minirlhf.backend import Array
 from minirlhf.crew import side_by_side
 from minirlhf.memory import keep_freed_memory
-from minirlhf.nn.adam import adamw_step
 from minirlhf.nn.sampling import Generation, generate
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs.metrics import iteration_metrics
@@ -66,7 +65,7 @@ class MiniRLHF(Peer):
         )
         self.rng = np.random.default_rng(w.seed)
         _, self.policy = share_packed(tree_of(w.parameters("policy")))
-        self.gradient: Array | None = None
+        self.has_gradient = False
 
     @classmethod
     def _begin_work(cls, w: Workload) -> None:
@@ -118,14 +117,11 @@ class MiniRLHF(Peer):
         return logp
 
     def adamw(self) -> None:
-        if self.gradient is None:
+        if not self.has_gradient:
             leaves = [g.reshape(-1) for _, g in tree_items(self.loss())]
-            self.gradient = np.concatenate(leaves)
-        c, opt = self.optimizer.config, self.optimizer
-        rates = {"learning_rate": c.learning_rate, "eps": c.eps}
-        opt.state = adamw_step(
-            opt.flat, self.gradient, opt.state, beta1=c.beta1, beta2=c.beta2, **rates
-        )
+            np.concatenate(leaves, out=self.optimizer.dflat)
+            self.has_gradient = True
+        self.optimizer.move(self.optimizer.config.learning_rate)
 
     def update(self) -> None:
         """One step of the optimiser on the fixed batch."""
@@ -188,7 +184,9 @@ class MiniRLHF(Peer):
 
     @functools.cached_property
     def optimizer(self) -> Optimizer:
-        return Optimizer(self.policy, self.settings.optimizer, total_steps=1)
+        made = Optimizer(self.policy, self.settings.optimizer, total_steps=1)
+        self.policy = made.params  # one copy, which it moves, as in PyTorch
+        return made
 
     @functools.cached_property
     def reference(self) -> Tree:

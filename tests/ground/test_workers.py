@@ -23,7 +23,7 @@ from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.train.sft import sft_loss_and_gradients
 from minirlhf.tree import tree_map
-from minirlhf.workers import map_over, share, share_packed, sum_over
+from minirlhf.workers import map_over, over_pieces, share, share_packed, sum_over
 
 MODES = pytest.mark.parametrize("forks", [True, False], ids=["processes", "threads"])
 
@@ -203,6 +203,17 @@ def test_a_sum_of_nothing_is_refused():
         sum_over(_loss_and_gradient, [])
 
 
+@MODES
+def test_a_sum_stays_what_it_is_while_others_are_made(monkeypatch, forks):
+    """Answers are summed up where they came in, which the next ones use again."""
+    monkeypatch.setattr(workers, "CAN_FORK", forks)
+    with side_by_side(3):
+        sums = [sum_over(_loss_and_gradient, [x, 2 * x, 3 * x, 4 * x]) for x in (1.0, 10.0)]
+    for total, expected in zip(sums, (10.0, 100.0), strict=True):
+        assert total["loss"] == expected and (total["gradients"][0] == expected).all()
+        total["gradients"][0] += 1  # it is ours
+
+
 # --- shared memory
 
 
@@ -223,6 +234,23 @@ def test_shared_arrays_are_seen_as_they_are_now():
                 3.0 * i,
                 3.0 * i,
             ]
+
+
+@MODES
+@pytest.mark.parametrize("of", [share, np.copy], ids=["shared", "plain"])
+def test_pieces_are_written_to_whoever_works_on_them(monkeypatch, forks, of):
+    """Of memory that the others do not see, this process works on all."""
+    monkeypatch.setattr(workers, "CAN_FORK", forks)
+    monkeypatch.setattr(workers, "PIECE", 3)
+    with side_by_side(2):
+        a, b = of(np.arange(10.0)), of(np.ones(10))
+        assert over_pieces(_write_the_sum, a, b) == [6.0, 15.0, 24.0, 10.0]
+    assert (b == np.arange(10.0) + 1).all()
+
+
+def _write_the_sum(a, b):
+    b += a
+    return b.sum()
 
 
 def test_shared_memory_is_given_back():

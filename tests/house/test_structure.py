@@ -18,6 +18,7 @@ MATHS = [path for path in FILES if path.parent.name in ("nn", "rlhf")]
 BASE = {"errors", "backend", "tree", "workers"}
 MAY_IMPORT = {
     "errors": set(),
+    "fields": {"errors"},
     "backend": {"errors"},
     "tree": {"errors", "backend"},
     "memory": {"errors"},
@@ -28,13 +29,14 @@ MAY_IMPORT = {
     "gradcheck": {"backend", "tree"},
     "nn": BASE,
     "rlhf": BASE,
-    "train": BASE | {"nn", "rlhf"},
+    "train": BASE | {"fields", "nn", "rlhf"},
     "exact": BASE | {"nn", "rlhf", "train"},
     "worlds": BASE | {"disk"},
-    "runs": BASE | {"crew", "disk", "memory", "ranks", "nn", "rlhf", "train", "worlds", ""},
+    "runs": BASE
+    | {"crew", "disk", "fields", "memory", "ranks", "nn", "rlhf", "train", "worlds", ""},
     "app": BASE
-    | {"crew", "disk", "memory", "gradcheck", "nn", "ranks", "rlhf", "train", "exact", "worlds"}
-    | {"runs", ""},
+    | {"crew", "disk", "fields", "memory", "gradcheck", "nn", "ranks", "rlhf", "train", "exact"}
+    | {"worlds", "runs", ""},
     "__main__": {"app"},
     "": BASE | {"disk", "gradcheck", "nn", "rlhf", "train", "exact", "worlds", "runs", "app"},
 }

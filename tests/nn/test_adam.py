@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tiny import make_params
 from tolerances import LOOPS, assert_close, assert_trees_close
 
+from minirlhf import workers
+from minirlhf.crew import side_by_side
 from minirlhf.errors import InputError
-from minirlhf.nn import adam
 from minirlhf.nn.adam import adamw_step, clip_global_norm, decay_mask, init_adamw, scheduled_lr
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.settings import OptimizerConfig
@@ -187,20 +188,21 @@ def test_clip_keeps_zero_and_takes_infinity():
     assert_close(clip_global_norm(g.copy(), float("inf"))[0], g, 0.0)
 
 
-@pytest.mark.parametrize("decay", [0.0, "mask"])
-def test_piece_by_piece_it_is_the_same_update(decay, monkeypatch):
-    """To the last bit; only the norm's sum has another order."""
-    rng, found = np.random.default_rng(0), []
-    flat, dflat = rng.standard_normal((2, 1000)).astype(np.float32)
-    decay = (flat > 0).astype(np.float32) if decay else 0.0
-    for piece in (1 << 15, 7):
-        monkeypatch.setattr(adam, "PIECE", piece)
-        theta, (clipped, norm) = flat.copy(), clip_global_norm(dflat.copy(), 2.0)
-        state = adamw_step(theta, clipped, init_adamw(theta), learning_rate=0.1, weight_decay=decay)
-        found.append((theta, clipped, state.mean, state.var))
-        assert norm == pytest.approx(np.linalg.norm(dflat), rel=1e-6)
-    for whole, by_piece in zip(*found, strict=True):
-        assert np.array_equal(whole, by_piece)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("max_norm", "whole"), [(0.0, 1 << 15), (2.0, 7)])
+@pytest.mark.parametrize("n_workers", [1, 2, 3])
+def test_piece_by_piece_it_is_the_same_update(n_workers, max_norm, whole, decay, monkeypatch):
+    """To the last bit, by any number of workers; but pieces order the sum of the norm."""
+    params, found = make_params(), []
+    for piece, n in ((whole, 1), (7, n_workers)):
+        monkeypatch.setattr(workers, "PIECE", piece)
+        with side_by_side(n):
+            optimizer = optimizer_of(params, weight_decay=decay, max_grad_norm=max_norm)
+            for step in range(3):
+                norm = optimizer.step(gradients_like(params, seed=step), loss=0.0)["grad_norm"]
+        found.append((optimizer.flat, optimizer.dflat, *optimizer.state[1:]))
+        assert norm == pytest.approx(global_norm(gradients_like(params, seed=2)), rel=1e-6)
+    assert all(map(np.array_equal, *found))
 
 
 # -- the optimiser -------------------------------------------------------------------------------
