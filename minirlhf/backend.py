@@ -4,7 +4,10 @@ Every function of `nn/` and `rlhf/` begins with `xp = get_xp(...)`, so the array
 where the work is done. This is the only file of the package that imports cupy.
 """
 
+import functools
+import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -100,6 +103,18 @@ def _adopt(array: Array) -> ModuleType:
         return cupy
     kind = f"{type(array).__module__}.{type(array).__qualname__}"
     raise TypeError(f"expected a numpy or cupy array; got {kind}: make it one with xp.asarray")
+
+
+def fused(plain: Callable) -> Callable:
+    """Mark a function that kernels.py does in fewer operations on a GPU; NumPy takes its lines."""
+
+    @functools.wraps(plain)
+    def either(first, *rest, **constants):
+        if type(first) is np.ndarray:
+            return plain(first, *rest, **constants)
+        return importlib.import_module("minirlhf.kernels").launch(plain, first, *rest, **constants)
+
+    return either
 
 
 def surely_within(x: Array, limit: float) -> bool:

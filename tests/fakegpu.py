@@ -7,7 +7,9 @@ imports without a driver (without cupy that one check is off).
 Refused, on purpose more strictly than CuPy does: host arrays and NumPy scalars in any operation,
 NumPy's functions on device arrays, implicit copies to the host, lists as arrays or indices,
 submodules (`random`, `linalg`). Counted in `fakegpu.sync_count`, and refused inside
-`with fakegpu.no_sync():`: whatever makes the host wait for the device.
+`with fakegpu.no_sync():`: whatever makes the host wait for the device. Named in
+`fakegpu.operations`: what would be sent to the device. Views and memory that is not filled are no
+operations; the copies that CuPy makes of strided operands are some, but nobody sees them here.
 
 Not seen: ids out of range (CuPy wraps them), repeated positions in `a[ids] = v`, the order of
 atomics, a GPU's rounding.
@@ -30,8 +32,9 @@ try:
 except ImportError:
     cupy = None
 
-ATTRIBUTES = "shape dtype ndim size nbytes itemsize strides T real imag".split()
+ATTRIBUTES = "shape dtype ndim size nbytes itemsize strides flags T real imag".split()
 WAITS = {"item", "tolist", "tobytes", "nonzero", "flatnonzero", "argwhere", "unique"}
+UNFILLED = {"empty", "empty_like"}
 ON_DEVICE = {"allclose", "array_equal", "count_nonzero"}  # NumPy answers a Python number, CuPy 0-d
 KEYWORDS = {"einsum": {"dtype", "optimize"}}  # cupy.einsum's signature says **kwargs
 
@@ -66,6 +69,13 @@ def unwrap_index(index):
     return index if isinstance(index, (slice, type(None), type(...))) else operand(index)
 
 
+def computed(result, arguments):
+    """Is the result new memory, and not a view of an argument's?"""
+    held = [a.held for a in arguments if isinstance(a, FakeArray)]
+    results = result if isinstance(result, (list, tuple)) else [result]
+    return not all(any(np.may_share_memory(r, a) for a in held) for r in results)
+
+
 def check_call(name, twin, args, kwargs):
     """TypeError if the function `twin` of cupy does not take these arguments."""
     try:
@@ -90,6 +100,10 @@ def forward(name, function, twin):
             fakegpu.wait(name)
         enter = operand if isinstance(function, np.ufunc) else unwrap
         result = function(*map(enter, args), **{key: unwrap(x) for key, x in kwargs.items()})
+        owner = getattr(function, "__self__", None)  # of a method
+        mine = [FakeArray(owner)] if isinstance(owner, np.ndarray) else []
+        if name not in UNFILLED and computed(result, [*args, *mine]) or "out" in kwargs:
+            fakegpu.operations.append(name)
         if kwargs.get("out") is not None:
             return kwargs["out"]
         return wrap(np.asarray(result) if name in ON_DEVICE else result)
@@ -131,9 +145,13 @@ class FakeArray:
         parts = index if isinstance(index, tuple) else (index,)
         if any(isinstance(part, FakeArray) and part.dtype == bool for part in parts):
             fakegpu.wait("a boolean index, whose result has an unknown length,")
-        return wrap(self.held[unwrap_index(index)])
+        result = self.held[unwrap_index(index)]
+        if computed(result, [self]):
+            fakegpu.operations.append("getitem")
+        return wrap(result)
 
     def __setitem__(self, index, value):
+        fakegpu.operations.append("setitem")
         self.held[unwrap_index(index)] = operand(value)
 
     def __imatmul__(self, other):
@@ -160,6 +178,7 @@ CONVERSIONS = "bool int float complex str format".split()  # no index: cupy's ar
 def operator_method(name):
     def method(self, *others):
         result = getattr(self.held, name)(*map(operand, others))
+        fakegpu.operations.append(name)
         return self if result is self.held else wrap(result)  # self: it worked in place
 
     return method
@@ -187,6 +206,7 @@ class FakeModule:
 
     def __init__(self):
         self.sync_count = 0
+        self.operations = []  # names, in their order
         self.may_wait = True
 
     def wait(self, what):
@@ -205,6 +225,7 @@ class FakeModule:
 
     def array(self, a, dtype=None):
         """The way from host to device, and a copy on the device."""
+        self.operations.append("array")
         return FakeArray(np.array(a.held if isinstance(a, FakeArray) else a, dtype))
 
     def asarray(self, a, dtype=None):

@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
+from minirlhf.app.cases import Draw
 from minirlhf.backend import to_device, to_host
 from minirlhf.exact.enumeration import prompt_of_leaf, response_logprobs
 from minirlhf.nn.sampling import Sampling, generate
@@ -203,3 +204,34 @@ def tilt(tree, ref_log_probs, rewards, *, kl_coef):
     sums = [np.exp(at - most).sum() for at, most in zip(of_prompts, top, strict=True)]
     log_sum = np.log(sums) + np.log(tree.n_prompts)
     return (logp - top[prompt]) - log_sum[prompt], top + log_sum
+
+
+class HypothesisDraw(Draw):
+    """Hypothesis draws sizes, settings and the seed of the generator that draws the entries."""
+
+    def __init__(self, draw):
+        super().__init__(np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
+        self.draw = draw
+
+    def integer(self, low, high):
+        return self.draw(st.integers(low, high))
+
+    def pick(self, options):
+        return self.draw(st.sampled_from(options))
+
+
+def map_arrays(f, value):
+    """f of every array in nested dicts, lists, tuples and named tuples; the rest as it is."""
+    if isinstance(value, dict):
+        return {key: map_arrays(f, x) for key, x in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_arrays(f, x) for x in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_arrays(f, x) for x in value)
+    return f(value) if hasattr(value, "dtype") else value
+
+
+def arrays_in(value):
+    found = []
+    map_arrays(found.append, value)
+    return found

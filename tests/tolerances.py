@@ -69,6 +69,12 @@ CHI_SQUARE_P, CHI_SQUARE_Z = 1e-4, 3.719
 CUPY_PAIR = {np.float64: 1e-12, np.float32: 1e-5}
 CUPY_UPDATE = {np.float64: 1e-8, np.float32: 1e-3}
 
+# A kernel's text run on a CPU against NumPy's lines, relative to the largest entry: another order
+# of summation, one division less or more, the C library's exp. A whole update divides by the root
+# of small numbers besides.
+KERNEL = {np.float64: 1e-12, np.float32: 1e-5}
+KERNEL_UPDATE = {np.float64: 1e-9, np.float32: 1e-3}
+
 
 def assert_close(actual, expected, tolerance=LOOPS):
     """Same shape, and max |actual - expected| <= tolerance max(1, max |expected|)."""

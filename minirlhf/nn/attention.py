@@ -10,12 +10,13 @@ layer makes them.
 import math
 from typing import NamedTuple
 
-from minirlhf.backend import Array, get_xp, surely_within
+from minirlhf.backend import Array, fused, get_xp, surely_within
 from minirlhf.nn.layers import TakeColumnsCache, take_columns_backward, take_columns_forward
 
 SAFE_SCORE = 60.0  # exp of +-60, and sums of it, neither overflow nor vanish in float32
 
 
+@fused
 def causal_mask(mask: Array) -> Array:
     """allowed[b, 0, i, j]: may position i look at j?  If j <= i and j is no padding, or j = i.
 
@@ -87,6 +88,7 @@ class AttentionCache(NamedTuple):
     taken: TakeColumnsCache | None  # which columns the queries are
 
 
+@fused
 def attention_forward(
     qkv: Array, *, n_head: int, n_kv_head: int = 0, allowed: Array, read: Array | None = None
 ) -> tuple[Array, AttentionCache]:
@@ -120,6 +122,7 @@ def attention_forward(
     return out, AttentionCache(qkv, q, exp_scores, total, out, n_head, taken)
 
 
+@fused
 def attention_backward(dout: Array, cache: AttentionCache) -> Array:
     """dv = A^T do,  dA = do v^T,  dS = A (dA - sum_j A dA),  dq = dS k / sqrt(D),  dk = dS^T q.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, as_float, check_ids, check_positive, get_xp, scatter_add
+from minirlhf.backend import Array, as_float, check_ids, check_positive, fused, get_xp, scatter_add
 
 
 class LinearCache(NamedTuple):
@@ -55,6 +55,7 @@ def linear_backward(dy: Array, cache: LinearCache) -> tuple[Array, ...]:
     return (dx, dw, sum_rows(dy_rows)) if has_bias else (dx, dw)
 
 
+@fused
 def sum_rows(x: Array) -> Array:
     """(..., C) -> (C,), summed over all axes but the last: as a product, where the BLAS adds."""
     rows = x.reshape(-1, x.shape[-1])
@@ -67,6 +68,7 @@ class LayerNormCache(NamedTuple):
     rstd: Array  # (..., 1) 1 / sqrt(var + eps)
 
 
+@fused
 def layernorm_forward(
     x: Array, gain: Array, bias: Array, *, eps: float = 1e-5
 ) -> tuple[Array, LayerNormCache]:
@@ -101,6 +103,7 @@ def layernorm_forward(
     return y, LayerNormCache(xhat, gain, rstd)
 
 
+@fused
 def layernorm_backward(dy: Array, cache: LayerNormCache) -> tuple[Array, Array, Array]:
     """dx = rstd * (dxhat - mean_C(dxhat) - xhat * mean_C(dxhat * xhat)),  dxhat = dy * gain.
 
@@ -126,6 +129,7 @@ class RMSNormCache(NamedTuple):
     rrms: Array  # (..., 1) 1 / sqrt(mean x^2 + eps)
 
 
+@fused
 def rmsnorm_forward(x: Array, gain: Array, *, eps: float = 1e-5) -> tuple[Array, RMSNormCache]:
     """y = gain * xhat,  xhat = x / sqrt(mean(x^2) + eps): a layer norm without mean and bias.
 
@@ -150,6 +154,7 @@ def rmsnorm_forward(x: Array, gain: Array, *, eps: float = 1e-5) -> tuple[Array,
     return xhat * gain, RMSNormCache(xhat, gain, rrms)
 
 
+@fused
 def rmsnorm_backward(dy: Array, cache: RMSNormCache) -> tuple[Array, Array]:
     """dx = rrms * (dxhat - xhat * mean_C(dxhat * xhat)),  dxhat = dy * gain.
 
@@ -172,6 +177,7 @@ class GeluCache(NamedTuple):
     slope: Array  # (...) dy/dx: its sigmoid is at hand in the forward, so it is taken there
 
 
+@fused
 def gelu_forward(x: Array, *, keep: bool = True) -> tuple[Array, GeluCache | None]:
     """y = x s,  s = sigma(v) = (1 + tanh(v/2))/2,  v = 2 sqrt(2/pi) (x + 0.044715 x^3): GPT-2's.
 
@@ -214,6 +220,7 @@ class SwiGLUCache(NamedTuple):
     slope: Array  # (...) dswish/dgate
 
 
+@fused
 def swiglu_forward(
     gate: Array, up: Array, *, keep: bool = True
 ) -> tuple[Array, SwiGLUCache | None]:
@@ -240,6 +247,7 @@ def swiglu_forward(
     return y, SwiGLUCache(up, swish, slope)
 
 
+@fused
 def swiglu_backward(dy: Array, cache: SwiGLUCache) -> tuple[Array, Array]:
     """dgate = dy * up * (s + gate s (1 - s)),  dup = dy * gate s."""
     dgate = dy * cache.up

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, as_float, get_xp
+from minirlhf.backend import Array, as_float, fused, get_xp
 from minirlhf.nn.decoding import decode_step, prefill
 from minirlhf.nn.heads import VOCABULARY_PIECE, logits_forward, output_matrix
 from minirlhf.nn.transformer import GPTConfig, kept_floats
@@ -47,6 +47,7 @@ def next_logits(h: Array, w: Array) -> Array:
     return logits
 
 
+@fused
 def sampling_logprobs(
     logits: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Array:
@@ -88,6 +89,7 @@ def sampling_logprobs(
     return z
 
 
+@fused
 def draw_tokens(probs: Array, u: Array) -> Array:
     """The token whose interval of the cumulative distribution holds u; never one of probability 0.
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from minirlhf.backend import Array, check_ids, get_xp
+from minirlhf.backend import Array, check_ids, fused, get_xp
 from minirlhf.nn import layers
 from minirlhf.nn.attention import (
     AttentionCache,
@@ -220,6 +220,7 @@ class BlockCache(NamedTuple):
     mlp: MLPCache
 
 
+@fused
 def block_forward(
     x: Array,
     p: Tree,

@@ -8,9 +8,18 @@ those of the distribution that was sampled, or the ratio is not 1 at the first s
 from collections.abc import Callable
 from typing import NamedTuple
 
-from minirlhf.backend import Array, as_float, check_ids, check_positive, check_same_shape, get_xp
+from minirlhf.backend import (
+    Array,
+    as_float,
+    check_ids,
+    check_positive,
+    check_same_shape,
+    fused,
+    get_xp,
+)
 
 
+@fused
 def log_softmax(logits: Array, *, temperature: float = 1.0) -> Array:
     """log P_a = z_a/tau - log sum_b exp(z_b/tau), by subtraction of the maximum.
 
@@ -35,6 +44,7 @@ class TokenLogprobsCache(NamedTuple):
     temperature: float
 
 
+@fused
 def token_logprobs_forward(
     logits: Array, *, targets: Array, temperature: float = 1.0, in_place: bool = False
 ) -> tuple[Array, TokenLogprobsCache]:
@@ -65,6 +75,7 @@ def token_logprobs_forward(
     return logp, TokenLogprobsCache(exp_z, total, targets, temperature)
 
 
+@fused
 def token_logprobs_backward(dlogp: Array, cache: TokenLogprobsCache) -> Array:
     """dz_a = dlogp (1[a = y] - P_a) / tau.  (B, T) -> (B, T, V)."""
     exp_z, total, targets, temperature = cache
@@ -108,6 +119,7 @@ class EntropyCache(NamedTuple):
     temperature: float
 
 
+@fused
 def entropy_forward(logits: Array, *, temperature: float = 1.0) -> tuple[Array, EntropyCache]:
     """H_t = -sum_a P_a log P_a of the whole vocabulary.
 
@@ -123,6 +135,7 @@ def entropy_forward(logits: Array, *, temperature: float = 1.0) -> tuple[Array, 
     return entropy, EntropyCache(probs, log_probs, entropy, temperature)
 
 
+@fused
 def entropy_backward(dentropy: Array, cache: EntropyCache) -> Array:
     """dz_a = -dH P_a (log P_a + H) / tau.  (B, T) -> (B, T, V)."""
     probs, log_probs, entropy, temperature = cache

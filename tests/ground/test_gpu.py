@@ -16,6 +16,12 @@ pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
+@pytest.fixture(autouse=True, params=["1", "0"], ids=["kernels", "plain"])
+def with_kernels_and_without(request, monkeypatch):
+    """Everything twice: as kernels.cu, and operation by operation."""
+    monkeypatch.setenv("MINIRLHF_KERNELS", request.param)
+
+
 def there(value):
     return moved(value, lambda array: to_device(array, "cuda"))
 

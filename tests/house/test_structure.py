@@ -19,7 +19,8 @@ BASE = {"errors", "backend", "tree", "workers"}
 MAY_IMPORT = {
     "errors": set(),
     "fields": {"errors"},
-    "backend": {"errors"},
+    "backend": {"errors", "kernels"},  # by name, when a GPU's array comes
+    "kernels": {"backend"},
     "tree": {"errors", "backend"},
     "memory": {"errors"},
     "disk": {"errors", "memory"},

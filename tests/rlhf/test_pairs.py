@@ -7,8 +7,9 @@ import pytest
 from fakegpu import fakegpu, numpy_as_on_a_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import HypothesisDraw, arrays_in, map_arrays
 
-from minirlhf.app.cases import TABLE, Draw
+from minirlhf.app.cases import TABLE
 from minirlhf.app.check import WHOLE_LOSSES
 from minirlhf.backend import to_host
 from minirlhf.gradcheck import check_directions, check_pair
@@ -20,20 +21,6 @@ FEWER = settings(max_examples=settings().max_examples // 10 or 1)  # a model tak
 SOME = settings(max_examples=settings().max_examples // 5 or 1)  # where no number is in question
 
 
-class HypothesisDraw(Draw):
-    """Hypothesis draws sizes, settings and the seed of the generator that draws the entries."""
-
-    def __init__(self, draw):
-        super().__init__(np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
-        self.draw = draw
-
-    def integer(self, low, high):
-        return self.draw(st.integers(low, high))
-
-    def pick(self, options):
-        return self.draw(st.sampled_from(options))
-
-
 @st.composite
 def cases(draw, row):
     """(arrays, constants, seed of dout) of a row."""
@@ -42,23 +29,6 @@ def cases(draw, row):
 
 def each(rows):
     return pytest.mark.parametrize("row", rows, ids=lambda row: row.name.replace(" ", "_"))
-
-
-def map_arrays(f, value):
-    """f of every array in nested dicts, lists, tuples and named tuples; the rest as it is."""
-    if isinstance(value, dict):
-        return {key: map_arrays(f, x) for key, x in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_arrays(f, x) for x in value))
-    if isinstance(value, list | tuple):
-        return type(value)(map_arrays(f, x) for x in value)
-    return f(value) if hasattr(value, "dtype") else value
-
-
-def arrays_in(value):
-    found = []
-    map_arrays(found.append, value)
-    return found
 
 
 def run(row, arrays, constants, dout):

@@ -1,0 +1,321 @@
+// Chains of operations on a GPU as one kernel each: kernels.py launches them. The formulas are
+// those of the functions whose names they have.
+//
+// `real` is float or double, as the compiler is told. Unless it says otherwise, a block of threads
+// works on one row, number blockIdx.x, and a thread takes every blockDim.x-th entry of it. A block
+// has a multiple of 32 threads, which are a warp, and at most 1024. An array that is not there is 0.
+
+#define KERNEL extern "C" __global__ void
+#define EACH(i, n) for (int i = threadIdx.x; i < (n); i += blockDim.x)
+#define ONE_ENTRY(i, n) \
+    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; \
+    if (i >= (n)) return
+#define WRAPPED(i, n) (((i) % (n) + (n)) % (n))  // as CuPy does with ids out of range
+
+template <class T> __device__ T warp_reduce(T x, bool largest) {
+    for (int step = 16; step > 0; step /= 2) {
+        const T other = __shfl_xor_sync(0xffffffffu, x, step);
+        x = largest ? fmax(x, other) : x + other;
+    }
+    return x;
+}
+
+// the largest, or the sum, of one number a thread of the block; every thread gets it
+template <class T> __device__ T block_reduce(T x, bool largest) {
+    __shared__ T of_warp[32];
+    const int lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+    x = warp_reduce(x, largest);
+    __syncthreads();  // somebody may still be reading what was there before
+    if (lane == 0) of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = lane < n_warps ? of_warp[lane] : largest ? of_warp[0] : T(0);
+    return warp_reduce(x, largest);
+}
+
+#define block_sum(x) block_reduce(x, false)
+#define block_max(x) block_reduce(x, true)
+
+// -- norms ----------------------------------------------------------------------------------------
+// y = gain xhat + bias,  xhat = (x - mean) rstd,  rstd = 1 / sqrt(mean((x - mean)^2) + eps)
+// No bias, RMSNorm: mean = 0.  x is the sum of a product, its bias and a residual, kept in `sum`
+// where there is one.
+KERNEL norm_forward(const real* product, const real* product_bias, const real* residual,
+    const real* gain, const real* bias, real* sum, real* y, real* xhat, real* rstd, long long C,
+    double eps) {
+    const long long at = blockIdx.x * C;
+    const real* x = sum ? sum : product;
+    real total = 0, squares = 0;
+    EACH(c, C) {
+        const real added = product_bias ? product_bias[c] : (real)0;
+        if (sum) sum[at + c] = product[at + c] + added + residual[at + c];
+        total += x[at + c];
+    }
+    const real mean = bias ? block_sum(total) / C : (real)0;
+    EACH(c, C) squares += (x[at + c] - mean) * (x[at + c] - mean);
+    const real scale = 1 / sqrt(block_sum(squares) / C + (real)eps);
+    EACH(c, C) {
+        xhat[at + c] = (x[at + c] - mean) * scale;
+        y[at + c] = xhat[at + c] * gain[c] + (bias ? bias[c] : (real)0);
+    }
+    if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
+}
+
+// dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),  dxhat = dy gain
+// not centred: without mean(dxhat)
+KERNEL norm_backward(const real* dy, const real* xhat, const real* gain, const real* rstd, real* dx,
+    long long C, int centred) {
+    dy += blockIdx.x * C, xhat += blockIdx.x * C, dx += blockIdx.x * C;
+    real sum = 0, along = 0;
+    EACH(c, C) {
+        sum += dy[c] * gain[c];
+        along += dy[c] * gain[c] * xhat[c];
+    }
+    const real mean_dxhat = centred ? block_sum(sum) / C : (real)0;
+    const real mean_along = block_sum(along) / C;
+    EACH(c, C)
+        dx[c] = rstd[blockIdx.x] * (dy[c] * gain[c] - mean_dxhat - xhat[c] * mean_along);
+}
+
+// y += bias + residual, in place
+KERNEL add_bias(const real* bias, const real* residual, real* y, long long n, long long C) {
+    ONE_ENTRY(i, n);
+    y[i] += bias ? bias[i % C] + residual[i] : residual[i];
+}
+
+// sum_a[c] = sum_r a[r, c],  sum_ab[c] = sum_r a[r, c] b[r, c] where there is a b
+// A block sums 8 columns, which lie in one sector of memory; its size is a power of two.
+KERNEL column_sums(const real* a, const real* b, real* sum_a, real* sum_ab, long long C,
+    long long n_rows) {
+    __shared__ real of_a[1024], of_ab[1024];
+    const int at = threadIdx.x, n_lanes = blockDim.x / 8;
+    const long long c = 8LL * blockIdx.x + at % 8;
+    real a_sum = 0, ab_sum = 0;
+    for (long long r = at / 8; c < C && r < n_rows; r += n_lanes) {
+        a_sum += a[r * C + c];
+        if (b) ab_sum += a[r * C + c] * b[r * C + c];
+    }
+    of_a[at] = a_sum, of_ab[at] = ab_sum;
+    for (int half = n_lanes / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (at / 8 < half) {
+            of_a[at] += of_a[at + 8 * half];
+            of_ab[at] += of_ab[at + 8 * half];
+        }
+    }
+    if (at >= 8 || c >= C) return;
+    sum_a[c] = of_a[at];
+    if (b) sum_ab[c] = of_ab[at];
+}
+
+// -- activations: one thread an entry -------------------------------------------------------------
+// y = x s,  s = 1 / (1 + exp(-v)),  v = k (x + 0.044715 x^3),  k = 2 sqrt(2 / pi),  x = u + bias
+// slope = dy/dx = s + x s (1 - s) v',  v' = k (1 + 3 * 0.044715 x^2)
+KERNEL gelu_forward(const real* u, const real* bias, real* y, real* slope, long long n,
+    int F) {
+    ONE_ENTRY(i, n);
+    const real x = bias ? u[i] + bias[i % F] : u[i];
+    const real k = 1.5957691216057308, cubic = 0.044715, square = x * x;
+    const real s = 1 / (1 + exp(-k * (1 + cubic * square) * x));
+    y[i] = x * s;
+    if (slope) slope[i] = s + k * (1 + 3 * cubic * square) * (1 - s) * y[i];
+}
+
+// y = swish up,  swish = gate s,  s = 1 / (1 + exp(-gate)),  slope = s + gate s (1 - s)
+KERNEL swiglu_forward(const real* gate, const real* up, real* y, real* swish, real* slope,
+    long long n) {
+    ONE_ENTRY(i, n);
+    const real s = 1 / (1 + exp(-gate[i])), swished = gate[i] * s;
+    y[i] = swished * up[i];
+    if (!slope) return;
+    swish[i] = swished;
+    slope[i] = s + swished * (1 - s);
+}
+
+// dgate = dy up slope,  dup = dy swish
+KERNEL swiglu_backward(const real* dy, const real* up, const real* swish, const real* slope,
+    real* dgate, real* dup, long long n) {
+    ONE_ENTRY(i, n);
+    dgate[i] = dy[i] * up[i] * slope[i];
+    dup[i] = dy[i] * swish[i];
+}
+
+// -- attention ------------------------------------------------------------------------------------
+// allowed[b, i, j] = 1 if j <= i and j is no padding, or j = i; else 0.  A row is (b, i).
+KERNEL causal_mask(const real* mask, real* allowed, long long T) {
+    const long long b = blockIdx.x / T, i = blockIdx.x % T;
+    EACH(j, T) allowed[blockIdx.x * T + j] = (j <= i && mask[b * T + j] > 0) || j == i;
+}
+
+// Of qkv = product + bias (B, T, W), W = (H + 2K) D, side by side, each head by itself:
+// q_heads (B, H, Q, D) scaled, of the given columns or of all; k_heads and v_heads (B, K, T, D).
+// q (B, Q, H D) is q_heads side by side.  A row is (b, t).
+KERNEL split_heads(const real* product, const real* bias, const long long* columns, real* qkv,
+    real* q, real* q_heads, real* k_heads, real* v_heads, int W, int T, int Q, int D, int K,
+    double scale) {
+    const long long b = blockIdx.x / T, t = blockIdx.x % T, H = W / D - 2 * K;
+    const long long s = t < Q && columns ? WRAPPED(columns[b * Q + t], T) : t;
+    EACH(w, W) {
+        const int head = w / D, d = w % D, k = (head - (int)H) % K;
+        const long long at = (long long)blockIdx.x * W + w;
+        const real added = bias ? bias[w] : (real)0, x = product[at] + added;
+        if (bias) qkv[at] = x;
+        if (head >= H) (head < H + K ? k_heads : v_heads)[((b * K + k) * T + t) * D + d] = x;
+        if (head >= H || t >= Q) continue;
+        const real scaled = (product[(b * T + s) * W + w] + added) * (real)scale;
+        q[(b * Q + t) * H * D + w] = scaled;
+        q_heads[((b * H + head) * Q + t) * D + d] = scaled;
+    }
+}
+
+// E_j = exp(score_j - max) over the allowed j, 0 at the others, in place;  total = sum_j E_j
+// A row is (b, k, g, i): the i-th query, of a column t that is given or i, of a head of group k.
+KERNEL masked_exp(const real* allowed, const long long* columns, real* score, real* total,
+    int T, int Q, int of_batch) {
+    const long long b = blockIdx.x / of_batch, i = blockIdx.x % Q;
+    const long long t = columns ? WRAPPED(columns[b * Q + i], T) : i;
+    score += (long long)blockIdx.x * T, allowed += (b * T + t) * T;
+    real highest = log((real)0), sum = 0;  // -inf
+    EACH(j, T) if (allowed[j] > 0) highest = fmax(highest, score[j]);
+    highest = block_max(highest);
+    EACH(j, T) {
+        score[j] = allowed[j] > 0 ? exp(score[j] - highest) : (real)0;
+        sum += score[j];
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) total[blockIdx.x] = sum;
+}
+
+// side[b, i, h, d] = heads[b, h, i, d] / total[b, h, i],  or, to_heads, the same the other way
+// A row is (b, i) of side.
+KERNEL over_total(const real* from, const real* total, real* to, int width, int Q, int D,
+    int to_heads) {
+    const long long b = blockIdx.x / Q, i = blockIdx.x % Q, H = width / D;
+    EACH(w, width) {
+        const long long row = (b * H + w / D) * Q + i, in_heads = row * D + w % D;
+        const long long in_side = (long long)blockIdx.x * width + w;
+        to[to_heads ? in_heads : in_side] = from[to_heads ? in_side : in_heads] / total[row];
+    }
+}
+
+// dscore_j = E_j (dA_j - sum_k E_k dA_k / total), in place; dA has been divided by total
+KERNEL softmax_backward(const real* exp_scores, const real* total, real* dscore, long long T) {
+    exp_scores += blockIdx.x * T, dscore += blockIdx.x * T;
+    real sum = 0;
+    EACH(j, T) sum += exp_scores[j] * dscore[j];
+    sum = block_sum(sum) / total[blockIdx.x];
+    EACH(j, T) dscore[j] = (dscore[j] - sum) * exp_scores[j];
+}
+
+// `split_heads` undone: dqkv (B, T, W); dq is 0 at columns that were not taken.  A row is (b, t).
+KERNEL join_heads(const real* dq, const real* dk, const real* dv, const long long* columns,
+    real* dqkv, int W, int T, int Q, int D, int K, double scale) {
+    const long long b = blockIdx.x / T, t = blockIdx.x % T, H = W / D - 2 * K;
+    real place = columns ? -1 : t;  // of t among the columns
+    if (columns) EACH(i, Q) if (WRAPPED(columns[b * Q + i], T) == t) place = i;
+    const long long i = block_max(place);
+    EACH(w, W) {
+        const int head = w / D, d = w % D, k = (head - (int)H) % K;
+        real x = 0;
+        if (head >= H) x = (head < H + K ? dk : dv)[((b * K + k) * T + t) * D + d];
+        else if (i >= 0) x = dq[((b * H + head) * Q + i) * D + d] * (real)scale;
+        dqkv[(long long)blockIdx.x * W + w] = x;
+    }
+}
+
+// -- log-probs: a row is the logits of one token --------------------------------------------------
+// exp_z_a = exp((z_a - max) / tau),  total = sum_a exp_z_a,  logp = (z_y - max) / tau - log total
+// exp_z may be the memory of the logits.
+KERNEL token_logprobs_forward(const real* logits, const long long* targets, real* exp_z,
+    real* total, real* logp, long long V, double temperature) {
+    const long long at = blockIdx.x * V, y = WRAPPED(targets[blockIdx.x], V);
+    const real per_tau = 1 / (real)temperature;
+    real highest = logits[at], sum = 0;
+    EACH(a, V) highest = fmax(highest, logits[at + a]);
+    highest = block_max(highest);
+    const real z_y = (logits[at + y] - highest) * per_tau;
+    __syncthreads();  // read before it is overwritten
+    EACH(a, V) {
+        const real e = exp((logits[at + a] - highest) * per_tau);
+        exp_z[at + a] = e;
+        sum += e;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) total[blockIdx.x] = sum, logp[blockIdx.x] = z_y - log(sum);
+}
+
+// dz_a = dlogp (1[a = y] - exp_z_a / total) / tau
+KERNEL token_logprobs_backward(const real* dlogp, const real* exp_z, const real* total,
+    const long long* targets, real* dz, long long V, double temperature) {
+    const long long at = blockIdx.x * V, y = WRAPPED(targets[blockIdx.x], V);
+    const real d = dlogp[blockIdx.x] / (real)temperature, d_over_total = d / total[blockIdx.x];
+    EACH(a, V) dz[at + a] = (a == y ? d : (real)0) - exp_z[at + a] * d_over_total;
+}
+
+// log_probs_a = z_a - log sum_b exp z_b,  z = (logits - max) / tau
+__device__ real log_total(const real* logits, long long V, real per_tau, real* highest) {
+    real sum = 0;
+    *highest = logits[0];
+    EACH(a, V) *highest = fmax(*highest, logits[a]);
+    *highest = block_max(*highest);
+    EACH(a, V) sum += exp((logits[a] - *highest) * per_tau);
+    return log(block_sum(sum));
+}
+
+KERNEL log_softmax(const real* logits, real* log_probs, long long V, double temperature) {
+    const real per_tau = 1 / (real)temperature;
+    logits += blockIdx.x * V, log_probs += blockIdx.x * V;
+    real highest;
+    const real log_sum = log_total(logits, V, per_tau, &highest);
+    EACH(a, V) log_probs[a] = (logits[a] - highest) * per_tau - log_sum;
+}
+
+// H = -sum_a P_a log P_a;  where P_a = 0, log P_a is written as 0
+KERNEL entropy_forward(const real* logits, real* probs, real* log_probs, real* entropy, long long V,
+    double temperature) {
+    const real per_tau = 1 / (real)temperature;
+    const long long at = blockIdx.x * V;
+    real highest, sum = 0;
+    const real log_sum = log_total(logits + at, V, per_tau, &highest);
+    EACH(a, V) {
+        const real log_p = (logits[at + a] - highest) * per_tau - log_sum, p = exp(log_p);
+        probs[at + a] = p;
+        log_probs[at + a] = p > 0 ? log_p : (real)0;
+        sum -= p * log_probs[at + a];
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) entropy[blockIdx.x] = sum;
+}
+
+// dz_a = -dH P_a (log P_a + H) / tau
+KERNEL entropy_backward(const real* dentropy, const real* probs, const real* log_probs,
+    const real* entropy, real* dz, long long V, double temperature) {
+    const real d = -dentropy[blockIdx.x] / (real)temperature, H = entropy[blockIdx.x];
+    const long long at = blockIdx.x * V;
+    EACH(a, V) dz[at + a] = (log_probs[at + a] + H) * probs[at + a] * d;
+}
+
+// the first token with p > 0 and cdf > u total, else the last with p > 0;  cdf_a = p_0 + .. + p_a
+// Thread t holds the t-th run of tokens. At most 1024 threads; sums in double, or ids would move.
+KERNEL draw_tokens(const real* probs, const double* u, long long* ids, long long V) {
+    __shared__ double of_run[1024];
+    __shared__ int first, last;
+    const int length = (V + blockDim.x - 1) / blockDim.x, start = threadIdx.x * length;
+    const int end = start + length < V ? start + length : V;
+    probs += blockIdx.x * V;
+    double sum = 0, before = 0, total = 0;
+    for (int a = start; a < end; a++) sum += probs[a];
+    of_run[threadIdx.x] = sum;
+    if (threadIdx.x == 0) first = V, last = 0;
+    __syncthreads();
+    for (int run = 0; run < blockDim.x; run++) {
+        if (run < threadIdx.x) before += of_run[run];
+        total += of_run[run];
+    }
+    for (int a = start; a < end; a++) {
+        before += probs[a];
+        if (probs[a] > 0) atomicMax(&last, a);
+        if (probs[a] > 0 && before > u[blockIdx.x] * total) atomicMin(&first, a);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) ids[blockIdx.x] = first < V ? first : last;
+}

@@ -1,0 +1,28 @@
+"""What a GPU is sent stays as little as it is; the same numbers that count_launches.py prints."""
+
+import pytest
+from count_launches import STEPS, counts, main
+from cpu_kernels import HAS_COMPILER
+
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="no g++ to run the kernels on a CPU")
+MOST = {  # operations and waits
+    "update, operation by operation": (614, 5),
+    "update, fused kernels": (276, 5),
+    f"{STEPS} tokens, operation by operation": (2060, 2),
+    f"{STEPS} tokens, fused kernels": (1052, 2),
+}
+
+
+def test_an_update_and_a_token_send_no_more_than_they_did():
+    found = counts()
+    assert found.keys() == MOST.keys()
+    for what, (operations, waits) in MOST.items():
+        assert found[what].operations <= operations, what
+        assert found[what].waits <= waits, what
+
+
+def test_the_command_prints_what_was_counted(capsys):
+    main()
+    printed = capsys.readouterr().out
+    for what, count in counts().items():
+        assert f"{what}: {count.operations} operations, {count.waits} waits" in printed
