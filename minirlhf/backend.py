@@ -109,10 +109,10 @@ def fused(plain: Callable) -> Callable:
     """Mark a function that kernels.py does in fewer operations on a GPU; NumPy takes its lines."""
 
     @functools.wraps(plain)
-    def either(first, *rest, **constants):
-        if type(first) is np.ndarray:
-            return plain(first, *rest, **constants)
-        return importlib.import_module("minirlhf.kernels").launch(plain, first, *rest, **constants)
+    def either(*args, **named):
+        if np.ndarray in map(type, (*args, *named.values())):
+            return plain(*args, **named)
+        return importlib.import_module("minirlhf.kernels").launch(plain, *args, **named)
 
     return either
 

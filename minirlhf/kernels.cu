@@ -294,16 +294,93 @@ KERNEL entropy_backward(const real* dentropy, const real* probs, const real* log
     EACH(a, V) dz[at + a] = (log_probs[at + a] + H) * probs[at + a] * d;
 }
 
-// the first token with p > 0 and cdf > u total, else the last with p > 0;  cdf_a = p_0 + .. + p_a
+// -- one more token -------------------------------------------------------------------------------
+// x = wte[token] + wpe[position]: the token stands at `column`, and is real if its mask says so.
+// position = max(0, real tokens so far - 1).  A row is a sequence.
+KERNEL embed_token(const real* wte, const real* wpe, const long long* tokens, const real* mask,
+    real* x, long long* position, real* seen, int C, int V, int n_ctx, int S, int column) {
+    const long long b = blockIdx.x, token = WRAPPED(tokens[b], V);
+    seen += b * S;
+    real n_real = 0;
+    EACH(s, column) n_real += seen[s] > 0;
+    const int all = block_sum(n_real) + (mask[b] > 0), at = all > 0 ? all - 1 : 0;
+    if (threadIdx.x == 0) seen[column] = mask[b], position[b] = at;
+    EACH(c, C) {
+        const real x_position = wpe ? wpe[WRAPPED(at, n_ctx) * C + c] : (real)0;
+        x[b * C + c] = wte[token * C + c] + x_position;
+    }
+}
+
+// (x_d, x_(d + D/2)) turned by the d-th angle, or x where there are none;  x = product + bias
+__device__ real turned(const real* product, const real* bias, const real* cos, const real* sin,
+    int d, int D) {
+    const real x = bias ? product[d] + bias[d] : product[d];
+    if (!cos) return x;
+    const int half = D / 2, i = d % half, other = d < half ? d + half : i;
+    const real y = bias ? product[other] + bias[other] : product[other];
+    return d < half ? x * cos[i] - y * sin[i] : x * cos[i] + y * sin[i];
+}
+
+// out = sum_j A_j v_j,  A = softmax_j(q k_j scale) over the tokens j seen and the one at `column`,
+// whose k and v are kept. A row is (b, head); a warp takes a j, then a lane a d. D <= 256.
+KERNEL attend(const real* product, const real* bias, const real* cos, const real* sin,
+    const real* seen, real* keys, real* values, real* score, real* out, int S, int column, int H,
+    int K, int D, double scale) {
+    __shared__ real q[256], k[256], v[256], sums[256];
+    const int head = blockIdx.x % H, group = head / (H / K), warp = threadIdx.x / 32;
+    const int n_warps = blockDim.x / 32, lane = threadIdx.x % 32, of_k = (H + group) * D;
+    const long long b = blockIdx.x / H, at = (b * K + group) * S * D;
+    product += b * (H + 2 * K) * D, seen += b * S, keys += at, values += at;
+    if (cos) cos += b * (D / 2), sin += b * (D / 2);
+    score += (long long)blockIdx.x * S, out += (long long)blockIdx.x * D;
+    EACH(d, D) {
+        const int of_v = of_k + K * D + d;
+        q[d] = turned(product + head * D, bias ? bias + head * D : 0, cos, sin, d, D) * (real)scale;
+        k[d] = turned(product + of_k, bias ? bias + of_k : 0, cos, sin, d, D);
+        v[d] = bias ? product[of_v] + bias[of_v] : product[of_v];
+        if (head % (H / K) == 0) keys[column * D + d] = k[d], values[column * D + d] = v[d];
+    }
+    __syncthreads();
+    real highest = log((real)0), total = 0;  // -inf
+    for (int j = warp; j <= column; j += n_warps) {
+        real sum = 0;
+        for (int d = lane; d < D; d += 32) sum += q[d] * (j < column ? keys[j * D + d] : k[d]);
+        sum = warp_reduce(sum, false);
+        if (j < column && !(seen[j] > 0)) sum = log((real)0);
+        if (lane == 0) score[j] = sum;
+        highest = fmax(highest, sum);
+    }
+    highest = block_max(highest);  // a barrier: all scores are there
+    EACH(j, column + 1) total += score[j] = exp(score[j] - highest);
+    total = block_sum(total);
+    for (int first = 0; first < D; first += 32) {
+        const int d = first + lane;
+        real sum = 0;
+        for (int j = warp; d < D && j <= column; j += n_warps)
+            sum += score[j] * (j < column ? values[j * D + d] : v[d]);
+        __syncthreads();
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        for (int w = 1; warp == 0 && w < n_warps; w++) sum += sums[32 * w + lane];
+        if (warp == 0 && d < D) out[d] = sum / total;
+    }
+}
+
+// id = the first token with p > 0 and cdf > u total, else the last with p > 0;
+// cdf_a = p_0 + .. + p_a,  p = exp(log_probs).  Where the response has ended, id = pad.
+// Written to the row that is given, with the h it was drawn from. A row is the b-th of those.
 // Thread t holds the t-th run of tokens. At most 1024 threads; sums in double, or ids would move.
-KERNEL draw_tokens(const real* probs, const double* u, long long* ids, long long V) {
+KERNEL draw_into(const real* log_probs, const real* h, const double* u, const long long* rows,
+    const real* alive, long long* tokens, real* mask, real* hidden, long long* ids,
+    real* new_alive, int V, int C, int R, int T, int step, int stop, int pad) {
     __shared__ double of_run[1024];
     __shared__ int first, last;
+    const long long b = blockIdx.x, row = rows[b], column = row * T + T - R + step;
     const int length = (V + blockDim.x - 1) / blockDim.x, start = threadIdx.x * length;
     const int end = start + length < V ? start + length : V;
-    probs += blockIdx.x * V;
+    log_probs += b * V;
     double sum = 0, before = 0, total = 0;
-    for (int a = start; a < end; a++) sum += probs[a];
+    for (int a = start; a < end; a++) sum += exp(log_probs[a]);
     of_run[threadIdx.x] = sum;
     if (threadIdx.x == 0) first = V, last = 0;
     __syncthreads();
@@ -312,10 +389,95 @@ KERNEL draw_tokens(const real* probs, const double* u, long long* ids, long long
         total += of_run[run];
     }
     for (int a = start; a < end; a++) {
-        before += probs[a];
-        if (probs[a] > 0) atomicMax(&last, a);
-        if (probs[a] > 0 && before > u[blockIdx.x] * total) atomicMin(&first, a);
+        const real p = exp(log_probs[a]);
+        before += p;
+        if (p > 0) atomicMax(&last, a);
+        if (p > 0 && before > u[row * R + step] * total) atomicMin(&first, a);
     }
+    EACH(c, C) hidden[(row * R + step) * C + c] = h[b * C + c];
     __syncthreads();
-    if (threadIdx.x == 0) ids[blockIdx.x] = first < V ? first : last;
+    if (threadIdx.x) return;
+    ids[b] = tokens[column] = !(alive[b] > 0) ? pad : first < V ? first : last;
+    mask[column] = alive[b], new_alive[b] = ids[b] == stop ? 0 : alive[b];
+}
+
+// -- the losses: one block takes all tokens -------------------------------------------------------
+// loss = -sum_t w_t obj_t,  obj = min(ratio A, clip(ratio, low, high) A),  ratio = exp(logp - old),
+// its exponent cut at limit; or another clip (1: of a book, 2: none); dual > 0: at least dual A
+// slope = ratio A, 0 where obj does not follow ratio
+KERNEL ppo_clip_forward(const real* logp, const real* old_logp, const real* advantages,
+    const real* weights, real* slope, bool* clipped, real* loss, long long n, int clip, double low,
+    double high, double dual, double limit) {
+    const real least = low, most = high, edge = limit, dual_clip = dual;
+    real sum = 0;
+    EACH(t, n) {
+        const real A = advantages[t], l = logp[t] - old_logp[t];
+        const bool too_long = l > edge || l < -edge;
+        const real ratio = exp(l > edge ? edge : l < -edge ? -edge : l);
+        const bool above = (clip == 1 || clip == 0 && A >= 0) && ratio > most;
+        const bool below = clip == 0 && A < 0 && ratio < least;
+        real obj = (above ? most : below ? least : ratio) * A;
+        const bool floored = dual > 0 && A < 0 && obj < dual_clip * A;
+        if (floored) obj = dual_clip * A;
+        clipped[t] = too_long || above || below || floored;
+        slope[t] = weights[t] > 0 && !clipped[t] ? ratio * A : (real)0;
+        if (weights[t] > 0) sum += weights[t] * obj;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *loss = -sum;
+}
+
+// loss = 1/2 sum_t w_t max((V - R)^2, (V_c - R)^2),  V_c = V_old + clip(V - V_old, -bound, bound)
+// slope = V - R, 0 where V_c wins.  bound < 0: there is no V_c.
+KERNEL value_loss_forward(const real* values, const real* old_values, const real* returns,
+    const real* weights, real* slope, real* loss, long long n, double bound) {
+    const real most = bound;
+    real sum = 0;
+    EACH(t, n) {
+        real error = values[t] - returns[t];
+        const real moved = values[t] - old_values[t], sign = moved > most ? 1 : -1;
+        const real edge = old_values[t] - returns[t] + sign * most;
+        const bool clipped = most >= 0 && (moved > most || moved < -most) && edge * edge > error * error;
+        slope[t] = weights[t] > 0 && !clipped ? error : (real)0;
+        if (clipped) error = edge;
+        if (weights[t] > 0) sum += weights[t] * (error * error);
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *loss = sum / 2;
+}
+
+// -- the optimiser --------------------------------------------------------------------------------
+// of_block[k] = sum of the squares of what block k takes; there are 256 blocks of 256 threads
+KERNEL squares(const real* g, double* of_block, long long n) {
+    double sum = 0;
+    for (long long i = blockIdx.x * 256LL + threadIdx.x; i < n; i += gridDim.x * 256LL)
+        sum += (double)(g[i] * g[i]);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) of_block[blockIdx.x] = sum;
+}
+
+// norm = |g| from its 256 sums;  g = g min(1, max_norm / (norm + 1e-6)), in place
+KERNEL clip_norm(const double* of_block, real* g, double* norm, long long n, double max_norm) {
+    const double length = sqrt(block_sum(of_block[threadIdx.x]));
+    const double scale = max_norm / (length + 1e-6);
+    if (blockIdx.x == 0 && threadIdx.x == 0) *norm = length;
+    const real factor = scale > 1 ? 1 : scale;  // nan stays nan
+    for (long long i = blockIdx.x * 256LL + threadIdx.x; i < n; i += gridDim.x * 256LL)
+        g[i] *= factor;
+}
+
+// One thread a parameter, and nothing at all if one of the numbers is nan or inf:
+// m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
+// theta = (1 - lr decay) theta - step_size m / (sqrt(v) root_scale + eps)
+KERNEL move_if_finite(const double* numbers, const real* g, const real* decay, real* theta, real* m,
+    real* v, long long n, int n_numbers, double lr, double beta1, double beta2, double eps,
+    double step_size, double root_scale) {
+    for (int k = 0; k < n_numbers; k++)
+        if (!isfinite(numbers[k])) return;
+    ONE_ENTRY(i, n);
+    m[i] = (real)beta1 * m[i] + (real)(1 - beta1) * g[i];
+    v[i] = (real)beta2 * v[i] + (real)(1 - beta2) * (g[i] * g[i]);
+    const real root = sqrt(v[i]) * (real)root_scale + (real)eps;
+    const real kept = decay ? 1 - (real)lr * decay[i] : (real)1;
+    theta[i] = kept * theta[i] - (real)step_size * (m[i] / root);
 }

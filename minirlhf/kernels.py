@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.backend import get_xp
+from minirlhf.tree import tree_leaves
 
 SIGNATURE = re.compile(r"^KERNEL (\w+)\(([^)]*)\)", re.MULTILINE)  # in kernels.cu
 
 
 def launch(plain, first, *rest, **constants):
     """plain(first, ..) by the launch of its name; by its own lines where that does not take it."""
-    if os.environ.get("MINIRLHF_KERNELS") == "0" or not compiled(get_xp(first), first.dtype):
+    array = tree_leaves(first)[0]  # of parameters, or an array itself
+    if os.environ.get("MINIRLHF_KERNELS") == "0" or not compiled(get_xp(array), array.dtype):
         return plain(first, *rest, **constants)
     try:
         its = sys.modules[plain.__module__]
@@ -45,7 +47,7 @@ def compiled(xp, dtype):
         warnings.warn(f"minirlhf: plain operations replace kernels.cu: {error}", stacklevel=2)
         return {}
     types = {"real*": dtype, "double*": np.float64, "long long*": np.int64}
-    types |= {"double": np.float64, "long long": np.int64, "int": np.int32}
+    types |= {"bool*": np.bool_, "double": np.float64, "long long": np.int64, "int": np.int32}
     kernels = {}
     for name, arguments in SIGNATURE.findall(source):
         words = (argument.replace("const ", "").split() for argument in arguments.split(","))
@@ -64,7 +66,8 @@ def run(name, like, given, outputs, *numbers, grid="row"):
     Args:     like: its last axis, or its size, is the size; its dtype is `real`.
               given, outputs: an array, None where the kernel takes it that there is none, or of
                   the outputs the shape of a new one.
-              grid: a block for a "row" of `like` or 8 "column"s, or a thread for an "entry".
+              grid: a block for a "row" of `like` or 8 "column"s, a thread for an "entry", 256
+                  blocks for all "together", or "one" of them.
     Returns:  the outputs.
     """
     need(like.size, like.ndim)
@@ -80,6 +83,8 @@ def run(name, like, given, outputs, *numbers, grid="row"):
         "row": (n // C, min(256, -(-C // 32) * 32), C),
         "column": (-(-C // 8), 512, C),
         "entry": (-(-n // 256), 256, n),
+        "together": (256, 256, n),
+        "one": (1, 256, n),
     }[grid]
     numbers = [of(x) for of, x in zip(types[len(arrays) :], (size, *numbers), strict=True)]
     kernel((blocks,), (threads,), (*arrays, *numbers))
@@ -204,6 +209,21 @@ def linear(its, x, w, b=None):
     return y, b, its.layers.LinearCache(x, w, b is not None)
 
 
+def mlp_forward(its, x, p, *, keep):
+    """y, the bias that is still to be added, cache."""
+    u, b, up = linear(its, x, **p["up"])
+    gate = None
+    if "gate" in p:
+        need(b is None)
+        g, b, gate = linear(its, x, **p["gate"])
+        need(b is None)
+        h, activation = its.layers.swiglu_forward(g, u, keep=keep)
+    else:
+        h, activation = gelu_forward(its.layers, u, keep=keep, bias=b)
+    y, b, down = linear(its, h, **p["down"])
+    return y, b, its.MLPCache(up, gate, activation, down)
+
+
 def block_forward(its, x, p, *, config, allowed, rotation=None, read=None, keep=True):
     """Biases and residuals are added by the kernels that read them."""
     attn, eps = p["attn"], config.ln_eps
@@ -221,23 +241,60 @@ def block_forward(its, x, p, *, config, allowed, rotation=None, read=None, keep=
     x, taken = (x, None) if read is None else its.layers.take_columns_forward(x, columns=read)
     a, n, ln2 = norm(its.layers, a, b, x, p["ln2"]["gain"], p["ln2"].get("bias"), eps)
 
-    u, b, up = linear(its, n, **p["mlp"]["up"])
-    gate = None
-    if "gate" in p["mlp"]:
-        need(b is None)
-        g, b, gate = linear(its, n, **p["mlp"]["gate"])
-        need(b is None)
-        h, activation = its.layers.swiglu_forward(g, u, keep=keep)
-    else:
-        h, activation = gelu_forward(its.layers, u, keep=keep, bias=b)
-    y, b, down = linear(its, h, **p["mlp"]["down"])
+    y, b, mlp = mlp_forward(its, n, p["mlp"], keep=keep)
     run("add_bias", y, (b, a), [y], y.shape[-1], grid="entry")
-    mlp = its.MLPCache(up, gate, activation, down)
     cache = its.BlockCache(ln1, qkv_cache, rotary, attention, taken, out, ln2, mlp)
     return y, cache if keep else None
 
 
-# -- log-probs and sampling ------------------------------------------------------------------------
+# -- one more token --------------------------------------------------------------------------------
+def decode_step(its, params, kv, *, tokens, mask, column, config):
+    """Eight operations a layer: four products, and what stands between them."""
+    (H, K), blocks, S = config.heads.values(), params["blocks"], kv.mask.shape[1]
+    xp, wte, wpe, D = (
+        get_xp(mask),
+        params["wte"],
+        params.get("wpe"),
+        config.d_model // config.n_head,
+    )
+    need(D <= 256, 0 <= column < S, kv.mask.dtype == wte.dtype)
+    x = xp.empty((len(tokens), wte.shape[1]), dtype=wte.dtype)
+    outputs = x, xp.empty((len(tokens), 1), dtype=np.int64), kv.mask
+    sizes = len(wte), 0 if wpe is None else len(wpe), S, column
+    _, position, _ = run("embed_token", x, (wte, wpe, tokens, mask), outputs, *sizes)
+    angles = its.transformer.rotation_of(params, position, config) or {"cos": None, "sin": None}
+    norms = [p[name] for p in blocks for name in ("ln1", "ln2")] + [params["ln_f"]]
+
+    def next_norm(x, bias, residual):
+        p = norms.pop(0)
+        return norm(its.layers, x, bias, residual, p["gain"], p.get("bias"), config.ln_eps)[:2]
+
+    _, n = next_norm(x, None, None)
+    for p, keys, values in zip(blocks, kv.keys, kv.values, strict=True):
+        need(keys.shape == values.shape == (len(x), K, S, D))
+        qkv, b, _ = linear(its.transformer, n, **p["attn"]["qkv"])
+        score, given = (
+            xp.empty((len(x), H, S), dtype=x.dtype),
+            (qkv, b, angles["cos"], angles["sin"]),
+        )
+        outputs, sizes = (keys, values, score, x.shape), (column, H, K, D, 1.0 / math.sqrt(D))
+        *_, a = run("attend", score, (*given, kv.mask), outputs, *sizes)
+        a, b, _ = linear(its.transformer, a, **p["attn"]["out"])
+        a, n = next_norm(a, b, x)
+        y, b, _ = mlp_forward(its.transformer, n, p["mlp"], keep=False)
+        x, n = next_norm(y, b, a)
+    return n
+
+
+def draw_into(its, log_probs, out, *, h, u, step, who, ends):
+    xp, b, (_, R, C) = get_xp(log_probs), len(log_probs), out.hidden.shape
+    need(h.shape == (b, C), u.shape[1] == R, out.tokens.shape == out.mask.shape)
+    sizes = C, R, out.tokens.shape[1], step, *ends
+    outputs = *out, xp.empty(b, dtype=np.int64), (b,)
+    return tuple(run("draw_into", log_probs, (log_probs, h, u, *who), outputs, *sizes)[3:])
+
+
+# -- log-probs -------------------------------------------------------------------------------------
 def positive(temperature):
     """A float, as `check_positive` has it."""
     need(2.0**-126 <= temperature <= 2.0**126)
@@ -279,6 +336,46 @@ def entropy_backward(its, dentropy, cache):
     return run("entropy_backward", cache.probs, given, [cache.probs.shape], tau)[0]
 
 
-def draw_tokens(its, probs, u):
-    ids = get_xp(probs).empty(len(probs), dtype=np.int64)
-    return run("draw_tokens", probs, (probs, u), [ids])[0]
+# -- the losses, the optimiser ---------------------------------------------------------------------
+def ppo_clip_forward(
+    its, logp, *, old_logp, advantages, weights, clip_eps=0.2, clip="ppo", dual_clip=None
+):
+    need(logp.shape == old_logp.shape == advantages.shape == weights.shape)
+    low, high = its._clip_range(clip_eps, clip, dual_clip)
+    outputs = logp.shape, get_xp(logp).empty(logp.shape, dtype=bool), ()
+    given = logp, old_logp, advantages, weights
+    bounds = 1 - low, 1 + high, dual_clip or 0.0, its.kl.LOG_RATIO_LIMIT
+    slope, clipped, loss = run(
+        "ppo_clip_forward", logp, given, outputs, its.CLIPS.index(clip), *bounds, grid="one"
+    )
+    return loss, its.PPOClipCache(slope, clipped, weights)
+
+
+def value_loss_forward(its, values, *, old_values, returns, weights, clip_eps=0.2):
+    need(values.shape == old_values.shape == returns.shape == weights.shape)
+    given, bound = (values, old_values, returns, weights), -1.0 if clip_eps is None else clip_eps
+    slope, loss = run("value_loss_forward", values, given, [values.shape, ()], bound, grid="one")
+    return loss, its.ValueLossCache(slope, weights)
+
+
+def clip_global_norm(its, dflat, max_norm):
+    xp = get_xp(dflat)
+    sums, norm = xp.empty(256, dtype=np.float64), xp.empty((), dtype=np.float64)
+    run("squares", dflat, [dflat], [sums], grid="together")
+    run("clip_norm", dflat, [sums], [dflat, norm], max_norm, grid="together")
+    return dflat, norm
+
+
+def move_if_finite(its, flat, *others, numbers, step, rates):
+    dflat, mean, var, *decay = others
+    lr, beta1, beta2, eps, form = (
+        rates[name] for name in ("learning_rate", "beta1", "beta2", "eps", "form")
+    )
+    need(form in ("torch", "tf"), 2.0**-126 <= eps <= 2.0**126)
+    correction1, correction2 = 1 - beta1 ** (step + 1), math.sqrt(1 - beta2 ** (step + 1))
+    step_size, root_scale = lr / correction1, 1 / correction2
+    if form == "tf":
+        step_size, root_scale = step_size * correction2, 1.0
+    given = numbers, dflat, *(decay or [None])
+    sizes = numbers.size, lr, beta1, beta2, eps, step_size, root_scale
+    run("move_if_finite", flat, given, [flat, mean, var], *sizes, grid="entry")

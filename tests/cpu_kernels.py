@@ -120,7 +120,7 @@ class CpuModule:
         function.argtypes = [ctypes.c_longlong, ctypes.c_longlong, *pointers]
         function.restype = ctypes.c_char_p
         real = {"-Dreal=float": np.float32, "-Dreal=double": np.float64}[self.options[0]]
-        entries = {"real*": real, "double*": np.float64, "long long*": np.int64}
+        entries = {"real*": real, "double*": np.float64, "long long*": np.int64, "bool*": np.bool_}
 
         def launch(grid, block, arguments):
             self.launched.append(name)

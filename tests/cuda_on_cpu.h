@@ -30,7 +30,7 @@ extern char __start_of_block[] __attribute__((visibility("hidden")));
 extern char __stop_of_block[] __attribute__((visibility("hidden")));
 __shared__ int always_some __attribute__((used));  // or the linker knows no start and no stop
 
-using std::exp, std::fmax, std::log, std::sqrt;
+using std::exp, std::fmax, std::isfinite, std::log, std::sqrt;
 
 template <class T> static T atomicAdd(T* place, T x) {
     const T before = *place;

@@ -146,7 +146,7 @@ class FakeArray:
         if any(isinstance(part, FakeArray) and part.dtype == bool for part in parts):
             fakegpu.wait("a boolean index, whose result has an unknown length,")
         result = self.held[unwrap_index(index)]
-        if computed(result, [self]):
+        if not isinstance(result, np.generic) and computed(result, [self]):  # a number is a view
             fakegpu.operations.append("getitem")
         return wrap(result)
 

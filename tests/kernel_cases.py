@@ -13,9 +13,10 @@ from tiny import map_arrays
 from tolerances import KERNEL, assert_close
 
 from minirlhf.backend import to_host
-from minirlhf.nn import attention, layers, sampling, transformer
+from minirlhf.nn import adam, attention, decoding, layers, sampling, transformer
 from minirlhf.nn.transformer import GPTConfig, init_transformer, positions_of, rotation_of
-from minirlhf.rlhf import logprobs
+from minirlhf.rlhf import logprobs, objectives
+from minirlhf.train import optimizer
 
 # no multiples of a warp or of a block, and those; more than a block has threads
 WIDTHS = (1, 2, 3, 7, 31, 32, 33, 64, 100, 255, 256, 257, 300, 521)
@@ -40,7 +41,8 @@ def lead(draw):
 def make_norm(draw, bias):
     C, scale = draw.pick(WIDTHS), draw.pick((0.1, 1.0, 1e4, 1e15))
     shape, n = (*lead(draw), C), 2 if bias else 1
-    x = scale * (draw.normal(*shape) + draw.pick((0.0, 5.0)))
+    # far from each other, or a row of almost equal numbers loses its digits to any order of sums
+    x = scale * (draw.normal(*shape) + draw.pick((0.0, 5.0)) + 4.0 * (np.arange(C) % 3))
     if draw.pick((True, False)):
         x[..., 0] = 0.0 if C > 1 else x[..., 0]
     arrays = x, *draw.normal(n, C), draw.normal(*shape)
@@ -146,18 +148,114 @@ def make_log_softmax(draw):
     return f, [logits], {"temperature": draw.pick((1.0, 0.7, 2.0))}
 
 
-def make_draw_tokens(draw):
-    B, V = draw.integer(1, 4), draw.pick((*WIDTHS, 1500, 4500))
-    probs, u = draw.rng.random((B, V)), draw.rng.random((B, 1))
-    probs[draw.rng.random((B, V)) < draw.pick((0.0, 0.5, 0.99))] = 0.0
+def make_draw_into(draw):
+    """Some of N rows draw, some of which have ended."""
+    N, V, R, C = draw.integer(1, 4), draw.pick((*WIDTHS, 1500, 4500)), draw.integer(1, 3), 5
+    probs, u = draw.rng.random((N, V)), draw.rng.random((N, R))
+    probs[draw.rng.random((N, V)) < draw.pick((0.0, 0.5, 0.99))] = 0.0
     probs[0, : draw.integer(0, V)] = 0.0
-    probs[np.arange(B), draw.rng.integers(V, size=B)] = 0.3
+    probs[np.arange(N), likely := draw.rng.integers(V, size=N)] = 0.3
     u[0] = draw.pick((0.0, u[0, 0], np.nextafter(1.0, 0.0)))
+    rows = np.sort(draw.rng.permutation(N)[: draw.integer(1, N)])
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(probs[rows])
+    T = R + draw.integer(1, 3)
+    arrays = log_probs, u, draw.normal(len(rows), C), (draw.normal(len(rows)) > 0) * 1.0
+    out = [np.zeros((N, T), np.int64), np.zeros((N, T)), np.zeros((N, R, C))]
+    constants = {"step": draw.integer(0, R - 1), "ends": (int(likely[-1]), 1)}
 
-    def f(probs, u):  # always in float64
-        return sampling.draw_tokens(probs, u.astype(np.float64))
+    def f(log_probs, u, h, alive, *out, rows, **constants):  # coins are always in float64
+        given = {"h": h, "u": u.astype(np.float64), "who": (rows, alive), **constants}
+        return sampling.draw_into(log_probs, sampling.Generation(*out), **given)
 
-    return f, [probs, u], {}
+    return f, [*arrays, *out], {"rows": rows, **constants}
+
+
+def make_decode_step(draw):
+    """Of either kind, with prompts of several lengths; some sequences have ended."""
+    B, P, K, G = (draw.integer(1, n) for n in (3, 40, 2, 2))
+    H, D, block = G * K, draw.pick((6, 8, 34)), draw.pick(("gpt2", "llama"))
+    n_kv_head = K if block == "llama" else H
+    config = GPTConfig(9, 60, 2, H, H * D, block=block, n_kv_head=n_kv_head)
+    params = init_transformer(config, rng=draw.rng, dtype=np.float64)
+    params = map_arrays(lambda a: a + 0.3 * draw.normal(*a.shape), params)
+    mask, max_new = padding_mask(draw, B, P), draw.integer(1, 5)
+    mask[:, -1] = 1.0  # as a prompt ends
+    tokens, new = draw.rng.integers(9, size=(B, P)), draw.rng.integers(9, size=(2, B))
+    ends = (draw.normal(B) > 0) * 1.0
+
+    def f(mask, ends, params, tokens, new):
+        same = {"config": config}
+        _, kv = decoding.prefill(params, tokens=tokens, mask=mask, max_new=max_new, **same)
+        steps = (new[0], mask[:, -1], P), (new[1], ends, P + max_new - 1)
+        found = [
+            decoding.decode_step(params, kv, tokens=ids, mask=alive, column=column, **same)
+            for ids, alive, column in steps
+        ]
+        return *found, *kv
+
+    return f, [mask, ends], {"params": params, "tokens": tokens, "new": new}
+
+
+def make_ppo_clip(draw):
+    """Log-ratios of all sizes, ties among them; padding holds the worst there is."""
+    shape = draw.integer(1, 4), draw.pick(WIDTHS)
+    old_logp, advantages, weights = draw.normal(3, *shape)
+    logp = old_logp + draw.pick((0.0, 0.1, 1.0, 30.0)) * draw.normal(*shape)
+    weights[weights < 0] = 0.0
+    advantages[draw.normal(*shape) > 1] = 0.0
+    logp[(weights == 0) & (draw.normal(*shape) > 0)] = np.nan
+    constants = {
+        "clip": draw.pick(objectives.CLIPS),
+        "clip_eps": draw.pick((0.2, (0.1, 0.3), 0.0)),
+        "dual_clip": draw.pick((None, 3.0)),
+    }
+
+    def f(logp, old_logp, advantages, weights, **constants):
+        given = {"old_logp": old_logp, "advantages": advantages, "weights": weights}
+        return objectives.ppo_clip_forward(logp, **given, **constants)
+
+    return f, [logp, old_logp, advantages, weights / weights.size], constants
+
+
+def make_value_loss(draw):
+    shape = draw.integer(1, 4), draw.pick(WIDTHS)
+    values, old_values, returns, weights = draw.normal(4, *shape)
+    weights[weights < 0] = 0.0
+    values[(weights == 0) & (draw.normal(*shape) > 0)] = np.nan
+
+    def f(values, old_values, returns, weights, **constants):
+        given = {"old_values": old_values, "returns": returns, "weights": weights}
+        return objectives.value_loss_forward(values, **given, **constants)
+
+    arrays = [values, old_values, returns, weights / weights.size]
+    return f, arrays, {"clip_eps": draw.pick((0.2, 0.0, None))}
+
+
+def make_clip(draw):
+    n, scale = draw.pick((1, 255, 257, 66_000)), draw.pick((1e-3, 1.0, 1e10))
+    bound, g = draw.pick((1.0, 1e6, float("inf"))), scale * draw.normal(n)
+    g[draw.integer(0, n - 1)] *= draw.pick((1.0, 1.0, np.nan, np.inf))
+    return functools.partial(adam.clip_global_norm, max_norm=bound), [g], {}
+
+
+def make_move(draw):
+    """Two updates, the second of which may be refused."""
+    n, decay = draw.pick((1, 255, 256, 700)), draw.pick(([], [0.3]))
+    theta, *gradients = draw.normal(3, n)
+    decay = [x * draw.rng.integers(0, 2, n) for x in decay]
+    rates = {"learning_rate": 0.1, "beta1": 0.9, "beta2": draw.pick((0.999, 0.5))}
+    rates |= {"eps": draw.pick((1e-5, 0.1)), "form": draw.pick(("torch", "tf"))}
+    numbers = np.array([[1.0, 2.0], [draw.pick((1.0, np.nan)), draw.pick((1.0, np.inf))]])
+
+    def f(theta, *rest, numbers):
+        (_, mean, var), gradients, decay = adam.init_adamw(theta), rest[:2], rest[2:]
+        for step, g in enumerate(gradients):
+            given = {"numbers": numbers[step].astype(np.float64), "step": step, "rates": rates}
+            optimizer.move_if_finite(theta, g, mean, var, *decay, **given)
+        return mean, var
+
+    return f, [theta, *gradients, *decay], {"numbers": numbers}
 
 
 CASES = {  # what is drawn, and the kernels that it launches
@@ -172,7 +270,12 @@ CASES = {  # what is drawn, and the kernels that it launches
     "token_logprobs": (make_token_logprobs, "token_logprobs_forward token_logprobs_backward"),
     "entropy": (make_entropy, "entropy_forward entropy_backward"),
     "log_softmax": (make_log_softmax, "log_softmax"),
-    "draw_tokens": (make_draw_tokens, "draw_tokens"),
+    "decode_step": (make_decode_step, "embed_token attend"),
+    "draw_into": (make_draw_into, "draw_into"),
+    "ppo_clip": (make_ppo_clip, "ppo_clip_forward"),
+    "value_loss": (make_value_loss, "value_loss_forward"),
+    "clip_global_norm": (make_clip, "squares clip_norm"),
+    "move": (make_move, "move_if_finite"),
 }
 
 

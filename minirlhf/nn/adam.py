@@ -8,7 +8,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from minirlhf.backend import Array, as_float, check_positive, get_xp
+from minirlhf.backend import Array, as_float, check_positive, fused, get_xp
 from minirlhf.tree import Tree, tree_leaves
 from minirlhf.workers import over_pieces
 
@@ -111,6 +111,7 @@ def scheduled_lr(
     return peak * (floor + (1 - floor) * left)
 
 
+@fused
 def clip_global_norm(dflat: Array, max_norm: float) -> tuple[Array, Array]:
     """g * min(1, max_norm / (|g| + 1e-6)), |g| over all parameters at once.
 

@@ -6,7 +6,7 @@ The numbers are those of `transformer_forward`, up to rounding; no backward foll
 import math
 from typing import NamedTuple
 
-from minirlhf.backend import Array, get_xp
+from minirlhf.backend import Array, fused, get_xp
 from minirlhf.nn import layers, transformer
 from minirlhf.nn.attention import rotary_forward, split_heads, split_qkv, unnormalised_attention
 from minirlhf.nn.transformer import GPTConfig
@@ -54,6 +54,7 @@ def prefill(
     return h[:, 0], kv
 
 
+@fused
 def decode_step(
     params: Tree, kv: KVCache, *, tokens: Array, mask: Array, column: int, config: GPTConfig
 ) -> Array:

@@ -19,7 +19,7 @@ from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
 
 PIECE_FLOATS = 1 << 27  # most that a piece of a batch may need beside its logits: 512 MB
-ALIVE_CHECK_EVERY = 4  # steps between two looks at "who has stopped?" (each waits for a GPU)
+ALIVE_CHECK_EVERY = 8  # steps between two looks at "who has stopped?" (each waits for a GPU)
 DROP_BELOW = 0.75  # share still alive below which those that have stopped leave the batch
 COLDEST = 2.0**-126  # below it float32 takes a temperature for 0
 
@@ -89,7 +89,6 @@ def sampling_logprobs(
     return z
 
 
-@fused
 def draw_tokens(probs: Array, u: Array) -> Array:
     """The token whose interval of the cumulative distribution holds u; never one of probability 0.
 
@@ -125,6 +124,36 @@ class Generation(NamedTuple):
     tokens: Array  # (B, P+R) prompt as given, then the response: ids, the stop token, padding
     mask: Array  # (B, P+R) 1 at real tokens of prompt and response; the stop token is one of them
     hidden: Array  # (B, R, C) h that each token of the response was drawn from, anything at padding
+
+
+@fused
+def draw_into(
+    log_probs: Array,
+    out: Generation,
+    *,
+    h: Array,
+    u: Array,
+    step: int,
+    who: tuple[Array, Array],
+    ends: tuple[int, int],
+) -> tuple[Array, Array]:
+    """The next token of some of the B sequences, written to `out` with what it was drawn from.
+
+    Args:     log_probs: (b, V).
+              h: (b, C).
+              u: (B, R) uniforms of all tokens; this is the one of `step`.
+              who: (b,) rows in `out`, (b,) 1 until the stop token has been drawn.
+              ends: the stop token, what stands after it.
+    Returns:  ids (b,), and (b,) 1 where more will be drawn.
+    """
+    (rows, alive), (stop_id, pad_id) = who, ends
+    xp, column = get_xp(log_probs, h, u, rows, alive), out.tokens.shape[1] - u.shape[1] + step
+    ids = draw_tokens(xp.exp(log_probs), u[rows, step][:, None])
+    ids = xp.where(alive > 0, ids, pad_id)
+    out.tokens[rows, column] = ids
+    out.mask[rows, column] = alive
+    out.hidden[rows, step] = h
+    return ids, alive * (ids != stop_id)
 
 
 def generate(
@@ -206,15 +235,11 @@ def _extend(
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
     rows, alive = xp.arange(B), mask[:, -1]  # who is left in the batch; 1 until the stop token
     for step in range(max_new):
-        logits = next_logits(h, output_matrix(params))  # (B, V)
-        drawn = draw_tokens(xp.exp(logprobs(logits)), u[rows, step][:, None])
-        drawn = xp.where(alive > 0, drawn, pad_id)
-        out.tokens[rows, P + step] = drawn
-        out.mask[rows, P + step] = alive
-        out.hidden[rows, step] = h
+        log_probs = logprobs(next_logits(h, output_matrix(params)))  # (B, V)
+        same = {"h": h, "u": u, "step": step, "ends": (stop_id, pad_id)}
+        drawn, new_alive = draw_into(log_probs, out, who=(rows, alive), **same)
         if step == max_new - 1:
             break  # nobody draws after the last token, so nobody needs its hidden state
-        new_alive = alive * (drawn != stop_id)
         if step % ALIVE_CHECK_EVERY == 0:
             n_alive = int((new_alive > 0).sum())
             if n_alive == 0:

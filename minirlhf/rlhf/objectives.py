@@ -8,7 +8,7 @@ SURROGATES has the objectives by name: one of your own is one more row (README.m
 
 from typing import NamedTuple
 
-from minirlhf.backend import Array, as_float, check_same_shape, get_xp
+from minirlhf.backend import Array, as_float, check_same_shape, fused, get_xp
 from minirlhf.rlhf import kl
 
 AGGREGATIONS = (
@@ -82,6 +82,7 @@ class PPOClipCache(NamedTuple):
     weights: Array  # (B, T) borrowed
 
 
+@fused
 def ppo_clip_forward(
     logp: Array,
     *,
@@ -258,6 +259,7 @@ class ValueLossCache(NamedTuple):
     weights: Array  # (B, T) borrowed
 
 
+@fused
 def value_loss_forward(
     values: Array,
     *,

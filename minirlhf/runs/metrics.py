@@ -40,8 +40,7 @@ def iteration_metrics(
 def mean_of_updates(updates: list[ppo.Update], settings: PPOConfig) -> dict[str, float]:
     """Means over the updates; the clamped log-ratios are counted; nan where none was made."""
     rows = [
-        update_metrics(step, minibatch, settings) | step.parts | applied
-        for minibatch, step, applied in updates
+        update_metrics(step, minibatch, settings) | applied for minibatch, step, applied in updates
     ]
     mean = {name: float(np.mean([row[name] for row in rows])) for name in (rows or [{}])[0]}
     clamped = sum(row["policy/clamped_log_ratios"] for row in rows)

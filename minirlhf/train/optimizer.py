@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from minirlhf.backend import Array, get_xp, to_host
+from minirlhf.backend import Array, fused, get_xp, to_host
 from minirlhf.errors import InputError
 from minirlhf.nn import adam
 from minirlhf.train.settings import OptimizerConfig
@@ -47,34 +47,41 @@ class Optimizer:
             floor=c.floor,
         )
 
-    def step(self, gradients: Tree, *, loss: float) -> dict[str, float]:
-        """One update.
+    def step(
+        self, gradients: Tree, *, loss: Array | float, parts: dict[str, Array] | None = None
+    ) -> dict[str, float]:
+        """One update. All numbers are fetched at its end: a GPU with kernels is waited for once.
 
-        Returns:  grad_norm, the global norm of the gradient before clipping, and the learning rate
-                      lr.
-        Raises:   NonFiniteError: the loss or a gradient is nan or inf, and the parameters are
-                      unchanged; or the update was so large that a parameter is.
+        Args:     loss: ().
+                  parts: numbers () to fetch with those of the update.
+        Returns:  parts; grad_norm, the global norm of the gradient before clipping; and the
+                      learning rate lr.
+        Raises:   NonFiniteError: the loss or a gradient is nan or inf, and nothing is changed; or
+                      the update was so large that a parameter is.
         """
-        c, learning_rate = self.config, self.learning_rate
+        xp, c, learning_rate = get_xp(self.flat), self.config, self.learning_rate
         leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order
-        get_xp(*leaves).concatenate([leaf.reshape(-1) for leaf in leaves], out=self.dflat)
+        xp.concatenate([leaf.reshape(-1) for leaf in leaves], out=self.dflat)
         with np.errstate(invalid="ignore", over="ignore"):  # looked for in the next lines
             _, norm = adam.clip_global_norm(self.dflat, c.max_grad_norm or float("inf"))
-        norm = float(norm)
+        parts = parts or {}
+        numbers = xp.stack([xp.asarray(x) for x in (norm, loss, *parts.values())])
+        self.move(learning_rate, numbers[:2])
+        numbers = to_host(xp.stack([*numbers, self.flat.sum(dtype=np.float64)]))  # the one wait
+        norm, loss, *told, total = numbers.tolist()
         if not (np.isfinite(norm) and np.isfinite(loss)):
             raise NonFiniteError(_where_not_finite(gradients, loss))
-        self.move(learning_rate)
-        if not np.isfinite(float(self.flat.sum(dtype=np.float64))):
+        if not np.isfinite(total):
             raise NonFiniteError(_what_overflowed(self.params))
-        return {"grad_norm": norm, "lr": learning_rate}
+        self.state = self.state._replace(step=self.state.step + 1)
+        return dict(zip(parts, told, strict=True)) | {"grad_norm": norm, "lr": learning_rate}
 
-    def move(self, learning_rate: float) -> None:
-        """AdamW along `dflat`, piece by piece, by all workers."""
+    def move(self, learning_rate: float, numbers: Array) -> None:
+        """AdamW along `dflat`; nothing is changed where one of the numbers is nan or inf."""
         c, (step, *moments) = self.config, self.state
         rates = {"learning_rate": learning_rate, "beta1": c.beta1, "beta2": c.beta2, "eps": c.eps}
-        f = functools.partial(_adamw, step, {**rates, "form": c.form})
-        over_pieces(f, self.flat, self.dflat, *moments, *self._decay)
-        self.state = self.state._replace(step=step + 1)
+        same = {"numbers": numbers, "step": step, "rates": {**rates, "form": c.form}}
+        move_if_finite(self.flat, self.dflat, *moments, *self._decay, **same)
 
     def skip(self, n_updates: int) -> None:
         """Let the learning rate go on as if n_updates had been made."""
@@ -97,6 +104,13 @@ class Optimizer:
         self.skipped = int(tree["skipped"])
         moments = share(xp.asarray(tree["mean"])), share(xp.asarray(tree["var"]))
         self.state = adam.AdamWState(int(tree["step"]), *moments)
+
+
+@fused
+def move_if_finite(flat: Array, *others: Array, numbers: Array, step: int, rates: dict) -> None:
+    """Piece by piece, by all workers. Whether anything moves is asked here, by a kernel there."""
+    if get_xp(numbers).isfinite(numbers).all():
+        over_pieces(functools.partial(_adamw, step, rates), flat, *others)
 
 
 def _adamw(

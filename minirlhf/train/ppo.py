@@ -199,7 +199,7 @@ class Update(NamedTuple):
 
     minibatch: Experience
     step: "MinibatchGradient"  # without its gradients
-    applied: dict[str, float]  # grad_norm, lr
+    applied: dict[str, float]  # terms of the loss, grad_norm, lr
 
 
 def ppo_update(
@@ -231,7 +231,7 @@ def ppo_update(
             if settings.target_kl and kl_from_old(step, minibatch) > 1.5 * settings.target_kl:
                 optimizer.skip(settings.updates_per_iteration - len(updates))
                 return updates
-            applied = optimizer.step(step.gradients, loss=step.loss)
+            applied = optimizer.step(step.gradients, loss=step.loss, parts=step.parts)
             kept = minibatch._replace(ref_logits=None), step._replace(gradients=None)
             updates.append(Update(*kept, applied))
     return updates
@@ -248,11 +248,11 @@ def kl_from_old(step: "MinibatchGradient", minibatch: Experience) -> float:
 
 class MinibatchGradient(NamedTuple):
     gradients: Tree | None
-    loss: float
+    loss: Array  # (); nobody has waited for it
     logp: Array  # (B, T) of the current policy
     values: Array  # (B, T)
     clipped: Array  # (B, T) boolean: the objective does not follow the ratio
-    parts: dict[str, float]  # terms of the loss
+    parts: dict[str, Array]  # terms of the loss ()
 
 
 def minibatch_gradients(
@@ -270,11 +270,11 @@ def minibatch_gradients(
     total = sum_over(f, [(rows, experience.part(rows)) for rows in groups])
     return MinibatchGradient(
         total["gradients"],
-        float(total["loss"]),
+        total["loss"],
         total["logp"],
         total["values"],
         total["clipped"] > 0,
-        {name: float(term) for name, term in total["parts"].items()},
+        total["parts"],
     )
 
 

@@ -74,7 +74,7 @@ def update(B: int = 2) -> Count:
     def one():
         same = {"config": CONFIG, "settings": settings}
         step = minibatch_gradients(optimizer.params, experience, **same)
-        optimizer.step(step.gradients, loss=step.loss)
+        optimizer.step(step.gradients, loss=step.loss, parts=step.parts)
 
     one()  # the kernels are compiled
     return counted(one)

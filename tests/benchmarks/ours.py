@@ -121,13 +121,13 @@ class MiniRLHF(Peer):
             leaves = [g.reshape(-1) for _, g in tree_items(self.loss())]
             np.concatenate(leaves, out=self.optimizer.dflat)
             self.has_gradient = True
-        self.optimizer.move(self.optimizer.config.learning_rate)
+        self.optimizer.move(self.optimizer.config.learning_rate, np.zeros(2))
 
     def update(self) -> None:
         """One step of the optimiser on the fixed batch."""
         opt, same = self.optimizer, {"config": self.config, "settings": self.settings}
         step = minibatch_gradients(opt.params, self.experience, **same)
-        opt.step(step.gradients, loss=step.loss)
+        opt.step(step.gradients, loss=step.loss, parts=step.parts)
 
     def iteration(self) -> None:
         iteration_metrics(next(self.loop), settings=self.settings, stop_id=NO_STOP)

@@ -6,10 +6,10 @@ from cpu_kernels import HAS_COMPILER
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="no g++ to run the kernels on a CPU")
 MOST = {  # operations and waits
-    "update, operation by operation": (614, 5),
-    "update, fused kernels": (276, 5),
-    f"{STEPS} tokens, operation by operation": (2060, 2),
-    f"{STEPS} tokens, fused kernels": (1052, 2),
+    "update, operation by operation": (618, 2),
+    "update, fused kernels": (220, 1),
+    f"{STEPS} tokens, operation by operation": (2058, 1),
+    f"{STEPS} tokens, fused kernels": (40 * STEPS, 1),
 }
 
 

@@ -18,14 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import CASES, compare
 from sources import FILES, ROOT, parse
-from tiny import HypothesisDraw, make_params, moved, ppo_step
+from tiny import HypothesisDraw, generated, make_batch, make_params, moved, ppo_step
 from tolerances import KERNEL, KERNEL_UPDATE, assert_close, assert_trees_close
 
 from minirlhf import backend, kernels
 from minirlhf.app.cases import TABLE, Draw
 from minirlhf.backend import to_host
-from minirlhf.nn import layers
+from minirlhf.nn import layers, sampling
 from minirlhf.rlhf import logprobs
+from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
 from minirlhf.tree import tree_items, tree_map
 
@@ -155,7 +156,8 @@ def cuda_is_the_stand_in(monkeypatch):
 UPDATE_KERNELS = (  # all but those of Llama
     "causal_mask norm_forward split_heads masked_exp over_total add_bias gelu_forward "
     "token_logprobs_forward entropy_forward entropy_backward token_logprobs_backward norm_backward "
-    "column_sums softmax_backward join_heads log_softmax draw_tokens"
+    "column_sums softmax_backward join_heads log_softmax embed_token attend draw_into "
+    "ppo_clip_forward value_loss_forward squares clip_norm move_if_finite"
 )
 
 
@@ -183,6 +185,64 @@ def test_a_whole_update_of_ppo(form, dtype, cuda_is_the_stand_in):
     assert device_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-4)
     start = [leaf.ravel() for _, leaf in tree_items(make_params(seed=1, dtype=dtype))]
     assert np.abs(flat - np.concatenate(start)).max() > 1e-5  # something was learnt
+
+
+def on_the_stand_in(dtype, **settings):
+    params = there(make_params(dtype=dtype))
+    return Optimizer(params, OptimizerConfig(learning_rate=0.1, **settings), total_steps=9)
+
+
+def gradients_of(optimizer, seed=0):
+    rng = np.random.default_rng(seed)
+    return tree_map(
+        lambda a: fakegpu.array(rng.standard_normal(a.shape), a.dtype), optimizer.params
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_update_waits_once_and_one_that_is_refused_changes_nothing(bad, dtype):
+    optimizer = on_the_stand_in(dtype, weight_decay=0.1)
+    half, before = fakegpu.array(0.5), fakegpu.sync_count
+    told = optimizer.step(gradients_of(optimizer), loss=half, parts={"half": half})
+    assert fakegpu.sync_count == before + 1 and "move_if_finite" in CpuModule.launched
+    assert told["half"] == 0.5 and optimizer.updates == 1
+    state = optimizer.state_tree()
+    gradients = gradients_of(optimizer, seed=1)
+    gradients["transformer"]["ln_f"]["bias"][0] = bad
+    for wrong, loss, said in (
+        (gradients, half, "gradient of transformer.ln_f.bias is not"),
+        (gradients_of(optimizer), fakegpu.array(bad), f"the loss .{bad}. is not"),
+    ):
+        with pytest.raises(NonFiniteError, match=said):
+            optimizer.step(wrong, loss=loss)
+        for name, array in optimizer.state_tree().items():
+            assert_close(array, state[name], 0.0)
+    optimizer.step(gradients_of(optimizer), loss=0.5)
+    assert optimizer.updates == 2
+
+
+def test_an_update_that_overflows_is_told():
+    optimizer = on_the_stand_in(np.float32)
+    optimizer.config = OptimizerConfig(learning_rate=1e39)
+    made = pytest.raises(NonFiniteError, match="the update made transformer.wte nan or inf")
+    with made, np.errstate(all="ignore"):
+        optimizer.step(gradients_of(optimizer), loss=0.0)
+
+
+def test_responses_that_leave_the_batch_are_those_of_the_plain_lines(monkeypatch):
+    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", 1)
+    monkeypatch.setattr(sampling, "DROP_BELOW", 1.0)
+    params = make_params(seed=3)["transformer"]
+    batch = make_batch([3, 1, 4, 2] * 4, [1] * 16)
+    batch = batch._replace(tokens=batch.tokens[:, :4], mask=batch.mask[:, :4])
+    expected, got = generated(params, batch), generated(*there((params, batch)))
+    assert len(set(expected.mask.sum(axis=1))) > 4
+    assert_close(to_host(got.tokens), expected.tokens, 0.0)
+    assert_close(to_host(got.mask), expected.mask, 0.0)
+    real = expected.mask[:, 4:, None] > 0
+    hidden = (np.where(real, h, 0.0) for h in (to_host(got.hidden), expected.hidden))
+    assert_close(*hidden, KERNEL[np.float64] * 10)
 
 
 # -- where the plain lines answer ------------------------------------------------------------------
@@ -295,9 +355,9 @@ def test_float_kernels_of_rows_compute_nothing_in_double():
     in_double = {
         entry.split("(")[0].strip()
         for entry in ptx.split(".entry")[1:]
-        if re.search(r"\b(add|mul|fma|div|sqrt)\.(\w+\.)?f64", entry)
+        if re.search(r"\b(add|sub|mul|fma|div|sqrt)\.(\w+\.)?f64", entry)
     }
-    assert in_double == {"draw_tokens"}
+    assert in_double == {"draw_into", "squares", "clip_norm", "move_if_finite"}
 
 
 # -- planted errors --------------------------------------------------------------------------------
@@ -377,7 +437,44 @@ PLANTED = {  # what is wrong: (what stands in the source, what stands there inst
         "log_probs[at + a] = p > 0 ? log_p : (real)0",
         "log_probs[at + a] = log_p",
     ),
-    "a token of probability 0": ("probs[a] > 0 && before >", "before >="),
+    "a token of probability 0": ("p > 0 && before >", "before >="),
+    "a step that all rows take": ("(alive[b] > 0) ? pad", "true ? pad"),
+    "who has stopped goes on": ("ids[b] == stop ? 0 : alive[b]", "alive[b]"),
+    "a row of another's coins": ("u[row * R + step]", "u[b * R + step]"),
+    "a position that counts padding": ("n_real += seen[s] > 0", "n_real += 1"),
+    "a token that does not see itself": ("if (j < column && !(seen", "if (!(seen"),
+    "padding that is seen": ("if (j < column && !(seen[j] > 0)) sum", "if (false) sum"),
+    "a missing barrier before the scores": (
+        "d] = v[d];\n    }\n    __syncthreads();",
+        "d] = v[d];\n    }",
+    ),
+    "a missing barrier after the sums of the warps": (
+        "sums[threadIdx.x] = sum;\n        __syncthreads();",
+        "sums[threadIdx.x] = sum;",
+    ),
+    "a missing barrier before the next sums": (
+        "        __syncthreads();\n        sums[threadIdx.x] = sum;",
+        "        sums[threadIdx.x] = sum;",
+    ),
+    "a key that is not kept": ("keys[column * D + d] = k[d], ", ""),
+    "a rotation the other way": ("x * cos[i] - y * sin[i] :", "x * cos[i] + y * sin[i] :"),
+    "the angles of another sequence": ("cos += b * (D / 2), ", ""),
+    "a clip from below that is forgotten": ("below ? least : ratio", "ratio"),
+    "a slope beyond the clip": ("weights[t] > 0 && !clipped[t] ?", "weights[t] > 0 ?"),
+    "padding in the loss": (
+        "if (weights[t] > 0) sum += weights[t] * obj;",
+        "sum += weights[t] * obj;",
+    ),
+    "a value clip that loses": ("edge * edge > error * error", "true"),
+    "half a loss": ("*loss = sum / 2", "*loss = sum"),
+    "the form of a bias correction": ("* (real)root_scale + (real)eps", "+ (real)eps"),
+    "a beta in the place of the other": ("(real)(1 - beta2) * (g", "(real)(1 - beta1) * (g"),
+    "a step that is not refused": ("if (!isfinite(numbers[k])) return;", ";"),
+    "a gradient clipped upwards": ("scale > 1 ? 1 : scale", "scale < 1 ? 1 : scale"),
+    "a stride of one block too few": (
+        "i += gridDim.x * 256LL)\n        sum",
+        "i += (gridDim.x - 1) * 256LL)\n        sum",
+    ),
 }
 
 
@@ -386,7 +483,16 @@ def test_a_planted_error_is_caught(what):
     old, new = PLANTED[what]
     assert TEXT.count(old) == 1, what
     with kernels_on_the_fake_gpu(lambda source: source.replace(old, new)):
-        assert any(is_caught(make) for make, _ in CASES.values())
+        assert any(map(is_caught, likely_cases(TEXT.index(old))))
+
+
+def likely_cases(place):
+    """All cases: first those of the kernel that stands at this place of the source."""
+    kernel = [word for word, *_ in kernels.SIGNATURE.findall(TEXT[:place])][-1:]
+    return [
+        make
+        for make, _ in sorted(CASES.values(), key=lambda case: not set(kernel) & {*case[1].split()})
+    ]
 
 
 def is_caught(make):

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "errors": set(),
     "fields": {"errors"},
     "backend": {"errors", "kernels"},  # by name, when a GPU's array comes
-    "kernels": {"backend"},
+    "kernels": {"backend", "tree"},
     "tree": {"errors", "backend"},
     "memory": {"errors"},
     "disk": {"errors", "memory"},
