@@ -251,12 +251,8 @@ def block_forward(its, x, p, *, config, allowed, rotation=None, read=None, keep=
 def decode_step(its, params, kv, *, tokens, mask, column, config):
     """Eight operations a layer: four products, and what stands between them."""
     (H, K), blocks, S = config.heads.values(), params["blocks"], kv.mask.shape[1]
-    xp, wte, wpe, D = (
-        get_xp(mask),
-        params["wte"],
-        params.get("wpe"),
-        config.d_model // config.n_head,
-    )
+    xp, wte, wpe = get_xp(mask), params["wte"], params.get("wpe")
+    D = config.d_model // config.n_head
     need(D <= 256, 0 <= column < S, kv.mask.dtype == wte.dtype)
     x = xp.empty((len(tokens), wte.shape[1]), dtype=wte.dtype)
     outputs = x, xp.empty((len(tokens), 1), dtype=np.int64), kv.mask
@@ -273,12 +269,10 @@ def decode_step(its, params, kv, *, tokens, mask, column, config):
     for p, keys, values in zip(blocks, kv.keys, kv.values, strict=True):
         need(keys.shape == values.shape == (len(x), K, S, D))
         qkv, b, _ = linear(its.transformer, n, **p["attn"]["qkv"])
-        score, given = (
-            xp.empty((len(x), H, S), dtype=x.dtype),
-            (qkv, b, angles["cos"], angles["sin"]),
-        )
+        score = xp.empty((len(x), H, S), dtype=x.dtype)
+        given = qkv, b, angles["cos"], angles["sin"], kv.mask
         outputs, sizes = (keys, values, score, x.shape), (column, H, K, D, 1.0 / math.sqrt(D))
-        *_, a = run("attend", score, (*given, kv.mask), outputs, *sizes)
+        *_, a = run("attend", score, given, outputs, *sizes)
         a, b, _ = linear(its.transformer, a, **p["attn"]["out"])
         a, n = next_norm(a, b, x)
         y, b, _ = mlp_forward(its.transformer, n, p["mlp"], keep=False)
@@ -368,9 +362,7 @@ def clip_global_norm(its, dflat, max_norm):
 
 def move_if_finite(its, flat, *others, numbers, step, rates):
     dflat, mean, var, *decay = others
-    lr, beta1, beta2, eps, form = (
-        rates[name] for name in ("learning_rate", "beta1", "beta2", "eps", "form")
-    )
+    lr, beta1, beta2, eps, form = rates.values()
     need(form in ("torch", "tf"), 2.0**-126 <= eps <= 2.0**126)
     correction1, correction2 = 1 - beta1 ** (step + 1), math.sqrt(1 - beta2 ** (step + 1))
     step_size, root_scale = lr / correction1, 1 / correction2

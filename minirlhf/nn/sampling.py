@@ -19,7 +19,7 @@ from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
 
 PIECE_FLOATS = 1 << 27  # most that a piece of a batch may need beside its logits: 512 MB
-ALIVE_CHECK_EVERY = 8  # steps between two looks at "who has stopped?" (each waits for a GPU)
+ALIVE_CHECK_EVERY = 4, 8  # steps between two looks at "who has stopped?"; on a GPU each waits
 DROP_BELOW = 0.75  # share still alive below which those that have stopped leave the batch
 COLDEST = 2.0**-126  # below it float32 takes a temperature for 0
 
@@ -240,7 +240,7 @@ def _extend(
         drawn, new_alive = draw_into(log_probs, out, who=(rows, alive), **same)
         if step == max_new - 1:
             break  # nobody draws after the last token, so nobody needs its hidden state
-        if step % ALIVE_CHECK_EVERY == 0:
+        if step % ALIVE_CHECK_EVERY[xp is not np] == 0:
             n_alive = int((new_alive > 0).sum())
             if n_alive == 0:
                 break  # the rest of `out` is padding already

@@ -231,7 +231,7 @@ def test_an_update_that_overflows_is_told():
 
 
 def test_responses_that_leave_the_batch_are_those_of_the_plain_lines(monkeypatch):
-    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", 1)
+    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", (1, 1))
     monkeypatch.setattr(sampling, "DROP_BELOW", 1.0)
     params = make_params(seed=3)["transformer"]
     batch = make_batch([3, 1, 4, 2] * 4, [1] * 16)

@@ -367,7 +367,7 @@ def test_stopping_early_changes_nothing(every, monkeypatch):
     eager["transformer"]["ln_f"]["bias"] += 40 * eager["transformer"]["wte"][STOP]  # stops at once
     found.append(run(ids, rng=Coins(u), max_new=7, params=eager))
     assert (found[1][1].sum(axis=1) == 1).all()
-    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", every)
+    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", (every, every))
     for params, (tokens, mask) in zip((PARAMS, eager), found, strict=True):
         other_tokens, other_mask = run(ids, rng=Coins(u), max_new=7, params=params)
         assert_close(other_tokens, tokens, 0.0)
@@ -442,7 +442,7 @@ def test_sampled_and_scored_log_probs_agree():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_hidden_states_of_the_sampler_are_those_of_the_training_forward(dtype, monkeypatch):
     """So PPO need not run the policy again; replies that stop leave the batch on the way."""
-    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", 1)
+    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", (1, 1))
     monkeypatch.setattr(sampling, "DROP_BELOW", 1.0)
     policy, reference = (make_params(seed=s, dtype=dtype) for s in (3, 4))
     samples = sampled(policy, ["abc", "d", "ga", "bbbb", "", "ce"] * 6, seed=0)
