@@ -8,7 +8,7 @@ from minirlhf.backend import Array, fused, get_xp, to_host
 from minirlhf.errors import InputError
 from minirlhf.nn import adam
 from minirlhf.train.settings import OptimizerConfig
-from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
+from minirlhf.tree import Tree, tree_items, tree_map
 from minirlhf.workers import over_pieces, share, share_packed
 
 
@@ -60,8 +60,9 @@ class Optimizer:
                       the update was so large that a parameter is.
         """
         xp, c, learning_rate = get_xp(self.flat), self.config, self.learning_rate
-        leaves = tree_leaves(tree_map(lambda _, g: g, self.params, gradients))  # buffer's order
-        xp.concatenate([leaf.reshape(-1) for leaf in leaves], out=self.dflat)
+        leaves: list[Array] = []  # in the buffer's order
+        tree_map(lambda _, g: leaves.append(g.reshape(-1)), self.params, gradients)
+        xp.concatenate(leaves, out=self.dflat)
         with np.errstate(invalid="ignore", over="ignore"):  # looked for in the next lines
             _, norm = adam.clip_global_norm(self.dflat, c.max_grad_norm or float("inf"))
         parts = parts or {}
