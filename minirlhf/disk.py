@@ -93,10 +93,8 @@ def read_object(path: str | Path) -> dict:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file."""
     text = read_text(path)
-    try:
+    with refusing(path, "TOML", "correct it", RecursionError):  # of tables in tables
         return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, tables in tables
-        raise InputError(f"{path}: expected TOML; got {error}: correct it") from error
 
 
 def to_json(content: dict) -> bytes:
@@ -138,6 +136,16 @@ def shorten(text: str, limit: int = 60) -> str:
     """The text on one line, cut with "..." if it is longer than `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextmanager
+def refusing(where: str | Path, expected: str, advice: str, *others: type) -> Iterator[None]:
+    """In the block a ValueError, which says what came, and others are an InputError."""
+    try:
+        yield
+    except (ValueError, *others) as error:
+        came = shorten(str(error) if isinstance(error, ValueError) else repr(error), 160)
+        raise InputError(f"{where}: expected {expected}; {came}: {advice}") from error
 
 
 @contextmanager

@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from minirlhf import gradcheck
 from minirlhf.app import cases
 from minirlhf.app.cases import FULL, TABLE, Draw, Row
 from minirlhf.app.progress import track
-from minirlhf.app.tables import BAD, GOOD, number_table
+from minirlhf.app.tables import BAD, GOOD, NumberTable, number_table, show
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf import imitation, objectives, preferences
@@ -130,8 +129,8 @@ def _worst(reports: list[gradcheck.Report]) -> tuple[list[float], str]:
     return errors, next(wrong, "")
 
 
-def print_table(results: list[Result], console: Console) -> None:
-    """The worst errors line by line; below them, in full, what is wrong."""
+def results_table(results: list[Result]) -> NumberTable:
+    """The worst errors line by line."""
     title = "Every backward against the derivative of its forward, in float64"
     heads = ("operation (differentiated by)", "entries")
     table = number_table(title, *heads, "complex\nstep", "central\ndiff.", "dot\nproduct", "")
@@ -144,16 +143,12 @@ def print_table(results: list[Result], console: Console) -> None:
             shown = ("" if math.isnan(e) else f"{e:.1e}" if e else "0" for e in result.errors)
             verdict = Text("WRONG", f"bold {BAD}") if result.message else Text("ok", GOOD)
             table.add_row(label, f"{result.entries:,}", *shown, verdict)
-    console.print(table)
-    console.print(
-        "Relative errors, the worst of all entries and cases. Allowed: "
+    table.caption = "Relative errors, the worst of all entries and cases. Allowed: "
+    table.caption += (
         f"{gradcheck.COMPLEX_TOLERANCE:.0e} by complex step, direction and dot product, "
-        f"{gradcheck.CENTRAL_TOLERANCE:.0e} by central difference.",
-        style="dim",
     )
-    for result in results:
-        if result.message:
-            console.print(f"\n{result.message}", markup=False, highlight=False, soft_wrap=True)
+    table.caption += f"{gradcheck.CENTRAL_TOLERANCE:.0e} by central difference."
+    return table
 
 
 def check_command(*, seed: int = 0, cases: int = 10) -> int:
@@ -176,9 +171,9 @@ def check_command(*, seed: int = 0, cases: int = 10) -> int:
     checks += [functools.partial(check_whole_loss, name) for name in WHOLE_LOSSES]
     steps = track(list(enumerate(checks)), "checking gradients")
     results = [check(seed=[seed, i]) for i, check in steps]
-    print_table(results, Console())
-    wrong = [result.name for result in results if result.message]
+    wrong = {result.name: result.message for result in results if result.message}
     verdict = f"WRONG: {'; '.join(wrong)}" if wrong else "all right"
     size = f"{len(results)} checks, {sum(result.entries for result in results):,} entries"
-    print(f"{size}, {time.perf_counter() - started:.0f} s: {verdict}")
+    show(results_table(results), *(f"\n{message}" for message in wrong.values()))
+    show(f"{size}, {time.perf_counter() - started:.0f} s: {verdict}")
     return 1 if wrong else 0

@@ -4,21 +4,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from minirlhf.app import api, coloured, page, pictures, tables
 from minirlhf.app.options import SHOWN, Parser, of_command, of_config
-from minirlhf.app.progress import say, track, watch
+from minirlhf.app.progress import say
+from minirlhf.app.tables import show
 from minirlhf.disk import shorten, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.fields import with_fields
 from minirlhf.memory import require_memory
 from minirlhf.ranks import leave_to_first
-from minirlhf.runs.config import TrainConfig, load_config
+from minirlhf.runs.config import TrainConfig, flat, load_config
+from minirlhf.runs.limits import samples_bytes
 from minirlhf.runs.log import read_metrics
 from minirlhf.runs.own_reward import refuse_foreign_code
 from minirlhf.runs.session import Session, open_session, reopen_session
-from minirlhf.runs.sizes import samples_bytes
 from minirlhf.train import recipes
 
 
@@ -26,7 +25,7 @@ def train(words: list[str]) -> int:
     """Supervised fine-tuning, reward model, PPO, into one run folder.
     Each option stands with its default.
     """
-    return _finish(open_session(parse_config(words), track=track, say=say, watch=watch))
+    return _finish(open_session(parse_config(words), **api.BARS))
 
 
 def parse_config(words: list[str]) -> TrainConfig:
@@ -89,20 +88,14 @@ def configured(
     return found
 
 
-def recipe_says(name: str, config: Any) -> str:
-    """What a recipe has set, as one would type it, and what something else overruled.
-
-    Args:     config: the TrainConfig that came of it.
-    """
+def recipe_says(name: str, config: TrainConfig) -> str:
+    """What a recipe has set in it, as one would type it, and what something else overruled."""
     lines: dict[bool, list[str]] = {True: [], False: []}
-    for stage, changes in recipes.recipe(name).items():
-        nested = isinstance(changes, dict)
-        of = getattr(config, stage) if nested else config
-        for field, value in (changes if nested else {stage: changes}).items():
-            switch = "no-" if value is False else ""
-            flag = f"--{f'{stage}.' if nested else ''}{switch}{field.replace('_', '-')}"
-            words = flag if isinstance(value, bool) else f"{flag} {value}"
-            lines[getattr(of, field) == value].append(words)
+    now = dict(flat(config))
+    for field, value in flat(recipes.recipe(name)):
+        stage, dot, option = field.replace("_", "-").rpartition(".")
+        words = f"--{stage}{dot}{'no-' * (value is False)}{option}"
+        lines[now[field] == value].append(words + f" {value}" * (not isinstance(value, bool)))
     nothing = "nothing" if lines[False] else "the defaults"
     said = f"recipe {name}: {' '.join(lines[True]) or nothing}"
     return said + (f"; overruled: {' '.join(lines[False])}" if lines[False] else "")
@@ -122,8 +115,7 @@ def resume(
         accept_changed_reward: Go on with the reward though its source has changed.
     """
     asked = {"reward": reward, "accept_changed_reward": accept_changed_reward}
-    asked |= {"iterations": ppo__iterations, "track": track, "say": say, "watch": watch}
-    return _finish(reopen_session(run, **asked))
+    return _finish(reopen_session(run, iterations=ppo__iterations, **asked, **api.BARS))
 
 
 def _finish(session: Session) -> int:
@@ -133,13 +125,13 @@ def _finish(session: Session) -> int:
 
 @leave_to_first
 def _show_result(session: Session, result: Any) -> None:
-    folder, console = session.folder, _console()
+    folder = session.folder
     if result is None:
         judged = session.world.reward or session.world.pairs or session.world.annotate
         how = f"minirlhf resume {shlex.quote(str(folder))}{'' if judged else ' --reward ..'}"
         show(f"done: {session.config.stages}; `{how}` goes on")
     else:
-        tables.print_result(result, session.world, console)
+        show(*tables.result_in_full(result, session.world))
     figure = pictures.curves_figure(read_metrics(folder), result and result.policy)
     show(f"curves: {pictures.save(figure, folder / 'curves.png')}", f"run folder: {folder}")
 
@@ -252,14 +244,3 @@ def report(runs: tuple[Path, ...] = (), *, out: Path | None = None, exact: bool 
     path = page.report(runs, out=out, exact=exact)
     show(f"page: {path}, {path.stat().st_size / 1e6:.2f} MB, complete in itself")
     return 0
-
-
-def show(*things: Any, stderr: bool = False) -> None:
-    """Texts, unbroken, and tables; brackets and colons in texts of the user mean themselves."""
-    console = _console(stderr)
-    for thing in things:
-        console.print(thing, soft_wrap=isinstance(thing, str))
-
-
-def _console(stderr: bool = False) -> Console:
-    return Console(markup=False, emoji=False, highlight=False, stderr=stderr)

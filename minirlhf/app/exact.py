@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from threadpoolctl import threadpool_limits
 
 from minirlhf.app import pictures
 from minirlhf.app.progress import track
-from minirlhf.app.tables import BAD, GOOD, number_table
+from minirlhf.app.tables import BAD, GOOD, number_table, show
 from minirlhf.crew import without_interrupts
 from minirlhf.disk import new_folder, new_numbered_folder, write_whole
 from minirlhf.errors import InputError
@@ -68,17 +67,14 @@ def exact_command(
     out = new_folder(out or new_numbered_folder("exact"), holds="exact.json")
     results = run_experiments(parts, seeds, iterations=iterations, processes=processes)
     write_whole(out / "exact.json", (json.dumps(results, indent=1) + "\n").encode())
-    console = Console()
     for part, rows in results.items():
-        console.print(*TABLES[part](rows), sep="\n")
+        show(*TABLES[part](rows))
     for part, rows in results.items():
-        picture = PICTURES[part](rows, out / f"{part}.png")
-        console.print(f"picture: {picture}", soft_wrap=True, highlight=False)
+        show(f"picture: {PICTURES[part](rows, out / f'{part}.png')}")
     claims = check_claims(results)
     for claim, holds in claims.items():
-        console.print(Text(f"{'holds' if holds else 'FAILS'}: {claim}", "" if holds else BAD))
-    spent = time.perf_counter() - started
-    console.print(f"numbers: {out / 'exact.json'}; {spent:.0f} s in all", soft_wrap=True)
+        show(Text(f"{'holds' if holds else 'FAILS'}: {claim}", "" if holds else BAD))
+    show(f"numbers: {out / 'exact.json'}; {time.perf_counter() - started:.0f} s in all")
     return 0 if all(claims.values()) else 1
 
 

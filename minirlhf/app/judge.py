@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from minirlhf.app.progress import track
-from minirlhf.app.tables import BAD, GOOD, rows_table
+from minirlhf.app.tables import BAD, GOOD, rows_table, show
 from minirlhf.disk import read_toml, shorten
 from minirlhf.errors import InputError
 from minirlhf.exact import judge as exact
@@ -359,7 +358,7 @@ def judge_command(
     table.caption += "it should descend, the slope of KL(pi || ref), or of the expected reward."
     said += [f"{'as' if holds else 'NOT as'} expected: {expect}"] * bool(expect)
     style = GOOD if holds and (expect or report.right) else BAD
-    Console().print(table, *(Text(sentence, style) for sentence in said), sep="\n")
+    show(table, *(Text(sentence, style) for sentence in said))
     return 0 if holds else 1
 
 
@@ -381,5 +380,5 @@ def _show_libraries(reports: dict[str, Report], as_json: bool) -> int:
     columns = {"": "{name}", "descends": "{descends}", **NUMBERS}  # formulas: --json, exact/README
     table = rows_table(title, columns, rows, texts=(1,))
     table.columns[0].justify = "left"
-    Console().print(table)
+    show(table)
     return 0

@@ -16,7 +16,7 @@ from minirlhf.app import api, charts, coloured, known, pictures
 from minirlhf.app.charts import Line, chart
 from minirlhf.app.diagnose import diagnose
 from minirlhf.app.pictures import METRICS, Row
-from minirlhf.disk import plain, write_whole
+from minirlhf.disk import plain, refusing, write_whole
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config
 from minirlhf.runs.log import read_jsonl, read_metrics
@@ -122,14 +122,10 @@ def moments(path: Path) -> list[tuple[str, list[Row]]]:
     some = np.linspace(0, len(steps) - 1, min(len(steps), MOST_MOMENTS)).round().astype(int)
     labels = {steps[i]: f"after {steps[i]} iterations" if i else "the reference" for i in some}
     found = [(of, [row for row in rows if row["step"] == step]) for step, of in labels.items()]
-    try:
+    expected, advice = "the same replies at every moment", "restore the file, or move it away"
+    with refusing(path, expected, advice, LookupError, TypeError, UndefinedError):
         coloured.html(rows, document=True)
         tuple(zip(*(some for _, some in found), strict=True))
-    except (LookupError, TypeError, ValueError, UndefinedError) as error:
-        raise InputError(
-            f"{path}: expected the same replies at every moment, token by token; got others: "
-            "restore the file, or move it away"
-        ) from error
     return found
 
 

@@ -28,7 +28,7 @@ from minirlhf.app import api, commands, pictures
 from minirlhf.app.options import Option, Parser, of_command, of_config
 from minirlhf.app.pictures import shown
 from minirlhf.app.progress import say, track
-from minirlhf.app.tables import ROWS, NumberTable, html, number_table
+from minirlhf.app.tables import ROWS, NumberTable, html, number_table, show
 from minirlhf.crew import usable_cores
 from minirlhf.disk import new_numbered_folder, shorten, to_json
 from minirlhf.errors import InputError
@@ -135,18 +135,9 @@ def sweep(
     """
     choices = (
         (varied, api.configured(config, fields.pop("recipe", "ppo"), fields))
-        for varied, fields in _choices(dict(_flat(changes)))
+        for varied, fields in _choices(dict(flat(changes)))
     )
     return run_all(plan(choices), out, jobs, progress=progress)
-
-
-def _flat(changes: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"ppo": {"kl_coef": 1}} as ("ppo.kl_coef", 1)."""
-    for name, value in changes.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _choices(fields: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -181,7 +172,7 @@ def sweep_command(words: list[str]) -> int:
     if found.rows:
         picture = pictures.save(found.figure(), found.folder / "frontier.png")
         lines = [found.table(), f"frontier: {picture}", *lines]
-    commands.show(*lines, stderr=json)
+    show(*lines, stderr=json)
     return int(bool(found.failed))
 
 

@@ -61,23 +61,29 @@ def rows_table(title: str, columns: dict[str, str], rows: list[dict], **look) ->
     return table
 
 
-def print_result(result: Result, world: World, console: Console, *, n_samples: int = 6) -> None:
+def show(*things: Any, stderr: bool = False) -> None:
+    """Print texts, unbroken, and tables; brackets and colons in a user's text mean themselves."""
+    console = Console(markup=False, emoji=False, highlight=False, stderr=stderr)
+    for thing in things:
+        console.print(thing, soft_wrap=isinstance(thing, str))
+
+
+def result_in_full(result: Result, world: World) -> Iterator[Table | Text | str]:
     """The table *reference vs policy* on held-out prompts, then replies before and after."""
-    console.print(result_table(result, world))
+    yield result_table(result, world)
     words = [meaning for name, meaning in WORDS.items() if np.isfinite(result.policy[name])]
-    console.print(f"{'. '.join(words)}.", style="dim")
+    yield Text(f"{'. '.join(words)}.", "dim")
     if result.prompts:
         replies = (result.reference_samples.responses, result.policy_samples.responses)
-        first = (texts[:n_samples] for texts in (result.prompts, *replies))
-        console.print(replies_table("before and after", world, *first, with_prompts=True))
+        first = (texts[:6] for texts in (result.prompts, *replies))
+        yield replies_table("before and after", world, *first, with_prompts=True)
     spent = {**result.seconds, "in all": sum(result.seconds.values())}
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items())
-    session = "this" if result.prompts else "its last"
-    console.print(f"training time in {session} session: {stages}", soft_wrap=True)
+    yield f"training time in {'this' if result.prompts else 'its last'} session: {stages}"
 
 
 def result_table(result: Result, world: World) -> NumberTable:
-    """The columns of `evaluate.response_metrics`, of reference and policy beside each other."""
+    """The columns of `metrics.response_metrics`, of reference and policy beside each other."""
     of_world = f"held-out prompts of the world {shorten(world.name)!r}"
     title = f"{len(result.prompts) or ''} replies to {of_world}".strip()
     table = number_table(title, "", "reference", "policy", box=box.HEAVY_HEAD, padding=(0, 1))

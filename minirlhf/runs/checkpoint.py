@@ -368,13 +368,9 @@ def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
             "the checkpoint folder of a run"
         )
     header = disk.parse_object(metadata[_STATE_KEY], str(path))
-    try:
-        tree, meta = tree_map(tensors.__getitem__, header["outline"]), {**header["meta"]}
-    except (KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: expected a training state's outline and meta; got others: restore the file"
-        ) from error
-    return tree, meta
+    expected, others = "a training state's outline and meta", (KeyError, TypeError, RecursionError)
+    with disk.refusing(path, expected, "restore the file", *others):
+        return tree_map(tensors.__getitem__, header["outline"]), {**header["meta"]}
 
 
 def _host(name: str, array: Any) -> np.ndarray:
@@ -420,7 +416,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """
     if not path.is_file():
         raise InputError(f"{path}: expected a file; found none: check the path")
-    try:
+    expected = "a safetensors file; it is corrupt, cut short or of another kind"
+    # of sizes and types that they cannot hold NumPy and safetensors raise anything
+    with disk.refusing(path, expected, "restore it from a copy", Exception):
         with safe_open(path, framework="numpy") as file:  # compares header and size of the file
             metadata = file.metadata() or {}
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
@@ -432,11 +430,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 if raw["dtype"] == "BF16":
                     halves = np.frombuffer(raw["data"], "<u2").astype(np.uint32)
                     tensors[name] = (halves << 16).view(np.float32).reshape(raw["shape"])
-    except Exception as error:  # of sizes and types that they cannot hold both raise anything
-        raise InputError(
-            f"{path}: expected a safetensors file; it is corrupt, cut short or of another kind "
-            f"({disk.shorten(str(error), 120)}): restore it from a copy"
-        ) from error
     digest = metadata.pop(_DIGEST, None)
     if digest is not None and digest != digest_of(tensors, metadata):
         raise InputError(

@@ -136,9 +136,11 @@ _document_fields(settings, sft, reward_model, dpo, sys.modules[__name__])
 
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("ppo.optimizer.eps", its value) of every field of a dataclass and of those in it."""
-    for name, value in vars(config).items():
-        if is_dataclass(value):
+    """("ppo.optimizer.eps", its value) of every field of a dataclass, or entry of a dict."""
+    is_dict = isinstance(config, dict)
+    for name, value in config.items() if is_dict else vars(config).items():
+        is_nested = isinstance(value, dict) if is_dict else is_dataclass(value)
+        if is_nested:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -21,7 +21,7 @@ from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.rlhf.logprobs import response_sum
 from minirlhf.runs import checkpoint, hugging_face
 from minirlhf.runs.config import flat, load_config, save_config
-from minirlhf.runs.evaluate import gold_of
+from minirlhf.runs.metrics import gold_of
 from minirlhf.runs.session import BEGAN, Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel

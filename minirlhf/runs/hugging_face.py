@@ -170,13 +170,13 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
     settings = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         settings |= disk.read_object(file) if file.exists() else {}
-    kind = "a byte-level BPE as GPT-2's"
-    try:
+    known = "a byte-level BPE as GPT-2's, or a SentencePiece BPE as Llama's"
+    others, advice = (KeyError, AttributeError, TypeError), "name a folder whose tokenizer is one"
+    with disk.refusing(path, known, advice, *others):
         specials = _special_tokens(content)
         if max([*content["model"]["vocab"].values(), *specials.values()], default=0) >= n_rows:
             raise ValueError(f"it has ids that are not among the {n_rows} rows of the embedding")
         if sentencepiece.is_one(content["model"]):
-            kind = "a SentencePiece BPE as Llama's"
             return sentencepiece.from_json(content, specials, settings), path.name
         pattern, ranks, specials = _byte_level_bpe(content, specials)
         eos = settings.get("eos_token") if settings else tokens.EOS
@@ -185,11 +185,6 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
             specials[tokens.EOS] = specials.pop(eos)  # the name by which we know it
         specials = tokens.with_ours(specials, n_rows)
         return tokens.make_tokenizer("gpt2", pattern, ranks, specials), path.name
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        what = disk.shorten(str(error) if isinstance(error, ValueError) else repr(error), 160)
-        raise InputError(
-            f"{path}: expected {kind}; {what}: name a folder whose tokenizer is one"
-        ) from error
 
 
 def _special_tokens(content: dict[str, Any]) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""What an iteration of PPO was like, by the names that the field uses; and what is held out in the
-stages before it. Nothing here is trained on.
+"""What an iteration of PPO was like, by the names that the field uses; what is held out in the
+stages before it; and the final table. Nothing here is trained on.
 
 One number means the same everywhere: `objective/kl` is kl_seq, the penalty summed over a response
 and averaged over responses [nats]; what is called _avg is a mean over tokens.
@@ -8,22 +8,26 @@ and averaged over responses [nats]; what is called _avg is a mean over tokens.
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
 from minirlhf.backend import Array, get_xp, to_host
+from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.advantages import masked_mean, masked_var
 from minirlhf.rlhf.kl import LOG_RATIO_LIMIT, clamp_log_ratio, kl_estimate, summed_penalty
 from minirlhf.rlhf.logprobs import response_sum
+from minirlhf.runs.session import Score, Session
 from minirlhf.train import dpo, ppo
 from minirlhf.train.batches import pad_batch, row_slices
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.reward_model import Pair, RewardModel, calibration_error, score_responses
-from minirlhf.train.rollout import Rollout
+from minirlhf.train.rollout import Rollout, Samples, score_rollout
 from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import Example
 from minirlhf.tree import Tree
+from minirlhf.worlds.world import World
 
 
 def iteration_metrics(
@@ -184,22 +188,13 @@ def update_metrics(
 
 # -- held out, before PPO --------------------------------------------------------------------------
 def sft_loss(
-    params: Tree,
-    examples: list[Example],
-    *,
-    config: GPTConfig,
-    batch_size: int,
-    pad_id: int,
-    device: str = "cpu",
+    params: Tree, examples: list[Example], *, config: GPTConfig, batch_size: int, **padding
 ) -> float:
-    """Mean cross-entropy of the response tokens of all examples [nats per token].
-
-    Args:     params: {"transformer": ...}.
-    """
+    """Mean cross-entropy of the response tokens of all examples [nats per token]."""
     total = tokens = 0.0
     for rows in row_slices(len(examples), batch_size):
         prompts, responses = zip(*examples[rows], strict=True)
-        batch = pad_batch(prompts, responses, pad_id=pad_id, config=config, device=device)
+        batch = pad_batch(prompts, responses, config=config, **padding)
         logp = policy_forward(params, batch=batch, config=config, keep=False)[0].logp
         mask = batch.response_mask
         total -= float(get_xp(logp).where(mask > 0, logp, 0.0).sum())
@@ -208,20 +203,12 @@ def sft_loss(
 
 
 def pair_metrics(
-    model: RewardModel,
-    pairs: list[Pair],
-    gold_difference: np.ndarray | None = None,
-    *,
-    pad_id: int,
-    device: str = "cpu",
+    model: RewardModel, pairs: list[Pair], gold_difference: np.ndarray | None = None, **padding
 ) -> dict[str, float]:
     """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
     rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
-    score = [
-        score_responses(model, prompts, responses, pad_id=pad_id, device=device)
-        for responses in both
-    ]
+    score = [score_responses(model, prompts, responses, **padding) for responses in both]
     margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
     loss = float(np.logaddexp(0.0, -margin).mean())
     return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
@@ -259,3 +246,54 @@ def heldout_dpo(
     loss = dpo.dpo_metrics(logp, pairs, settings)[0]["loss/dpo"]
     chosen, rejected = settings.kl_coef * (logp - np.array([p.ref_logp for p in pairs]).T)
     return {"heldout/loss_dpo": float(loss), **margin_metrics(chosen - rejected, gold)}
+
+
+# -- held out, at the end ------------------------------------------------------------------------
+def response_metrics(
+    rollout: Rollout, *, world: World, stop_id: int, score_mean: float = 0.0, score_sd: float = 1.0
+) -> dict[str, float]:
+    """The columns of the final table, means over responses; README.md says what they are."""
+    samples = rollout.samples
+    mask = to_host(rollout.batch.response_mask) > 0
+    log_ratio = to_host(rollout.old_logp - rollout.ref_logp).astype(np.float64)
+    full = to_host(rollout.kl_full).astype(np.float64)
+    plain = [[i for i in ids if i != stop_id] for ids in samples.response_ids]
+    proxy = float(to_host(rollout.score).astype(np.float64).mean())
+    return {
+        "proxy": proxy,
+        "gold": float(np.mean(gold_of(samples, world))) if world.gold else math.nan,
+        "reward": proxy * score_sd + score_mean if world.reward else math.nan,
+        "kl_seq": float(np.where(mask, log_ratio, 0.0).sum(axis=1).mean()),
+        "kl_full_seq": float(np.where(mask, full, 0.0).sum(axis=1).mean()),
+        "entropy": float(to_host(rollout.entropy)[mask].mean()),
+        "length": float(mask.sum(axis=1).mean()),
+        "distinct_2": distinct_2(plain),
+        "repeated_bigrams": float(np.mean([repeated_bigram_share(ids) for ids in plain])),
+        "ended": float(np.mean([stop_id in ids for ids in samples.response_ids])),
+    }
+
+
+def gold_of(samples: Samples, world: World) -> list[float]:
+    """The world's true reward of every response."""
+    pairs = zip(samples.prompts, samples.responses, strict=True)
+    return [float(world.gold(prompt, response)) for prompt, response in pairs]
+
+
+def evaluate(
+    session: Session, policy: Tree, reference: Tree, score: Score
+) -> tuple[dict[str, float], Samples]:
+    """Held-out metrics, one response a prompt, always with the same coins: two calls compare."""
+    config = session.config
+    prompts = list(
+        itertools.islice(itertools.cycle(session.world.heldout_prompts), config.eval_prompts)
+    )
+    rng = np.random.default_rng(config.seed + 1_000_003)  # no stream of the training
+    settings = replace(config.ppo, kl_mode="reward_k1")  # keeps no whole distributions
+    samples = session.sample(policy, prompts, rng, Sampling(settings.temperature))
+    samples = samples._replace(hidden=None)  # scored anew: a policy's KL to itself is exactly 0
+    rollout = score_rollout(
+        policy, reference, samples, score=score, config=session.gpt, settings=settings
+    )
+    scale = {"score_mean": score.model.mean, "score_sd": score.model.sd}
+    stop_id = session.tokenizer.eos
+    return response_metrics(rollout, world=session.world, stop_id=stop_id, **scale), samples

@@ -25,9 +25,15 @@ from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer, parameter_shapes
 from minirlhf.ranks import ask_first, is_first, leave_to_first, n_ranks
 from minirlhf.runs import folder, snapshots
-from minirlhf.runs.evaluate import evaluate, gold_of
 from minirlhf.runs.log import read_metrics
-from minirlhf.runs.metrics import heldout_dpo, iteration_metrics, pair_metrics, sft_loss
+from minirlhf.runs.metrics import (
+    evaluate,
+    gold_of,
+    heldout_dpo,
+    iteration_metrics,
+    pair_metrics,
+    sft_loss,
+)
 from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
 from minirlhf.runs.session import Score, Session
@@ -52,7 +58,7 @@ HELDOUT = {stage: f"heldout/loss_{stage}" for stage in ("sft", "reward_model", "
 
 
 class Result(NamedTuple):
-    reference: dict[str, float]  # columns of `evaluate.response_metrics`
+    reference: dict[str, float]  # columns of `metrics.response_metrics`
     policy: dict[str, float]
     prompts: list[str]
     reference_samples: Samples

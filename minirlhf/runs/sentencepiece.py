@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf import disk
-from minirlhf.errors import InputError
 from minirlhf.worlds.tokens import Tokenizer, make_tokenizer, merges_of
 
 _PATTERN = " *[^ ]+| +"  # no piece has a space after another character
@@ -83,7 +82,8 @@ def read_bin(path: str | Path, *, n_rows: int) -> Tokenizer:
     Raises:   InputError: the file is damaged, or has another number or kind of pieces.
     """
     data, scores, found, at = disk.read_bytes(path), [], [], 4
-    try:
+    advice = "name the one that was exported for this model"
+    with disk.refusing(path, "a tokenizer.bin of llama2.c", advice, struct.error):
         while at < len(data):
             score, size = struct.unpack_from("<fi", data, at)
             at += 8 + size
@@ -106,11 +106,6 @@ def read_bin(path: str | Path, *, n_rows: int) -> Tokenizer:
                 raise ValueError(f"{names[i]!r} and {names[j]!r} have scores without an order")
         ids, roles = {name: i for i, name in enumerate(names)}, ["</s>", "<s>", None, "<unk>"]
         return _tokenizer(ids, [names[i] for i in order], specials, roles)
-    except (ValueError, struct.error) as error:
-        raise InputError(
-            f"{path}: expected a tokenizer.bin of llama2.c; {disk.shorten(str(error), 160)}: name "
-            "the one that was exported for this model"
-        ) from error
 
 
 def _tokenizer(

@@ -27,9 +27,9 @@ from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.ranks import Silent, ask_first, is_first, leave_to_first, n_ranks
-from minirlhf.runs import hugging_face, mirrors, own_reward, sizes
+from minirlhf.runs import hugging_face, mirrors, own_reward
 from minirlhf.runs.config import TrainConfig, load_config, rate_notes, save_config, unused_options
-from minirlhf.runs.limits import fit_world
+from minirlhf.runs.limits import check_run, fit_world
 from minirlhf.runs.lock import locked
 from minirlhf.runs.log import RunLog
 from minirlhf.train.reward_model import RewardModel, score_responses
@@ -258,7 +258,7 @@ def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> S
     workers = resolved(config.workers)  # another number would round otherwise
     config = replace(config, workers=workers, reward=name_of(reward), **paths)
     session = Session(config, world, tokenizer, rng, **shown)
-    sizes.check_run(config, session.gpt, session.longest)  # sizes may contradict each other
+    check_run(config, session.gpt, session.longest)  # sizes may contradict each other
     out = config.out or new_numbered_folder(world.name)
     session.config, session.world = replace(config, out=out), own_reward.going_on(world, out)
     for note in (*world.notes, *notes):
@@ -342,7 +342,7 @@ def reopen_session(
     session = Session(config, world, tokenizer, rng, **shown)
     if not look:
         session.stored = load_config(folder / "config.toml")
-        sizes.check_run(config, session.gpt, session.longest)
+        check_run(config, session.gpt, session.longest)
     return session
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tiktoken
 
-from minirlhf.disk import read_object, settled, shorten, to_json, write_whole
+from minirlhf.disk import read_object, refusing, settled, shorten, to_json, write_whole
 from minirlhf.errors import InputError
 
 EOS, BOS, SEP, PAD = SPECIALS = ("<|endoftext|>", "<|bos|>", "<|sep|>", "<|pad|>")
@@ -325,7 +325,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read what `save_tokenizer` wrote."""
     path = settled(folder) / _FILE
     content = read_object(path)
-    try:
+    damage = (KeyError, AttributeError, TypeError)
+    with refusing(path, "a tokenizer of minirlhf", "restore the file or train again", *damage):
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {shorten(repr(content['format']))}, not {_FORMAT!r}")
         name, pattern = str(content["name"]), str(content["pattern"])
@@ -333,8 +334,3 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         ranks = {base64.b64decode(token, validate=True): rank for token, rank in stored}
         roles, rank_of = content.get("roles", SPECIALS), content.get("rank_of", ())
         return make_tokenizer(name, pattern, ranks, specials, roles=roles, rank_of=rank_of)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: expected a tokenizer that minirlhf wrote; it is corrupt "
-            f"({type(error).__name__}: {error}): restore the file or train again"
-        ) from error

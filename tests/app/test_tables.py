@@ -11,7 +11,7 @@ from rich.table import Table
 
 from minirlhf.app import check, exact
 from minirlhf.app.check import Result
-from minirlhf.app.tables import ROWS, penalty_table, print_result
+from minirlhf.app.tables import ROWS, penalty_table, result_in_full
 from minirlhf.worlds.world import World
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]\d+)?")
@@ -106,8 +106,8 @@ SHOWN = {
     "kl": lambda console: console.print(*exact.kl_tables(KL)),
     "runs of one seed": lambda console: console.print(*exact.optimum_tables(RUNS[::2])),
     "runs": lambda console: console.print(*exact.optimum_tables(RUNS)),
-    "check": lambda console: check.print_table(CHECKED, console),
-    "train": lambda console: print_result(results(), WORLD, console),
+    "check": lambda console: console.print(check.results_table(CHECKED)),
+    "train": lambda console: console.print(*result_in_full(results(), WORLD)),
     "score": lambda console: console.print(
         penalty_table(["a-long-token"] * 3, *(1000 * rng.standard_normal((2, 3))))
     ),
@@ -177,7 +177,7 @@ def test_penalty_table_in_a_narrow_terminal_cuts_no_number():
 
 def test_the_words_of_the_final_table_are_explained_below_it():
     console = Recorder(80)
-    print_result(results(), WORLD, console)
+    console.print(*result_in_full(results(), WORLD))
     said = " ".join(" ".join(console.lines).split())
     for word in ("proxy: ", "gold: ", "distinct-2: "):
         assert said.count(word) == 1, word
@@ -185,5 +185,5 @@ def test_the_words_of_the_final_table_are_explained_below_it():
     for numbers in (without.reference, without.policy):
         numbers["gold"] = float("nan")
     console = Recorder(80)
-    print_result(without, World("names", [], [], []), console)
+    console.print(*result_in_full(without, World("names", [], [], [])))
     assert "gold" not in console.file.getvalue()

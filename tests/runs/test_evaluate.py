@@ -13,7 +13,7 @@ from tiny_run import tiny_config, write_names
 from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig
-from minirlhf.runs.evaluate import (
+from minirlhf.runs.metrics import (
     distinct_2,
     evaluate,
     gold_of,

@@ -37,8 +37,8 @@ from minirlhf.runs import folder as run_folder
 from minirlhf.runs import session as session_module
 from minirlhf.runs.checkpoint import load_model, load_state
 from minirlhf.runs.config import TrainConfig, load_config, save_config
-from minirlhf.runs.evaluate import evaluate
 from minirlhf.runs.log import RunLog, read_jsonl
+from minirlhf.runs.metrics import evaluate
 from minirlhf.train import ppo as ppo_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward

@@ -30,7 +30,7 @@ import minirlhf
 from minirlhf import crew, disk, memory, workers
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
-from minirlhf.runs import checkpoint, pipeline, sizes
+from minirlhf.runs import checkpoint, limits, pipeline
 from minirlhf.runs import folder as run_folder
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig, load_config, save_config
@@ -566,4 +566,4 @@ def test_a_run_is_refused_where_it_does_not_fit_and_only_there(
     config = TrainConfig(**{"workers": 16, "pairs": "p", **changes})
     model = GPTConfig(**{**SMALL, "n_ctx": max(64, sum(longest)), **gpt})
     with contextlib.nullcontext() if fits else pytest.raises(InputError, match="fit into the mem"):
-        sizes.check_run(config, model, longest)
+        limits.check_run(config, model, longest)

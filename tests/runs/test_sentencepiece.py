@@ -335,7 +335,7 @@ def test_other_bins_are_refused_by_name(tmp_path, data, message):
     ("change", "message"),
     [
         ({"roles": ["</s>", "<s>", None]}, "not enough values"),
-        ({"roles": ["</s>", "<s>", None, "<pad>"]}, "KeyError: '<pad>'"),
+        ({"roles": ["</s>", "<s>", None, "<pad>"]}, "KeyError('<pad>')"),
         ({"rank_of": [0, 1, 2]}, "a byte has no id, or an id has no token"),
         ({"rank_of": [*range(N), 10**6]}, "a byte has no id, or an id has no token"),
         ({"rank_of": [*range(N), 1.0]}, "an id is no whole number in its range"),
@@ -346,8 +346,6 @@ def test_a_damaged_tiktoken_json_is_refused(ours, tmp_path, change, message):
     save_tokenizer(ours, tmp_path)
     path = tmp_path / "tiktoken.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(
-        InputError, match="expected a tokenizer that minirlhf wrote; it is corrupt"
-    ) as caught:
+    with pytest.raises(InputError, match="expected a tokenizer of minirlhf; ") as caught:
         load_tokenizer(tmp_path)
     assert message in str(caught.value)
