@@ -14,10 +14,12 @@ import stat
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from minirlhf.errors import InputError
 from minirlhf.memory import require_memory
@@ -158,6 +160,34 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: expected a place to write to; got {error.strerror or error}: free some space "
             "or choose another folder"
         ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """In the block this process alone is at work on the folder; the lock dies with it."""
+    path, who = folder / ".lock", "another process"
+    # through no link; a process that is forked in the block does not hold it
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            with suppress(OSError, ValueError):
+                who = f"process {int(path.read_text())}"
+            raise InputError(
+                f"{folder}: expected a run that nobody is at work on; {who} is: wait until it has "
+                "ended, or end it"
+            ) from error
+        except OSError as error:
+            if error.errno not in (ENOLCK, ENOSYS, EOPNOTSUPP):  # a disk without locks
+                raise
+    try:
+        with suppress(OSError):  # a full disk
+            path.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

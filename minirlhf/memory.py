@@ -27,10 +27,7 @@ def available_memory() -> float:
 
 
 def require_memory(needs: dict[str, int]) -> None:
-    """Refuse what takes more memory than there is: named is what takes too much alone, or most.
-
-    Args:     needs: an option, or a file -> what is due to it [bytes], at least.
-    """
+    """Refuse options or files whose needs [bytes] exceed the memory; named is what takes most."""
     needed, free = sum(needs.values()), available_memory()
     if needed > free:
         least = min(free, max(needs.values()) - 1)

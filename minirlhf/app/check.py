@@ -157,8 +157,6 @@ def check_command(*, seed: int = 0, cases: int = 10) -> int:
     Args:
         seed: Of the random cases.
         cases: Random cases of a pair; of a whole model, which takes long, one.
-    Returns:
-        exit status: 0 if every gradient is right, else 1.
     """
     if seed < 0 or cases < 1:
         raise InputError(

@@ -68,9 +68,6 @@ def configured(
         config: TOML like a run's; flags overrule it
         recipe: Settings of ppo, grpo, dr-grpo, dapo, rloo, gspo, cispo, dpo
         beta: Short for --ppo.kl-coef; in DPO --dpo.kl-coef
-        fields: {"ppo.kl_coef": 0.1}.
-    Raises:
-        InputError: a setting, the file or the recipe is wrong.
     """
     found = with_fields(TrainConfig(), recipes.recipe(recipe), "train")
     if config is not None:

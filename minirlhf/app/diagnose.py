@@ -33,7 +33,7 @@ TEMPERATURES = [0.1 * tenths for tenths in range(4, 21)]  # at which a log-prob 
 COMPARED = """objective/kl objective/scores objective/gold objective/entropy
 policy/approxkl_avg policy/clipfrac_avg loss/value_avg response_length/mean
 response/repeated_bigrams grad_norm""".split()
-APART = 5.0  # standard errors between two runs
+APART = 5.0  # standard errors, of its own changes, between means over three steps of two runs
 
 
 class Finding(NamedTuple):
@@ -239,10 +239,7 @@ def diagnose_command(logs: tuple[Path, ...] = (), *, json: bool = False, diff: b
 
 
 def difference(a: Path, b: Path) -> list[str]:
-    """Where run b left run a, in words: by settings; by metrics, in the order in which they part.
-
-    Those have where a mean over three steps is APART standard errors of its own changes away.
-    """
+    """Where run b left run a, in words: settings; metrics, in the order in which they part."""
     one, two = (_seen(read_log(path)) for path in (a, b))
     was, now = (dict(flat(seen.config)) if seen.config else {} for seen in (one, two))
     changed = [name for name in was if name in now and was[name] != now[name] and name != "out"]

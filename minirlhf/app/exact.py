@@ -52,10 +52,6 @@ def exact_command(
         iterations: Of the runs in optimum.
         out: Folder for exact.json and the pictures; default: runs/exact-N with the next free N.
         processes: Training runs side by side, one thread each.
-    Returns:
-        exit status: 0, or 1 if an identity that must hold to rounding did not.
-    Raises:
-        InputError: an option is out of its range, or the folder holds results already.
     """
     started = time.perf_counter()
     if not parts or not seeds or min(seeds) < 0 or iterations < 1 or processes < 1:
@@ -156,10 +152,7 @@ def kl_tables(rows: list[Row]) -> tuple[Table]:
 
 
 def optimum_tables(runs: list[Row]) -> tuple[Table, Table]:
-    """Runs of the same name and beta in one line: means, and of several seeds sd and least.
-
-    And where J* - J is lost: its share at each token of the response.
-    """
+    """A line for a name and beta: means, sd and least over seeds; and J* - J by token."""
     n = len({run["seed"] for run in runs})
     of_runs = f"{n} seed{'s' * (n > 1)}, {runs[0]['iterations']} iterations"
     spread = {"sd": np.std, "least": np.min} if n > 1 else {}

@@ -332,8 +332,6 @@ def judge_command(
         size: Tokens of the world's vocabulary, and of its longest response.
         seed: Of the world's transformers.
         json_: Print the numbers as JSON.
-    Returns:
-        exit status: 0, or 1 if the claim fails.
     """
     about = {"size": size, "seed": seed}
     named = function == "libraries" or function in LIBRARIES

@@ -1,7 +1,4 @@
-"""Logs of training, ours and others', as series under our names.
-
-logs.toml has the names of other programs, what they are here, and in which unit.
-"""
+"""Logs of training, ours and others', as series under our names; theirs are in logs.toml."""
 
 import csv
 import io
@@ -13,8 +10,7 @@ from typing import Any, NamedTuple
 from minirlhf.disk import read_text, read_toml, shorten
 from minirlhf.errors import InputError
 from minirlhf.runs.folder import STAGES
-from minirlhf.runs.log import read_metrics
-from minirlhf.runs.mirrors import TENSORBOARD, require
+from minirlhf.runs.log import TENSORBOARD, read_metrics, require
 
 # what counts the steps: the first of these that a log has; if it has none, its rows are counted
 STEPS = ("global_step", "training/global_step", "trainer/global_step", "step", "Step", "_step")

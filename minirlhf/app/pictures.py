@@ -73,10 +73,7 @@ def draw_tokens(axis, replies: dict[str, tuple], *, limit: float, width: int = 1
 
 
 def save(figure, path: Path) -> Path:
-    """The figure as a file, with a grid on every axis.
-
-    Raises:   InputError: the disk or the permissions refuse.
-    """
+    """The figure as a file, with a grid on every axis."""
     for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
@@ -84,13 +81,6 @@ def save(figure, path: Path) -> Path:
     figure.savefig(drawn, dpi=120, format=path.suffix[1:])
     write_whole(path, drawn.getvalue())
     return path
-
-
-def _column(rows: list[Row], *names: str) -> tuple[list[float], ...]:
-    """Columns of rows; rounding as 0."""
-    return tuple(
-        [0.0 if abs(row[name]) < ROUNDING else row[name] for row in rows] for name in names
-    )
 
 
 def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
@@ -191,7 +181,8 @@ def draw_kl(rows: list[Row], path: Path) -> Path:
         marker, offset, label = lanes[sampler]
         places = [offset - names.index(row["name"]) for row in same]
         colours = [BLUE if row["right"] else VERMILION for row in same]
-        for axis, values in zip((left, right), _column(same, "error", "noise"), strict=True):
+        for axis, name in ((left, "error"), (right, "noise")):
+            values = [0.0 if abs(row[name]) < ROUNDING else row[name] for row in same]
             axis.scatter(values, places, c=colours, marker=marker, s=22)
         left.scatter([], [], c="gray", marker=marker, s=22, label=label)
     for colour, label in ((BLUE, "right: its mean is g"), (VERMILION, "wrong")):

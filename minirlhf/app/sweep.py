@@ -30,10 +30,9 @@ from minirlhf.app.pictures import shown
 from minirlhf.app.progress import say, track
 from minirlhf.app.tables import ROWS, NumberTable, html, number_table, show
 from minirlhf.crew import usable_cores
-from minirlhf.disk import new_numbered_folder, shorten, to_json
+from minirlhf.disk import locked, new_numbered_folder, shorten, to_json
 from minirlhf.errors import InputError
 from minirlhf.runs.config import TrainConfig, flat, load_config, save_config
-from minirlhf.runs.lock import locked
 from minirlhf.runs.pipeline import read_result
 from minirlhf.runs.session import fork_run
 from minirlhf.train.settings import PPOConfig

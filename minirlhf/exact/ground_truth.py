@@ -79,10 +79,7 @@ def small_transformer(world: TokenWorld, *, n_layer: int = 1) -> GPTConfig:
 def fit_reference(
     world: TokenWorld, *, config: GPTConfig, settings: SFTConfig = SFT, seed: int
 ) -> Tree:
-    """Supervised fine-tuning on the world's demonstrations.
-
-    Returns:  {"transformer": ...}, the frozen reference of everything that follows.
-    """
+    """{"transformer": ...} fine-tuned on the demonstrations of the world, frozen after that."""
     rng_init, rng_batches = np.random.default_rng(seed).spawn(2)
     start = {"transformer": init_transformer(config, rng=rng_init)}
     optimizer = Optimizer(start, settings.optimizer, total_steps=settings.steps)

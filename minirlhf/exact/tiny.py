@@ -101,9 +101,6 @@ def make_tiny_world(
 
 
 def tiny_reference(seed: int, *, settings: SFTConfig = SFT, **sizes: int) -> Tree:
-    """The reference that belongs to a seed on the tiny desk: it has learned to imitate the chain.
-
-    Args:     sizes: max_tokens and n_demonstrations of `make_tiny_world`.
-    """
+    """The reference that belongs to a seed; `sizes` are arguments of `make_tiny_world`."""
     world = make_tiny_world(rng=np.random.default_rng([seed, 0]), **sizes)
     return fit_reference(world, config=small_transformer(world), settings=settings, seed=seed)

@@ -92,9 +92,6 @@ def save_model(
               scale: score_mean and score_sd of a reward model, for config.json. transformers
                   loads a GPT-2 as GPT2ForSequenceClassification, whose logit is (raw - mean) / sd.
               files: further files of the folder.
-    Raises:   ValueError: the parameters do not fit config or are not finite, or meta names an entry
-                  that config decides.
-              InputError: the folder cannot be written.
     """
     kind, tensors = KINDS[config.block], {}
 
@@ -162,14 +159,9 @@ def _classifier(
 def load_model(
     folder: str | Path, *, dtype: Any = None
 ) -> tuple[Tree, GPTConfig, dict[str, dict[str, np.ndarray]]]:
-    """Read a model that `save_model` or transformers wrote.
+    """Parameters, GPTConfig and heads ({}: none) that `save_model` or transformers wrote, checked.
 
     Args:     dtype: of all arrays; None keeps the stored one (float16 and bfloat16 become float32).
-    Returns:  The parameter tree, its GPTConfig, and the heads ({} if there are none); the arrays
-                  are NumPy's, C-contiguous and share no memory.
-    Raises:   InputError: a file is missing, corrupt or foreign, or no longer what was written; a
-                  tensor is missing, superfluous, stored twice, of another shape or not finite; the
-                  config describes a network that is not our GPT-2.
     """
     folder = disk.settled(folder)
     config = _gpt_config(disk.read_object(folder / _CONFIG), folder / _CONFIG)
@@ -336,10 +328,6 @@ def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
 
     Args:     arrays: nested dicts and lists of arrays, any NumPy number type, on either device.
               meta: what JSON holds exactly: step counters, `bit_generator.state`, options.
-    Raises:   TypeError: a leaf is no array.
-              ValueError: a key or meta does not survive JSON (tuples, keys that are numbers, NaN,
-                  inf).
-              InputError: the folder cannot be written.
     """
     tensors = {  # the number keeps {"a.b": x, "a": {"b": y}} apart
         f"{i}.{path}": _host(path, leaf) for i, (path, leaf) in enumerate(tree_items(arrays))
@@ -356,10 +344,7 @@ def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
 
 
 def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
-    """What `save_state` wrote: the tree, in fresh memory, and meta.
-
-    Raises:   InputError: the file is missing, corrupt or of another kind.
-    """
+    """What `save_state` wrote: the tree, in fresh memory, and meta."""
     path = disk.settled(folder) / STATE
     tensors, metadata = _read_tensors(path)
     if _STATE_KEY not in metadata:
@@ -410,10 +395,7 @@ def digest_of(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors, in fresh memory, and the metadata of a safetensors file.
-
-    Raises:   InputError: it is missing, damaged, or says something else than when it was written.
-    """
+    """All tensors, in fresh memory, and the metadata of a safetensors file; damage is refused."""
     if not path.is_file():
         raise InputError(f"{path}: expected a file; found none: check the path")
     expected = "a safetensors file; it is corrupt, cut short or of another kind"

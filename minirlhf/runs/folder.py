@@ -1,7 +1,4 @@
-"""What the stages leave in a run's folder: writing it, reading it back, refusing what does not fit.
-
-README.md has the table of its files.
-"""
+"""What the stages leave in a run's folder: written, read back, refused where it does not fit."""
 
 import math
 import shutil
@@ -138,13 +135,7 @@ def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
 
 @leave_to_first
 def save_state(
-    session: Session,
-    stage: str,
-    optimizer: Optimizer,
-    done: int,
-    *,
-    reference: Tree | None = None,
-    **more,
+    session: Session, stage: str, optimizer: Optimizer, done: int, *, reference=None, **more
 ) -> None:
     """What a stage goes on from, bit for bit, after `done` steps; of PPO with its kl_coef."""
     rng = {name: session.rng[name].bit_generator.state for name in GO_ON[stage]}
@@ -161,10 +152,7 @@ def save_state(
 def load_state(
     session: Session, stage: str, optimizer: Optimizer, n_steps: int, reference: Tree | None = None
 ) -> tuple[int, float | None, Tree | None]:
-    """(steps done, kl_coef, reference) of a stage's checkpoint, from which all goes on.
-
-    The last two are PPO's; without a checkpoint None, and the reference that was given.
-    """
+    """(steps done, kl_coef, reference) of a stage's checkpoint; the last two are PPO's."""
     if not has_state(session, stage):
         return 0, None, reference
     found, meta = _read_state(session, stage)
@@ -301,11 +289,7 @@ def settle_settings(session: Session) -> None:
 
 
 def sample_rows(session: Session, rollout: Rollout) -> list[dict[str, Any]]:
-    """The first samples with the two numbers of the objective: score and kl_seq [nats].
-
-    With ids, of the response, ref_logp_seq can be made again from the saved reference; the tokens
-    that were counted are as many as there are ids.
-    """
+    """The first samples with score and kl_seq [nats], and what `diagnose` holds them against."""
     samples, mask = rollout.samples, rollout.batch.response_mask
     kl_seq = summed_penalty(rollout.old_logp, rollout.ref_logp, mask=mask)
     columns = {"prompt": samples.prompts, "response": samples.responses}

@@ -43,10 +43,8 @@ def companions(
     """The files beside a model with which AutoTokenizer and generate do as we do.
 
     In a text the names of special tokens are these tokens, as everywhere in transformers; with
-    `split_special_tokens=True` they are plain text, as for us.
-
-    Args:     sides: padding_side and model_max_length, for tokenizer_config.json.
-              generation: the entries of generation_config.json.
+    `split_special_tokens=True` they are plain text, as for us. `sides` are entries of
+    tokenizer_config.json, `generation` those of generation_config.json.
     """
     roles = zip(("eos", "bos", "sep", "pad"), tokenizer.names(), strict=True)
     named = {f"{role}_token": name for role, name in roles if name}
@@ -113,8 +111,6 @@ def read_model(path: str | Path) -> Start:
     A GPT-2's stop token is ours. Our other special tokens get rows of their own, the mean of all
     embeddings: at first they are as likely as an average token (Hewitt 2021, "Initializing New Word
     Embeddings"). A Llama keeps its own special tokens and gets no others.
-
-    Raises:   InputError: as `load_model` and `read_tokenizer`; or `load_llama2c` and `read_bin`.
     """
     path = Path(path)
     if path.suffix == ".bin":
@@ -150,8 +146,6 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
 
     Args:     n_rows: rows of the embedding. After them our special tokens get their ids; a Llama's
                   own do, and it gets no sep.
-    Raises:   InputError: there is none, it is damaged, or neither a byte-level BPE with GPT-2's
-                  pattern or ours nor a SentencePiece BPE.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -203,11 +197,7 @@ def _special_tokens(content: dict[str, Any]) -> dict[str, int]:
 def _byte_level_bpe(
     content: dict[str, Any], added: dict[str, int]
 ) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """(pattern, ranks, special tokens) of a tokenizer.json.
-
-    Raises:   ValueError: what is not supported, in words.
-              KeyError, AttributeError, TypeError: it has another structure.
-    """
+    """(pattern, ranks, special tokens); a ValueError says what is not supported."""
     model, pre = content["model"], content.get("pre_tokenizer")
     if model.get("byte_fallback"):
         raise ValueError("its BPE has byte_fallback = True")

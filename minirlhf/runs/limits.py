@@ -25,10 +25,7 @@ PROCESS = 20 << 20  # bytes of a worker's own, measured: 27 to 41 MB
 
 
 def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Generator) -> World:
-    """A world with its limits, and notes on what they cut. One of files is split.
-
-    Prompts that are equal as cut stay together. `rng` is that of `split_world`.
-    """
+    """A world with its limits, and notes on what they cut; of files, split by prompts as cut."""
     world = world.continued() if tokenizer.sep is None else world
     prompts = [len(tokenizer.prompt_ids(p)) for p in world.train_prompts + world.heldout_prompts]
     replies = [len(tokenizer.response_ids(text)) for _, text in world.demonstrations]
@@ -63,10 +60,7 @@ def fit_world(world: World, tokenizer: Tokenizer, config: TrainConfig, rng: Gene
 
 
 def _chosen(config: TrainConfig, room: int, prompts: list[int], replies: list[int]) -> tuple:
-    """The limits that are set; for the others those that leave 95 % of the lengths whole, or less.
-
-    Less where they exceed the room: then half of it is for the response. And a note on the choice.
-    """
+    """The limits that are set, or leave 95 % whole, or fit into the room; and a note on them."""
     prompt = config.max_prompt_tokens or _enough(prompts)
     response = config.max_response_tokens or _enough(replies)
     whole = prompt, response
@@ -101,11 +95,7 @@ def most_tokens(model: ModelConfig, vocab_size: int) -> int:
 
 # -- memory --------------------------------------------------------------------------------------
 def check_run(config: TrainConfig, gpt: GPTConfig, longest: tuple[int, int]) -> None:
-    """Refuse a run that the memory at hand cannot hold. (On a GPU memory is another one.)
-
-    Args:     config: with the number of workers resolved.
-              longest: tokens of a prompt and of a response.
-    """
+    """Refuse a run that the memory at hand cannot hold. (On a GPU memory is another one.)"""
     if config.device != "cpu":
         return
     C, T, shapes = gpt.d_model, sum(longest), parameter_shapes(replace(gpt, n_layer=1))

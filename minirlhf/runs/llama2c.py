@@ -20,10 +20,7 @@ EPS = 1e-5  # of the norms, which the file does not say
 
 
 def load_llama2c(path: str | Path) -> tuple[Tree, GPTConfig]:
-    """Parameters, float32 on the host, and sizes of a model.bin.
-
-    Raises:   InputError: the file is missing, or its length is not what its sizes make.
-    """
+    """Parameters, float32 on the host, and sizes of a model.bin."""
     data = disk.read_bytes(path)
     sizes = np.frombuffer(data[:HEADER], "<i4").tolist() if len(data) > HEADER else [0] * 7
     C, F, L, H, K, V, n_ctx = sizes

@@ -234,12 +234,7 @@ def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> di
 
 
 def heldout_dpo(
-    params: Tree,
-    pairs: list[Pair],
-    gold: np.ndarray | None = None,
-    *,
-    settings: dpo.DPOConfig,
-    **same,
+    params: Tree, pairs: list[Pair], gold=None, *, settings: dpo.DPOConfig, **same
 ) -> dict[str, float]:
     """`margin_metrics` of the implicit rewards of pairs not learnt from; and the loss."""
     logp = dpo.reply_logps(params, pairs, **same)

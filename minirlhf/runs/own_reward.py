@@ -25,10 +25,7 @@ TRIED = 4  # texts that a reward is asked about before anything else is done
 
 
 def fingerprint(reward: Reward) -> str:
-    """SHA-256 of a reward's name and its file, which is not run for it; "" if there is no source.
-
-    Of a function that no name finds it is that of its own source. What it imports is left out.
-    """
+    """SHA-256 of a reward's name and of its file or source, which is not run for it; or ""."""
     name = name_of(reward)
     place, _, function = name.rpartition(":")
     try:

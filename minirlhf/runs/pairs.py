@@ -14,10 +14,7 @@ from minirlhf.worlds.files import split_pairs
 
 
 def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], list[Pair], Any]:
-    """Pairs to learn from, held-out pairs, and the held-out difference of gold (or None).
-
-    Given pairs are split by prompt; otherwise the annotator compares two reference samples.
-    """
+    """Pairs to learn from, held-out pairs, and the held-out difference of gold (or None)."""
     world, settings = session.world, session.config.reward_model
     if world.pairs is None and world.annotate is None:
         how = f"`minirlhf resume {shlex.quote(str(session.folder))} --reward ..` or train --pairs"
@@ -55,10 +52,7 @@ def _differing_pairs(session: Session, pairs: list[Texts]) -> list[Pair]:
 def annotated_pairs(
     session: Session, reference: Tree, prompts: list[str], n: int
 ) -> tuple[list[Pair], np.ndarray | None]:
-    """n pairs of reference samples in the annotator's order, and the difference of gold (or None).
-
-    Equal replies are left out.
-    """
+    """n pairs of reference samples, without equal ones, and their difference of gold (or None)."""
     world, rng = session.world, session.rng
     drawn = draw_prompts(prompts, n, rng["pairs"])
     first, second = (session.sample(reference, drawn, rng["pairs"]) for _ in range(2))

@@ -25,7 +25,7 @@ from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer, parameter_shapes
 from minirlhf.ranks import ask_first, is_first, leave_to_first, n_ranks
 from minirlhf.runs import folder, snapshots
-from minirlhf.runs.log import read_metrics
+from minirlhf.runs.log import mirrored, read_metrics
 from minirlhf.runs.metrics import (
     evaluate,
     gold_of,
@@ -34,7 +34,6 @@ from minirlhf.runs.metrics import (
     pair_metrics,
     sft_loss,
 )
-from minirlhf.runs.mirrors import mirrored
 from minirlhf.runs.pairs import draw_prompts, preference_pairs
 from minirlhf.runs.session import Score, Session
 from minirlhf.train import dpo, reward_model
@@ -183,8 +182,7 @@ def _learn(
 ) -> dict[str, float]:
     """Let the loop of any stage but PPO run to its end, with log and checkpoints.
 
-    Args:     measure: metrics of a slice of the n held-out rows, as training leaves off.
-    Returns:  those of all rows at the end; {} if there are none.
+    It returns what `measure`, of slices of the n held-out rows, says of all of them at the end.
     """
     n_steps = optimizer.total_steps
     trained = n_steps * getattr(session.config, stage).batch_size
@@ -316,10 +314,7 @@ def dpo_stage(session: Session, reference: Tree) -> Tree:
 def _learn_pairs(
     session: Session, stage: str, start: Tree, pairs: tuple, train: Callable, measure: Callable
 ) -> Tree:
-    """What `train` makes of a copy of `start` and of what `preference_pairs` gives.
-
-    Args:     measure: metrics of (parameters, held-out pairs, their difference of gold or None).
-    """
+    """What `train` makes of a copy of `start` and of what `preference_pairs` gives."""
     settings, (pairs, heldout, gold_difference) = getattr(session.config, stage), pairs
     updates, n = reward_model.n_updates(len(pairs), settings), len(heldout)
     optimizer = Optimizer(start, settings.optimizer, total_steps=updates)

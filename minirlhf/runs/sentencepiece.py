@@ -45,8 +45,6 @@ def from_json(
     Args:     specials: ids of its special tokens.
               settings: tokenizer_config.json, which names bos, eos and pad. Without a pad, which
                   changes no number, it is the unknown token, which is in no text, or eos.
-    Raises:   ValueError: what is not supported, in words.
-              KeyError, AttributeError, TypeError: it has another structure.
     """
     model = content["model"]
     if model.get("ignore_merges"):
@@ -77,9 +75,6 @@ def read_bin(path: str | Path, *, n_rows: int) -> Tokenizer:
 
     The piece with the highest score is made first. Equal scores, which runs of spaces have, join
     the leftmost pair: a run grows from its left, as it does where the longer piece comes first.
-
-    Args:     n_rows: rows of the embedding.
-    Raises:   InputError: the file is damaged, or has another number or kind of pieces.
     """
     data, scores, found, at = disk.read_bytes(path), [], [], 4
     advice = "name the one that was exported for this model"

@@ -22,16 +22,15 @@ from numpy.random import Generator
 
 from minirlhf.backend import array_module, to_device
 from minirlhf.crew import resolved
-from minirlhf.disk import new_numbered_folder, read_object, to_json, write_whole
+from minirlhf.disk import locked, new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.ranks import Silent, ask_first, is_first, leave_to_first, n_ranks
-from minirlhf.runs import hugging_face, mirrors, own_reward
+from minirlhf.runs import hugging_face, own_reward
 from minirlhf.runs.config import TrainConfig, load_config, rate_notes, save_config, unused_options
 from minirlhf.runs.limits import check_run, fit_world
-from minirlhf.runs.lock import locked
-from minirlhf.runs.log import RunLog
+from minirlhf.runs.log import RunLog, require
 from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_responses
@@ -232,13 +231,9 @@ def _require_device(device: str) -> None:
 
 @_on_all_ranks
 def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> Session:
-    """A new run: its world, encoding and random streams, and a folder to open it from again.
-
-    Args:     reward: a function in the place of config.reward, which names one.
-              shown: `track`, `say` and `watch` of the Session.
-    """
+    """A new run. A function may be its reward; `shown`: track, say and watch of the Session."""
     _require_device(config.device)  # refuse what is not there before anything is written
-    mirrors.require(config.log)
+    require(config.log)
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
     config.refuse_in_dpo(reward)
@@ -349,10 +344,7 @@ def reopen_session(
 def fork_run(
     folder: str | Path, out: str | Path, *, ppo: PPOConfig, eval_every: int | None = None
 ) -> Path:
-    """A new run folder with the encoding, reference and reward model of another, and its own PPO.
-
-    A resume of it runs the PPO stage alone: what differs between two forks is PPO's settings.
-    """
+    """A new run folder with the encoding, reference and reward model of another; PPO is left."""
     folder, out = Path(folder), Path(out)
     shared = ("tiktoken.json", "world.json", "reference", "reward_model", "metrics.jsonl")
     missing = [name for name in shared if not (folder / name).exists()]

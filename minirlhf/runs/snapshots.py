@@ -25,13 +25,7 @@ PROMPTS, LIKELIEST = 4, 5
 
 
 def token_rows(
-    session: Session,
-    policy: Tree,
-    reference: Tree,
-    samples: Samples,
-    *,
-    scores: np.ndarray | None,
-    kl_coef: float,
+    session: Session, policy: Tree, reference: Tree, samples: Samples, *, scores, kl_coef: float
 ) -> list[dict[str, Any]]:
     """What each reply of `samples` pays: a dict each, of `app.api.TokenScores`'s fields.
 
@@ -112,12 +106,7 @@ def take_snapshot(
 
 @leave_to_first
 def _keep(session: Session, rows: list[dict[str, Any]], done: int) -> None:
-    kept = [row for row in read_snapshots(session) if row["step"] < done]
-    content = jsonl(kept + [{"step": done, **row} for row in rows])
-    write_whole(session.folder / "snapshots.jsonl", content)
-
-
-def read_snapshots(session: Session) -> list[dict[str, Any]]:
-    """The rows of snapshots.jsonl, each with its step, the iterations that were done; or []."""
     path = session.folder / "snapshots.jsonl"
-    return read_jsonl(path, {"step": int}) if path.exists() else []
+    before = read_jsonl(path, {"step": int}) if path.exists() else []
+    kept = [row for row in before if row["step"] < done]
+    write_whole(path, jsonl(kept + [{"step": done, **row} for row in rows]))

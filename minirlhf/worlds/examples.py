@@ -37,8 +37,7 @@ class Skip(Exception):
 class Kept:
     """What is kept of the rows of a file, how many were read, and why others were left out.
 
-    All rows, or of more than max_chars characters a part that is drawn at random: those with the
-    smallest of independent uniform numbers. While the rows go by, only that part is held.
+    Of more than max_chars characters a random part: the rows with the smallest uniform numbers.
     """
 
     def __init__(
@@ -70,10 +69,7 @@ class Kept:
             raise InputError(f"{self.path}:{number}: {error}") from error
 
     def finish(self, convert: Callable[[Texts], Texts], what: str, notes: list[str]) -> list[Texts]:
-        """The rows, converted once more now that all are known.
-
-        `notes` get a sentence: how many were read, skipped (and why, in which lines) and kept.
-        """
+        """The rows, converted once more now that all are known; what was left out, as a note."""
         rows = [new for n, texts in self.rows for new in self._tried(convert, n, texts)]
         skipped = ", ".join(
             f"{len(n):,} {why} (line {', '.join(map(str, n[:3]))}{', ..' * (len(n) > 3)})"

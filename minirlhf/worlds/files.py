@@ -85,10 +85,7 @@ def split_pairs(pairs: list[tuple], *, train_prompts: list[str]) -> tuple[list, 
 def split_world(
     world: World, *, rng: Generator, key: Callable[[str], Hashable] = lambda prompt: prompt
 ) -> World:
-    """The world with some of its prompts held out, and with them their demonstrations.
-
-    Prompts of which the policy sees the same, their `key`, are on the same side.
-    """
+    """The world with some prompts held out, by their `key`, and with them their demonstrations."""
     keys = {prompt: key(prompt) for prompt in world.train_prompts}
     judged = [keys[prompt] for prompt, *_ in world.pairs or []]
     weights = Counter([keys[prompt] for prompt, _ in world.demonstrations] + judged)
@@ -111,8 +108,7 @@ def _split_prompts(
 ) -> tuple[list, list]:
     """(train, held-out) prompts, as README.md has it; a single one is in both lists.
 
-    Args:     weights: prompt -> how many examples it has.
-              judged: prompts of pairs, of which at least one has to be among those of training.
+    Of the judged, those of pairs, one at least is to be trained on. `weights` counts examples.
     """
     prompts = list(weights)
     if len(prompts) == 1:

@@ -53,8 +53,7 @@ def rows_of(
     """(line, row) of every row that is not blank; of parquet, the row's number.
 
     Args:     source: the option that names the file: "corpus" or "pairs".
-              named: of `named_columns`; each counts if the file has it, else the usual names do.
-              found: gets the names of those that it has.
+              named: each counts if the file has it, and is `found`; else the usual names do.
               notes: gets a sentence if it was guessed what a row is.
     """
     kind = name_and_kind(path)[1]

@@ -131,13 +131,7 @@ def _raised(error: BaseException) -> str:
 
 
 def load_reward(reward: Reward, timeout: float = 0.0) -> UserReward:
-    """A function, or the one at "package.module:function" or "file.py:function", checked.
-
-    The module may lie in the current directory.
-
-    Raises:   InputError: there is no such module, file or function, its import fails, or it cannot
-                  be called.
-    """
+    """A function, the one at "package.module:function" or "file.py:function", or one of ours."""
     if isinstance(reward, UserReward):
         return reward
     if callable(reward):

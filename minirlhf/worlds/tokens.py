@@ -231,10 +231,7 @@ def _train_ranks(counts: Counter[str], *, n_ranks: int) -> dict[bytes, int]:
 
 
 def load_tokenizer_by_name(name: str) -> Tokenizer:
-    """A known encoding of tiktoken ("gpt2", "cl100k_base", ...) and our special tokens after it.
-
-    Its <|endoftext|> is our eos. tiktoken fetches the table from the network at first use.
-    """
+    """A known encoding of tiktoken ("gpt2", "cl100k_base", ...) and our special tokens after it."""
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise InputError(

@@ -27,7 +27,7 @@ from tiny_run import (
 
 import minirlhf
 from minirlhf.app import charts, coloured, page, pictures
-from minirlhf.app.known import BETAS, known_world
+from minirlhf.app.page import BETAS, known_world
 from minirlhf.app.tables import ROWS
 from minirlhf.disk import parse_object
 from minirlhf.exact import ground_truth, tiny
@@ -544,7 +544,7 @@ def test_in_a_browser_it_fits_asks_for_nothing_and_makes_no_error(runs, tmp_path
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_the_optimum_of_the_slider_is_the_exact_one(runs, tmp_path, known, monkeypatch):
-    monkeypatch.setattr(page.known, "known_world", lambda: known)
+    monkeypatch.setattr(page, "known_world", lambda: known)
     seen, asked = in_browser(page.page([], exact=True), tmp_path, width=400)
     assert seen["errors"] == [] and asked == set() and seen["wide"] <= 400
     beta = float(f"{0.5 * 10 ** (-6 / 20):.3g}")

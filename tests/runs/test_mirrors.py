@@ -11,7 +11,7 @@ from tiny_run import STAGES, interrupted_after, resume, tiny_config, train
 
 from minirlhf.app.logs import read_log
 from minirlhf.errors import InputError
-from minirlhf.runs import mirrors
+from minirlhf.runs import log as run_log
 from minirlhf.runs import session as session_module
 from minirlhf.runs.log import RunLog, read_metrics
 
@@ -89,7 +89,7 @@ def test_it_has_the_numbers_of_the_log(whole):
 
 def test_a_spreadsheet_has_a_column_a_name_in_their_order(tmp_path):
     log = RunLog(tmp_path)
-    with mirrors.mirrored(log, "csv"):
+    with run_log.mirrored(log, "csv"):
         log.metrics(0, "sft", {"loss/sft": 2.0, "lr": None})
         first = (tmp_path / "metrics.csv").read_bytes()
         log.metrics(1, "sft", {"loss/sft": math.nan, "lr": 0.1})
@@ -112,7 +112,7 @@ def test_who_watches_sees_a_line_after_its_mirror(tmp_path):
             raise InputError("expected no more; got enough: stop")
 
     log = RunLog(tmp_path, watch)
-    with pytest.raises(InputError, match="got enough"), mirrors.mirrored(log, "csv"):
+    with pytest.raises(InputError, match="got enough"), run_log.mirrored(log, "csv"):
         log.metrics(0, "ppo", {"lr": 2.0})
         log.metrics(1, "ppo", {"lr": 1.0})
     assert seen == [{"lr": 2.0}, {"lr": 1.0}]
@@ -120,7 +120,7 @@ def test_who_watches_sees_a_line_after_its_mirror(tmp_path):
 
 def test_event_files_keep_a_place_for_what_is_no_number(tmp_path):
     log = RunLog(tmp_path)
-    with mirrors.mirrored(log, "tensorboard"):
+    with run_log.mirrored(log, "tensorboard"):
         log.metrics(0, "ppo", {"lr": math.inf})
     (row,) = read_log(tmp_path / "tensorboard").stages["ppo"]
     assert row["step"] == 0 and math.isnan(row["lr"])
@@ -190,7 +190,7 @@ def test_event_files_without_tensorboard_are_one_sentence(tmp_path, monkeypatch)
 
 def test_event_files_are_read_as_one_log_or_a_stage(tmp_path):
     log, folder = RunLog(tmp_path), tmp_path / "tensorboard"
-    with mirrors.mirrored(log, "tensorboard"):
+    with run_log.mirrored(log, "tensorboard"):
         for step, stage in ((0, "sft"), (1, "sft"), (0, "ppo"), (7, "ppo")):
             log.metrics(step, stage, {"lr": 0.5})
     whole, part, file = map(read_log, (folder, folder / "ppo", next(folder.glob("ppo/*"))))
@@ -208,7 +208,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, kind):
     (elsewhere / "ppo").mkdir(parents=True)
     path = mirror_of(tmp_path / "run", kind)
     path.symlink_to(elsewhere) if kind == "tensorboard" else path.mkdir()
-    with pytest.raises(InputError, match=str(path)), mirrors.mirrored(log, kind):
+    with pytest.raises(InputError, match=str(path)), run_log.mirrored(log, kind):
         log.metrics(0, "ppo", {"lr": 1.0})
     assert list(elsewhere.iterdir()) == [elsewhere / "ppo"]
     assert json.loads(log.metrics_path.read_text()) == {"step": 0, "stage": "ppo", "lr": 1.0}

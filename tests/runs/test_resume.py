@@ -28,13 +28,13 @@ from tiny_run import (
 
 import minirlhf
 from minirlhf import crew, disk, memory, workers
+from minirlhf.disk import locked
 from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.runs import checkpoint, limits, pipeline
 from minirlhf.runs import folder as run_folder
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig, load_config, save_config
-from minirlhf.runs.lock import locked
 from minirlhf.runs.log import read_metrics
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.tree import tree_leaves

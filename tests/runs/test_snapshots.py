@@ -5,7 +5,7 @@ import pytest
 from tiny_run import interrupted_after, resume, tiny_config, train, write_names
 
 import minirlhf
-from minirlhf.runs import session, snapshots
+from minirlhf.runs.log import read_jsonl
 
 ROWS = {"prompt", "response", "pieces", "ids", "logp", "ref_logp", "entropy", "value", "step"}
 ROWS |= {"reward_token", "advantage", "top", "ref_top", "kl_seq", "score", "gold", "kl_coef"}
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def rows_of(folder):
-    return snapshots.read_snapshots(session.reopen_session(folder, look=True))
+    return read_jsonl(folder / "snapshots.jsonl")
 
 
 def test_they_are_taken_at_the_beginning_and_so_often(folder):
