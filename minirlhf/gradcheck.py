@@ -320,9 +320,7 @@ def _compare(
     return findings
 
 
-def _dot_product(
-    f: Callable, args: Tree, gradients: Iterable[np.ndarray], size: float, rng
-) -> Finding:
+def _dot_product(f: Callable, args: Tree, gradients: Iterable, size: float, rng) -> Finding:
     """<dout, J u> by one complex step against <J^T dout, u> from the backward, for one random u."""
     direction = tree_map(lambda a: rng.standard_normal(a.shape), args)
     numeric = directional_derivative(f, args, direction)

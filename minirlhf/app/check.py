@@ -143,11 +143,11 @@ def results_table(results: list[Result]) -> NumberTable:
             shown = ("" if math.isnan(e) else f"{e:.1e}" if e else "0" for e in result.errors)
             verdict = Text("WRONG", f"bold {BAD}") if result.message else Text("ok", GOOD)
             table.add_row(label, f"{result.entries:,}", *shown, verdict)
-    table.caption = "Relative errors, the worst of all entries and cases. Allowed: "
-    table.caption += (
+    table.caption = (
+        "Relative errors, the worst of all entries and cases. Allowed: "
         f"{gradcheck.COMPLEX_TOLERANCE:.0e} by complex step, direction and dot product, "
+        f"{gradcheck.CENTRAL_TOLERANCE:.0e} by central difference."
     )
-    table.caption += f"{gradcheck.CENTRAL_TOLERANCE:.0e} by central difference."
     return table
 
 

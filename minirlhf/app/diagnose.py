@@ -1,7 +1,7 @@
-"""`minirlhf diagnose`: what went wrong in a run, from its log and from what its folder gives again.
+"""`minirlhf diagnose`: what went wrong in a run, by the rules of rules.toml.
 
 What a run folder lets us compute again is computed, not guessed from a curve: log pi_ref of logged
-replies under the saved reference, their tokens, their scores. The rules are in rules.toml.
+replies under the saved reference, their tokens, their scores.
 """
 
 import re

@@ -1,7 +1,5 @@
-"""Options: from what is typed to values, or to one sentence.
-
-They are the parameters of a command, or the fields of a dataclass, each with what the docstring
-says of it; argparse does the rest.
+"""Options are the parameters of a command, or the fields of a dataclass, each with what the
+docstring says of it; argparse makes values of what is typed, or one sentence.
 """
 
 import argparse

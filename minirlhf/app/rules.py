@@ -1,9 +1,8 @@
 """What each rule of rules.toml looks at: in which rows of a log it holds.
 
-A rule looks at columns of the log and says in which rows it holds; it speaks where it holds in so
-many rows on end. Whether it holds in a row hangs on that row and those before, so a rule says the
-same while a run trains and afterwards. Where a metric that it needs is missing it is silent. Those
-without a function are not seen in a log: diagnose.py makes numbers of a run folder again.
+A rule speaks where it holds in so many rows on end. Whether it holds in a row hangs on that row and
+those before, so it says the same while a run trains and afterwards; where a metric that it needs is
+missing it is silent. Those without a function hold in what diagnose.py makes again from a folder.
 """
 
 from collections.abc import Callable

@@ -62,7 +62,7 @@ class Planned(NamedTuple):
     def row(self) -> dict[str, Any]:
         """What varies, and the policy's columns of the final table."""
         about = {"name": self.config.out.name, "settings": self.settings}
-        about |= {"seed": self.config.seed, "kl_coef": _kl_coef(self.config)}
+        about |= {"seed": self.config.seed, "kl_coef": self.config.kl_coef}
         return read_result(self.config.out).policy | about
 
 
@@ -181,7 +181,7 @@ def plan(choices: Iterable[tuple[dict[str, Any], TrainConfig]]) -> list[Planned]
     for varied, config in choices:
         if not (config.is_dpo or config.stages == "all"):
             raise InputError(f"--stages: expected all of them; got {config.stages}: leave it out")
-        has = varied | dict(flat(config)) | {"beta": _kl_coef(config)}
+        has = varied | dict(flat(config)) | {"beta": config.kl_coef}
         settings = {name.removeprefix("ppo."): has[name] for name in varied if name != "seed"}
         if "beta" in settings:
             settings = {"kl_coef": settings.pop("beta"), **settings}
@@ -199,10 +199,6 @@ def plan(choices: Iterable[tuple[dict[str, Any], TrainConfig]]) -> list[Planned]
             "name more, or use minirlhf train"
         )
     return list(planned.values())
-
-
-def _kl_coef(config: TrainConfig) -> float:
-    return (config.dpo if config.is_dpo else config.ppo).kl_coef
 
 
 def run_all(

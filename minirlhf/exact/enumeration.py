@@ -105,12 +105,8 @@ def enumerate_responses(
     if stop_id is not None and stop_id not in range(vocab_size):
         raise ValueError(f"enumerate: expected stop_id in [0, {vocab_size}); got {stop_id}")
     lives = np.arange(vocab_size) != (-1 if stop_id is None else stop_id)
-    return grow_tree(
-        lambda prompt, tokens: np.broadcast_to(lives, (len(tokens), vocab_size)),
-        vocab_size=vocab_size,
-        max_tokens=max_tokens,
-        n_prompts=n_prompts,
-    )
+    sizes = {"vocab_size": vocab_size, "max_tokens": max_tokens, "n_prompts": n_prompts}
+    return grow_tree(lambda _, tokens: np.broadcast_to(lives, (len(tokens), vocab_size)), **sizes)
 
 
 class Responses(NamedTuple):

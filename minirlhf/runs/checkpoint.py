@@ -22,6 +22,7 @@ from minirlhf.tree import Tree, tree_items, tree_leaves, tree_map
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _HEADS, STATE = "heads.safetensors", "state.safetensors"
+Heads = dict[str, dict[str, Array]]  # {"value_head": {"w": .., "b": ..}}
 _STATE_KEY = "minirlhf_state"
 _DIGEST = "minirlhf_sha256"  # in a file's metadata, which transformers writes anew
 
@@ -77,7 +78,7 @@ def save_model(
     params: Tree,
     config: GPTConfig,
     *,
-    heads: dict[str, dict[str, Array]] | None = None,
+    heads: Heads | None = None,
     meta: dict[str, Any] | None = None,
     scale: dict[str, float] | None = None,
     files: dict[str, bytes] | None = None,
@@ -156,9 +157,7 @@ def _classifier(
     return {"transformer.ln_f.bias": shifted, "score.weight": weight}
 
 
-def load_model(
-    folder: str | Path, *, dtype: Any = None
-) -> tuple[Tree, GPTConfig, dict[str, dict[str, np.ndarray]]]:
+def load_model(folder: str | Path, *, dtype: Any = None) -> tuple[Tree, GPTConfig, Heads]:
     """Parameters, GPTConfig and heads ({}: none) that `save_model` or transformers wrote, checked.
 
     Args:     dtype: of all arrays; None keeps the stored one (float16 and bfloat16 become float32).
@@ -279,11 +278,11 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
     return GPTConfig(**sizes)
 
 
-def _load_heads(path: Path, config: GPTConfig, dtype: Any) -> dict[str, dict[str, np.ndarray]]:
+def _load_heads(path: Path, config: GPTConfig, dtype: Any) -> Heads:
     """{"value_head": {"w": ..}} from tensors named minirlhf.value_head.w; {} without a file."""
     stored = _read_tensors(path)[0] if path.exists() else {}
     names = {tuple(name.split(".")) for name in stored}
-    heads: dict[str, dict[str, np.ndarray]] = {}
+    heads: Heads = {}
     for head in sorted({name[1] for name in names if len(name) == 3}):
         C = config.d_model
         shapes = {"bias": (C,)} if head == "ln_f" else {"w": (C, 1), "b": (1,)}
@@ -300,9 +299,7 @@ def _load_heads(path: Path, config: GPTConfig, dtype: Any) -> dict[str, dict[str
     return heads
 
 
-def _float_tensor(
-    stored: dict, name: str, shape: tuple[int, ...], path: Path, dtype: Any
-) -> np.ndarray:
+def _float_tensor(stored: dict, name: str, shape: tuple, path: Path, dtype: Any) -> np.ndarray:
     """One stored tensor, checked."""
     array = stored.get(name)
     if array is None or array.shape != shape or array.dtype.kind != "f":

@@ -102,6 +102,11 @@ class TrainConfig:
         return self.stages == "sft,dpo"
 
     @property
+    def kl_coef(self) -> float:
+        """beta [score per nat], where it begins."""
+        return (self.dpo if self.is_dpo else self.ppo).kl_coef
+
+    @property
     def order(self) -> list[str]:
         """The stages that the run has, or will have."""
         return ["sft", "dpo"] if self.is_dpo else ["sft", "reward_model", "ppo"]

@@ -191,10 +191,8 @@ def drop_state(session: Session, stage: str) -> None:
 
 def last_kl_coef(session: Session) -> float:
     """beta as training left it: where it is adaptive, not the configured one."""
-    if session.config.is_dpo:
-        return session.config.dpo.kl_coef
-    if not has_state(session, "ppo"):
-        return session.config.ppo.kl_coef
+    if session.config.is_dpo or not has_state(session, "ppo"):
+        return session.config.kl_coef
     return _read_state(session, "ppo")[1]["kl_coef"]
 
 

@@ -37,9 +37,7 @@ _CHAT_TEMPLATE = disk.read_text(Path(__file__).with_name("chat.jinja")).replace(
 
 
 # -- out -----------------------------------------------------------------------------------------
-def companions(
-    tokenizer: Tokenizer, sides: dict[str, Any], generation: dict[str, Any]
-) -> dict[str, bytes]:
+def companions(tokenizer: Tokenizer, sides: dict, generation: dict) -> dict[str, bytes]:
     """The files beside a model with which AutoTokenizer and generate do as we do.
 
     In a text the names of special tokens are these tokens, as everywhere in transformers; with

@@ -5,10 +5,10 @@ One number means the same everywhere: `objective/kl` is kl_seq, the penalty summ
 and averaged over responses [nats]; what is called _avg is a mean over tokens.
 """
 
-import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import cycle, islice, pairwise
 
 import numpy as np
 
@@ -35,10 +35,8 @@ def iteration_metrics(
 ) -> dict[str, float]:
     """`rollout_metrics`, and the means of the metrics of the updates."""
     rollout, experience, updates, kl_coef, *_ = iteration
-    metrics = rollout_metrics(
-        rollout, experience, settings=settings, kl_coef=kl_coef, stop_id=stop_id
-    )
-    return metrics | mean_of_updates(updates, settings)
+    same = {"settings": settings, "kl_coef": kl_coef, "stop_id": stop_id}
+    return rollout_metrics(rollout, experience, **same) | mean_of_updates(updates, settings)
 
 
 def mean_of_updates(updates: list[ppo.Update], settings: PPOConfig) -> dict[str, float]:
@@ -206,7 +204,7 @@ def pair_metrics(
     model: RewardModel, pairs: list[Pair], gold_difference: np.ndarray | None = None, **padding
 ) -> dict[str, float]:
     """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
-    rows = [(p.prompt, *two) for p in pairs for two in itertools.pairwise(p.replies)]
+    rows = [(p.prompt, *two) for p in pairs for two in pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
     score = [score_responses(model, prompts, responses, **padding) for responses in both]
     margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
@@ -279,16 +277,13 @@ def evaluate(
 ) -> tuple[dict[str, float], Samples]:
     """Held-out metrics, one response a prompt, always with the same coins: two calls compare."""
     config = session.config
-    prompts = list(
-        itertools.islice(itertools.cycle(session.world.heldout_prompts), config.eval_prompts)
-    )
+    prompts = list(islice(cycle(session.world.heldout_prompts), config.eval_prompts))
     rng = np.random.default_rng(config.seed + 1_000_003)  # no stream of the training
     settings = replace(config.ppo, kl_mode="reward_k1")  # keeps no whole distributions
     samples = session.sample(policy, prompts, rng, Sampling(settings.temperature))
     samples = samples._replace(hidden=None)  # scored anew: a policy's KL to itself is exactly 0
-    rollout = score_rollout(
-        policy, reference, samples, score=score, config=session.gpt, settings=settings
-    )
+    same = {"score": score, "config": session.gpt, "settings": settings}
+    rollout = score_rollout(policy, reference, samples, **same)
     scale = {"score_mean": score.model.mean, "score_sd": score.model.sd}
     stop_id = session.tokenizer.eos
     return response_metrics(rollout, world=session.world, stop_id=stop_id, **scale), samples

@@ -34,16 +34,17 @@ from minirlhf.runs.metrics import (
     pair_metrics,
     sft_loss,
 )
-from minirlhf.runs.pairs import draw_prompts, preference_pairs
 from minirlhf.runs.session import Score, Session
 from minirlhf.train import dpo, reward_model
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
 from minirlhf.train.ppo import Task, new_policy, train_ppo
-from minirlhf.train.reward_model import RewardModel
+from minirlhf.train.reward_model import Pair, RewardModel
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_as_set
 from minirlhf.train.sft import train_sft
 from minirlhf.tree import Tree, tree_leaves
+from minirlhf.worlds.examples import Texts
+from minirlhf.worlds.files import split_pairs
 
 TITLES = {"sft": "supervised fine-tuning", "reward_model": "reward model"}
 TITLES |= {"dpo": "DPO", "ppo": "PPO"}
@@ -335,6 +336,62 @@ def _learn_pairs(
     return optimizer.params
 
 
+def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], list[Pair], Any]:
+    """Pairs to learn from, held-out pairs, and the held-out difference of gold (or None)."""
+    world, settings = session.world, session.config.reward_model
+    if world.pairs is None and world.annotate is None:
+        how = f"`minirlhf resume {shlex.quote(str(session.folder))} --reward ..` or train --pairs"
+        raise InputError(f"expected a reward or pairs; got none: go on with {how}", resume=None)
+    if world.pairs is None:
+        train, _ = annotated_pairs(session, reference, world.train_prompts, settings.n_pairs)
+        heldout, difference = annotated_pairs(
+            session, reference, world.heldout_prompts, settings.n_heldout_pairs
+        )
+        return train, heldout, difference
+    parts = split_pairs(world.pairs, train_prompts=world.train_prompts)
+    train, heldout = (_differing_pairs(session, part) for part in parts)
+    within = f"in their first {session.world.max_response_tokens} tokens"
+    if dropped := len(world.pairs) - len(train) - len(heldout):
+        session.note(f"dropped {dropped} of {len(world.pairs)} pairs that are equal {within}")
+    if not train:
+        raise InputError(
+            f"pairs: expected pairs to train on that differ {within}; got none: raise "
+            "--max-response-tokens",
+            resume=None,
+        )
+    return train, heldout, None
+
+
+def _differing_pairs(session: Session, pairs: list[Texts]) -> list[Pair]:
+    """The pairs as ids, without those that no longer differ where they are cut."""
+    differing = []
+    for texts in pairs:
+        prompt, *replies = session.example_ids(*texts)
+        if len(set(map(bytes, replies))) == len(replies):
+            differing.append(Pair(prompt, *replies[:2], tuple(replies[2:])))
+    return differing
+
+
+def annotated_pairs(
+    session: Session, reference: Tree, prompts: list[str], n: int
+) -> tuple[list[Pair], np.ndarray | None]:
+    """n pairs of reference samples, without equal ones, and their difference of gold (or None)."""
+    world, rng = session.world, session.rng
+    drawn = draw_prompts(prompts, n, rng["pairs"])
+    first, second = (session.sample(reference, drawn, rng["pairs"]) for _ in range(2))
+    pairs, difference = [], []
+    for i, prompt in enumerate(drawn):
+        if first.response_ids[i] == second.response_ids[i]:
+            continue
+        a_wins = world.annotate(prompt, first.responses[i], second.responses[i], rng["annotator"])
+        winner, loser = (first, second) if a_wins else (second, first)
+        pairs.append(Pair(first.prompt_ids[i], winner.response_ids[i], loser.response_ids[i]))
+        if world.gold:
+            chosen, rejected = (world.gold(prompt, of.responses[i]) for of in (winner, loser))
+            difference.append(chosen - rejected)
+    return pairs, np.array(difference) if world.gold else None
+
+
 def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
     """Stage 3: PPO from the reference, with checkpoints."""
     folder.begin_stage(session, "ppo")
@@ -385,3 +442,9 @@ def _sample_batch(session: Session, policy: Tree) -> Samples:
     drawn = {"rng": rng["rollout"], "sampling": Sampling(settings.temperature)}
     sample = partial(session.sample, prompts=prompts, **drawn)
     return sample_as_set(sample, policy, config=session.gpt, settings=settings)
+
+
+def draw_prompts(items: list[str], n: int, rng: np.random.Generator) -> list[str]:
+    """n items without repetition, or in whole shuffled rounds if there are fewer than n."""
+    rounds = [rng.permutation(len(items)) for _ in range(-(-n // len(items)))]
+    return [items[i] for i in np.concatenate(rounds)[:n]]

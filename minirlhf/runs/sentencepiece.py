@@ -37,9 +37,7 @@ def is_one(model: dict[str, Any]) -> bool:
     return bool(model.get("byte_fallback")) and "<0x00>" in model["vocab"]
 
 
-def from_json(
-    content: dict[str, Any], specials: dict[str, int], settings: dict[str, Any]
-) -> Tokenizer:
+def from_json(content: dict, specials: dict[str, int], settings: dict) -> Tokenizer:
     """The tokenizer of a tokenizer.json.
 
     Args:     specials: ids of its special tokens.

@@ -419,9 +419,8 @@ def _same_world(
     folder: Path, config: TrainConfig, reward: Reward, tokenizer: tokens.Tokenizer, rng: Generator
 ) -> World:
     """The world that a run began with, maybe a corpus alone; another one is refused, by what is."""
-    world = fit_world(
-        build_world(replace(config, stages="sft"), reward, rng), tokenizer, config, rng
-    )
+    world = build_world(replace(config, stages="sft"), reward, rng)
+    world = fit_world(world, tokenizer, config, rng)
     kept, now = read_object(folder / "world.json"), _outline(world)
     if kept.get("sha256") == now["sha256"]:
         return world

@@ -17,7 +17,7 @@ from minirlhf.runs import limits, pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import ModelConfig
 from minirlhf.runs.limits import most_tokens
-from minirlhf.runs.pairs import preference_pairs
+from minirlhf.runs.pipeline import preference_pairs
 from minirlhf.runs.session import open_session, reopen_session
 from minirlhf.worlds.tokens import Tokenizer
 
