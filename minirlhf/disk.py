@@ -176,8 +176,7 @@ def locked(folder: Path) -> Iterator[None]:
             with suppress(OSError, ValueError):
                 who = f"process {int(path.read_text())}"
             raise InputError(
-                f"{folder}: expected a run that nobody is at work on; {who} is: wait until it has "
-                "ended, or end it"
+                f"{folder}: expected a run that nobody is at work on; {who} is: wait, or end it"
             ) from error
         except OSError as error:
             if error.errno not in (ENOLCK, ENOSYS, EOPNOTSUPP):  # a disk without locks

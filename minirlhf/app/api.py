@@ -277,9 +277,7 @@ class Run:
     ) -> list[TokenScores]:
         """A reply to each prompt, sampled as in training, of policy or reference, and its score."""
         params = self.reference if reference else self.policy
-        rng, sampling = np.random.default_rng(seed), Sampling(self.config.ppo.temperature)
-        samples = self.session.sample(params, prompts, rng, sampling)
-        return self._priced(samples._replace(hidden=None))
+        return self._priced(self.session.fresh_samples(params, prompts, seed))
 
     def _priced(self, samples: Samples) -> list[TokenScores]:
         session, scores, model = self.session, None, None

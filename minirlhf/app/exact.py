@@ -98,8 +98,7 @@ def _each(f: Callable[[Any], Any], jobs: list, title: str, processes: int) -> li
             warnings.simplefilter("ignore", DeprecationWarning)  # of idle threads beside a fork
             pool = multiprocessing.get_context("fork").Pool(min(processes, len(jobs)))
         with pool:
-            pending = [pool.apply_async(f, (job,)) for job in jobs]
-            return [done.get() for done in track(pending, title)]
+            return [done for _, done in zip(track(jobs, title), pool.imap(f, jobs), strict=True)]
 
 
 def _train(job: tuple[str, PPOConfig, int, Tree]) -> Row:

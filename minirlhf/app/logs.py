@@ -52,10 +52,10 @@ def read_log(path: str | Path) -> Log:
         step = _number(row.get(counter)) if counter else number
         known = {here: _number(row[there]) for there, here in table.items() if there in row}
         if known and math.isfinite(step):
-            stages[stage or row["stage"]].setdefault(int(step), {}).update(known)
+            of_step = stages[stage or row["stage"]].setdefault(int(step), {"step": int(step)})
+            of_step.update(known)
     unknown = [name for name in names if name not in {*table, *STEPS, "stage"}]
-    by_step = {name: sorted(of.items()) for name, of in stages.items() if of}
-    series = {name: [{"step": step, **row} for step, row in of] for name, of in by_step.items()}
+    series = {name: [of[step] for step in sorted(of)] for name, of in stages.items() if of}
     return Log(source, series, unknown, folder)
 
 

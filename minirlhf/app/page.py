@@ -18,9 +18,7 @@ from minirlhf.app.diagnose import diagnose
 from minirlhf.app.pictures import METRICS, Row
 from minirlhf.disk import plain, refusing, write_whole
 from minirlhf.errors import InputError
-from minirlhf.exact import ground_truth, optimum, tiny
-from minirlhf.exact.enumeration import Responses, all_responses, response_logprobs
-from minirlhf.exact.ground_truth import GroundTruth
+from minirlhf.exact import enumeration, ground_truth, optimum, tiny
 from minirlhf.runs.config import TrainConfig, flat, load_config
 from minirlhf.runs.log import read_jsonl, read_metrics
 from minirlhf.runs.pipeline import read_result
@@ -287,8 +285,8 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
         "token": np.concatenate([tree.token, tree.leaf_token]),
         "reward": world.rewards,
         "gold": world.gold,
-        "ref": response_logprobs(tree, truth.ref_log_probs),
-        "policy": response_logprobs(tree, policy),
+        "ref": enumeration.response_logprobs(tree, truth.ref_log_probs),
+        "policy": enumeration.response_logprobs(tree, policy),
     }
     shown = {
         "likeliest under the reference": int(numbers["ref"].argmax()),
@@ -297,7 +295,7 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
     }
     data = {"kl_coef": truth.kl_coef, "tokens": world.tokens, "shown": [*shown.values()]}
     data |= {name: of.round(5).tolist() for name, of in numbers.items()}
-    replies = all_responses(tree)
+    replies = enumeration.all_responses(tree)
     rows = [optimum_at(truth, replies, beta) for beta in np.geomspace(20.0, 0.03, 40)]
     root, d = end["exact/kl_seq"] ** 0.5, [row["kl_seq"] ** 0.5 for row in rows]
     lines = [
@@ -315,19 +313,21 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
     }
 
 
-def optimum_at(truth: GroundTruth, replies: Responses, beta: float) -> Row:
+def optimum_at(truth: ground_truth.GroundTruth, replies: enumeration.Responses, beta: float) -> Row:
     """What pi* ~ pi_ref exp(r / beta) is worth, and what it says most often."""
     world, ref = truth.world, truth.ref_log_probs
     best = optimum.soft_optimum(world.tree, ref, world.rewards, kl_coef=beta).log_probs
     value = optimum.evaluate_exactly(world.tree, best, ref, world.rewards, kl_coef=beta)
-    p = np.exp(response_logprobs(world.tree, best))
+    p = np.exp(enumeration.response_logprobs(world.tree, best))
     said = replies.tokens[p.argmax()][replies.mask[p.argmax()] > 0]
     row = {"beta": beta, "reply": " ".join(world.tokens[a] for a in said), "share": p.max()}
     row |= {"proxy": value.reward, "gold": p @ world.gold}
     return plain(row | {"kl_seq": value.kl_seq, "objective": value.objective})
 
 
-def priced(truth: GroundTruth, replies: Responses, leaf: int, policy: np.ndarray) -> list[Row]:
+def priced(
+    truth: ground_truth.GroundTruth, replies: enumeration.Responses, leaf: int, policy: np.ndarray
+) -> list[Row]:
     """Of each token of a reply log pi* - log pi_ref, and what is known of its prefix s.
 
     best is V*(s), value and q are V(s) and Q(s, a) of the policy, and lost is beta Pr(s)

@@ -201,9 +201,7 @@ def plan(choices: Iterable[tuple[dict[str, Any], TrainConfig]]) -> list[Planned]
     return list(planned.values())
 
 
-def run_all(
-    planned: list[Planned], out: str | Path | None, jobs: int, *, progress: bool = True
-) -> Sweep:
+def run_all(planned: list[Planned], out: str | Path | None, jobs: int, *, progress=True) -> Sweep:
     """Do what is not done yet, `jobs` runs at a time; interrupted, every run can go on."""
     if jobs < 0:
         raise InputError(f"--jobs: expected 0 or more; got {jobs}: choose such a number")

@@ -111,10 +111,8 @@ def save_model(
             tensors[whole] = np.ascontiguousarray(part.T if slot.is_transposed else part)
 
     tree_map(put, _layout(config), params)
-    entries = _entries(config, str(next(iter(tensors.values())).dtype))
     heads, meta, files = heads or {}, meta or {}, files or {}
-    if scale:
-        entries |= scale
+    entries = _entries(config, str(next(iter(tensors.values())).dtype)) | (scale or {})
     if scale and config.block == "gpt2":
         entries |= {"architectures": ["GPT2ForSequenceClassification"]}
         entries |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
@@ -267,10 +265,9 @@ def _gpt_config(entries: dict[str, Any], path: Path) -> GPTConfig:
             refuse(name, "a number above 0" if is_size else "true or false")
         sizes[field] = value
     C, H = sizes["d_model"], sizes["n_head"]
-    widths = (("n_inner", 4 * C, block == "gpt2"), ("head_dim", C // H, block == "llama"))
-    for name, width, asked in widths:
-        if asked and entries.get(name) not in (None, width):
-            refuse(name, f"null or {width}")
+    name, width = ("n_inner", 4 * C) if block == "gpt2" else ("head_dim", C // H)
+    if entries.get(name) not in (None, width):
+        refuse(name, f"null or {width}")
     if C % H or (block == "llama" and C // H % 2):
         refuse("n_embd" if block == "gpt2" else "hidden_size", f"a multiple of n_head = {H}")
     if H % sizes.get("n_kv_head", H):
@@ -306,26 +303,21 @@ def _float_tensor(stored: dict, name: str, shape: tuple, path: Path, dtype: Any)
         came = "none" if array is None else f"{array.shape} in {array.dtype}"
         raise InputError(
             f"{path}: expected {name} of shape {shape}, by config.json, in floating point; got "
-            f"{came}: use the config.json that belongs to the weights, and a model that is whole "
-            "and not quantised"
+            f"{came}: use the config.json that belongs to the weights, and a whole model, not "
+            "quantised"
         )
     stored_dtype = np.float32 if array.dtype == np.float16 else array.dtype
     with np.errstate(over="ignore"):  # a number beyond float32 becomes inf, and is refused
         array = array.astype(dtype or stored_dtype, copy=False)  # fresh and C-contiguous already
     if not np.isfinite(array).all():
         raise InputError(
-            f"{path}: expected finite numbers; {name} has NaN or inf: go back to an earlier "
-            "checkpoint"
+            f"{path}: expected finite numbers; {name} has NaN or inf: take an earlier checkpoint"
         )
     return array
 
 
 def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
-    """Write everything a run needs to go on, bit for bit, to one file, state.safetensors.
-
-    Args:     arrays: nested dicts and lists of arrays, any NumPy number type, on either device.
-              meta: what JSON holds exactly: step counters, `bit_generator.state`, options.
-    """
+    """Write a tree of arrays, of any numbers, and what JSON holds exactly to state.safetensors."""
     tensors = {  # the number keeps {"a.b": x, "a": {"b": y}} apart
         f"{i}.{path}": _host(path, leaf) for i, (path, leaf) in enumerate(tree_items(arrays))
     }

@@ -18,7 +18,6 @@ from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.rlhf.logprobs import response_sum
 from minirlhf.runs import checkpoint, hugging_face
 from minirlhf.runs.config import flat, load_config, save_config
-from minirlhf.runs.metrics import gold_of
 from minirlhf.runs.session import BEGAN, Session
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.reward_model import RewardModel
@@ -72,9 +71,7 @@ def begin_stage(session: Session, stage: str) -> None:
 
 
 @leave_to_first
-def save_params(
-    session: Session, name: str, params: Tree, config: GPTConfig, **scale: float
-) -> None:
+def save_params(session: Session, name: str, params: Tree, config: GPTConfig, **scale) -> None:
     """{"transformer": ..., head: ...} as a model of transformers; `scale`: of a reward model."""
     encoding = session.tokenizer
     ids = {f"{token}_token_id": getattr(encoding, token) for token in ("bos", "eos", "pad")}
@@ -296,6 +293,6 @@ def sample_rows(session: Session, rollout: Rollout) -> list[dict[str, Any]]:
     columns["tokens"] = to_host(mask.sum(axis=1)).astype(int)
     columns["ids"] = samples.response_ids
     if session.world.gold is not None:
-        columns["gold"] = gold_of(samples, session.world)
+        columns["gold"] = session.world.golds(samples.prompts, samples.responses)
     rows = list(zip(*columns.values(), strict=True))[:SAMPLES_LOGGED]
     return [dict(zip(columns, row, strict=True)) for row in rows]

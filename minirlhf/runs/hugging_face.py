@@ -145,10 +145,9 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
     Args:     n_rows: rows of the embedding. After them our special tokens get their ids; a Llama's
                   own do, and it gets no sep.
     """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        path = folder / "vocab.json"
-    if not path.exists():
+    places = (folder / "tokenizer.json", folder / "vocab.json")
+    path = next((path for path in places if path.exists()), None)
+    if path is None:
         raise InputError(
             f"{folder}: expected tokenizer.json, or vocab.json and merges.txt; found neither: save "
             "the tokenizer beside the model with save_pretrained"
@@ -162,17 +161,18 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
     settings = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         settings |= disk.read_object(file) if file.exists() else {}
+    settings |= {role: of.get("content") for role, of in settings.items() if isinstance(of, dict)}
     known = "a byte-level BPE as GPT-2's, or a SentencePiece BPE as Llama's"
     others, advice = (KeyError, AttributeError, TypeError), "name a folder whose tokenizer is one"
     with disk.refusing(path, known, advice, *others):
         specials = _special_tokens(content)
-        if max([*content["model"]["vocab"].values(), *specials.values()], default=0) >= n_rows:
+        model = content["model"]
+        if max([*model["vocab"].values(), *specials.values()], default=0) >= n_rows:
             raise ValueError(f"it has ids that are not among the {n_rows} rows of the embedding")
-        if sentencepiece.is_one(content["model"]):
+        if model.get("byte_fallback") and "<0x00>" in model["vocab"]:  # tokens for bytes
             return sentencepiece.from_json(content, specials, settings), path.name
         pattern, ranks, specials = _byte_level_bpe(content, specials)
         eos = settings.get("eos_token") if settings else tokens.EOS
-        eos = eos.get("content") if isinstance(eos, dict) else eos
         if eos in specials:
             specials[tokens.EOS] = specials.pop(eos)  # the name by which we know it
         specials = tokens.with_ours(specials, n_rows)

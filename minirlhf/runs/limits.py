@@ -115,18 +115,17 @@ def check_run(config: TrainConfig, gpt: GPTConfig, longest: tuple[int, int]) -> 
         drawn["--reward-model.n-pairs"] = model.n_pairs
         drawn["--reward-model.n-heldout-pairs"] = model.n_heldout_pairs
     most = max(drawn, key=drawn.__getitem__)
-    require_memory(
-        {
-            "--model.d-model, --model.n-layer": COPIES * blocks,
-            "--model.n-ctx": COPIES * positions,
-            "--max-prompt-tokens, --max-response-tokens": activations,
-            "--vocab-size": COPIES * vocabulary,
-            "--reward-model.n-layer": COPIES * 48 * layers * C * C,
-            "--workers": (config.workers - 1) * in_worker,
-            "--sft.batch-size": 100 * config.sft.batch_size,
-            most: samples_bytes(gpt, drawn[most], longest),
-        }
-    )
+    needs = {
+        "--model.d-model, --model.n-layer": COPIES * blocks,
+        "--model.n-ctx": COPIES * positions,
+        "--max-prompt-tokens, --max-response-tokens": activations,
+        "--vocab-size": COPIES * vocabulary,
+        "--reward-model.n-layer": COPIES * 48 * layers * C * C,
+        "--workers": (config.workers - 1) * in_worker,
+        "--sft.batch-size": 100 * config.sft.batch_size,
+        most: samples_bytes(gpt, drawn[most], longest),
+    }
+    require_memory(needs)
 
 
 def samples_bytes(gpt: GPTConfig, n: int, longest: tuple[int, int]) -> int:

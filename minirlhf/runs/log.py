@@ -23,15 +23,12 @@ _METRICS, _SAMPLES = {"step": int, "stage": str}, {"step": int}  # what every li
 
 
 class RunLog:
-    """Appends to the two files of a run folder; every line is in the file when the call returns.
-
-    A line that an earlier run left unfinished is cut off. `watch` sees each line of metrics then.
-    """
+    """Appends to the two files of a run folder, a line at once; `watch` sees those of metrics."""
 
     def __init__(self, folder: str | Path, watch: Callable[..., None] = lambda *row: None):
         folder, self.watch = Path(folder), watch
-        self.metrics_path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
-        self.paths = (self.metrics_path, self.samples_path)
+        self.paths = folder / "metrics.jsonl", folder / "samples.jsonl"
+        self.metrics_path, self.samples_path = self.paths
         with disk.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for path, has in zip(self.paths, (_METRICS, _SAMPLES), strict=True):
@@ -149,9 +146,9 @@ def _mend(path: Path) -> None:
 
 
 # -- mirrors: --log ------------------------------------------------------------------------------
-# metrics.jsonl once more, in a format that other programs show. A mirror follows line by line. With
-# the first line of a session it is made anew from metrics.jsonl: what a rewind has cut off is gone
-# from it too, so that of a resumed run is that of one which was never interrupted.
+# metrics.jsonl once more, in a format that other programs show. A mirror follows line by line; the
+# first line of a session makes it anew from metrics.jsonl, without what a rewind has cut off: that
+# of a resumed run is that of one which was never interrupted.
 @contextmanager
 def mirrored(log: RunLog, kind: str) -> Iterator[None]:
     """In the block each line of the log goes into its mirror too; kind "": it has none."""

@@ -13,7 +13,6 @@ from itertools import cycle, islice, pairwise
 import numpy as np
 
 from minirlhf.backend import Array, get_xp, to_host
-from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.rlhf.advantages import masked_mean, masked_var
 from minirlhf.rlhf.kl import LOG_RATIO_LIMIT, clamp_log_ratio, kl_estimate, summed_penalty
@@ -28,6 +27,8 @@ from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import Example
 from minirlhf.tree import Tree
 from minirlhf.worlds.world import World
+
+OTHER_COINS = 1_000_003  # beyond the seed: no stream of the training
 
 
 def iteration_metrics(
@@ -247,6 +248,7 @@ def response_metrics(
 ) -> dict[str, float]:
     """The columns of the final table, means over responses; README.md says what they are."""
     samples = rollout.samples
+    gold = world.golds(samples.prompts, samples.responses) if world.gold else math.nan
     mask = to_host(rollout.batch.response_mask) > 0
     log_ratio = to_host(rollout.old_logp - rollout.ref_logp).astype(np.float64)
     full = to_host(rollout.kl_full).astype(np.float64)
@@ -254,7 +256,7 @@ def response_metrics(
     proxy = float(to_host(rollout.score).astype(np.float64).mean())
     return {
         "proxy": proxy,
-        "gold": float(np.mean(gold_of(samples, world))) if world.gold else math.nan,
+        "gold": float(np.mean(gold)),
         "reward": proxy * score_sd + score_mean if world.reward else math.nan,
         "kl_seq": float(np.where(mask, log_ratio, 0.0).sum(axis=1).mean()),
         "kl_full_seq": float(np.where(mask, full, 0.0).sum(axis=1).mean()),
@@ -266,22 +268,14 @@ def response_metrics(
     }
 
 
-def gold_of(samples: Samples, world: World) -> list[float]:
-    """The world's true reward of every response."""
-    pairs = zip(samples.prompts, samples.responses, strict=True)
-    return [float(world.gold(prompt, response)) for prompt, response in pairs]
-
-
 def evaluate(
     session: Session, policy: Tree, reference: Tree, score: Score
 ) -> tuple[dict[str, float], Samples]:
     """Held-out metrics, one response a prompt, always with the same coins: two calls compare."""
     config = session.config
     prompts = list(islice(cycle(session.world.heldout_prompts), config.eval_prompts))
-    rng = np.random.default_rng(config.seed + 1_000_003)  # no stream of the training
     settings = replace(config.ppo, kl_mode="reward_k1")  # keeps no whole distributions
-    samples = session.sample(policy, prompts, rng, Sampling(settings.temperature))
-    samples = samples._replace(hidden=None)  # scored anew: a policy's KL to itself is exactly 0
+    samples = session.fresh_samples(policy, prompts, config.seed + OTHER_COINS)
     same = {"score": score, "config": session.gpt, "settings": settings}
     rollout = score_rollout(policy, reference, samples, **same)
     scale = {"score_mean": score.model.mean, "score_sd": score.model.sd}

@@ -85,11 +85,7 @@ def refuse_foreign_code(folder: Path, reward: str) -> None:
 
 
 def reopened(folder: Path, config: TrainConfig, named: Reward, changed: bool) -> UserReward:
-    """The reward that the run in a folder began with.
-
-    Args:     named: by the user, just now; where it is now, if it was moved.
-              changed: take it though its source has changed.
-    """
+    """The reward that a run began with, `named` anew by its user; another only if `changed`."""
     if not config.reward and (config.pairs or not config.corpus):
         raise InputError(
             f"{folder}: expected a run with a reward of its own, to name it again; it has a reward "

@@ -26,14 +26,7 @@ from minirlhf.nn.transformer import GPTConfig, init_transformer, parameter_shape
 from minirlhf.ranks import ask_first, is_first, leave_to_first, n_ranks
 from minirlhf.runs import folder, snapshots
 from minirlhf.runs.log import mirrored, read_metrics
-from minirlhf.runs.metrics import (
-    evaluate,
-    gold_of,
-    heldout_dpo,
-    iteration_metrics,
-    pair_metrics,
-    sft_loss,
-)
+from minirlhf.runs.metrics import evaluate, heldout_dpo, iteration_metrics, pair_metrics, sft_loss
 from minirlhf.runs.session import Score, Session
 from minirlhf.train import dpo, reward_model
 from minirlhf.train.optimizer import NonFiniteError, Optimizer
@@ -181,10 +174,7 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Itera
 def _learn(
     session: Session, stage: str, optimizer: Optimizer, loop: Iterable, n: int, measure: Callable
 ) -> dict[str, float]:
-    """Let the loop of any stage but PPO run to its end, with log and checkpoints.
-
-    It returns what `measure`, of slices of the n held-out rows, says of all of them at the end.
-    """
+    """Run a stage, any but PPO; `measure` looks at some of n held-out rows, at last at all."""
     n_steps = optimizer.total_steps
     trained = n_steps * getattr(session.config, stage).batch_size
     some = slice(None, None, round(n / min(LOOK_ROWS, LOOK_SHARE * trained + 1)) or 1)
@@ -343,11 +333,9 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
         how = f"`minirlhf resume {shlex.quote(str(session.folder))} --reward ..` or train --pairs"
         raise InputError(f"expected a reward or pairs; got none: go on with {how}", resume=None)
     if world.pairs is None:
-        train, _ = annotated_pairs(session, reference, world.train_prompts, settings.n_pairs)
-        heldout, difference = annotated_pairs(
-            session, reference, world.heldout_prompts, settings.n_heldout_pairs
-        )
-        return train, heldout, difference
+        draw = partial(annotated_pairs, session, reference)
+        train, _ = draw(world.train_prompts, settings.n_pairs)
+        return train, *draw(world.heldout_prompts, settings.n_heldout_pairs)
     parts = split_pairs(world.pairs, train_prompts=world.train_prompts)
     train, heldout = (_differing_pairs(session, part) for part in parts)
     within = f"in their first {session.world.max_response_tokens} tokens"
@@ -355,8 +343,7 @@ def preference_pairs(session: Session, reference: Tree) -> tuple[list[Pair], lis
         session.note(f"dropped {dropped} of {len(world.pairs)} pairs that are equal {within}")
     if not train:
         raise InputError(
-            f"pairs: expected pairs to train on that differ {within}; got none: raise "
-            "--max-response-tokens",
+            f"pairs: expected some that differ {within}; got none: raise --max-response-tokens",
             resume=None,
         )
     return train, heldout, None
@@ -412,7 +399,9 @@ def ppo_stage(session: Session, reference: Tree, score: Score) -> Tree:
         done = step + 1
         metrics["episode"] = done * settings.batch_size
         if session.world.gold is not None:  # of the samples: nobody trains on it
-            metrics["objective/gold"] = np.mean(gold_of(iteration.rollout.samples, session.world))
+            samples = iteration.rollout.samples
+            golds = session.world.golds(samples.prompts, samples.responses)
+            metrics["objective/gold"] = np.mean(golds)
         if session.world.reward is not None:
             metrics["objective/reward"] = score.model.raw(metrics["objective/scores"])
         if config.eval_every and done % config.eval_every == 0:

@@ -32,11 +32,6 @@ _METASPACE = {"type": "Metaspace", "replacement": _SPACE, "split": False}
 
 
 # -- in ------------------------------------------------------------------------------------------
-def is_one(model: dict[str, Any]) -> bool:
-    """Is the model of a tokenizer.json a SentencePiece BPE, by its tokens for bytes?"""
-    return bool(model.get("byte_fallback")) and "<0x00>" in model["vocab"]
-
-
 def from_json(content: dict, specials: dict[str, int], settings: dict) -> Tokenizer:
     """The tokenizer of a tokenizer.json.
 
@@ -52,8 +47,7 @@ def from_json(content: dict, specials: dict[str, int], settings: dict) -> Tokeni
     if form not in ((_PREPEND, None), *schemes):
         raise ValueError(f"it has another normalizer or pre_tokenizer: {json.dumps(form)}")
     vocab = model["vocab"] | specials
-    named = [settings.get(f"{role}_token") for role in ("eos", "bos", "pad", "unk")]
-    eos, bos, pad, unk = (name["content"] if isinstance(name, dict) else name for name in named)
+    eos, bos, pad, unk = (settings.get(f"{role}_token") for role in ("eos", "bos", "pad", "unk"))
     roles = [eos or "</s>", bos or "<s>", None, pad or unk or "<unk>"]
     roles[3] = roles[3] if roles[3] in vocab else roles[0]
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]

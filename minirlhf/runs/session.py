@@ -149,6 +149,11 @@ class Session:
                 responses[i] = responses[i].removesuffix("\ufffd")
         return samples._replace(prompts=list(prompts), responses=responses)
 
+    def fresh_samples(self, params: Tree, prompts: list[str], seed: int) -> Samples:
+        """Replies as training draws them, without what its sampler knows: they are scored anew."""
+        rng, sampling = np.random.default_rng(seed), Sampling(self.config.ppo.temperature)
+        return self.sample(params, prompts, rng, sampling)._replace(hidden=None)
+
     def score_with(self, model: RewardModel) -> "Score":
         """What PPO maximises of this run's samples."""
         return Score(self.world, model, self.padding)

@@ -10,11 +10,11 @@ import numpy as np
 
 from minirlhf.backend import to_host
 from minirlhf.disk import write_whole
-from minirlhf.nn.sampling import Sampling
 from minirlhf.ranks import leave_to_first
 from minirlhf.rlhf.advantages import gae, token_rewards
 from minirlhf.rlhf.kl import summed_penalty
 from minirlhf.runs.log import jsonl, read_jsonl
+from minirlhf.runs.metrics import OTHER_COINS
 from minirlhf.runs.session import Session
 from minirlhf.train.policy import policy_forward
 from minirlhf.train.ppo import final_score, rollout_penalty
@@ -97,9 +97,7 @@ def take_snapshot(
 ) -> None:
     """Add the replies after `done` iterations; what is there of later ones is made again."""
     prompts = session.world.heldout_prompts[:PROMPTS]
-    coins = np.random.default_rng(session.config.seed + 1_000_003)  # those of `evaluate`
-    sampling = Sampling(session.config.ppo.temperature)
-    samples = session.sample(policy, prompts, coins, sampling)._replace(hidden=None)
+    samples = session.fresh_samples(policy, prompts, session.config.seed + OTHER_COINS)
     rows = token_rows(session, policy, reference, samples, scores=score(samples), kl_coef=kl_coef)
     _keep(session, rows, done)
 

@@ -106,10 +106,7 @@ def split_world(
 def _split_prompts(
     weights: dict[Hashable, int], rng: Generator, judged: frozenset | set = frozenset()
 ) -> tuple[list, list]:
-    """(train, held-out) prompts, as README.md has it; a single one is in both lists.
-
-    Of the judged, those of pairs, one at least is to be trained on. `weights` counts examples.
-    """
+    """(train, held-out) prompts, as README.md has it; one that is judged is among the first."""
     prompts = list(weights)
     if len(prompts) == 1:
         return prompts, list(prompts)

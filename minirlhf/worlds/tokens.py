@@ -88,8 +88,7 @@ class Tokenizer:
                 raise
             raise InputError(
                 "encoding: expected a pattern that splits every text; tiktoken gave up "
-                f"({shorten(str(error), 99)}): shorten what is a million blanks long, or restore "
-                "the file of the tokenizer"
+                f"({shorten(str(error), 99)}): shorten a million blanks, or restore the tokenizer"
             ) from error
         return [i for rank in ranks for i in self._ids_of[rank]] if self.rank_of else ranks
 
@@ -244,8 +243,7 @@ def load_tokenizer_by_name(name: str) -> Tokenizer:
         raise InputError(
             f"encoding {name}: expected its table on the network or in TIKTOKEN_CACHE_DIR; got "
             f"{type(error).__name__} ({shorten(str(error), 120)}): fetch it once with a network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that has it, or choose no encoding to train one on "
-            "the corpus"
+            "set TIKTOKEN_CACHE_DIR to a folder with it, or train one on the corpus, with none here"
         ) from error
     specials = with_ours(encoding._special_tokens, encoding.max_token_value + 1)
     return make_tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, specials)

@@ -44,6 +44,10 @@ class World:
         texts = [self.joiner.join(both) for both in zip(prompts, responses, strict=True)]
         return self.reward(prompts, responses, texts)
 
+    def golds(self, prompts: list[str], responses: list[str]) -> list[float]:
+        """The true reward of each reply."""
+        return [float(self.gold(*both)) for both in zip(prompts, responses, strict=True)]
+
     def gold_or_none(self, prompt: str, response: str) -> float | None:
         """The true reward, or None where there is none, or none for this prompt."""
         try:

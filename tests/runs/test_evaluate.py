@@ -13,13 +13,7 @@ from tiny_run import tiny_config, write_names
 from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig
-from minirlhf.runs.metrics import (
-    distinct_2,
-    evaluate,
-    gold_of,
-    repeated_bigram_share,
-    response_metrics,
-)
+from minirlhf.runs.metrics import distinct_2, evaluate, repeated_bigram_share, response_metrics
 from minirlhf.train import rollout as rollout_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.reward_model import RewardModel
@@ -140,7 +134,7 @@ def test_gold_and_the_users_reward_are_means_over_responses():
     )
     rollout = rollout._replace(score=np.array([-1.0, 0.5]))  # of the rewards 0 and 3
     found = response_metrics(rollout, world=world, stop_id=EOS, score_mean=2.0, score_sd=2.0)
-    assert gold_of(rollout.samples, world) == [23.0, 13.0]
+    assert world.golds(rollout.samples.prompts, rollout.samples.responses) == [23.0, 13.0]
     assert found["gold"] == 18.0
     assert found["reward"] == 1.5
 
