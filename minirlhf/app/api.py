@@ -129,14 +129,13 @@ def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
     Args:     reward: as of `resume`; `Run.score` alone asks it.
     Raises:   InputError: the folder holds no run that has a reference.
     """
-    return Run(reopen_session(folder, device="cpu", reward=reward, look=True, say=say))
+    return Run(reopen_session(folder, reward=reward, look=True, say=say))
 
 
 def _finish(session: Session, reward: Reward) -> "Run":
     run_session(session)
     reward = reward if callable(reward) else session.config.reward
-    opened = {"device": "cpu", "reward": reward, "look": True, "say": session.say}
-    return Run(reopen_session(session.folder, **opened))
+    return Run(reopen_session(session.folder, reward=reward, look=True, say=session.say))
 
 
 def run_session(session: Session) -> pipeline.Result | None:

@@ -120,14 +120,11 @@ def _finding(rule: Rule, onset: int, says: str, own: bool = True) -> Finding:
 # -- made again from a run folder ----------------------------------------------------------------
 def _made_again(path: Path) -> Iterator[tuple[str, Sign]]:
     """(rule, its sign) of what logged replies are under the saved reference and reward model."""
-    rows = read_jsonl(path / "samples.jsonl")
-    if rows and not LOGGED.keys() <= rows[0].keys():
-        raise InputError("its replies were logged by an earlier version, without their ids")
     rows = read_jsonl(path / "samples.jsonl", LOGGED)
     rows = rows[:: len(rows) // MOST_REPLIES + 1]
     if not rows:
         return
-    session, steps = reopen_session(path, device="cpu", look=True), [row["step"] for row in rows]
+    session, steps = reopen_session(path, look=True), [row["step"] for row in rows]
     logged = {name: np.array([row[name] for row in rows]) for name in LOGGED if name != "ids"}
     ids = [row["ids"] for row in rows]
     own = np.array(list(map(len, ids)))

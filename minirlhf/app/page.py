@@ -271,7 +271,7 @@ def frontier(runs: list[Recorded]) -> Iterator[Row]:
 # Its replies are the leaves of a tree; what is known of a prefix is a sum over the leaves below it,
 # which a browser does too. `data` has what it needs; the rest stands there without JavaScript.
 def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
-    """Train a policy there by PPO: it, its reference and the optima, exactly; 19,608 replies."""
+    """A policy trained on it by PPO, its reference and the optima, exactly; 19,608 replies."""
     rng = np.random.default_rng(0)
     world = tiny.make_tiny_world(max_tokens=max_tokens, n_demonstrations=1, rng=rng)
     reference = tiny.tiny_reference(0, max_tokens=max_tokens)

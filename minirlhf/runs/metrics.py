@@ -26,7 +26,6 @@ from minirlhf.train.rollout import Rollout, Samples, score_rollout
 from minirlhf.train.settings import PPOConfig
 from minirlhf.train.sft import Example
 from minirlhf.tree import Tree
-from minirlhf.worlds.world import World
 
 OTHER_COINS = 1_000_003  # beyond the seed: no stream of the training
 
@@ -243,11 +242,9 @@ def heldout_dpo(
 
 
 # -- held out, at the end ------------------------------------------------------------------------
-def response_metrics(
-    rollout: Rollout, *, world: World, stop_id: int, score_mean: float = 0.0, score_sd: float = 1.0
-) -> dict[str, float]:
+def response_metrics(rollout: Rollout, score: Score, *, stop_id: int) -> dict[str, float]:
     """The columns of the final table, means over responses; README.md says what they are."""
-    samples = rollout.samples
+    samples, world = rollout.samples, score.world
     gold = world.golds(samples.prompts, samples.responses) if world.gold else math.nan
     mask = to_host(rollout.batch.response_mask) > 0
     log_ratio = to_host(rollout.old_logp - rollout.ref_logp).astype(np.float64)
@@ -257,7 +254,7 @@ def response_metrics(
     return {
         "proxy": proxy,
         "gold": float(np.mean(gold)),
-        "reward": proxy * score_sd + score_mean if world.reward else math.nan,
+        "reward": score.model.raw(proxy) if world.reward else math.nan,
         "kl_seq": float(np.where(mask, log_ratio, 0.0).sum(axis=1).mean()),
         "kl_full_seq": float(np.where(mask, full, 0.0).sum(axis=1).mean()),
         "entropy": float(to_host(rollout.entropy)[mask].mean()),
@@ -278,6 +275,4 @@ def evaluate(
     samples = session.fresh_samples(policy, prompts, config.seed + OTHER_COINS)
     same = {"score": score, "config": session.gpt, "settings": settings}
     rollout = score_rollout(policy, reference, samples, **same)
-    scale = {"score_mean": score.model.mean, "score_sd": score.model.sd}
-    stop_id = session.tokenizer.eos
-    return response_metrics(rollout, world=session.world, stop_id=stop_id, **scale), samples
+    return response_metrics(rollout, score, stop_id=session.tokenizer.eos), samples

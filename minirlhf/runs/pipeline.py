@@ -174,7 +174,7 @@ def _follow(session: Session, stage: str, loop: Iterable, steps: range) -> Itera
 def _learn(
     session: Session, stage: str, optimizer: Optimizer, loop: Iterable, n: int, measure: Callable
 ) -> dict[str, float]:
-    """Run a stage, any but PPO; `measure` looks at some of n held-out rows, at last at all."""
+    """Run a stage, any but PPO; `measure` is asked of slices of n held-out rows, at last of all."""
     n_steps = optimizer.total_steps
     trained = n_steps * getattr(session.config, stage).batch_size
     some = slice(None, None, round(n / min(LOOK_ROWS, LOOK_SHARE * trained + 1)) or 1)

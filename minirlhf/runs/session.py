@@ -288,7 +288,6 @@ def _refuse_a_run(out: Path | None) -> None:
 def reopen_session(
     folder: str | Path,
     *,
-    device: str = "",
     iterations: int = 0,
     reward: Reward = "",
     accept_changed_reward: bool = False,
@@ -297,11 +296,10 @@ def reopen_session(
 ) -> Session:
     """A run that lies in a folder, finished or not.
 
-    Args:     device: instead of the one it was trained on.
-              iterations: of PPO, in all; 0: as config.toml says.
+    Args:     iterations: of PPO, in all; 0: as config.toml says.
               reward, accept_changed_reward: `named` and `changed` of `own_reward.reopened`.
-              look: to sample and score alone: reads no texts, and no reward before it is asked. So
-                  is a finished run whose texts or reward have gone, or whose texts have changed.
+              look: to sample and score alone, on the CPU: reads no texts, and no reward before it
+                  is asked. So is a finished run whose texts or reward have gone or changed.
     """
     folder = Path(folder)
     if not os.path.exists(folder / "config.toml"):
@@ -313,7 +311,8 @@ def reopen_session(
     ppo = replace(stored.ppo, iterations=iterations or stored.ppo.iterations)
     stored.refuse_in_dpo(reward or stored.reward, iterations)
     stages = stored.stages if stored.is_dpo else "all"
-    config = replace(stored, out=folder, device=device or stored.device, stages=stages, ppo=ppo)
+    device = "cpu" if look else stored.device
+    config = replace(stored, out=folder, device=device, stages=stages, ppo=ppo)
     _require_device(config.device)
     ended = not (look or reward or accept_changed_reward or ppo != stored.ppo)
     ended = ended and (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
@@ -349,7 +348,7 @@ def reopen_session(
 def fork_run(
     folder: str | Path, out: str | Path, *, ppo: PPOConfig, eval_every: int | None = None
 ) -> Path:
-    """A new run folder with the encoding, reference and reward model of another; PPO is left."""
+    """A new run with the encoding, reference and reward model of another; a resume is PPO alone."""
     folder, out = Path(folder), Path(out)
     shared = ("tiktoken.json", "world.json", "reference", "reward_model", "metrics.jsonl")
     missing = [name for name in shared if not (folder / name).exists()]

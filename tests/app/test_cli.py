@@ -323,7 +323,7 @@ def test_resume_goes_on_and_shows_the_same(capsys, tmp_path, names, monkeypatch)
     config = tiny_config(tmp_path / "whole", corpus=names, reward=VOWELS)
     _, whole, _ = call(capsys, "train", *as_flags(config))
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "track", interrupted_after("PPO", 2))
+        patch.setitem(commands.api.BARS, "track", interrupted_after("PPO", 2))
         parts = changed(config, {"out": tmp_path / "parts"})
         status, out, err = call(capsys, "train", *as_flags(parts))
     assert status == 130 and out == ""

@@ -14,6 +14,7 @@ from minirlhf.runs import pipeline
 from minirlhf.runs import session as session_module
 from minirlhf.runs.config import TrainConfig
 from minirlhf.runs.metrics import distinct_2, evaluate, repeated_bigram_share, response_metrics
+from minirlhf.runs.session import Score
 from minirlhf.train import rollout as rollout_module
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.reward_model import RewardModel
@@ -23,6 +24,10 @@ from minirlhf.worlds.world import World
 
 EOS = Letters.eos
 IDS = st.lists(st.integers(0, 3), max_size=8)
+
+
+def scoring(world, mean=0.0, sd=1.0):
+    return Score(world, RewardModel({}, None, mean, sd), {})
 
 
 def make_world(**changes):
@@ -107,7 +112,7 @@ def test_every_column_by_hand():
         entropy=[[1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 2.0], [3.0, 3.0, 3.0]],
         score=[1.0, -1.0, 1.5],
     )
-    found = response_metrics(rollout, world=make_world(), stop_id=EOS)
+    found = response_metrics(rollout, scoring(make_world()), stop_id=EOS)
     assert found == pytest.approx(
         {
             "proxy": 0.5,
@@ -133,7 +138,7 @@ def test_gold_and_the_users_reward_are_means_over_responses():
         reward=lambda text: text.count("c"),
     )
     rollout = rollout._replace(score=np.array([-1.0, 0.5]))  # of the rewards 0 and 3
-    found = response_metrics(rollout, world=world, stop_id=EOS, score_mean=2.0, score_sd=2.0)
+    found = response_metrics(rollout, scoring(world, 2.0, 2.0), stop_id=EOS)
     assert world.golds(rollout.samples.prompts, rollout.samples.responses) == [23.0, 13.0]
     assert found["gold"] == 18.0
     assert found["reward"] == 1.5
@@ -183,12 +188,12 @@ def test_padding_never_enters(responses):
     rng = np.random.default_rng(0)
     names = ("old_logp", "ref_logp", "values", "entropy", "kl_full")
     columns = {n: [rng.standard_normal(len(ids)).tolist() for ids in responses] for n in names}
-    world = make_world()
-    together = response_metrics(make_rollout(responses, **columns), world=world, stop_id=EOS)
+    score = scoring(make_world())
+    together = response_metrics(make_rollout(responses, **columns), score, stop_id=EOS)
     alone = [
         response_metrics(
             make_rollout([ids], **{n: [column[i]] for n, column in columns.items()}),
-            world=world,
+            score,
             stop_id=EOS,
         )
         for i, ids in enumerate(responses)
