@@ -4,11 +4,12 @@ A case is (f, arrays, constants): f gets the arrays on the device, and what it r
 and what it has written to are compared with what NumPy's lines do.
 """
 
+import contextlib
 import functools
 
 import numpy as np
 from cpu_kernels import CpuModule
-from fakegpu import FakeArray, fakegpu, numpy_as_on_a_gpu
+from fakegpu import fakegpu, numpy_as_on_a_gpu
 from tiny import map_arrays
 from tolerances import KERNEL, assert_close
 
@@ -289,10 +290,11 @@ def flat(value):
     return [value]
 
 
-def compare(case, dtype):
+def compare(case, dtype, *, move=fakegpu.array, tolerance=None):
     """AssertionError where the kernels on the fake GPU say something else than NumPy's lines.
 
-    Returns:  the kernels that were launched.
+    Args:     move: to the fake GPU, or to another.
+    Returns:  the kernels that were launched, of a fake GPU.
     """
     f, arrays, constants = case
 
@@ -300,11 +302,13 @@ def compare(case, dtype):
         return a.astype(dtype) if a.dtype == np.float64 else a.copy()
 
     arrays, constants = map_arrays(cast, (list(arrays), constants))
-    there, constants_there = map_arrays(fakegpu.array, (arrays, constants))
+    there, constants_there = map_arrays(move, (arrays, constants))
     with numpy_as_on_a_gpu(), np.errstate(all="ignore"):
         expected = flat([f(*arrays, **constants), arrays])
     before = len(CpuModule.launched)
-    with fakegpu.no_sync(), np.errstate(all="ignore"):
+    # without kernels some lines wait
+    no_sync = fakegpu.no_sync() if move == fakegpu.array else contextlib.nullcontext()
+    with no_sync, np.errstate(all="ignore"):
         result = f(*there, **constants_there)
     got = flat([result, there])
     assert len(got) == len(expected)
@@ -312,6 +316,6 @@ def compare(case, dtype):
         if not hasattr(b, "dtype"):
             assert a == b
             continue
-        assert type(a) is FakeArray and a.dtype == b.dtype
-        assert_close(to_host(a), b, 0.0 if b.dtype == np.int64 else KERNEL[dtype])
+        assert type(a) is type(there[0]) and a.dtype == b.dtype
+        assert_close(to_host(a), b, 0.0 if b.dtype == np.int64 else tolerance or KERNEL[dtype])
     return CpuModule.launched[before:]

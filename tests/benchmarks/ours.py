@@ -2,16 +2,17 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
+import devices
 import numpy as np
 from protocol import Peer, Workload, serve
-from threadpoolctl import threadpool_limits
 from workloads import SGEMM_SIZE, gpt_of, tree_of
 
 from minirlhf import __version__
-from minirlhf.backend import Array
+from minirlhf.backend import Array, get_xp, to_device, to_host
 from minirlhf.crew import side_by_side
 from minirlhf.memory import keep_freed_memory
 from minirlhf.nn.sampling import Generation, generate
@@ -25,7 +26,7 @@ from minirlhf.train.reward_model import RewardModel, score_responses
 from minirlhf.train.rollout import Samples
 from minirlhf.train.sampler import sample_responses
 from minirlhf.train.settings import OptimizerConfig, PPOConfig
-from minirlhf.tree import Tree, tree_items
+from minirlhf.tree import Tree, tree_items, tree_map
 from minirlhf.workers import map_over, share_packed
 
 NO_STOP, PAD = -1, 0  # ids: nothing stops early, nothing is padded
@@ -38,7 +39,11 @@ class MiniRLHF(Peer):
     def __init__(self, workload: Workload, variant: str):
         super().__init__(workload, variant)
         w, s = workload, workload.ppo
-        self._begin_work(w)
+        if devices.DEVICE == "cpu":
+            self._begin_work(w)
+        else:
+            devices.arrange()
+            os.environ["MINIRLHF_KERNELS"] = "0" if variant == "plain" else "1"
         self.name = f"minirlhf {__version__}"
         self.config = gpt_of(w)
         rates = {f.name: getattr(s, f.name) for f in fields(OptimizerConfig) if hasattr(s, f.name)}
@@ -51,10 +56,11 @@ class MiniRLHF(Peer):
             **of_ppo,
         )
         arrays = w.batch()
-        self.batch = self._batch(arrays["tokens"])
         self.prompts = arrays["tokens"][:, : w.prompt_len].tolist()
-        names = ("old_logp", "old_values", "advantages", "returns")
         weights = np.full_like(arrays["returns"], 1 / arrays["returns"].size)
+        arrays, weights = there(arrays), there(weights)
+        self.batch = self._batch(arrays["tokens"])
+        names = ("old_logp", "old_values", "advantages", "returns")
         self.experience = Experience(
             batch=self.batch,
             ref_logp=arrays["old_logp"],
@@ -64,12 +70,14 @@ class MiniRLHF(Peer):
             **{name: arrays[name] for name in names},
         )
         self.rng = np.random.default_rng(w.seed)
-        _, self.policy = share_packed(tree_of(w.parameters("policy")))
+        _, self.policy = share_packed(there(tree_of(w.parameters("policy"))))
         self.has_gradient = False
 
     @classmethod
     def _begin_work(cls, w: Workload) -> None:
         """A worker for each thread."""
+        from threadpoolctl import threadpool_limits
+
         if cls._at_work is None:
             cls._at_work = contextlib.ExitStack()
             cls._at_work.enter_context(threadpool_limits(1))
@@ -86,6 +94,8 @@ class MiniRLHF(Peer):
 
     def sgemm(self) -> None:
         """A product of square matrices, the most that the BLAS does here on all threads."""
+        from threadpoolctl import threadpool_limits
+
         with threadpool_limits(self.workload.threads):
             a, b, out = self._matrices
             np.matmul(a, b, out=out)
@@ -111,17 +121,19 @@ class MiniRLHF(Peer):
     def logprobs(self) -> Array:
         groups = self.batch.groups(size=0, config=self.config)
         f = functools.partial(_logprobs, self.reference, self.config)
-        logp = np.empty(self.batch.responses.shape, np.float32)
         parts = map_over(f, [self.batch.part(rows) for rows in groups])
+        if devices.DEVICE != "cpu":  # one group of all rows
+            return parts[0]
+        logp = np.empty(self.batch.responses.shape, np.float32)
         logp[np.concatenate(groups)] = np.concatenate(parts)
         return logp
 
     def adamw(self) -> None:
         if not self.has_gradient:
             leaves = [g.reshape(-1) for _, g in tree_items(self.loss())]
-            np.concatenate(leaves, out=self.optimizer.dflat)
+            get_xp(*leaves).concatenate(leaves, out=self.optimizer.dflat)
             self.has_gradient = True
-        self.optimizer.move(self.optimizer.config.learning_rate, np.zeros(2))
+        self.optimizer.move(self.optimizer.config.learning_rate, there(np.zeros(2)))
 
     def update(self) -> None:
         """One step of the optimiser on the fixed batch."""
@@ -137,7 +149,7 @@ class MiniRLHF(Peer):
 
         def score(samples: Samples) -> np.ndarray:
             ids = (samples.prompt_ids, samples.response_ids)
-            return score_responses(self.reward, *ids, pad_id=PAD)
+            return score_responses(self.reward, *ids, pad_id=PAD, device=devices.OURS)
 
         task = Task(sample, score, NO_STOP)
         same = {"config": self.config, "settings": self.settings, "rng": self.rng}
@@ -153,6 +165,7 @@ class MiniRLHF(Peer):
             pad_id=PAD,
             max_tokens=self.workload.response_len,
             rng=self.rng,
+            device=devices.OURS,
         )
 
     # -- results to compare
@@ -162,19 +175,20 @@ class MiniRLHF(Peer):
             step = minibatch_gradients(
                 self.policy, self.experience, config=self.config, settings=self.settings
             )
-            return {"loss": np.float32(step.loss), **_paths(step.gradients)}
+            return {"loss": np.float32(float(step.loss)), **_paths(step.gradients)}
         if part == "sample":
             tokens, params = self.sample().tokens, self.policy
-            return {"tokens": tokens, "logp": _logprobs(params, self.config, self._batch(tokens))}
+            logp = _logprobs(params, self.config, self._batch(tokens))
+            return {"tokens": to_host(tokens), "logp": to_host(logp)}
         if part == "logprobs":
-            return {"logp": self.logprobs()}
+            return {"logp": to_host(self.logprobs())}
         if part in ("adamw", "update"):
             getattr(self, part)()
             return _paths(self.optimizer.params)
-        given = Samples(self.prompts, self.batch.responses.tolist(), self.batch)
+        given = Samples(self.prompts, to_host(self.batch.responses).tolist(), self.batch)
         turn = next(self.train(lambda policy: given))
         results = {"advantages": turn.experience.advantages, "score": turn.rollout.score}
-        return results | _paths(self.optimizer.params)
+        return tree_map(to_host, results) | _paths(self.optimizer.params)
 
     # -- from the folder
 
@@ -190,11 +204,11 @@ class MiniRLHF(Peer):
 
     @functools.cached_property
     def reference(self) -> Tree:
-        return share_packed(tree_of(self.workload.parameters("reference")))[1]
+        return share_packed(there(tree_of(self.workload.parameters("reference"))))[1]
 
     @functools.cached_property
     def reward(self) -> RewardModel:
-        _, shared = share_packed(tree_of(self.workload.parameters("reward")))
+        _, shared = share_packed(there(tree_of(self.workload.parameters("reward"))))
         return RewardModel(shared, self.config)
 
     @functools.cached_property
@@ -203,7 +217,26 @@ class MiniRLHF(Peer):
         return [self.rng.standard_normal(shape).astype(np.float32) for _ in range(3)]
 
     def _batch(self, tokens: Array) -> Batch:
-        return Batch(tokens, np.ones(tokens.shape, np.float32), self.workload.prompt_len)
+        mask = there(np.ones(tokens.shape, np.float32))
+        return Batch(tokens, mask, self.workload.prompt_len)
+
+    # -- of a GPU
+
+    def wait(self) -> None:
+        devices.wait()
+
+    def launches(self, part: str) -> int | None:
+        return devices.launched(getattr(self, part))
+
+    def device_memory(self) -> int | None:
+        return devices.held() if devices.DEVICE == "cuda" else None
+
+
+def there(tree: Tree) -> Tree:
+    """On the device of the benchmark."""
+    if devices.DEVICE == "cpu":
+        return tree
+    return tree_map(functools.partial(to_device, device=devices.OURS), tree)
 
 
 def _logprobs(params: Tree, config: GPTConfig, batch: Batch) -> Array:
@@ -211,7 +244,7 @@ def _logprobs(params: Tree, config: GPTConfig, batch: Batch) -> Array:
 
 
 def _paths(tree: Tree) -> dict[str, Array]:
-    return {f"policy.{path}": leaf for path, leaf in tree_items(tree)}
+    return {f"policy.{path}": to_host(leaf) for path, leaf in tree_items(tree)}
 
 
 def main() -> None:

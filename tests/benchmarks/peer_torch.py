@@ -1,5 +1,6 @@
 """The benchmark's PyTorch peer: `eager`, or `compile` (torch.compile where it is faster).
 
+On a GPU there is `graphs` too: an update, and the reference's log-probs, as one CUDA graph each.
 The same GPT-2 or Llama, the same PPO. protocol.py says what it reads and answers.
 """
 
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import devices
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,10 @@ def named_parameters(model: nn.Module):
                 yield f"{path}.{bias}", module.bias
 
 
+def to_numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
+
+
 def in_folder_layout(path: str, x: Tensor) -> Tensor:
     return x.T if path.endswith(".w") else x
 
@@ -132,7 +138,7 @@ def load_model(w: Workload, owner: str, head: str | None = None) -> nn.ModuleDic
     with torch.no_grad():
         for path, parameter in named_parameters(model):
             parameter.copy_(in_folder_layout(path, torch.from_numpy(arrays[path])))
-    return model
+    return model.to(devices.TORCHS)
 
 
 def next_logits(model: nn.ModuleDict, h: Tensor) -> Tensor:
@@ -198,8 +204,8 @@ class TorchPeer(Peer):
         self.name = f"PyTorch {torch.__version__} {variant}"
         self.best_threads: dict[str, int] = {}
         torch.manual_seed(workload.seed)
-        if variant not in ("eager", "compile"):
-            raise ValueError(f"variant: expected eager or compile; got {variant!r}")
+        if variant not in ("eager", "compile", "graphs"):
+            raise ValueError(f"variant: expected eager, compile or graphs; got {variant!r}")
         functions = (ppo_loss, policy_outputs, response_logprobs, reward_scores)
         if variant == "compile":
             functions = [torch.compile(f, dynamic=False) for f in functions]
@@ -214,8 +220,10 @@ class TorchPeer(Peer):
             eps=s.eps,
             weight_decay=0.0,
             fused=True,
+            capturable=variant == "graphs",
         )
-        self.batch = {name: torch.from_numpy(x) for name, x in workload.batch().items()}
+        arrays = {name: torch.from_numpy(x) for name, x in workload.batch().items()}
+        self.batch = {name: x.to(devices.TORCHS) for name, x in arrays.items()}
 
     @cached_property
     def reference(self) -> nn.ModuleDict:
@@ -227,6 +235,8 @@ class TorchPeer(Peer):
 
     def at_best_threads(self, part: str, f: Callable[[], Any]) -> Any:
         """f() with one thread or all: whichever was faster at the first call of a part."""
+        if devices.TORCHS == "cuda":
+            return f()
         if part not in self.best_threads:
             laps = {}
             for n in (1, self.workload.threads):
@@ -271,7 +281,8 @@ class TorchPeer(Peer):
         transformer = self.policy["transformer"]
         prompts = self.batch["tokens"][:, :P]
         tokens = torch.cat([prompts, prompts.new_empty(len(prompts), R)], dim=1)
-        kv = torch.empty(w.n_layer, 2, len(prompts), w.n_head, P + R - 1, w.d_model // w.n_head)
+        sizes = w.n_layer, 2, len(prompts), w.n_head, P + R - 1, w.d_model // w.n_head
+        kv = torch.empty(sizes, device=prompts.device)
         h = transformer(prompts, P - 1, kv)
         for column in range(P, P + R):
             logits = next_logits(self.policy, h[:, 0])
@@ -286,6 +297,8 @@ class TorchPeer(Peer):
     @torch.inference_mode()
     def logprobs(self) -> Tensor:
         tokens, P = self.batch["tokens"], self.workload.prompt_len
+        if self.variant == "graphs":
+            return self.logprobs_graph()
         return self.at_best_threads(
             "logprobs", lambda: self.response_logprobs(self.reference, tokens, P)
         )
@@ -301,9 +314,50 @@ class TorchPeer(Peer):
         self.step(self.batch)
 
     def step(self, batch: dict[str, Tensor]) -> None:
+        if self.variant == "graphs":
+            for name, x in batch.items():
+                self.batch_of_graph[name].copy_(x)
+            self.step_graph()
+        else:
+            self.learn_from(batch)
+
+    def learn_from(self, batch: dict[str, Tensor]) -> None:
         self.gradients(batch)
         nn.utils.clip_grad_norm_(self.policy.parameters(), self.workload.ppo.max_grad_norm)
         self.optimizer.step()
+
+    @cached_property
+    def batch_of_graph(self) -> dict[str, Tensor]:
+        """Memory that the graph of an update reads."""
+        return {name: x.clone() for name, x in self.batch.items()}
+
+    @cached_property
+    def step_graph(self) -> Callable[[], None]:
+        """An update as one graph; the updates that come before its capture are undone."""
+        before = [p.detach().clone() for p in self.policy.parameters()]
+        replay = captured(lambda: self.learn_from(self.batch_of_graph))
+        with torch.no_grad():
+            for p, x in zip(self.policy.parameters(), before, strict=True):
+                p.copy_(x)
+            for moments in self.optimizer.state.values():
+                for x in moments.values():
+                    x.zero_()
+        return replay
+
+    @cached_property
+    def logprobs_graph(self) -> Callable[[], Tensor]:
+        tokens, P = self.batch["tokens"], self.workload.prompt_len
+        return captured(lambda: self.response_logprobs(self.reference, tokens, P))
+
+    def wait(self) -> None:
+        if devices.TORCHS == "cuda":
+            torch.cuda.synchronize()
+
+    def launches(self, part: str) -> int | None:
+        return devices.launched(getattr(self, part)) if devices.TORCHS == "cuda" else None
+
+    def device_memory(self) -> int | None:
+        return torch.cuda.max_memory_reserved() if devices.TORCHS == "cuda" else None
 
     def iteration(self) -> None:
         self.learn(self.sample())
@@ -341,25 +395,44 @@ class TorchPeer(Peer):
 
     def check(self, part: str) -> dict[str, np.ndarray]:
         if part == "loss":
-            return {"loss": self.loss().detach().numpy(), **self.policy_arrays("grad")}
+            return {"loss": to_numpy(self.loss()), **self.policy_arrays("grad")}
         if part == "sample":
             logprobs: list[Tensor] = []
             tokens = self.draw(logprobs)
-            return {"tokens": tokens.numpy(), "logp": torch.stack(logprobs, dim=1).numpy()}
+            return {"tokens": to_numpy(tokens), "logp": to_numpy(torch.stack(logprobs, dim=1))}
         if part == "logprobs":
-            return {"logp": self.logprobs().numpy()}
+            return {"logp": to_numpy(self.logprobs())}
         if part in ("adamw", "update"):
             getattr(self, part)()
             return self.policy_arrays("data")
         results = self.learn(self.batch["tokens"])
-        return {name: x.numpy() for name, x in results.items()} | self.policy_arrays("data")
+        return {name: to_numpy(x) for name, x in results.items()} | self.policy_arrays("data")
 
     def policy_arrays(self, attribute: str) -> dict[str, np.ndarray]:
         """Parameters ("data") or gradients ("grad") under their paths."""
         return {
-            f"policy.{path}": in_folder_layout(path, getattr(parameter, attribute)).numpy()
+            f"policy.{path}": to_numpy(in_folder_layout(path, getattr(parameter, attribute)))
             for path, parameter in named_parameters(self.policy)
         }
+
+
+def captured(f: Callable[[], Any]) -> Callable[[], Any]:
+    """f as one CUDA graph, which reads and writes the same memory at every call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is made at the first calls
+            f()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = f()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ One JSON object a line on stdin, one a line on stdout:
     {"do": "check", "part": P}                        -> {"file": F/....npz}, or null and a "note"
     {"do": "time", "part": P, "repeats": n}           -> {"seconds": [s1, ..., sn]}
     {"do": "run", "part": P, "repeats": n}            -> {"done": n}, untimed
+    {"do": "launches", "part": P}                     -> {"n": ...} kernels that a GPU is sent
+    {"do": "device_memory"}                           -> {"bytes": ...} most that it has held
 
 A peer is a class whose methods are the parts. Each part has an instance of its own, and so does
 each check, which starts from the folder's parameters.
@@ -96,12 +98,23 @@ class Peer:
         for _ in range(repeats):
             getattr(self, part)()
 
+    def wait(self) -> None:
+        """Until a GPU has done all that it was sent."""
+
+    def launches(self, part: str) -> int | None:
+        """Kernels that a call sends to the GPU; None: nobody can tell."""
+
+    def device_memory(self) -> int | None:
+        """Most bytes that the GPU has held for all that this program does."""
+
     def seconds(self, part: str, repeats: int) -> list[float]:
         """The time of each of `repeats` calls."""
         laps = []
         for _ in range(repeats):
+            self.wait()
             start = time.perf_counter()
             getattr(self, part)()
+            self.wait()
             laps.append(time.perf_counter() - start)
         return laps
 
@@ -120,6 +133,8 @@ class Session:
             self.workload = Workload.load(Path(request["folder"]))
             self.variant = request["variant"]
             return {"name": self.new_peer().name, "threads": self.workload.threads}
+        if request["do"] == "device_memory":
+            return {"bytes": next(iter(self.peers.values())).device_memory()}
         part = request["part"]
         if part not in self.peer_class.parts:
             raise ValueError(f"part: expected one of {self.peer_class.parts}; got {part!r}")
@@ -134,6 +149,8 @@ class Session:
         if not peer.is_warm:
             peer.run(part, WARM_UP_CALLS)
             peer.is_warm = True
+        if request["do"] == "launches":
+            return {"n": peer.launches(part)}
         return {"seconds": peer.seconds(part, request["repeats"])}
 
     def new_peer(self) -> Peer:

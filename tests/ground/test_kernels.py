@@ -14,7 +14,7 @@ import nvrtc
 import pytest
 from cpu_kernels import HAS_COMPILER, SOURCE, CpuModule, kernels_on_the_fake_gpu, parameters
 from fakegpu import fakegpu, numpy_as_on_a_gpu
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CASES, compare
 from sources import FILES, ROOT, parse
@@ -46,6 +46,7 @@ def kernels_are_launched():
 
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
+@settings(max_examples=min(80, settings().max_examples))  # a thread of a GPU costs a CPU a lot
 @given(data=st.data())
 def test_a_kernel_gives_the_numbers_of_the_plain_lines(name, dtype, data):
     make, kernels = CASES[name]
