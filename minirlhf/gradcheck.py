@@ -73,7 +73,11 @@ class Report(NamedTuple):
 
 
 def relative_error(analytic: np.ndarray, numeric: np.ndarray, scale: float) -> np.ndarray:
-    """|a - n| / (|n| + scale), which counts where an entry is 0 by cancellation; nan is inf."""
+    """|a - n| / (|n| + scale). nan counts as infinitely wrong.
+
+    The absolute term matters where an entry is 0 by cancellation, as the gradient of the key bias
+    of an attention layer is. `absolute_term` says how large it is.
+    """
     error = np.abs(analytic - numeric) / (np.abs(numeric) + scale)
     return np.where(np.isnan(error), np.inf, error)
 
