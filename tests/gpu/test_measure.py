@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 from cpu_kernels import HAS_COMPILER
 from sources import ROOT
+
+ENV = os.environ | {"PYTHON": sys.executable}  # which need not be the first python3 of the path
 
 from minirlhf.backend import cuda_is_available
 
@@ -18,7 +22,7 @@ RUN = ROOT / "tests" / "gpu" / "run"
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     command = ["bash", str(RUN), "--dry", "--out", str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith((folder / "gpu.md").read_text() + "\n")
     return folder
@@ -53,6 +57,6 @@ def test_the_table_says_that_it_was_a_rehearsal(folder):
 @pytest.mark.skipif(cuda_is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_sentence_says_so(tmp_path):
     command = ["bash", str(RUN), "--out", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1
     assert "expected CuPy and a GPU" in run.stderr and "use --dry" in run.stderr
