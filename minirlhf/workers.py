@@ -4,8 +4,8 @@
     results = map_over(f, parts)    [f(part), f(part), ...]
 
 Without a crew all parts are worked on here, one after the other. Arrays from `share` are not copied
-into messages to a crew of processes: all see one memory, and what an optimiser writes there all of
-them see.
+into messages to a crew of processes: all see one memory, in which `over_pieces` lets an optimiser
+write side by side.
 """
 
 import functools
@@ -120,7 +120,7 @@ def _work(collect: Callable, f: Callable, share: list) -> Any:
 
 
 def share(array: np.ndarray) -> np.ndarray:
-    """A copy that all workers see, written to by one process only; on a GPU a plain copy."""
+    """A copy that all workers see; nobody writes where another does. On a GPU a plain copy."""
     if not CAN_FORK or get_xp(array) is not np:
         return array.copy()
     dismiss()  # who was forked before does not see it: the next use forks anew
