@@ -295,12 +295,15 @@ KERNEL entropy_backward(const real* dentropy, const real* probs, const real* log
 }
 
 // -- one more token -------------------------------------------------------------------------------
+// Where there are steps, a sequence has its own, to be added to `column` or `step`.
+
 // x = wte[token] + wpe[position]: the token stands at `column`, and is real if its mask says so.
 // position = max(0, real tokens so far - 1).  A row is a sequence.
 KERNEL embed_token(const real* wte, const real* wpe, const long long* tokens, const real* mask,
-    real* x, long long* position, real* seen, int C, int V, int n_ctx, int S, int column) {
+    const long long* steps, real* x, long long* position, real* seen, int C, int V, int n_ctx,
+    int S, int column) {
     const long long b = blockIdx.x, token = WRAPPED(tokens[b], V);
-    seen += b * S;
+    column += steps ? steps[b] : 0, seen += b * S;
     real n_real = 0;
     EACH(s, column) n_real += seen[s] > 0;
     const int all = block_sum(n_real) + (mask[b] > 0), at = all > 0 ? all - 1 : 0;
@@ -311,33 +314,45 @@ KERNEL embed_token(const real* wte, const real* wpe, const long long* tokens, co
     }
 }
 
+// cos and sin of position theta^(-i / n), i = 0 .. n - 1: in double, or large ones lose their digits
+KERNEL angles(const long long* position, real* cosine, real* sine, long long n, double theta) {
+    EACH(i, n) {
+        const double angle = position[blockIdx.x] * pow(theta, -i / (double)n);
+        cosine[blockIdx.x * n + i] = cos(angle), sine[blockIdx.x * n + i] = sin(angle);
+    }
+}
+
+__device__ real added(const real* product, const real* bias, int i) {
+    return bias ? product[i] + bias[i] : product[i];
+}
+
 // (x_d, x_(d + D/2)) turned by the d-th angle, or x where there are none;  x = product + bias
 __device__ real turned(const real* product, const real* bias, const real* cos, const real* sin,
-    int d, int D) {
-    const real x = bias ? product[d] + bias[d] : product[d];
+    int start, int d, int D) {
+    const real x = added(product, bias, start + d);
     if (!cos) return x;
     const int half = D / 2, i = d % half, other = d < half ? d + half : i;
-    const real y = bias ? product[other] + bias[other] : product[other];
+    const real y = added(product, bias, start + other);
     return d < half ? x * cos[i] - y * sin[i] : x * cos[i] + y * sin[i];
 }
 
 // out = sum_j A_j v_j,  A = softmax_j(q k_j scale) over the tokens j seen and the one at `column`,
 // whose k and v are kept. A row is (b, head); a warp takes a j, then a lane a d. D <= 256.
 KERNEL attend(const real* product, const real* bias, const real* cos, const real* sin,
-    const real* seen, real* keys, real* values, real* score, real* out, int S, int column, int H,
-    int K, int D, double scale) {
+    const real* seen, const long long* steps, real* keys, real* values, real* score, real* out,
+    int S, int column, int H, int K, int D, double scale) {
     __shared__ real q[256], k[256], v[256], sums[256];
     const int head = blockIdx.x % H, group = head / (H / K), warp = threadIdx.x / 32;
     const int n_warps = blockDim.x / 32, lane = threadIdx.x % 32, of_k = (H + group) * D;
     const long long b = blockIdx.x / H, at = (b * K + group) * S * D;
+    column += steps ? steps[b] : 0;
     product += b * (H + 2 * K) * D, seen += b * S, keys += at, values += at;
     if (cos) cos += b * (D / 2), sin += b * (D / 2);
     score += (long long)blockIdx.x * S, out += (long long)blockIdx.x * D;
     EACH(d, D) {
-        const int of_v = of_k + K * D + d;
-        q[d] = turned(product + head * D, bias ? bias + head * D : 0, cos, sin, d, D) * (real)scale;
-        k[d] = turned(product + of_k, bias ? bias + of_k : 0, cos, sin, d, D);
-        v[d] = bias ? product[of_v] + bias[of_v] : product[of_v];
+        q[d] = turned(product, bias, cos, sin, head * D, d, D) * (real)scale;
+        k[d] = turned(product, bias, cos, sin, of_k, d, D);
+        v[d] = added(product, bias, of_k + K * D + d);
         if (head % (H / K) == 0) keys[column * D + d] = k[d], values[column * D + d] = v[d];
     }
     __syncthreads();
@@ -345,16 +360,14 @@ KERNEL attend(const real* product, const real* bias, const real* cos, const real
     for (int j = warp; j <= column; j += n_warps) {
         real sum = 0;
         for (int d = lane; d < D; d += 32) sum += q[d] * (j < column ? keys[j * D + d] : k[d]);
-        sum = warp_reduce(sum, false);
-        if (j < column && !(seen[j] > 0)) sum = log((real)0);
+        sum = j == column || seen[j] > 0 ? warp_reduce(sum, false) : log((real)0);
         if (lane == 0) score[j] = sum;
         highest = fmax(highest, sum);
     }
     highest = block_max(highest);  // a barrier: all scores are there
     EACH(j, column + 1) total += score[j] = exp(score[j] - highest);
     total = block_sum(total);
-    for (int first = 0; first < D; first += 32) {
-        const int d = first + lane;
+    for (int d = lane; d - lane < D; d += 32) {
         real sum = 0;
         for (int j = warp; d < D && j <= column; j += n_warps)
             sum += score[j] * (j < column ? values[j * D + d] : v[d]);
@@ -370,12 +383,15 @@ KERNEL attend(const real* product, const real* bias, const real* cos, const real
 // cdf_a = p_0 + .. + p_a,  p = exp(log_probs).  Where the response has ended, id = pad.
 // Written to the row that is given, with the h it was drawn from. A row is the b-th of those.
 // Thread t holds the t-th run of tokens. At most 1024 threads; sums in double, or ids would move.
+// new_alive may be the memory of alive.
 KERNEL draw_into(const real* log_probs, const real* h, const double* u, const long long* rows,
-    const real* alive, long long* tokens, real* mask, real* hidden, long long* ids,
-    real* new_alive, int V, int C, int R, int T, int step, int stop, int pad) {
+    const real* alive, long long* tokens, real* mask, real* hidden, long long* ids, real* is_real,
+    real* new_alive, long long* steps, int V, int C, int R, int T, int step, int stop, int pad) {
     __shared__ double of_run[1024];
     __shared__ int first, last;
-    const long long b = blockIdx.x, row = rows[b], column = row * T + T - R + step;
+    const long long b = blockIdx.x, row = rows[b];
+    step += steps ? steps[b] : 0;
+    const long long column = row * T + T - R + step;
     const int length = (V + blockDim.x - 1) / blockDim.x, start = threadIdx.x * length;
     const int end = start + length < V ? start + length : V;
     log_probs += b * V;
@@ -398,7 +414,46 @@ KERNEL draw_into(const real* log_probs, const real* h, const double* u, const lo
     __syncthreads();
     if (threadIdx.x) return;
     ids[b] = tokens[column] = !(alive[b] > 0) ? pad : first < V ? first : last;
-    mask[column] = alive[b], new_alive[b] = ids[b] == stop ? 0 : alive[b];
+    mask[column] = is_real[b] = alive[b], new_alive[b] = ids[b] == stop ? 0 : alive[b];
+    if (steps) steps[b]++;
+}
+
+// y = x w:  x (b, I), w (I, O).  A block takes 32 columns of 8 rows, and a warp of it every 8th i.
+KERNEL few_rows(const real* x, const real* w, real* y, int O, int b, int I) {
+    __shared__ real sums[8][8][32];
+    const int tiles = (O + 31) / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int o = blockIdx.x % tiles * 32 + lane, first = blockIdx.x / tiles * 8;
+    real sum[8] = {};
+    x += (long long)first * I, y += (long long)first * O;
+    for (long long i = warp; o < O && i < I; i += 8) {
+        const real entry = w[i * O + o];
+        for (int row = 0; row < 8; row++)
+            if (first + row < b) sum[row] += x[(long long)row * I + i] * entry;
+    }
+    for (int row = 0; row < 8; row++) sums[row][warp][lane] = sum[row];
+    __syncthreads();
+    real total = 0;  // of row number `warp`
+    for (int i = 0; i < 8; i++) total += sums[warp][i][lane];
+    if (first + warp < b && o < O) y[(long long)warp * O + o] = total;
+}
+
+// y = x w^T:  x (b, I), w (O, I).  A block takes 32 columns of 8 rows; a warp a column, a lane an i.
+KERNEL few_rows_transposed(const real* x, const real* w, real* y, int O, int b, int I) {
+    const int tiles = (O + 31) / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int from = blockIdx.x % tiles * 32, first = blockIdx.x / tiles * 8;
+    x += (long long)first * I, y += (long long)first * O;
+    for (long long o = from + warp; o < O && o < from + 32; o += 8) {
+        real sum[8] = {};
+        for (int i = lane; i < I; i += 32) {
+            const real entry = w[o * I + i];
+            for (int row = 0; row < 8; row++)
+                if (first + row < b) sum[row] += x[(long long)row * I + i] * entry;
+        }
+        for (int row = 0; row < 8; row++) {
+            const real total = warp_reduce(sum[row], false);
+            if (lane == 0 && first + row < b) y[row * (long long)O + o] = total;
+        }
+    }
 }
 
 // -- the losses: one block takes all tokens -------------------------------------------------------

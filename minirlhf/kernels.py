@@ -3,6 +3,8 @@
 A launch has its function's name, takes the module that the function stands in, `its`, and the
 function's arguments, and returns what the function returns. Or it raises NotImplementedError, and
 the plain lines run. MINIRLHF_KERNELS=0 in the environment turns all launches off.
+
+`advance` records its kernels as one CUDA graph, which a launch of a few microseconds then repeats.
 """
 
 import functools
@@ -16,14 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.backend import get_xp
-from minirlhf.tree import tree_leaves
+from minirlhf.tree import tree_items, tree_leaves
 
 SIGNATURE = re.compile(r"^KERNEL (\w+)\(([^)]*)\)", re.MULTILINE)  # in kernels.cu
+FEW = 1 << 25  # multiplications of the largest product in a graph: for larger ones, cuBLAS
+
+_of_graph: list | None = None  # arrays of the kernels that are being made for a graph
 
 
 def launch(plain, first, *rest, **constants):
     """plain(first, ..) by the launch of its name; by its own lines where that does not take it."""
-    array = tree_leaves(first)[0]  # of parameters, or an array itself
+    _, array = next(tree_items(first))  # of parameters, or an array itself
     if os.environ.get("MINIRLHF_KERNELS") == "0" or not compiled(get_xp(array), array.dtype):
         return plain(first, *rest, **constants)
     try:
@@ -66,8 +71,8 @@ def run(name, like, given, outputs, *numbers, grid="row"):
     Args:     like: its last axis, or its size, is the size; its dtype is `real`.
               given, outputs: an array, None where the kernel takes it that there is none, or of
                   the outputs the shape of a new one.
-              grid: a block for a "row" of `like` or 8 "column"s, a thread for an "entry", 256
-                  blocks for all "together", or "one" of them.
+              grid: a block for a "row" of `like`, 8 "column"s, or a "tile" of 8 rows and 32
+                  columns; a thread for an "entry"; 256 blocks for all "together", or "one" of them.
     Returns:  the outputs.
     """
     need(like.size, like.ndim)
@@ -82,13 +87,53 @@ def run(name, like, given, outputs, *numbers, grid="row"):
     blocks, threads, size = {
         "row": (n // C, min(256, -(-C // 32) * 32), C),
         "column": (-(-C // 8), 512, C),
+        "tile": (-(-C // 32) * -(-n // C // 8), 256, C),
         "entry": (-(-n // 256), 256, n),
         "together": (256, 256, n),
         "one": (1, 256, n),
     }[grid]
     numbers = [of(x) for of, x in zip(types[len(arrays) :], (size, *numbers), strict=True)]
     kernel((blocks,), (threads,), (*arrays, *numbers))
+    if _of_graph is not None:
+        _of_graph.append(arrays)
     return outputs
+
+
+def few_rows(x, w, transposed=False):
+    """x w, or x w^T, of few rows: CuPy lets no product of cuBLAS into a graph."""
+    O, I = w.shape if transposed else w.shape[::-1]
+    need(x.shape[1:] == (I,))
+    y, name = get_xp(x, w).empty((len(x), O), dtype=x.dtype), ("few_rows", "few_rows_transposed")
+    return run(name[transposed], y, (x, w), [y], len(x), I, grid="tile")[0]
+
+
+def as_a_graph(xp, f):
+    """f(), which launches kernels alone, done once; returns what does it again, all at once.
+
+    That works on the same memory, and finds there what f goes by. Beside it: all that memory.
+    """
+    global _of_graph
+    _of_graph, stream = [], capturing_stream(xp)
+    try:
+        f()  # what is not loaded yet cannot be captured
+        _of_graph.clear()
+        with stream:
+            stream.begin_capture()
+            try:
+                f()
+            finally:
+                graph = stream.end_capture()
+        return graph.launch, _of_graph
+    except xp.cuda.runtime.CUDARuntimeError as error:  # another driver, an unknown GPU
+        warnings.warn(f"minirlhf: kernels are launched one by one: {error}", stacklevel=2)
+        return f, []
+    finally:
+        _of_graph = None
+
+
+@functools.cache  # one for all graphs: CuPy keeps the memory of each stream for itself
+def capturing_stream(xp):
+    return xp.cuda.Stream(non_blocking=True)
 
 
 # -- layers ----------------------------------------------------------------------------------------
@@ -205,6 +250,8 @@ def attention_backward(its, dout, cache):
 def linear(its, x, w, b=None):
     """x w, the bias that is still to be added, and the cache of `linear_forward`."""
     need(w.ndim == 2, x.shape[-1] == w.shape[0], b is None or b.shape == w.shape[1:])
+    if _of_graph is not None:
+        return few_rows(x, w), b, None
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
     return y, b, its.layers.LinearCache(x, w, b is not None)
 
@@ -248,17 +295,19 @@ def block_forward(its, x, p, *, config, allowed, rotation=None, read=None, keep=
 
 
 # -- one more token --------------------------------------------------------------------------------
-def decode_step(its, params, kv, *, tokens, mask, column, config):
-    """Eight operations a layer: four products, and what stands between them."""
+def decode_step(its, params, kv, *, tokens, mask, column, config, steps=None):
+    """Four products a layer, and what stands between them; at column + steps (B,), if there are."""
     (H, K), blocks, S = config.heads.values(), params["blocks"], kv.mask.shape[1]
     xp, wte, wpe = get_xp(mask), params["wte"], params.get("wpe")
-    D = config.d_model // config.n_head
+    D, cos, sin = config.d_model // config.n_head, None, None
     need(D <= 256, 0 <= column < S, kv.mask.dtype == wte.dtype)
     x = xp.empty((len(tokens), wte.shape[1]), dtype=wte.dtype)
-    outputs = x, xp.empty((len(tokens), 1), dtype=np.int64), kv.mask
+    outputs = x, xp.empty(len(tokens), dtype=np.int64), kv.mask
     sizes = len(wte), 0 if wpe is None else len(wpe), S, column
-    _, position, _ = run("embed_token", x, (wte, wpe, tokens, mask), outputs, *sizes)
-    angles = its.transformer.rotation_of(params, position, config) or {"cos": None, "sin": None}
+    _, position, _ = run("embed_token", x, (wte, wpe, tokens, mask, steps), outputs, *sizes)
+    if wpe is None:
+        angle = xp.empty((len(tokens), D // 2), dtype=x.dtype)
+        cos, sin = run("angles", angle, [position], (angle, angle.shape), config.rope_theta)
     norms = [p[name] for p in blocks for name in ("ln1", "ln2")] + [params["ln_f"]]
 
     def next_norm(x, bias, residual):
@@ -270,7 +319,7 @@ def decode_step(its, params, kv, *, tokens, mask, column, config):
         need(keys.shape == values.shape == (len(x), K, S, D))
         qkv, b, _ = linear(its.transformer, n, **p["attn"]["qkv"])
         score = xp.empty((len(x), H, S), dtype=x.dtype)
-        given = qkv, b, angles["cos"], angles["sin"], kv.mask
+        given = qkv, b, cos, sin, kv.mask, steps
         outputs, sizes = (keys, values, score, x.shape), (column, H, K, D, 1.0 / math.sqrt(D))
         *_, a = run("attend", score, given, outputs, *sizes)
         a, b, _ = linear(its.transformer, a, **p["attn"]["out"])
@@ -280,12 +329,38 @@ def decode_step(its, params, kv, *, tokens, mask, column, config):
     return n
 
 
-def draw_into(its, log_probs, out, *, h, u, step, who, ends):
+def draw_into(its, log_probs, out, *, h, u, step, who, ends, onto=None):
+    """Onto: ids, real, alive and steps, to be written to; None: new arrays, and no steps."""
     xp, b, (_, R, C) = get_xp(log_probs), len(log_probs), out.hidden.shape
     need(h.shape == (b, C), u.shape[1] == R, out.tokens.shape == out.mask.shape)
     sizes = C, R, out.tokens.shape[1], step, *ends
-    outputs = *out, xp.empty(b, dtype=np.int64), (b,)
-    return tuple(run("draw_into", log_probs, (log_probs, h, u, *who), outputs, *sizes)[3:])
+    outputs = *out, *(onto or (xp.empty(b, dtype=np.int64), (b,), (b,), None))
+    ids, real, alive, _ = run("draw_into", log_probs, (log_probs, h, u, *who), outputs, *sizes)[3:]
+    return its.Last(who[0], ids, real, alive)
+
+
+def advance(its, params, kv, out, last, *, u, step, ends, config, sampling):
+    """A graph, made at the first of the steps that differ in nothing but their number."""
+    if last.again is not None:
+        last.again[0]()
+        return last
+    largest = max(leaf.size for leaf in tree_leaves(params))
+    need(len(last.ids) <= 8 or len(last.ids) * largest <= FEW)
+    need(sampling.temperature >= its.COLDEST, sampling.top_k == 0, sampling.top_p == 1)
+    xp, stands_in = get_xp(u), sys.modules[its.KVCache.__module__]
+    column = out.tokens.shape[1] - u.shape[1] - 1
+    ids, real, alive = (a.copy() for a in last[1:4])
+    steps = xp.full(len(ids), step)
+
+    def one_more():
+        same = {"tokens": ids, "mask": real, "column": column, "steps": steps}
+        h = decode_step(stands_in, params, kv, **same, config=config)
+        logits = few_rows(h, its.output_matrix(params), transposed=True)
+        log_probs = log_softmax(its, logits, temperature=sampling.temperature)
+        same = {"h": h, "u": u, "step": 0, "who": (last.rows, alive), "ends": ends}
+        draw_into(its, log_probs, out, **same, onto=(ids, real, alive, steps))
+
+    return its.Last(last.rows, ids, real, alive, as_a_graph(xp, one_more))
 
 
 # -- log-probs -------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +102,11 @@ class Guarded:
             self.array[...] = held
 
 
+def weakly(x):
+    """x when it is asked for; an array that nobody holds any longer is none."""
+    return weakref.ref(x) if type(x) is FakeArray else lambda: x
+
+
 class CpuModule:
     """As `cupy.RawModule`: the kernels of a source by name."""
 
@@ -123,8 +130,15 @@ class CpuModule:
         entries = {"real*": real, "double*": np.float64, "long long*": np.int64, "bool*": np.bool_}
 
         def launch(grid, block, arguments):
-            self.launched.append(name)
+            if CpuStream.captured is not None:
+                held = [weakly(x) for x in arguments]
+                CpuStream.captured.append(lambda: run(grid, block, [x() for x in held]))
+                return
             fakegpu.operations.append(name)
+            run(grid, block, arguments)
+
+        def run(grid, block, arguments):
+            self.launched.append(name)
             (blocks,), (threads,), guarded, passed = grid, block, {}, []
             for i, (x, kind) in enumerate(zip(arguments, types, strict=True)):
                 what = f"{name}: argument {i}, {kind}"
@@ -148,11 +162,61 @@ class CpuModule:
         return launch
 
 
+class CpuStream:
+    """As `cupy.cuda.Stream`: what is sent to it is done at once, or kept for a graph.
+
+    Stricter than CUDA in a capture: kernels and memory that is not filled, nothing else.
+    """
+
+    now = None  # the one that is entered
+    captured = None  # launches, while one is capturing
+
+    def __init__(self, null=False, non_blocking=False, ptds=False):
+        self.non_blocking = non_blocking
+
+    def __enter__(self):
+        assert CpuStream.now is None
+        CpuStream.now = self
+        return self
+
+    def __exit__(self, *error):
+        CpuStream.now = None
+
+    def begin_capture(self, mode=None):
+        assert self.non_blocking and CpuStream.now is self, "CUDA cannot capture the null stream"
+        CpuStream.captured, self.sent = [], len(fakegpu.operations)
+
+    def end_capture(self):
+        launches, CpuStream.captured = CpuStream.captured, None
+        sent = fakegpu.operations[self.sent :]
+        assert not sent, f"in a graph: {sent}"
+        return CpuGraph(launches)
+
+
+class CudaError(RuntimeError):
+    """As `cupy.cuda.runtime.CUDARuntimeError`."""
+
+
+class CpuGraph:
+    """As `cupy.cuda.Graph`. It does not keep the arrays: who lets go of them is found out."""
+
+    def __init__(self, launches):
+        self.nodes = launches
+
+    def launch(self, stream=None):
+        fakegpu.operations.append("graph")
+        for node in self.nodes:
+            node()
+
+
 def empty(shape, dtype):
     """Memory that nobody has written to: nan, or -1."""
     array = np.empty(shape, dtype)
     array.reshape(-1).view(np.uint8)[:] = 255
     return FakeArray(array)
+
+
+CUDA = SimpleNamespace(Stream=CpuStream, runtime=SimpleNamespace(CUDARuntimeError=CudaError))
 
 
 @contextlib.contextmanager
@@ -161,6 +225,7 @@ def kernels_on_the_fake_gpu(edit=lambda source: source):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fakegpu, "RawModule", CpuModule, raising=False)
         patch.setattr(fakegpu, "empty", empty, raising=False)
+        patch.setattr(fakegpu, "cuda", CUDA, raising=False)
         patch.setattr(CpuModule, "edit", staticmethod(edit))
         patch.setattr(CpuModule, "launched", [])
         kernels.compiled.cache_clear()

@@ -114,7 +114,7 @@ def forward(name, function, twin):
 class FakeArray:
     """An array on the fake device. `held` is its NumPy array, for this file alone."""
 
-    __slots__ = ("held",)
+    __slots__ = ("__weakref__", "held")
     __hash__ = None
     __array_ufunc__ = None  # NumPy's operators and functions give way: host + device is refused
 

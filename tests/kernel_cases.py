@@ -13,7 +13,7 @@ from fakegpu import fakegpu, numpy_as_on_a_gpu
 from tiny import map_arrays
 from tolerances import KERNEL, assert_close
 
-from minirlhf.backend import to_host
+from minirlhf.backend import get_xp, to_host
 from minirlhf.nn import adam, attention, decoding, layers, sampling, transformer
 from minirlhf.nn.transformer import GPTConfig, init_transformer, positions_of, rotation_of
 from minirlhf.rlhf import logprobs, objectives
@@ -198,6 +198,35 @@ def make_decode_step(draw):
     return f, [mask, ends], {"params": params, "tokens": tokens, "new": new}
 
 
+def make_advance(draw):
+    """Several tokens after prompts of several lengths, for more rows than a block takes."""
+    B, P, K, G = (draw.integer(1, n) for n in (19, 5, 2, 2))
+    R = draw.integer(2, 5)  # of the third on, a graph
+    H, D, block, V = G * K, draw.pick((6, 8, 34)), draw.pick(("gpt2", "llama")), draw.pick(WIDTHS)
+    sizes = {"block": block, "n_kv_head": K if block == "llama" else H, "tied": draw.pick((0, 1))}
+    config = GPTConfig(V, P + R, 2, H, H * D, **sizes)
+    params = init_transformer(config, rng=draw.rng, dtype=np.float64)
+    params = map_arrays(lambda a: a + 0.3 * draw.normal(*a.shape), params)
+    mask, tokens = padding_mask(draw, B, P), draw.rng.integers(V, size=(B, P))
+    mask[:, -1] = 1.0  # as a prompt ends
+    out = [np.zeros((B, P + R), np.int64), np.zeros((B, P + R)), np.zeros((B, R, H * D))]
+    steps = {"u": draw.rng.random((B, R)), "ends": (int(draw.rng.integers(V)), 0)}
+
+    def f(mask, *out, params, tokens, u, ends):  # coins are always in float64
+        same, draw = {"config": config}, {"u": u.astype(np.float64), "ends": ends}
+        h, kv = decoding.prefill(params, tokens=tokens, mask=mask, max_new=R, **same)
+        out, cool = sampling.Generation(*out), sampling.Sampling(temperature=0.7)
+        rows = get_xp(mask).arange(B)
+        log_probs = sampling.next_logprobs(params, h, cool)
+        last = sampling.draw_into(log_probs, out, h=h, step=0, who=(rows, mask[:, -1]), **draw)
+        for step in range(1, R):
+            more = {"step": step, "sampling": cool, **same, **draw}
+            last = sampling.advance(params, kv, out, last, **more)
+        return *last[:-1], *kv
+
+    return f, [mask, *out], {"params": params, "tokens": tokens, **steps}
+
+
 def make_ppo_clip(draw):
     """Log-ratios of all sizes, ties among them; padding holds the worst there is."""
     shape = draw.integer(1, 4), draw.pick(WIDTHS)
@@ -271,7 +300,8 @@ CASES = {  # what is drawn, and the kernels that it launches
     "token_logprobs": (make_token_logprobs, "token_logprobs_forward token_logprobs_backward"),
     "entropy": (make_entropy, "entropy_forward entropy_backward"),
     "log_softmax": (make_log_softmax, "log_softmax"),
-    "decode_step": (make_decode_step, "embed_token attend"),
+    "decode_step": (make_decode_step, "embed_token angles attend"),
+    "advance": (make_advance, "few_rows few_rows_transposed"),
     "draw_into": (make_draw_into, "draw_into"),
     "ppo_clip": (make_ppo_clip, "ppo_clip_forward"),
     "value_loss": (make_value_loss, "value_loss_forward"),

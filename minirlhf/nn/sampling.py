@@ -6,13 +6,12 @@ gives the same responses on a CPU and on a GPU.
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minirlhf.backend import Array, as_float, fused, get_xp
-from minirlhf.nn.decoding import decode_step, prefill
+from minirlhf.nn.decoding import KVCache, decode_step, prefill
 from minirlhf.nn.heads import VOCABULARY_PIECE, logits_forward, output_matrix
 from minirlhf.nn.transformer import GPTConfig, kept_floats
 from minirlhf.tree import Tree
@@ -89,6 +88,12 @@ def sampling_logprobs(
     return z
 
 
+def next_logprobs(params: Tree, h: Array, sampling: Sampling) -> Array:
+    """log-probabilities of what comes after h, (B, C) -> (B, V)."""
+    logits = next_logits(h, output_matrix(params))
+    return sampling_logprobs(logits, **sampling._asdict())
+
+
 def draw_tokens(probs: Array, u: Array) -> Array:
     """The token whose interval of the cumulative distribution holds u; never one of probability 0.
 
@@ -126,6 +131,16 @@ class Generation(NamedTuple):
     hidden: Array  # (B, R, C) h that each token of the response was drawn from, anything at padding
 
 
+class Last(NamedTuple):
+    """The b sequences that are still in the batch, and the token that each has drawn last."""
+
+    rows: Array  # (b,) which of all B they are
+    ids: Array  # (b,)
+    real: Array  # (b,) 1, or 0 where it stands behind the end
+    alive: Array  # (b,) 1 where more will be drawn
+    again: Any = None  # of a GPU: what does all that `advance` did, as one operation
+
+
 @fused
 def draw_into(
     log_probs: Array,
@@ -136,7 +151,7 @@ def draw_into(
     step: int,
     who: tuple[Array, Array],
     ends: tuple[int, int],
-) -> tuple[Array, Array]:
+) -> Last:
     """The next token of some of the B sequences, written to `out` with what it was drawn from.
 
     Args:     log_probs: (b, V).
@@ -144,7 +159,6 @@ def draw_into(
               u: (B, R) uniforms of all tokens; this is the one of `step`.
               who: (b,) rows in `out`, (b,) 1 until the stop token has been drawn.
               ends: the stop token, what stands after it.
-    Returns:  ids (b,), and (b,) 1 where more will be drawn.
     """
     (rows, alive), (stop_id, pad_id) = who, ends
     xp, column = get_xp(log_probs, h, u, rows, alive), out.tokens.shape[1] - u.shape[1] + step
@@ -153,7 +167,28 @@ def draw_into(
     out.tokens[rows, column] = ids
     out.mask[rows, column] = alive
     out.hidden[rows, step] = h
-    return ids, alive * (ids != stop_id)
+    return Last(rows, ids, alive, alive * (ids != stop_id))
+
+
+@fused
+def advance(
+    params: Tree,
+    kv: KVCache,
+    out: Generation,
+    last: Last,
+    *,
+    u: Array,
+    step: int,
+    ends: tuple[int, int],
+    config: GPTConfig,
+    sampling: Sampling,
+) -> Last:
+    """One token more: the model looks at the last one, and `draw_into` draws the next."""
+    column = out.tokens.shape[1] - u.shape[1] + step - 1  # of the last one
+    token = {"tokens": last.ids, "mask": last.real, "column": column}
+    h = decode_step(params, kv, **token, config=config)  # (b, C)
+    draw = {"u": u, "step": step, "who": (last.rows, last.alive), "ends": ends}
+    return draw_into(next_logprobs(params, h, sampling), out, h=h, **draw)
 
 
 def generate(
@@ -194,14 +229,12 @@ def generate(
             f"got {longest}"
         )
     u = xp.asarray(rng.random((B, max_new)))
-    logprobs = functools.partial(sampling_logprobs, **sampling._asdict())
-    f = functools.partial(
-        _extend, params, config=config, stop_id=stop_id, pad_id=pad_id, logprobs=logprobs
-    )
     # of a row: what `prefill` keeps of the prompt, keys and values of all its columns
     floats = P * kept_floats(config, P) + 2 * config.n_layer * config.d_model * (P + max_new)
     each = min(-(-B // n_workers()), max(1, PIECE_FLOATS // floats))  # the first rounded up
     pieces = [slice(start, start + each) for start in range(0, B, each)]
+    same = {"ends": (stop_id, pad_id), "config": config, "sampling": sampling}
+    f = functools.partial(_extend, params, **same)
     parts = map_over(f, [(tokens[rows], mask[rows], u[rows]) for rows in pieces])
     return Generation(*map(xp.concatenate, zip(*parts, strict=True)))
 
@@ -210,10 +243,9 @@ def _extend(
     params: Tree,
     prompts: tuple[Array, Array, Array],
     *,
+    ends: tuple[int, int],
     config: GPTConfig,
-    stop_id: int,
-    pad_id: int,
-    logprobs: Callable[[Array], Array],
+    sampling: Sampling,
 ) -> Generation:
     """Prompts with their responses, drawn until all have stopped.
 
@@ -221,11 +253,11 @@ def _extend(
     DROP_BELOW of it is still alive.
 
     Args:     prompts: tokens (B, P), mask (B, P), and uniforms (B, R), one for each token to draw.
-              logprobs: from logits (B, V) to the log-probabilities that are drawn from.
+              ends: the stop token, what stands after it.
     """
     tokens, mask, u = prompts
-    xp, (B, P), max_new = get_xp(tokens, mask, u), tokens.shape, u.shape[1]
-    pads = xp.full((B, max_new), pad_id, dtype=tokens.dtype)
+    xp, B, max_new = get_xp(tokens, mask, u), len(tokens), u.shape[1]
+    pads = xp.full((B, max_new), ends[1], dtype=tokens.dtype)
     zeros = xp.zeros((B, max_new), dtype=mask.dtype)
     out = Generation(
         xp.concatenate([tokens, pads], axis=1),
@@ -233,21 +265,16 @@ def _extend(
         xp.zeros((B, max_new, config.d_model), dtype=params["wte"].dtype),
     )
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
-    rows, alive = xp.arange(B), mask[:, -1]  # who is left in the batch; 1 until the stop token
-    for step in range(max_new):
-        log_probs = logprobs(next_logits(h, output_matrix(params)))  # (B, V)
-        same = {"h": h, "u": u, "step": step, "ends": (stop_id, pad_id)}
-        drawn, new_alive = draw_into(log_probs, out, who=(rows, alive), **same)
-        if step == max_new - 1:
-            break  # nobody draws after the last token, so nobody needs its hidden state
-        if step % ALIVE_CHECK_EVERY[xp is not np] == 0:
-            n_alive = int((new_alive > 0).sum())
+    draw = {"u": u, "ends": ends}
+    who = xp.arange(B), mask[:, -1]
+    last = draw_into(next_logprobs(params, h, sampling), out, h=h, step=0, who=who, **draw)
+    for step in range(1, max_new):
+        if (step - 1) % ALIVE_CHECK_EVERY[xp is not np] == 0:
+            n_alive = int((last.alive > 0).sum())
             if n_alive == 0:
                 break  # the rest of `out` is padding already
-            if n_alive <= DROP_BELOW * len(rows):
-                left = xp.flatnonzero(new_alive)
-                rows, drawn, alive, new_alive = (a[left] for a in (rows, drawn, alive, new_alive))
-                kv = kv.rows(left)
-        h = decode_step(params, kv, tokens=drawn, mask=alive, column=P + step, config=config)
-        alive = new_alive
+            if n_alive <= DROP_BELOW * len(last.rows):
+                left = xp.flatnonzero(last.alive)
+                last, kv = Last(*(a[left] for a in last[:-1])), kv.rows(left)
+        last = advance(params, kv, out, last, step=step, config=config, sampling=sampling, **draw)
     return out

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from cpu_kernels import kernels_on_the_fake_gpu
+from cpu_kernels import CpuModule, kernels_on_the_fake_gpu
 from fakegpu import fakegpu
 from workloads import WORKLOADS, gpt_of
 
@@ -41,14 +41,16 @@ class Count(NamedTuple):
     operations: int
     waits: int
     names: collections.Counter
+    kernels: int  # of ours, also those that a graph is made of
 
 
 def counted(f) -> Count:
     """What f sends to the device."""
     before, waits = len(fakegpu.operations), fakegpu.sync_count
+    kernels = len(CpuModule.launched)
     f()
-    names = fakegpu.operations[before:]
-    return Count(len(names), fakegpu.sync_count - waits, collections.Counter(names))
+    names, kernels = fakegpu.operations[before:], len(CpuModule.launched) - kernels
+    return Count(len(names), fakegpu.sync_count - waits, collections.Counter(names), kernels)
 
 
 def policy(rng: np.random.Generator):
@@ -113,8 +115,8 @@ def counts() -> dict[str, Count]:
 
 def main() -> None:
     """Print the counts, and what there is most of."""
-    for what, (operations, waits, names) in counts().items():
-        print(f"{what}: {operations} operations, {waits} waits")
+    for what, (operations, waits, names, kernels) in counts().items():
+        print(f"{what}: {operations} operations, {waits} waits; {kernels} kernels of ours")
         print("   " + ", ".join(f"{name} {n}" for name, n in names.most_common(12)))
 
 

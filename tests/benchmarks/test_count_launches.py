@@ -5,20 +5,21 @@ from count_launches import STEPS, counts, main
 from cpu_kernels import HAS_COMPILER
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="no g++ to run the kernels on a CPU")
-MOST = {  # operations and waits
-    "update, operation by operation": (618, 2),
-    "update, fused kernels": (220, 1),
-    f"{STEPS} tokens, operation by operation": (2058, 1),
-    f"{STEPS} tokens, fused kernels": (40 * STEPS, 1),
+MOST = {  # operations, waits, kernels of ours
+    "update, operation by operation": (618, 2, 0),
+    "update, fused kernels": (220, 1, 120),
+    f"{STEPS} tokens, operation by operation": (2058, 1, 0),
+    f"{STEPS} tokens, fused kernels": (STEPS + 2, 1, 40 * STEPS),
 }
 
 
 def test_an_update_and_a_token_send_no_more_than_they_did():
     found = counts()
     assert found.keys() == MOST.keys()
-    for what, (operations, waits) in MOST.items():
+    for what, (operations, waits, kernels) in MOST.items():
         assert found[what].operations <= operations, what
         assert found[what].waits <= waits, what
+        assert found[what].kernels <= kernels, what
 
 
 def test_the_command_prints_what_was_counted(capsys):

@@ -12,13 +12,21 @@ import re
 import numpy as np
 import nvrtc
 import pytest
-from cpu_kernels import HAS_COMPILER, SOURCE, CpuModule, kernels_on_the_fake_gpu, parameters
+from cpu_kernels import (
+    HAS_COMPILER,
+    SOURCE,
+    CpuModule,
+    CpuStream,
+    CudaError,
+    kernels_on_the_fake_gpu,
+    parameters,
+)
 from fakegpu import fakegpu, numpy_as_on_a_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CASES, compare
 from sources import FILES, ROOT, parse
-from tiny import HypothesisDraw, generated, make_batch, make_params, moved, ppo_step
+from tiny import CONFIG, HypothesisDraw, generated, make_batch, make_params, moved, ppo_step
 from tolerances import KERNEL, KERNEL_UPDATE, assert_close, assert_trees_close
 
 from minirlhf import backend, kernels
@@ -157,7 +165,8 @@ def cuda_is_the_stand_in(monkeypatch):
 UPDATE_KERNELS = (  # all but those of Llama
     "causal_mask norm_forward split_heads masked_exp over_total add_bias gelu_forward "
     "token_logprobs_forward entropy_forward entropy_backward token_logprobs_backward norm_backward "
-    "column_sums softmax_backward join_heads log_softmax embed_token attend draw_into "
+    "column_sums softmax_backward join_heads log_softmax embed_token attend draw_into few_rows "
+    "few_rows_transposed "
     "ppo_clip_forward value_loss_forward squares clip_norm move_if_finite"
 )
 
@@ -231,19 +240,80 @@ def test_an_update_that_overflows_is_told():
         optimizer.step(gradients_of(optimizer), loss=0.0)
 
 
-def test_responses_that_leave_the_batch_are_those_of_the_plain_lines(monkeypatch):
-    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", (1, 1))
+@pytest.mark.parametrize("every", [1, 3])
+def test_responses_that_leave_the_batch_are_those_of_the_plain_lines(every, monkeypatch):
+    monkeypatch.setattr(sampling, "ALIVE_CHECK_EVERY", (every, every))
     monkeypatch.setattr(sampling, "DROP_BELOW", 1.0)
     params = make_params(seed=3)["transformer"]
     batch = make_batch([3, 1, 4, 2] * 4, [1] * 16)
     batch = batch._replace(tokens=batch.tokens[:, :4], mask=batch.mask[:, :4])
+    fakegpu.operations.clear()
     expected, got = generated(params, batch), generated(*there((params, batch)))
     assert len(set(expected.mask.sum(axis=1))) > 4
+    assert bool(fakegpu.operations.count("graph")) == (every > 1)  # all of them make new graphs
     assert_close(to_host(got.tokens), expected.tokens, 0.0)
     assert_close(to_host(got.mask), expected.mask, 0.0)
     real = expected.mask[:, 4:, None] > 0
     hidden = (np.where(real, h, 0.0) for h in (to_host(got.hidden), expected.hidden))
     assert_close(*hidden, KERNEL[np.float64] * 10)
+
+
+def drawn_without_end(B=3, **settings):
+    """Ten tokens each, by NumPy and by the stand-in; how many graphs it was sent."""
+    params = make_params(seed=3)["transformer"]
+    prompts = {"tokens": np.ones((B, 2), np.int64), "mask": np.ones((B, 2))}
+    same = {"config": CONFIG, "max_new": 10, "stop_id": -1, "pad_id": 0}
+    same["sampling"] = sampling.Sampling(**settings)
+    fakegpu.operations.clear()
+    expected, got = (
+        sampling.generate(a, **b, **same, rng=np.random.default_rng(1))
+        for a, b in ((params, prompts), there((params, prompts)))
+    )
+    assert_close(to_host(got.tokens), expected.tokens, 0.0)
+    assert_close(to_host(got.hidden), expected.hidden, KERNEL[np.float64] * 10)
+    return fakegpu.operations.count("graph")
+
+
+def test_from_the_third_token_on_a_token_is_one_operation():
+    assert drawn_without_end() == 8
+    after = fakegpu.operations[fakegpu.operations.index("graph") :]
+    looks = {"__gt__", "sum"}  # at who has stopped
+    assert set(after) <= {"graph", "concatenate"} | looks and after.count("sum") == 1
+
+
+def test_a_graph_is_made_of_nothing_but_kernels():
+    x = fakegpu.array(np.ones(3))
+    with pytest.raises(AssertionError, match="in a graph: ..__add__"):
+        kernels.as_a_graph(fakegpu, lambda: x + x)
+
+
+def test_a_graph_keeps_the_memory_that_it_works_on():
+    logits = fakegpu.array(np.ones((2, 3)))
+    launch, kept = kernels.as_a_graph(fakegpu, lambda: logprobs.log_softmax(logits))
+    launch()
+    kept.clear()  # on a GPU: others may have it now
+    with pytest.raises(AssertionError, match="log_softmax: argument 0"):
+        launch()
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0}])
+def test_a_distribution_that_is_cut_makes_no_graph(cut):
+    assert drawn_without_end(**cut) == 0
+
+
+def test_large_products_are_left_to_cublas(monkeypatch):
+    monkeypatch.setattr(kernels, "FEW", 1)
+    assert drawn_without_end(B=9) == 0 and drawn_without_end(B=8) == 8
+
+
+def test_one_sentence_warns_where_nothing_can_be_captured(monkeypatch):
+    def refuse(stream):
+        CpuStream.captured = None
+        raise CudaError("not permitted")
+
+    monkeypatch.setattr(CpuStream, "end_capture", refuse)
+    with pytest.warns(UserWarning, match="launched one by one: not permitted"):
+        assert drawn_without_end() == 0
 
 
 # -- where the plain lines answer ------------------------------------------------------------------
@@ -358,7 +428,7 @@ def test_float_kernels_of_rows_compute_nothing_in_double():
         for entry in ptx.split(".entry")[1:]
         if re.search(r"\b(add|sub|mul|fma|div|sqrt)\.(\w+\.)?f64", entry)
     }
-    assert in_double == {"draw_into", "squares", "clip_norm", "move_if_finite"}
+    assert in_double == {"angles", "draw_into", "squares", "clip_norm", "move_if_finite"}
 
 
 # -- planted errors --------------------------------------------------------------------------------
@@ -443,8 +513,8 @@ PLANTED = {  # what is wrong: (what stands in the source, what stands there inst
     "who has stopped goes on": ("ids[b] == stop ? 0 : alive[b]", "alive[b]"),
     "a row of another's coins": ("u[row * R + step]", "u[b * R + step]"),
     "a position that counts padding": ("n_real += seen[s] > 0", "n_real += 1"),
-    "a token that does not see itself": ("if (j < column && !(seen", "if (!(seen"),
-    "padding that is seen": ("if (j < column && !(seen[j] > 0)) sum", "if (false) sum"),
+    "a token that does not see itself": ("j == column || seen", "seen"),
+    "padding that is seen": ("seen[j] > 0 ? warp", "true ? warp"),
     "a missing barrier before the scores": (
         "d] = v[d];\n    }\n    __syncthreads();",
         "d] = v[d];\n    }",
@@ -460,6 +530,24 @@ PLANTED = {  # what is wrong: (what stands in the source, what stands there inst
     "a key that is not kept": ("keys[column * D + d] = k[d], ", ""),
     "a rotation the other way": ("x * cos[i] - y * sin[i] :", "x * cos[i] + y * sin[i] :"),
     "the angles of another sequence": ("cos += b * (D / 2), ", ""),
+    "a step that is forgotten": ("column += steps ? steps[b] : 0, seen", "seen"),
+    "a key at the column of the first step": ("column += steps ? steps[b] : 0;", ""),
+    "the coins of the first step": ("step += steps ? steps[b] : 0;", ""),
+    "a step that is not counted": ("if (steps) steps[b]++;", ""),
+    "a token after the end that is real": ("is_real[b] = alive[b]", "is_real[b] = 1"),
+    "an angle of the next wavelength": ("pow(theta, -i / (double)n)", "pow(theta, -(i + 1.) / n)"),
+    "a product without its last rows": ("blockIdx.x / tiles * 8;\n    real", "0;\n    real"),
+    "a missing barrier before the sums are added": (
+        "warp][lane] = sum[row];\n    __syncthreads();",
+        "warp][lane] = sum[row];",
+    ),
+    "half the terms of a product": (
+        "i = warp; o < O && i < I; i += 8",
+        "i = warp; o < O && i < I; i += 16",
+    ),
+    "the product with a row's neighbour": ("sums[warp][i][lane]", "sums[i][warp][lane]"),
+    "a row of logits that is not there": ("if (lane == 0 && first + row < b)", "if (lane == 0)"),
+    "logits of every second channel": ("i = lane; i < I; i += 32", "i = lane; i < I; i += 64"),
     "a clip from below that is forgotten": ("below ? least : ratio", "ratio"),
     "a slope beyond the clip": ("weights[t] > 0 && !clipped[t] ?", "weights[t] > 0 ?"),
     "padding in the loss": (
