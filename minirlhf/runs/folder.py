@@ -113,12 +113,10 @@ def save_reward_model(session: Session, model: RewardModel) -> None:
 
 def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
     """What `save_reward_model` wrote."""
-    params, scale_in = {}, "scale.json"
-    if session.world.reward is None:
-        params = load_params(session, "reward_model", expected, "reward_head")
-        scale_in = "config.json"
-    path = session.folder / "reward_model" / scale_in
-    entries = ask_first(lambda: read_object(settled(path.parent) / scale_in))()
+    is_own = session.world.reward is not None
+    params = {} if is_own else load_params(session, "reward_model", expected, "reward_head")
+    path = session.folder / "reward_model" / ("scale.json" if is_own else "config.json")
+    entries = ask_first(lambda: read_object(settled(path.parent) / path.name))()
     mean, sd = entries.get("score_mean"), entries.get("score_sd")
     numbers = isinstance(mean, float) and isinstance(sd, float)
     # `normalized` gives no smaller sd, nor a mean that far from 0

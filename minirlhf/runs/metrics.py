@@ -189,15 +189,15 @@ def sft_loss(
 
 
 def pair_metrics(
-    model: RewardModel, pairs: list[Pair], gold_difference: np.ndarray | None = None, **padding
+    params: Tree, pairs: list[Pair], gold=None, *, config: GPTConfig, **padding
 ) -> dict[str, float]:
-    """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
+    """`margin_metrics` of pairs not learnt from, of neighbours in a list; and the loss."""
     rows = [(p.prompt, *two) for p in pairs for two in pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
-    score = [score_responses(model, prompts, responses, **padding) for responses in both]
-    margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
-    loss = float(np.logaddexp(0.0, -margin).mean())
-    return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
+    model = RewardModel(params, config)
+    better, worse = (score_responses(model, prompts, replies, **padding) for replies in both)
+    loss = float(np.logaddexp(0.0, worse - better).mean())
+    return {"heldout/loss_reward_model": loss, **margin_metrics(better - worse, gold)}
 
 
 def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> dict[str, float]:

@@ -278,12 +278,9 @@ def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> Rewa
     if session.config.reward_model.init == "scratch":
         start = session.on_device(init_transformer(gpt, rng=session.rng["reward_init"]))
     params = reward_model.init_reward_model(start, gpt, rng=session.rng["reward_model"])
-    train = partial(reward_model.train_reward_model, config=gpt)
-
-    def measure(params: Tree, *pairs: Any) -> dict[str, float]:
-        return pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
-
     pairs = preference_pairs(session, reference)
+    train = partial(reward_model.train_reward_model, config=gpt)
+    measure = partial(pair_metrics, config=gpt, **session.padding)
     return RewardModel(_learn_pairs(session, "reward_model", params, pairs, train, measure), gpt)
 
 
