@@ -115,10 +115,9 @@ def save_model(
         tensors |= _classifier(heads["ln_f"]["bias"], heads["reward_head"], **scale)
     format = {"format": "pt"}  # transformers asks for it
     files = files | {_CONFIG: disk.to_json(entries | meta), _WEIGHTS: save(tensors, format)}
-    if heads:
-        of_heads = {f"minirlhf.{path}": _host(array) for path, array in tree_items(heads)}
-        files[_HEADS] = save(of_heads, format)
-    disk.write_whole_folder(folder, files, drop=frozenset({_HEADS}))
+    of_heads = {f"minirlhf.{path}": _host(array) for path, array in tree_items(heads)}
+    files[_HEADS] = save(of_heads, format) if heads else None
+    disk.write_whole_folder(folder, files)
 
 
 def _entries(config: GPTConfig, dtype: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What the stages leave in a run's folder: written, read back, refused where it does not fit."""
 
 import math
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -176,12 +175,6 @@ def _arrays(session: Session, optimizer: Optimizer, reference: Tree | None) -> T
     if reference and session.config.ppo.reset_reference_every:
         arrays["reference"] = to_host(tree_pack(reference)[0])
     return arrays
-
-
-@leave_to_first
-def drop_state(session: Session, stage: str) -> None:
-    """Remove the checkpoint of a stage, any but PPO, that has left its result."""
-    shutil.rmtree(state_of(session, stage), ignore_errors=True)
 
 
 def last_kl_coef(session: Session) -> float:

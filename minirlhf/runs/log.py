@@ -108,9 +108,7 @@ def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dic
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
     """A line a row, as `read_jsonl` reads it; NaN and inf become null."""
-    lines = (
-        json.dumps(disk.plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
-    )
+    lines = (json.dumps(disk.plain(row), ensure_ascii=False) + "\n" for row in rows)
     # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
     return "".join(lines).encode(errors="backslashreplace")
 
@@ -191,8 +189,7 @@ def _csv(path: Path, rows: list[Row]) -> Add:
     def add(row: Row) -> bool:
         known = row.keys() <= names.keys()
         if known:
-            with open(path, "ab") as file:
-                file.write(lines([row]))
+            _append(path, lines([row]))
         return known
 
     disk.write_whole(path, lines([names, *rows]))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,7 +122,7 @@ def _run(stage: str, make: Callable, session: Session, *made: Any) -> Any:
     result = make(session, *made)
     session.seconds[stage] = session.seconds.get(stage, 0.0) + time.perf_counter() - started
     if stage in HELDOUT:
-        folder.drop_state(session, stage)
+        leave_to_first(rmtree)(folder.state_of(session, stage), ignore_errors=True)
     return result
 
 
