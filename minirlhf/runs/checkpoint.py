@@ -64,10 +64,9 @@ def _layout(config: GPTConfig) -> Tree:
 
     def slot(shape: tuple[int, ...]) -> Slot:
         keys = next(paths)
-        name, widths = ".".join(kind.names.get(key, key) for key in keys), [shape[-1]]
+        name = ".".join(kind.names.get(key, key) for key in keys)
         names = [name.format(part) for part in "qkv"] if "{}" in name else [name]
-        if len(names) > 1:
-            widths = [H * D, K * D, K * D]
+        widths = [H * D, K * D, K * D] if len(names) > 1 else [shape[-1]]
         return Slot(names, shape, widths, config.block == "llama" and keys[-1] == "w")
 
     return tree_map(slot, shapes)
