@@ -211,12 +211,10 @@ def write_whole(path: str | Path, data: bytes) -> None:
         _sync_folder(path.parent)
 
 
-def write_whole_folder(
-    folder: str | Path, files: dict[str, bytes], *, drop: frozenset[str] = frozenset()
-) -> None:
+def write_whole_folder(folder: str | Path, files: dict[str, bytes | None]) -> None:
     """Write several files of one folder so that a crash leaves all old ones or all new ones.
 
-    Other content of the folder stays, except the names in `drop`. During the swap there is a moment
+    Other content of the folder stays; a file that is None goes. During the swap there is a moment
     in which only `.NAME.old` exists: read through `settled`. One writer at a time.
     """
     refuse_link(folder)
@@ -225,17 +223,17 @@ def write_whole_folder(
     with _new_beside(folder) as new:
         current = folder if folder.exists() else old
         if current.exists():
-            replaced = files.keys() | drop
             shutil.copytree(
                 current,
                 new,
                 symlinks=True,
-                ignore=lambda at, names: replaced if Path(at) == current else (),
+                ignore=lambda at, names: files if Path(at) == current else (),
                 copy_function=lambda source, at: _write_synced(Path(at), Path(source).read_bytes()),
             )
         new.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            _write_synced(new / name, data)
+            if data is not None:
+                _write_synced(new / name, data)
         _sync_folder(new)
         if folder.exists():
             _remove(old)

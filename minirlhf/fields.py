@@ -69,35 +69,28 @@ def with_fields(default: Any, values: dict[str, Any], where: str) -> Any:
 
 def _typed(value: Any, hint: Any, f: Field, where: str) -> Any:
     """The value in the type of its field: a whole number as float, a string as Path."""
+    choices = get_args(hint)
     if is_dataclass(hint):
-        if isinstance(value, dict):
-            return with_fields(f.default_factory(), value, where)
-        if not isinstance(value, hint):
-            raise InputError(
-                f"{where}: expected a table, {hint.__name__} or a dict; got {value!r}: correct it"
-            )
-        return value
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise InputError(
-                f"{where}: expected one of {', '.join(get_args(hint))}; got {value!r}: correct it"
-            )
-        return value
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
-            raise InputError(f"{where}: expected a list of texts; got {value!r}: correct it")
-        return tuple(value)
-    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
-    if value is None and kinds != [hint]:
+        value = with_fields(f.default_factory(), value, where) if isinstance(value, dict) else value
+        fits, expected = isinstance(value, hint), f"a table, {hint.__name__} or a dict"
+    elif get_origin(hint) is Literal:
+        fits, expected = value in choices, f"one of {', '.join(choices)}"
+    elif get_origin(hint) is tuple:
+        fits = isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+        value, expected = tuple(value) if fits else value, "a list of texts"
+    elif value is None and type(None) in choices:
         return None
-    kind = kinds[0]
-    accepted = {float: (int, float, np.number), int: (int, np.integer), Path: (str, Path)}
-    is_flag = isinstance(value, bool | np.bool_)
-    no_text = kind in (str, Path) and re.search("[\ud800-\udfff]", str(value))  # bytes of no UTF-8
-    no_path = kind is Path and (value == "" or "\0" in str(value))
-    too_large = isinstance(value, int) and not -(2**63) <= value < 2**63
-    is_kind = isinstance(value, accepted.get(kind, (kind, np.bool_)))
-    if is_flag != (kind is bool) or not is_kind or no_text or no_path or too_large:
+    else:
+        kind = choices[0] if choices else hint
+        accepted = {float: (int, float, np.number), int: (int, np.integer), Path: (str, Path)}
+        is_flag = isinstance(value, bool | np.bool_)
+        no_utf8 = kind in (str, Path) and re.search("[\ud800-\udfff]", str(value))
+        no_path = kind is Path and (value == "" or "\0" in str(value))
+        too_large = isinstance(value, int) and not -(2**63) <= value < 2**63
+        is_kind = isinstance(value, accepted.get(kind, (kind, np.bool_)))
+        fits = is_flag == (kind is bool) and is_kind and not (no_utf8 or no_path or too_large)
+        value = kind(value) if fits else value
         expected = "a path" if kind is Path else kind.__name__
+    if not fits:
         raise InputError(f"{where}: expected {expected}; got {value!r}: correct it")
-    return kind(value)
+    return value

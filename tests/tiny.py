@@ -8,11 +8,11 @@ from minirlhf.backend import to_device, to_host
 from minirlhf.exact.enumeration import prompt_of_leaf, response_logprobs
 from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.runs.metrics import mean_of_updates, rollout_metrics
+from minirlhf.runs.metrics import iteration_metrics
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.policy import policy_forward
-from minirlhf.train.ppo import make_experience, ppo_update
+from minirlhf.train.ppo import Iteration, make_experience, ppo_update
 from minirlhf.train.reward_model import Pair
 from minirlhf.train.rollout import score_rollout
 from minirlhf.train.sampler import sample_responses
@@ -187,11 +187,11 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
     )
     known = {"settings": settings, "kl_coef": kl_coef, "stop_id": Letters.eos}
     experience = make_experience(rollout, **known)
-    metrics = rollout_metrics(rollout, experience, **known)
     updates = ppo_update(
         optimizer, experience, config=CONFIG, settings=settings, rng=np.random.default_rng(4)
     )
-    metrics |= mean_of_updates(updates, settings)
+    iteration = Iteration(rollout, experience, updates, kl_coef, kl_coef, reference)
+    metrics = iteration_metrics(iteration, settings=settings, stop_id=Letters.eos)
     mask = to_host(rollout.batch.response_mask)
     return samples.response_ids, mask, to_host(optimizer.flat), metrics
 

@@ -64,10 +64,9 @@ def _layout(config: GPTConfig) -> Tree:
 
     def slot(shape: tuple[int, ...]) -> Slot:
         keys = next(paths)
-        name, widths = ".".join(kind.names.get(key, key) for key in keys), [shape[-1]]
+        name = ".".join(kind.names.get(key, key) for key in keys)
         names = [name.format(part) for part in "qkv"] if "{}" in name else [name]
-        if len(names) > 1:
-            widths = [H * D, K * D, K * D]
+        widths = [H * D, K * D, K * D] if len(names) > 1 else [shape[-1]]
         return Slot(names, shape, widths, config.block == "llama" and keys[-1] == "w")
 
     return tree_map(slot, shapes)
@@ -97,12 +96,7 @@ def save_model(
     kind, tensors = KINDS[config.block], {}
 
     def put(slot, array):
-        array = _host(slot.names[0], array)
-        if array.shape != slot.shape or array.dtype not in (np.float32, np.float64):
-            raise ValueError(
-                f"save_model: expected {slot.names[0]} of shape {slot.shape} in float32 or "
-                f"float64; got {array.shape} in {array.dtype}"
-            )
+        array = _host(array)
         if not np.isfinite(array).all():
             raise ValueError(f"save_model: expected finite numbers; {slot.names[0]} has NaN or inf")
         parts = np.split(array, np.cumsum(slot.widths)[:-1], axis=-1)
@@ -118,14 +112,11 @@ def save_model(
         entries |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
         heads = {**heads, "ln_f": {"bias": tensors["transformer.ln_f.bias"]}}
         tensors |= _classifier(heads["ln_f"]["bias"], heads["reward_head"], **scale)
-    if clash := sorted(entries.keys() & meta.keys()):
-        raise ValueError(f"save_model: expected meta without {clash}, which config decides")
     format = {"format": "pt"}  # transformers asks for it
     files = files | {_CONFIG: disk.to_json(entries | meta), _WEIGHTS: save(tensors, format)}
-    if heads:
-        of_heads = {f"minirlhf.{path}": _host(path, array) for path, array in tree_items(heads)}
-        files[_HEADS] = save(of_heads, format)
-    disk.write_whole_folder(folder, files, drop=frozenset({_HEADS}))
+    of_heads = {f"minirlhf.{path}": _host(array) for path, array in tree_items(heads)}
+    files[_HEADS] = save(of_heads, format) if heads else None
+    disk.write_whole_folder(folder, files)
 
 
 def _entries(config: GPTConfig, dtype: str) -> dict[str, Any]:
@@ -168,9 +159,7 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> tuple[Tree, GPTConfi
             f"{path}: expected {config.n_layer} layers, by config.json; got {len(stored)} tensors "
             "in all: use the config.json that belongs to the weights"
         )
-    layout, head = _layout(config), None
-    if config.tied:
-        head = stored.pop("lm_head.weight", None)
+    layout = _layout(config)
 
     def get(slot: Slot) -> np.ndarray:
         shapes = [(*slot.shape[:-1], width) for width in slot.widths]
@@ -185,6 +174,12 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> tuple[Tree, GPTConfi
     if "ln_f" in heads:  # of a reward model, whose model.safetensors has what transformers needs
         params["ln_f"] |= heads.pop("ln_f")
         stored.pop("score.weight", None)
+    wte = layout["wte"].names[0]
+    if config.tied and not np.array_equal(stored.pop("lm_head.weight", stored[wte]), stored[wte]):
+        raise InputError(
+            f"{path}: expected an output matrix tied to the embedding; lm_head.weight differs "
+            f"from {wte}: use a model with tie_word_embeddings"
+        )
     wanted = {name for slot in tree_leaves(layout) for name in slot.names}
     buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
     wanted |= {name for name in stored if name.endswith(buffers)}
@@ -193,11 +188,6 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> tuple[Tree, GPTConfi
             f"{path}: expected the tensors of {config.n_layer} {config.block} layers; got also "
             f"{disk.shorten(', '.join(extra[:3]), 120)} ({len(extra)} in all): name the folder of "
             "a plain GPT-2 or Llama"
-        )
-    if head is not None and not np.array_equal(head, stored[layout["wte"].names[0]]):
-        raise InputError(
-            f"{path}: expected an output matrix tied to the embedding; lm_head.weight differs "
-            f"from {layout['wte'].names[0]}: use a model with tie_word_embeddings"
         )
     return params, config, heads
 
@@ -316,24 +306,17 @@ def _float_tensor(stored: dict, name: str, shape: tuple, path: Path, dtype: Any)
     return array
 
 
-def save_state(folder: str | Path, arrays: Tree, meta: dict[str, Any]) -> None:
-    """Write a tree of arrays, of any numbers, and what JSON holds exactly to state.safetensors."""
-    tensors = {  # the number keeps {"a.b": x, "a": {"b": y}} apart
-        f"{i}.{path}": _host(path, leaf) for i, (path, leaf) in enumerate(tree_items(arrays))
-    }
-    names = iter(tensors)
-    header = {"outline": tree_map(lambda _: next(names), arrays), "meta": meta}
-    text = json.dumps(header, allow_nan=False)
-    if json.loads(text) != header:
-        raise ValueError(
-            f"save_state: expected keys and meta that JSON holds exactly; got {header}"
-        )
+def save_state(folder: str | Path, arrays: dict[str, Array], meta: dict[str, Any]) -> None:
+    """Write arrays, of any numbers, and what JSON holds exactly to state.safetensors."""
+    outline = {name: f"{i}.{name}" for i, name in enumerate(arrays)}
+    tensors = {outline[name]: _host(array) for name, array in arrays.items()}
+    text = json.dumps({"outline": outline, "meta": meta}, allow_nan=False)
     disk.refuse_link(folder)
     disk.write_whole(Path(folder) / STATE, save(tensors, {_STATE_KEY: text}))
 
 
-def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
-    """What `save_state` wrote: the tree, in fresh memory, and meta."""
+def load_state(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `save_state` wrote: the arrays, in fresh memory, and meta."""
     path = disk.settled(folder) / STATE
     tensors, metadata = _read_tensors(path)
     if _STATE_KEY not in metadata:
@@ -342,15 +325,14 @@ def load_state(folder: str | Path) -> tuple[Tree, dict[str, Any]]:
             "the checkpoint folder of a run"
         )
     header = disk.parse_object(metadata[_STATE_KEY], str(path))
-    expected, others = "a training state's outline and meta", (KeyError, TypeError, RecursionError)
+    expected, others = "a training state's outline and meta", (KeyError, TypeError, AttributeError)
     with disk.refusing(path, expected, "restore the file", *others):
-        return tree_map(tensors.__getitem__, header["outline"]), {**header["meta"]}
+        arrays = {name: tensors[key] for name, key in header["outline"].items()}
+        return arrays, {**header["meta"]}
 
 
-def _host(name: str, array: Any) -> np.ndarray:
+def _host(array: Array) -> np.ndarray:
     """The array in main memory, C-contiguous: safetensors 0.8 writes others as garbage."""
-    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
-        raise TypeError(f"checkpoint: expected {name} to be an array; got {type(array).__name__}")
     # not ascontiguousarray, which makes 0-d arrays 1-d
     return np.asarray(to_host(array), order="C")
 

@@ -1,7 +1,6 @@
 """What the stages leave in a run's folder: written, read back, refused where it does not fit."""
 
 import math
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,12 +112,10 @@ def save_reward_model(session: Session, model: RewardModel) -> None:
 
 def load_reward_model(session: Session, expected: GPTConfig) -> RewardModel:
     """What `save_reward_model` wrote."""
-    params, scale_in = {}, "scale.json"
-    if session.world.reward is None:
-        params = load_params(session, "reward_model", expected, "reward_head")
-        scale_in = "config.json"
-    path = session.folder / "reward_model" / scale_in
-    entries = ask_first(lambda: read_object(settled(path.parent) / scale_in))()
+    is_own = session.world.reward is not None
+    params = {} if is_own else load_params(session, "reward_model", expected, "reward_head")
+    path = session.folder / "reward_model" / ("scale.json" if is_own else "config.json")
+    entries = ask_first(lambda: read_object(settled(path.parent) / path.name))()
     mean, sd = entries.get("score_mean"), entries.get("score_sd")
     numbers = isinstance(mean, float) and isinstance(sd, float)
     # `normalized` gives no smaller sd, nor a mean that far from 0
@@ -178,12 +175,6 @@ def _arrays(session: Session, optimizer: Optimizer, reference: Tree | None) -> T
     if reference and session.config.ppo.reset_reference_every:
         arrays["reference"] = to_host(tree_pack(reference)[0])
     return arrays
-
-
-@leave_to_first
-def drop_state(session: Session, stage: str) -> None:
-    """Remove the checkpoint of a stage, any but PPO, that has left its result."""
-    shutil.rmtree(state_of(session, stage), ignore_errors=True)
 
 
 def last_kl_coef(session: Session) -> float:

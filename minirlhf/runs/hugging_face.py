@@ -165,11 +165,12 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
     known = "a byte-level BPE as GPT-2's, or a SentencePiece BPE as Llama's"
     others, advice = (KeyError, AttributeError, TypeError), "name a folder whose tokenizer is one"
     with disk.refusing(path, known, advice, *others):
-        specials = _special_tokens(content)
         model = content["model"]
+        of_pieces = model.get("byte_fallback") and "<0x00>" in model["vocab"]  # tokens for bytes
+        specials = _special_tokens(content, "ignore_merges" if of_pieces else "byte_fallback")
         if max([*model["vocab"].values(), *specials.values()], default=0) >= n_rows:
             raise ValueError(f"it has ids that are not among the {n_rows} rows of the embedding")
-        if model.get("byte_fallback") and "<0x00>" in model["vocab"]:  # tokens for bytes
+        if of_pieces:
             return sentencepiece.from_json(content, specials, settings), path.name
         pattern, ranks, specials = _byte_level_bpe(content, specials)
         eos = settings.get("eos_token") if settings else tokens.EOS
@@ -179,12 +180,12 @@ def read_tokenizer(folder: Path, *, n_rows: int) -> tuple[Tokenizer, str]:
         return tokens.make_tokenizer("gpt2", pattern, ranks, specials), path.name
 
 
-def _special_tokens(content: dict[str, Any]) -> dict[str, int]:
+def _special_tokens(content: dict[str, Any], option: str) -> dict[str, int]:
     """The ids of the special tokens of a plain BPE; raises as `_byte_level_bpe`."""
     model, added = content["model"], content.get("added_tokens") or []
     if (kind := model.get("type", "BPE")) != "BPE":  # old files leave it out
         raise ValueError(f"its model is {kind!r}")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", option):
         if model.get(name):
             raise ValueError(f"its BPE has {name} = {model[name]!r}")
     if plain := [token["content"] for token in added if not token["special"]]:
@@ -197,8 +198,6 @@ def _byte_level_bpe(
 ) -> tuple[str, dict[bytes, int], dict[str, int]]:
     """(pattern, ranks, special tokens); a ValueError says what is not supported."""
     model, pre = content["model"], content.get("pre_tokenizer")
-    if model.get("byte_fallback"):
-        raise ValueError("its BPE has byte_fallback = True")
     if normalizer := content.get("normalizer"):
         raise ValueError(f"it has a normalizer, {normalizer['type']!r}")
     known = {pattern: _split_by(pattern) for pattern in (tokens.PATTERN, GPT2_PATTERN)}

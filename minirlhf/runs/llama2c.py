@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf import disk
-from minirlhf.errors import InputError
 from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree
 
@@ -22,26 +21,28 @@ EPS = 1e-5  # of the norms, which the file does not say
 def load_llama2c(path: str | Path) -> tuple[Tree, GPTConfig]:
     """Parameters, float32 on the host, and sizes of a model.bin."""
     data = disk.read_bytes(path)
-    sizes = np.frombuffer(data[:HEADER], "<i4").tolist() if len(data) > HEADER else [0] * 7
-    C, F, L, H, K, V, n_ctx = sizes
-    D, is_tied, V = C // max(H, 1), V > 0, abs(V)
-    if min(sizes[:5]) < 1 or not V or n_ctx < 1 or C != D * H or D % 2 or H % K:
-        raise _refused(path, f"the sizes {sizes}")
-    config = GPTConfig(V, n_ctx, L, H, C, EPS, "llama", K, F, tied=is_tied)
-    n_floats = (len(data) - HEADER) // 4
-    shapes = {"wte": (V, C), "ln1": (L, C), "q": (L, C, C)}  # in the order of the file
-    shapes |= {"k": (L, K * D, C), "v": (L, K * D, C), "out": (L, C, C), "ln2": (L, C)}
-    shapes |= {"gate": (L, F, C), "down": (L, C, F), "up": (L, F, C), "ln_f": (C,)}
-    shapes["angles"] = (2, n_ctx, D // 2)  # cos and sin, which we make ourselves
-    shapes |= {} if is_tied else {"lm_head": (V, C)}
-    if n_floats != sum(map(math.prod, shapes.values())) or len(data) % 4:
-        raise _refused(path, f"{len(data):,} bytes, which do not fit the sizes {sizes}")
-    arrays, floats = {}, np.frombuffer(data[HEADER:], "<f4").astype(np.float32)
-    for name, shape in shapes.items():
-        arrays[name], floats = np.split(floats, [math.prod(shape)])
-        arrays[name] = arrays[name].reshape(shape)
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise _refused(path, "numbers that are not finite")
+    advice = "name a folder of transformers, or such a file"
+    with disk.refusing(path, "a model of llama2.c (its version 0)", advice):
+        sizes = np.frombuffer(data[:HEADER], "<i4").tolist() if len(data) > HEADER else [0] * 7
+        C, F, L, H, K, V, n_ctx = sizes
+        D, is_tied, V = C // max(H, 1), V > 0, abs(V)
+        if min(sizes[:5]) < 1 or not V or n_ctx < 1 or C != D * H or D % 2 or H % K:
+            raise ValueError(f"got the sizes {sizes}")
+        config = GPTConfig(V, n_ctx, L, H, C, EPS, "llama", K, F, tied=is_tied)
+        n_floats = (len(data) - HEADER) // 4
+        shapes = {"wte": (V, C), "ln1": (L, C), "q": (L, C, C)}  # in the order of the file
+        shapes |= {"k": (L, K * D, C), "v": (L, K * D, C), "out": (L, C, C), "ln2": (L, C)}
+        shapes |= {"gate": (L, F, C), "down": (L, C, F), "up": (L, F, C), "ln_f": (C,)}
+        shapes["angles"] = (2, n_ctx, D // 2)  # cos and sin, which we make ourselves
+        shapes |= {} if is_tied else {"lm_head": (V, C)}
+        if n_floats != sum(map(math.prod, shapes.values())) or len(data) % 4:
+            raise ValueError(f"got {len(data):,} bytes, which do not fit the sizes {sizes}")
+        arrays, floats = {}, np.frombuffer(data[HEADER:], "<f4").astype(np.float32)
+        for name, shape in shapes.items():
+            arrays[name], floats = np.split(floats, [math.prod(shape)])
+            arrays[name] = arrays[name].reshape(shape)
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("got numbers that are not finite")
 
     for name in "qk":
         arrays[name] = arrays[name].reshape(L, -1, D // 2, 2, C).swapaxes(2, 3).reshape(L, -1, C)
@@ -58,10 +59,3 @@ def load_llama2c(path: str | Path) -> tuple[Tree, GPTConfig]:
     params = {"wte": arrays["wte"], "blocks": [block(i) for i in range(L)]}
     params["ln_f"] = {"gain": arrays["ln_f"]}
     return params | ({} if is_tied else {"lm_head": arrays["lm_head"]}), config
-
-
-def _refused(path: str | Path, came: str) -> InputError:
-    return InputError(
-        f"{path}: expected a model of llama2.c (its version 0); got {came}: name a folder of "
-        "transformers, or such a file"
-    )

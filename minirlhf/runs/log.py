@@ -39,12 +39,12 @@ class RunLog:
 
     def metrics(self, step: int, stage: str, values: dict[str, Any]) -> None:
         """Append {"step", "stage", **values} to metrics.jsonl; NaN and inf become null."""
-        _append(self.metrics_path, jsonl([_joined({"step": step, "stage": stage}, values)]))
+        _append(self.metrics_path, jsonl([{"step": step, "stage": stage, **values}]))
         self.watch(step, stage, values)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Append {"step", **sample} to samples.jsonl for each sample."""
-        _append(self.samples_path, jsonl(_joined({"step": step}, sample) for sample in samples))
+        _append(self.samples_path, jsonl({"step": step, **sample} for sample in samples))
 
     def position(self) -> dict[str, int]:
         """Sizes of the files [bytes]; so much of them is on the disk now: no power cut takes it."""
@@ -108,17 +108,9 @@ def read_jsonl(path: str | Path, has: dict[str, type] | None = None) -> list[dic
 
 def jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
     """A line a row, as `read_jsonl` reads it; NaN and inf become null."""
-    lines = (
-        json.dumps(disk.plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
-    )
+    lines = (json.dumps(disk.plain(row), ensure_ascii=False) + "\n" for row in rows)
     # a lone surrogate becomes its escape backslash-udXXX, which JSON reads back
     return "".join(lines).encode(errors="backslashreplace")
-
-
-def _joined(head: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    if clash := sorted(head.keys() & values.keys()):
-        raise ValueError(f"run log: expected other keys than {clash}, which are set already")
-    return head | values
 
 
 def _append(path: Path, data: bytes) -> None:
@@ -197,8 +189,7 @@ def _csv(path: Path, rows: list[Row]) -> Add:
     def add(row: Row) -> bool:
         known = row.keys() <= names.keys()
         if known:
-            with open(path, "ab") as file:
-                file.write(lines([row]))
+            _append(path, lines([row]))
         return known
 
     disk.write_whole(path, lines([names, *rows]))

@@ -33,33 +33,8 @@ OTHER_COINS = 1_000_003  # beyond the seed: no stream of the training
 def iteration_metrics(
     iteration: ppo.Iteration, *, settings: PPOConfig, stop_id: int
 ) -> dict[str, float]:
-    """`rollout_metrics`, and the means of the metrics of the updates."""
+    """What a batch of samples was like, by the field's names, and `mean_of_updates`."""
     rollout, experience, updates, kl_coef, *_ = iteration
-    same = {"settings": settings, "kl_coef": kl_coef, "stop_id": stop_id}
-    return rollout_metrics(rollout, experience, **same) | mean_of_updates(updates, settings)
-
-
-def mean_of_updates(updates: list[ppo.Update], settings: PPOConfig) -> dict[str, float]:
-    """Means over the updates; the clamped log-ratios are counted; nan where none was made."""
-    rows = [
-        update_metrics(step, minibatch, settings) | applied for minibatch, step, applied in updates
-    ]
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in (rows or [{}])[0]}
-    clamped = sum(row["policy/clamped_log_ratios"] for row in rows)
-    first = {"policy/approxkl_first": rows[0]["policy/approxkl_avg"]} if rows else {}
-    counts = {"policy/clamped_log_ratios": clamped, "policy/updates": len(rows)}
-    return mean | first | counts
-
-
-def rollout_metrics(
-    rollout: Rollout,
-    experience: ppo.Experience,
-    *,
-    settings: PPOConfig,
-    kl_coef: float,
-    stop_id: int,
-) -> dict[str, float]:
-    """What a batch of samples was like, by the field's names; `objective/kl` is kl_seq [nats]."""
     mask, values, returns = rollout.batch.response_mask, rollout.values, experience.returns
     kl_token = ppo.rollout_penalty(rollout, settings)
     non_score_reward = -kl_coef * response_sum(kl_token, mask=mask).mean()
@@ -101,7 +76,20 @@ def rollout_metrics(
     if rollout.samples.sampler_logp is not None:  # unbiased: the samples are the sampler's
         gap = rollout.samples.sampler_logp - rollout.old_logp
         metrics["policy/kl_sampler_k3_token"] = masked_mean(kl_estimate(gap, "k3"), mask=mask)
-    return {name: float(value) for name, value in metrics.items()}
+    metrics = {name: float(value) for name, value in metrics.items()}
+    return metrics | mean_of_updates(updates, settings)
+
+
+def mean_of_updates(updates: list[ppo.Update], settings: PPOConfig) -> dict[str, float]:
+    """Means over the updates; the clamped log-ratios are counted; nan where none was made."""
+    rows = [
+        update_metrics(step, minibatch, settings) | applied for minibatch, step, applied in updates
+    ]
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in (rows or [{}])[0]}
+    clamped = sum(row["policy/clamped_log_ratios"] for row in rows)
+    first = {"policy/approxkl_first": rows[0]["policy/approxkl_avg"]} if rows else {}
+    counts = {"policy/clamped_log_ratios": clamped, "policy/updates": len(rows)}
+    return mean | first | counts
 
 
 def _of_responses(rollout: Rollout, stop_id: int) -> dict[str, Array]:
@@ -201,15 +189,15 @@ def sft_loss(
 
 
 def pair_metrics(
-    model: RewardModel, pairs: list[Pair], gold_difference: np.ndarray | None = None, **padding
+    params: Tree, pairs: list[Pair], gold=None, *, config: GPTConfig, **padding
 ) -> dict[str, float]:
-    """`margin_metrics` of pairs it has not seen, of neighbours in a list; and the loss."""
+    """`margin_metrics` of pairs not learnt from, of neighbours in a list; and the loss."""
     rows = [(p.prompt, *two) for p in pairs for two in pairwise(p.replies)]
     prompts, *both = map(list, zip(*rows, strict=True))
-    score = [score_responses(model, prompts, responses, **padding) for responses in both]
-    margin = (score[0] - score[1]) * model.sd  # Bradley-Terry speaks of raw scores
-    loss = float(np.logaddexp(0.0, -margin).mean())
-    return {"heldout/loss_reward_model": loss, **margin_metrics(margin, gold_difference)}
+    model = RewardModel(params, config)
+    better, worse = (score_responses(model, prompts, replies, **padding) for replies in both)
+    loss = float(np.logaddexp(0.0, worse - better).mean())
+    return {"heldout/loss_reward_model": loss, **margin_metrics(better - worse, gold)}
 
 
 def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> dict[str, float]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,7 +122,7 @@ def _run(stage: str, make: Callable, session: Session, *made: Any) -> Any:
     result = make(session, *made)
     session.seconds[stage] = session.seconds.get(stage, 0.0) + time.perf_counter() - started
     if stage in HELDOUT:
-        folder.drop_state(session, stage)
+        leave_to_first(rmtree)(folder.state_of(session, stage), ignore_errors=True)
     return result
 
 
@@ -278,12 +279,9 @@ def learn_preferences(session: Session, reference: Tree, gpt: GPTConfig) -> Rewa
     if session.config.reward_model.init == "scratch":
         start = session.on_device(init_transformer(gpt, rng=session.rng["reward_init"]))
     params = reward_model.init_reward_model(start, gpt, rng=session.rng["reward_model"])
-    train = partial(reward_model.train_reward_model, config=gpt)
-
-    def measure(params: Tree, *pairs: Any) -> dict[str, float]:
-        return pair_metrics(RewardModel(params, gpt), *pairs, **session.padding)
-
     pairs = preference_pairs(session, reference)
+    train = partial(reward_model.train_reward_model, config=gpt)
+    measure = partial(pair_metrics, config=gpt, **session.padding)
     return RewardModel(_learn_pairs(session, "reward_model", params, pairs, train, measure), gpt)
 
 

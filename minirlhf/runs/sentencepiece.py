@@ -40,8 +40,6 @@ def from_json(content: dict, specials: dict[str, int], settings: dict) -> Tokeni
                   changes no number, it is the unknown token, which is in no text, or eos.
     """
     model = content["model"]
-    if model.get("ignore_merges"):
-        raise ValueError("its BPE has ignore_merges = True")
     form = content.get("normalizer"), content.get("pre_tokenizer")
     schemes = ((None, _METASPACE | {"prepend_scheme": name}) for name in ("first", "always"))
     if form not in ((_PREPEND, None), *schemes):

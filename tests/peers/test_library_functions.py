@@ -54,9 +54,9 @@ from minirlhf.rlhf.preferences import (
     log_sigmoid,
     sigmoid,
 )
-from minirlhf.runs.metrics import calibration_error, rollout_metrics, update_metrics
+from minirlhf.runs.metrics import calibration_error, iteration_metrics, update_metrics
 from minirlhf.train.batches import Batch
-from minirlhf.train.ppo import Experience, MinibatchGradient, make_experience
+from minirlhf.train.ppo import Experience, Iteration, MinibatchGradient, make_experience
 from minirlhf.train.reward_model import RewardModel, normalized
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import PPOConfig
@@ -364,7 +364,8 @@ def test_the_experience_of_a_rollout(whiten_rewards):
     )
     known = {"settings": settings, "kl_coef": kl_coef, "stop_id": stop_id}
     experience = make_experience(rollout, **known)
-    ours = rollout_metrics(rollout, experience, **known)
+    iteration = Iteration(rollout, experience, [], kl_coef, kl_coef, None)
+    ours = iteration_metrics(iteration, settings=settings, stop_id=stop_id)
 
     log_ratio = rows(old_logp - ref_logp)
     stopped = [0, 2, 3]

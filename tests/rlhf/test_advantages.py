@@ -21,9 +21,9 @@ from minirlhf.rlhf.kl import (
     token_kl_loss_forward,
 )
 from minirlhf.rlhf.logprobs import response_sum
-from minirlhf.runs.metrics import rollout_metrics
+from minirlhf.runs.metrics import iteration_metrics
 from minirlhf.train.batches import Batch
-from minirlhf.train.ppo import make_experience
+from minirlhf.train.ppo import Iteration, make_experience
 from minirlhf.train.rollout import Rollout, Samples
 from minirlhf.train.settings import PPOConfig
 
@@ -275,9 +275,10 @@ def make_rollout(*, junk=0.0):
 
 
 def experience_of(rollout, *, kl_coef=0.3, **settings):
-    known = {"settings": PPOConfig(**settings), "kl_coef": kl_coef, "stop_id": STOP}
-    experience = make_experience(rollout, **known)
-    return experience, rollout_metrics(rollout, experience, **known)
+    known = {"settings": PPOConfig(**settings), "stop_id": STOP}
+    experience = make_experience(rollout, kl_coef=kl_coef, **known)
+    iteration = Iteration(rollout, experience, [], kl_coef, kl_coef, None)
+    return experience, iteration_metrics(iteration, **known)
 
 
 @pytest.mark.parametrize("kl_mode", KL_MODES)

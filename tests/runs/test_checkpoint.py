@@ -84,10 +84,10 @@ def test_arrays_that_are_not_c_contiguous_are_saved_right(tmp_path):
 def test_arrays_of_any_device_are_saved(tmp_path, xp):
     there = tree_map(xp.asarray, model())
     save_model(tmp_path, there, CONFIG, heads=tree_map(xp.asarray, heads()))
-    save_state(tmp_path, {"moments": there}, {})
+    save_state(tmp_path, {"moments": there["wte"]}, {})
     assert_same(load_model(tmp_path)[0], model())
     assert_same(load_model(tmp_path)[2], heads())
-    assert_same(load_state(tmp_path)[0], {"moments": model()})
+    assert_same(load_state(tmp_path)[0], {"moments": model()["wte"]})
 
 
 def test_names_and_metadata_are_hugging_face_s(tmp_path):
@@ -184,15 +184,8 @@ def test_saving_again_forgets_old_heads_and_keeps_other_files(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_not_saved(tmp_path):
-    wrong_shape = model() | {"wpe": np.zeros((6, 4), np.float32)}
-    with pytest.raises(ValueError, match=r"wpe.weight of shape \(5, 4\) .*; got \(6, 4\)"):
-        save_model(tmp_path / "m", wrong_shape, CONFIG)
-    with pytest.raises(ValueError, match="float16"):
-        save_model(tmp_path / "m", model(dtype=np.float16), CONFIG)
     with pytest.raises(ValueError, match="keys"):
         save_model(tmp_path / "m", model() | {"head": np.zeros(1)}, CONFIG)
-    with pytest.raises(ValueError, match="n_embd"):
-        save_model(tmp_path / "m", model(), CONFIG, meta={"n_embd": 3})
     broken = model()
     broken["blocks"][1]["mlp"]["up"]["b"][2] = np.nan
     with pytest.raises(ValueError, match="h.1.mlp.c_fc.bias has NaN or inf"):
@@ -446,14 +439,7 @@ leaves = st.builds(
     st.sampled_from("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 ?".split()),
     st.integers(0, 9),
 )
-trees = st.recursive(
-    leaves,
-    lambda children: (
-        st.lists(children, max_size=3)
-        | st.dictionaries(st.text("ab.0é", max_size=3), children, max_size=3)
-    ),
-    max_leaves=6,
-)
+arrays = st.dictionaries(st.text("ab.0é", max_size=3), leaves, max_size=4)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
@@ -462,76 +448,34 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-def assert_same_tree(got, expected):
-    assert type(got) is type(expected)
-    if isinstance(expected, dict):
-        assert list(got) == list(expected)
-        for key in expected:
-            assert_same_tree(got[key], expected[key])
-    elif isinstance(expected, list):
-        assert len(got) == len(expected)
-        for a, b in zip(got, expected, strict=True):
-            assert_same_tree(a, b)
-    else:
-        assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
-        assert np.array_equal(got, expected)
-        assert got.flags.writeable and got.flags.c_contiguous
-
-
-@given(trees, st.dictionaries(st.text(), json_values))
-def test_any_state_comes_back(tmp_path_factory, tree, meta):
+@given(arrays, st.dictionaries(st.text(), json_values))
+def test_any_state_comes_back(tmp_path_factory, arrays, meta):
     folder = tmp_path_factory.mktemp("state")
-    save_state(folder, tree, meta)
+    save_state(folder, arrays, meta)
     got, got_meta = load_state(folder)
-    assert_same_tree(got, tree)
-    assert got_meta == meta
-
-
-def test_paths_that_read_alike_are_kept_apart(tmp_path):
-    tree = {"a.b": np.array(1), "a": {"b": np.array(2)}, "": [np.array(3)], ".0": np.array(4)}
-    save_state(tmp_path, tree, {})
-    assert_same_tree(load_state(tmp_path)[0], tree)
+    assert list(got) == list(arrays) and got_meta == meta
+    assert_same(got, arrays)
+    assert all(array.flags.writeable and array.flags.c_contiguous for array in got.values())
 
 
 def test_values_come_back_to_the_last_bit(tmp_path):
     rng = np.random.default_rng(3)
     special = np.array([np.nan, np.inf, -np.inf, -0.0, 5e-324, 0.1])
-    tree = {"moments": [rng.standard_normal((3, 4)).T, special], "count": np.array(7)}
-    save_state(tmp_path, tree, {"rng": rng.bit_generator.state})
+    arrays = {"moments": rng.standard_normal((3, 4)).T, "odd": special, "count": np.array(7)}
+    save_state(tmp_path, arrays, {"rng": rng.bit_generator.state})
     expected = rng.random(5)
     got, meta = load_state(tmp_path)
-    assert got["moments"][0].tobytes() == np.ascontiguousarray(tree["moments"][0]).tobytes()
-    assert got["moments"][1].tobytes() == special.tobytes()
+    assert got["moments"].tobytes() == np.ascontiguousarray(arrays["moments"]).tobytes()
+    assert got["odd"].tobytes() == special.tobytes()
     resumed = np.random.default_rng(0)
     resumed.bit_generator.state = meta["rng"]
     assert np.array_equal(resumed.random(5), expected)
 
 
 @pytest.mark.parametrize(
-    ("tree", "error"),
-    [
-        ({"a": 1.0}, TypeError),
-        ({"a": None}, TypeError),
-        ({"a": (np.zeros(1),)}, TypeError),
-        ({1: np.zeros(1)}, ValueError),
-    ],
+    ("meta", "error"), [({"a": float("nan")}, ValueError), ({"a": np.int64(3)}, TypeError)]
 )
-def test_a_tree_that_would_come_back_different_is_refused(tmp_path, tree, error):
-    with pytest.raises(error):
-        save_state(tmp_path, tree, {})
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("meta", "error"),
-    [
-        ({"a": (1, 2)}, ValueError),
-        ({1: 2}, ValueError),
-        ({"a": float("nan")}, ValueError),
-        ({"a": np.int64(3)}, TypeError),
-    ],
-)
-def test_meta_that_would_come_back_different_is_refused(tmp_path, meta, error):
+def test_meta_that_json_does_not_hold_is_refused(tmp_path, meta, error):
     with pytest.raises(error):
         save_state(tmp_path, {}, meta)
     assert not os.listdir(tmp_path)
@@ -544,6 +488,11 @@ def test_a_bad_state_is_refused(tmp_path):
     save_file({"a": np.zeros(2)}, path)
     with pytest.raises(InputError, match="got another safetensors file"):
         load_state(tmp_path)
+    for outline in (3, [], {"a": "1.a"}, {"a": {"x": "0.a"}}):
+        text = json.dumps({"outline": outline, "meta": {}})
+        save_file({"0.a": np.zeros(2)}, path, {"minirlhf_state": text})
+        with pytest.raises(InputError, match="expected a training state's outline"):
+            load_state(tmp_path)
     save_state(tmp_path, {"a": np.zeros(9)}, {})
     data = path.read_bytes()
     for size in (0, 5, 60, len(data) - 1):

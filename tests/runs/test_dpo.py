@@ -121,7 +121,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, every_step, 
 
 
 @pytest.mark.parametrize(
-    "owner, name, count", [(checkpoint, "save_model", 2), (pipeline.folder, "drop_state", 2)]
+    "owner, name, count", [(checkpoint, "save_model", 2), (pipeline, "rmtree", 2)]
 )
 @pytest.mark.parametrize("after", [False, True])
 def test_it_may_stop_at_the_end_of_the_stage(

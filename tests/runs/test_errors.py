@@ -303,7 +303,6 @@ DAMAGES = [
             lambda a, m: a.update(var=a["var"] - 1),
             lambda a, m: a.update(step=np.array(-5), skipped=np.array(17)),
             lambda a, m: a.update(step=np.array(12.0)),
-            lambda a, m: a.update(flat={"x": a["flat"]}),
         )
     ),
     ("checkpoint", delete, ("resume",)),

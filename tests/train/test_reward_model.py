@@ -66,12 +66,11 @@ def some_model(seed=0):
 def test_it_learns_a_preference_and_orders_pairs_it_has_not_seen(tmp_path):
     model, rows = trained(toy_pairs(96, seed=0))
     heldout = toy_pairs(64, seed=1)
-    before = RewardModel(
-        {**model.params, "transformer": init_transformer(CONFIG, rng=np.random.default_rng(0))},
-        CONFIG,
-    )
-    assert pair_metrics(before, heldout, pad_id=PAD)["heldout/accuracy"] < 0.8
-    after = pair_metrics(model, heldout, pad_id=PAD)
+    transformer = init_transformer(CONFIG, rng=np.random.default_rng(0))
+    before = {**model.params, "transformer": transformer}
+    same = {"config": CONFIG, "pad_id": PAD}
+    assert pair_metrics(before, heldout, **same)["heldout/accuracy"] < 0.8
+    after = pair_metrics(model.params, heldout, **same)
     assert after["heldout/accuracy"] > 0.95
     assert after["heldout/margin"] > 1.0
     assert after["heldout/calibration_error"] < 0.1
@@ -105,7 +104,7 @@ def test_ranked_lists_are_learned_by_plackett_luce():
     model, rows = trained(toy_rankings(64, seed=0))
     assert rows[0]["loss/reward_model"] == pytest.approx(math.log(24), abs=0.3)  # 4! orders
     assert rows[-1]["loss/reward_model"] < 0.6 * math.log(24)
-    heldout = pair_metrics(model, toy_rankings(32, seed=1), pad_id=PAD)
+    heldout = pair_metrics(model.params, toy_rankings(32, seed=1), config=CONFIG, pad_id=PAD)
     assert heldout["heldout/accuracy"] > 0.9  # of neighbours
 
 
@@ -185,12 +184,12 @@ def with_scores(monkeypatch, chosen, rejected):
 
 def test_accuracy_and_margin_by_hand(monkeypatch):
     pairs = with_scores(monkeypatch, chosen=[1.0, 0.0, 2.0, 0.5], rejected=[0.0, 1.0, 0.0, 0.5])
-    model = RewardModel({}, CONFIG, mean=7.0, sd=3.0)
-    found = pair_metrics(model, pairs, pad_id=PAD, gold_difference=np.array([1.0, -2.0, -1.0, 0.0]))
+    same = {"config": CONFIG, "pad_id": PAD}
+    found = pair_metrics({}, pairs, np.array([1.0, -2.0, -1.0, 0.0]), **same)
     assert found["heldout/accuracy"] == 0.5  # right, wrong, right, tie
-    assert found["heldout/margin"] == 1.5  # raw scores differ by 3 (1, -1, 2, 0)
+    assert found["heldout/margin"] == 0.5  # of 1, -1, 2, 0
     assert found["heldout/gold_accuracy"] == pytest.approx(2 / 3)  # yes, yes, no, left out
-    without = pair_metrics(model, pairs, pad_id=PAD)
+    without = pair_metrics({}, pairs, **same)
     assert "heldout/gold_accuracy" not in without
 
 
