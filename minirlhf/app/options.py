@@ -80,11 +80,10 @@ class Parser(argparse.ArgumentParser):
         for name, hint, default, says, is_flag in options:
             flag = "--" + name.strip("_").replace("__", ".").replace("_", "-")
             kind = hint if get_origin(hint) in (None, Literal) else get_args(hint)[0]
-            known: dict[str, Any] = {"metavar": name.upper()}
+            needed = default is REQUIRED or not is_flag
+            known: dict[str, Any] = {"metavar": name.upper() if needed else _shown(default)}
             if is_flag:
-                known |= {"dest": name, "required": default is REQUIRED}
-            if is_flag and default is not REQUIRED:
-                known["metavar"] = _shown(default)
+                known |= {"dest": name, "required": needed}
             if get_origin(kind) is Literal:
                 known["choices"] = get_args(kind)
                 says += f" [{', '.join(filter(None, get_args(kind)))}]"
