@@ -97,6 +97,11 @@ def save_model(
 
     def put(slot, array):
         array = _host(array)
+        if array.shape != slot.shape or array.dtype not in (np.float32, np.float64):
+            raise ValueError(
+                f"save_model: expected {slot.names[0]} of shape {slot.shape} in float32 or "
+                f"float64; got {array.shape} in {array.dtype}"
+            )
         if not np.isfinite(array).all():
             raise ValueError(f"save_model: expected finite numbers; {slot.names[0]} has NaN or inf")
         parts = np.split(array, np.cumsum(slot.widths)[:-1], axis=-1)

@@ -189,7 +189,12 @@ def sft_loss(
 
 
 def pair_metrics(
-    params: Tree, pairs: list[Pair], gold=None, *, config: GPTConfig, **padding
+    params: Tree,
+    pairs: list[Pair],
+    gold_difference: np.ndarray | None = None,
+    *,
+    config: GPTConfig,
+    **padding,
 ) -> dict[str, float]:
     """`margin_metrics` of pairs not learnt from, of neighbours in a list; and the loss."""
     rows = [(p.prompt, *two) for p in pairs for two in pairwise(p.replies)]
@@ -197,7 +202,7 @@ def pair_metrics(
     model = RewardModel(params, config)
     better, worse = (score_responses(model, prompts, replies, **padding) for replies in both)
     loss = float(np.logaddexp(0.0, worse - better).mean())
-    return {"heldout/loss_reward_model": loss, **margin_metrics(better - worse, gold)}
+    return {"heldout/loss_reward_model": loss, **margin_metrics(better - worse, gold_difference)}
 
 
 def margin_metrics(margin: np.ndarray, gold_difference: np.ndarray | None) -> dict[str, float]:

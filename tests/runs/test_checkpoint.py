@@ -184,6 +184,11 @@ def test_saving_again_forgets_old_heads_and_keeps_other_files(tmp_path):
 
 
 def test_a_model_that_does_not_fit_is_not_saved(tmp_path):
+    wrong_shape = model() | {"wpe": np.zeros((6, 4), np.float32)}
+    with pytest.raises(ValueError, match=r"wpe.weight of shape \(5, 4\) .*; got \(6, 4\)"):
+        save_model(tmp_path / "m", wrong_shape, CONFIG)
+    with pytest.raises(ValueError, match="float16"):
+        save_model(tmp_path / "m", model(dtype=np.float16), CONFIG)
     with pytest.raises(ValueError, match="keys"):
         save_model(tmp_path / "m", model() | {"head": np.zeros(1)}, CONFIG)
     broken = model()
