@@ -55,11 +55,10 @@ class Ranks:
 
     def sum_over(self, f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
         """`workers.sum_over`, by all ranks together: the same bits on each, one message a dtype."""
-        mine, tree, like = parts[self.rank :: self.size], None, None
+        mine, like = parts[self.rank :: self.size], None
         with alone():
-            if mine:
-                total = workers.sum_over(f, mine)
-                tree = tree_map(lambda a: np.asarray(a) if np.isscalar(a) else a, total)
+            tree = workers.sum_over(f, mine) if mine else None
+        tree = tree_map(lambda a: np.asarray(a) if np.isscalar(a) else a, tree)
         if len(parts) < self.size:  # who has no part adds 0, to arrays that it has to hear of
             like = tree_map(lambda a: (a.shape, a.reshape(-1)[:0]), tree) if mine else None
             like = self.comm.bcast(like)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fakegpu import FakeArray, fakegpu
 from fakenccl import Device, NcclCommunicator, NcclError, gpus_of_the_stand_in, nccl
-from tiny import ppo_step
+from tiny import CONFIG, ppo_step
 from tiny_run import flat, tiny_config, write_names
 from tolerances import MICRO_BATCH, assert_close, assert_trees_close
 
@@ -99,7 +99,7 @@ def mathematics():
 
 
 def on_gpu(x):
-    """On this rank's, of three dtypes; a product of ids as long as what is asked for is another."""
+    """On this rank's, of three dtypes, one of them whole numbers."""
     device = fakegpu.asarray
     return {
         "a": device(np.full(2, x, np.float32)),
@@ -184,6 +184,10 @@ def one_gpu_a_rank():
         assert_trees_close(gradient_of_all, gradient, MICRO_BATCH[np.float64])
         assert_close(params_of_all, params, 1e-8)  # as above
         assert all_have(flat(gradient_of_all)) and all_have(params_of_all)
+        groups = {"lengths": [5] * 7, "config": CONFIG, "device": "cuda"}
+        assert len(batches.micro_batches(**groups)) == n
+        with alone():
+            assert len(batches.micro_batches(**groups)) == 1
         gpus_share_the_parts()
         calls_that_nccl_refuses()
     print(f"rank {RANK} of {n}: as one")
