@@ -4,23 +4,26 @@
         ...                         sum_over and map_over share their parts among all ranks
 
 Every rank runs the same program. It works on its share of the parts of a batch; `sum_over` ends in
-an Allreduce, `map_over` in an Allgather, so that all know the same and make the same update. What
-is not shared (files, the user's reward, words on the terminal) is rank 0's. The first rank that
-fails ends the job. Without mpiexec mpi4py is not imported, and all this does nothing.
+an Allreduce (of NCCL, on GPUs), `map_over` in an Allgather, so that all know the same and make the
+same update. What is not shared (files, the user's reward, words on the terminal) is rank 0's. The
+first that fails ends the job. Without mpiexec mpi4py is not imported, and all this does nothing.
 """
 
 import atexit
 import functools
+import importlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import numpy as np
 
-from minirlhf import workers
+from minirlhf import backend, workers
+from minirlhf.backend import Array, get_xp
 from minirlhf.errors import InputError
 from minirlhf.tree import Tree, tree_leaves, tree_map, tree_pack
 from minirlhf.workers import Part, Result
@@ -36,7 +39,12 @@ class Ranks:
     """Those of a communicator of mpi4py, this process among them."""
 
     def __init__(self, comm: Any):
+        from mpi4py import MPI
+
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        here = comm.Split_type(MPI.COMM_TYPE_SHARED)  # those of this machine
+        self.place, self.n_here = here.rank, here.size
+        self.gpus: Any = None  # their communicator, once there was a sum
 
     def map_over(self, f: Callable[[Part], Result], parts: list[Part]) -> list[Result]:
         """`workers.map_over`, by all ranks together."""
@@ -47,20 +55,60 @@ class Ranks:
 
     def sum_over(self, f: Callable[[Part], Tree], parts: list[Part]) -> Tree:
         """`workers.sum_over`, by all ranks together: the same bits on each, one message a dtype."""
-        mine, tree, like = parts[self.rank :: self.size], None, None
+        mine, like = parts[self.rank :: self.size], None
         with alone():
-            if mine:
-                tree = tree_map(np.asarray, workers.sum_over(f, mine))
+            tree = workers.sum_over(f, mine) if mine else None
+        tree = tree_map(lambda a: np.asarray(a) if np.isscalar(a) else a, tree)
         if len(parts) < self.size:  # who has no part adds 0, to arrays that it has to hear of
-            like = tree_map(lambda a: (a.shape, a.dtype), tree) if mine else None
+            like = tree_map(lambda a: (a.shape, a.reshape(-1)[:0]), tree) if mine else None
             like = self.comm.bcast(like)
-        tree = tree if mine else tree_map(lambda about: np.zeros(*about), like)
+        tree = tree if mine else tree_map(lambda a: get_xp(a[1]).zeros(a[0], a[1].dtype), like)
         leaves, sums = tree_leaves(tree), {}
         for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
             flat, views = tree_pack([leaf for leaf in leaves if leaf.dtype == dtype])
-            self.comm.Allreduce(None, flat)  # in place
+            self._add_up(flat)
             sums[dtype] = iter(views)
         return tree_map(lambda leaf: next(sums[leaf.dtype]), tree)
+
+    def _add_up(self, flat: Array) -> None:
+        """flat (N,) becomes its sum over all ranks, in place; from a GPU to a GPU by NCCL."""
+        xp = get_xp(flat)
+        if xp is np:
+            self.comm.Allreduce(None, flat)  # in place
+            return
+        nccl = _nccl(xp)
+        if self.gpus is None:
+            key = self.comm.bcast(nccl.get_unique_id() if self.rank == 0 else None)
+            self.gpus = nccl.NcclCommunicator(self.size, key, self.rank)
+        kind = getattr(nccl, f"NCCL_{flat.dtype.name.upper()}", None)
+        if kind is None:
+            raise TypeError(f"sum_over: expected numbers that NCCL adds up; got {flat.dtype}")
+        here, stream = flat.data.ptr, xp.cuda.get_current_stream().ptr
+        self.gpus.allReduce(here, here, flat.size, kind, nccl.NCCL_SUM, stream)
+
+
+def _nccl(xp: Any) -> Any:
+    """cupy.cuda.nccl, which `import cupy` leaves out, and which warns where there is no libnccl."""
+    with warnings.catch_warnings(action="ignore"):
+        return importlib.import_module(f"{xp.__name__}.cuda.nccl")
+
+
+def take_device(device: str) -> None:
+    """Refuse one that is not there, fewer GPUs than ranks, or no NCCL; a rank takes its own GPU."""
+    xp = backend.array_module(device)
+    if xp is np or _joined is None:
+        return
+    if (n := xp.cuda.runtime.getDeviceCount()) < _joined.n_here:
+        raise InputError(
+            f"mpiexec: expected {_joined.n_here} GPUs, one for each rank of a machine, and each "
+            f"rank to see all; found {n}: start fewer ranks, or set CUDA_VISIBLE_DEVICES"
+        )
+    if not _nccl(xp).available:
+        raise InputError(
+            "mpiexec: expected NCCL, by which GPUs add up; cupy finds none: pip install "
+            "nvidia-nccl-cu12 (for cuda13: -cu13), or train on one GPU without mpiexec"
+        )
+    xp.cuda.Device(_joined.place).use()
 
 
 @contextmanager
@@ -88,7 +136,7 @@ def together() -> Iterator[None]:
                 error.args = (f"rank {rank}: {error}",)
             if comm:
                 refused = isinstance(error, InputError | MemoryError | OSError)
-                atexit.register(_abort, comm, getattr(error, "status", 1 + refused))
+                atexit.register(_abort, comm, getattr(error, "status", 1 + refused), _joined)
             raise
         finally:
             workers.ranks = _joined = None
@@ -122,7 +170,8 @@ def _communicator() -> Any:
     return MPI.COMM_WORLD if MPI.COMM_WORLD.size > 1 else None
 
 
-def _abort(comm: Any, status: int) -> None:
+def _abort(comm: Any, status: int, kept: Ranks | None) -> None:
+    """Kept to the end: the GPUs' communicator, for once dropped it waits for the other ranks."""
     sys.stdout.flush()
     time.sleep(1.0)  # mpiexec passes on what was said, but no longer once a rank has aborted
     comm.Abort(status)

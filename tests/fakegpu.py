@@ -10,6 +10,8 @@ submodules (`random`, `linalg`). Counted in `fakegpu.sync_count`, and refused in
 `with fakegpu.no_sync():`: whatever makes the host wait for the device. Named in
 `fakegpu.operations`: what would be sent to the device. Views and memory that is not filled are no
 operations; the copies that CuPy makes of strided operands are some, but nobody sees them here.
+An array lies on the device that was current when it was made (`fakegpu.device`; fakenccl.py chooses
+another), and is refused while another one is. Pickled it goes by the host, to where it arrives.
 
 Not seen: ids out of range (CuPy wraps them), repeated positions in `a[ids] = v`, the order of
 atomics, a GPU's rounding.
@@ -42,6 +44,8 @@ KEYWORDS = {"einsum": {"dtype", "optimize"}}  # cupy.einsum's signature says **k
 def operand(x):
     """The values of a device array, or a Python number; nothing else may enter an operation."""
     if isinstance(x, FakeArray):
+        if x.on != fakegpu.device:
+            raise TypeError(f"an array of GPU {x.on} while GPU {fakegpu.device} is current")
         return x.held
     if isinstance(x, (int, float, complex)) and not isinstance(x, np.generic):
         return x
@@ -112,14 +116,17 @@ def forward(name, function, twin):
 
 
 class FakeArray:
-    """An array on the fake device. `held` is its NumPy array, for this file alone."""
+    """An array on the fake device. `held` and `on`, its NumPy array and GPU, are not CuPy's."""
 
-    __slots__ = ("__weakref__", "held")
+    __slots__ = ("__weakref__", "held", "on")
     __hash__ = None
     __array_ufunc__ = None  # NumPy's operators and functions give way: host + device is refused
 
     def __init__(self, held):
-        self.held = held
+        self.held, self.on = held, fakegpu.device
+
+    def __reduce__(self):
+        return arrived, (self.get(),)
 
     def __array__(self, *args, **kwargs):
         raise TypeError("implicit copy from the device to the host: use .get()")
@@ -132,13 +139,14 @@ class FakeArray:
             return wrap(getattr(self.held, name))
         if name.startswith("_") or (cupy and not hasattr(cupy.ndarray, name)):
             raise AttributeError(f"cupy.ndarray has no {name}")
-        method = getattr(self.held, name)
+        method = getattr(operand(self), name)
         if not callable(method):
             raise AttributeError(f"the fake GPU does not offer the attribute {name}")
         return forward(name, method, cupy and getattr(cupy.ndarray, name))
 
     def get(self):
-        fakegpu.wait("get")
+        if self.held.size:  # or there is nothing to wait for
+            fakegpu.wait("get")
         return self.held.copy()
 
     def __getitem__(self, index):
@@ -167,6 +175,11 @@ class FakeArray:
         return f"FakeArray({self.held!r})"  # not counted: pytest shows values of a failed test
 
 
+def arrived(held):
+    """What was pickled, on the device that is current here."""
+    return fakegpu.array(held)
+
+
 BINARY = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 OPERATORS = [
     *[prefix + name for prefix in ("", "r", "i") for name in BINARY],
@@ -177,7 +190,7 @@ CONVERSIONS = "bool int float complex str format".split()  # no index: cupy's ar
 
 def operator_method(name):
     def method(self, *others):
-        result = getattr(self.held, name)(*map(operand, others))
+        result = getattr(operand(self), name)(*map(operand, others))
         fakegpu.operations.append(name)
         return self if result is self.held else wrap(result)  # self: it worked in place
 
@@ -208,6 +221,7 @@ class FakeModule:
         self.sync_count = 0
         self.operations = []  # names, in their order
         self.may_wait = True
+        self.device = 0  # the current one
 
     def wait(self, what):
         """Called wherever a real device would make the host wait."""

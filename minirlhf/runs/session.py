@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from minirlhf.backend import array_module, to_device
+from minirlhf.backend import to_device
 from minirlhf.crew import resolved
 from minirlhf.disk import locked, new_numbered_folder, read_object, to_json, write_whole
 from minirlhf.errors import InputError
 from minirlhf.nn.sampling import Sampling
 from minirlhf.nn.transformer import GPTConfig, init_transformer
-from minirlhf.ranks import Silent, ask_first, is_first, leave_to_first, n_ranks
+from minirlhf.ranks import Silent, ask_first, is_first, leave_to_first, n_ranks, take_device
 from minirlhf.runs import hugging_face, own_reward
 from minirlhf.runs.config import TrainConfig, load_config, rate_notes, save_config, unused_options
 from minirlhf.runs.limits import check_run, fit_world
@@ -212,6 +212,7 @@ def _on_all_ranks(opens: Callable[..., Session]) -> Callable[..., Session]:
         if n_ranks() == 1:
             return session
         found = ask_first(_found)(session)
+        take_device(found["config"].device)
         shown = {name: options[name] for name in ("track", "say", "watch") if name in options}
         return session or Session(**found, **shown)
 
@@ -224,20 +225,10 @@ def _found(session: Session) -> dict[str, Any]:
     return {"world": world, **kept}
 
 
-def _require_device(device: str) -> None:
-    """Refuse one that is not there, or that several processes cannot train on together."""
-    if n_ranks() > 1 and device != "cpu":
-        raise InputError(
-            f"mpiexec: expected --device cpu, as processes add up in main memory; got {device}: "
-            "train on a GPU without mpiexec"
-        )
-    array_module(device)
-
-
 @_on_all_ranks
 def open_session(config: TrainConfig, *, reward: Reward = "", **shown: Any) -> Session:
     """A new run. A function may be its reward; `shown`: track, say and watch of the Session."""
-    _require_device(config.device)  # refuse what is not there before anything is written
+    take_device(config.device)  # refuse what is not there before anything is written
     require(config.log)
     _refuse_a_run(config.out)
     rng, reward = _streams(config), reward or config.reward
@@ -313,7 +304,7 @@ def reopen_session(
     stages = stored.stages if stored.is_dpo else "all"
     device = "cpu" if look else stored.device
     config = replace(stored, out=folder, device=device, stages=stages, ppo=ppo)
-    _require_device(config.device)
+    take_device(config.device)
     ended = not (look or reward or accept_changed_reward or ppo != stored.ppo)
     ended = ended and (folder / "result.json").exists() and stored == load_config(folder / BEGAN)
     look = look or (ended and own_reward.sources_gone(stored))

@@ -15,6 +15,7 @@ import numpy as np
 from minirlhf.backend import Array, get_xp, to_device
 from minirlhf.nn.heads import VOCABULARY_PIECE
 from minirlhf.nn.transformer import GPTConfig, check_tokens, kept_floats
+from minirlhf.workers import n_workers
 
 Ids = list[int]
 
@@ -41,7 +42,7 @@ class Batch(NamedTuple):
     def groups(self, *, size: int, config: GPTConfig) -> list:
         """`micro_batches` of the sequences, as what `part` takes; a GPU is not waited for."""
         if get_xp(self.mask) is not np:
-            return row_slices(len(self.mask), size)
+            return row_slices(len(self.mask), size or -(-len(self.mask) // n_workers()))
         lengths = (self.mask > 0).sum(axis=1)
         return micro_batches(lengths, size=size, config=config)
 
@@ -102,11 +103,10 @@ def micro_batches(
     """Numbers of the sequences in groups, each for one forward and backward.
 
     With more than one group, sequences of like length stand together, the longest first, so that a
-    group holds little padding. The groups do not depend on the number of workers.
+    group holds little padding. On a CPU they do not depend on the number of workers.
 
     Args:     lengths: tokens of each sequence, of at least one.
-              size: the most sequences of a group; 0: as many as suit a core's cache (on a GPU:
-                  all).
+              size: the most of a group; 0: as many as suit a core's cache, or the share of a GPU.
     """
     n = len(lengths)
     if not size and device == "cpu":
@@ -120,10 +120,10 @@ def micro_batches(
         n_parameters = config.d_model * (config.vocab_size + 12 * config.n_layer * config.d_model)
         tokens = max(least, n_parameters >> 17, min(MICRO_BATCH_FLOATS // floats, half))
         size = max(1, tokens // longest)
-    n_groups = -(-n // size) if size else 1
+    n_groups = -(-n // size) if size else n_workers()
     if n_groups == 1:
         return [np.arange(n)]
-    n_groups = min(n, n_groups + n_groups % 2)  # an even number: two have as much to do
+    n_groups = min(n, n_groups + (n_groups % 2 if size else 0))  # even: two have as much to do
     return np.array_split(np.argsort(-np.asarray(lengths), kind="stable"), n_groups)
 
 

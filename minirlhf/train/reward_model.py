@@ -29,7 +29,7 @@ from minirlhf.train.batches import Batch, Ids, micro_batches, pad_batch, row_sli
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.settings import OptimizerConfig
 from minirlhf.tree import Tree
-from minirlhf.workers import map_over, sum_over
+from minirlhf.workers import map_over, n_workers, sum_over
 
 SCORING_ROWS = 256  # responses scored in one forward on a GPU
 
@@ -265,7 +265,7 @@ def score_responses(
 ) -> np.ndarray:
     """Normalised score of each response, (B,) float64 on the host; none sees its neighbours."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    size = 0 if device == "cpu" else SCORING_ROWS
+    size = 0 if device == "cpu" else min(SCORING_ROWS, -(-len(lengths) // n_workers()))
     groups = micro_batches(lengths, config=model.config, size=size, device=device)
     f = functools.partial(_raw_scores, model, pad_id=pad_id, device=device)
     texts = [([prompts[i] for i in rows], [responses[i] for i in rows]) for rows in groups]

@@ -31,7 +31,6 @@ from minirlhf.rlhf.advantages import ADVANTAGES, gae, masked_whiten
 from minirlhf.rlhf.kl import KL_MODES, summed_penalty
 from minirlhf.rlhf.objectives import SURROGATES
 from minirlhf.rlhf.preferences import bradley_terry_backward, bradley_terry_forward
-from minirlhf.runs import session as session_module
 from minirlhf.runs.config import ModelConfig, TrainConfig
 from minirlhf.train.batches import pad_batch
 from minirlhf.train.policy import policy_forward
@@ -58,7 +57,6 @@ def cuda_is_the_stand_in(monkeypatch):
         return fakegpu if device == "cuda" else array_module(device)
 
     monkeypatch.setattr(backend, "array_module", pretend)
-    monkeypatch.setattr(session_module, "array_module", pretend)
 
 
 def there(value):

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "memory": {"errors"},
     "disk": {"errors", "memory"},
     "workers": {"errors", "backend", "tree"},
-    "ranks": {"errors", "tree", "workers"},
+    "ranks": {"backend", "errors", "tree", "workers"},
     "crew": {"errors", "ranks", "workers", ""},
     "gradcheck": {"backend", "tree"},
     "nn": BASE,

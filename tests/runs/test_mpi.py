@@ -71,9 +71,14 @@ def config(out, **changes):
     return tiny_config(out, **{"ppo__iterations": 5, "checkpoint_every": 2} | changes)
 
 
-def train(n, out, **changes):
+def train(n, out, *, environment=None, **changes):
     """A run by n processes."""
-    return done(n, "train", *as_flags(config(out, **changes)))
+    return done(n, "train", *as_flags(config(out, **changes)), **(environment or {}))
+
+
+def gpus(n, how=""):
+    """So many on the stand-in, that each process sees."""
+    return {"MINIRLHF_STAND_IN": f"{n} {how}"}
 
 
 def ids(run):
@@ -106,6 +111,19 @@ def one(tmp_path_factory):
 def test_ids_and_gradients_are_those_of_one_process(n):
     out, _ = done(n, "mathematics")
     assert sorted(out.splitlines()) == [f"rank {i} of {n}: as one" for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_samples_and_gradients_of_gpus_are_those_of_one_process(n):
+    """On the stand-in: one GPU a rank, one sum by NCCL a dtype, no gradient on the host."""
+    out, _ = done(n, "gpus", **gpus(n))
+    assert sorted(out.splitlines()) == [f"rank {i} of {n}: as one" for i in range(n)]
+
+
+def test_two_gpus_make_the_run_of_one(tmp_path):
+    train(0, tmp_path / "one", device="cuda", environment=gpus(1))
+    train(2, tmp_path / "run", device="cuda", environment=gpus(2))
+    assert_same_run(tmp_path / "run", tmp_path / "one")
 
 
 def test_two_ranks_make_the_bits_of_two_workers(tmp_path):
@@ -190,6 +208,17 @@ def test_a_rank_that_raises_ends_the_job_with_what_it_says(tmp_path, rank, kind,
     assert load_state(run / "checkpoint")[1]["done"] == 2
 
 
+def test_a_rank_that_raises_does_not_wait_for_the_gpus_of_others(tmp_path):
+    """A communicator of NCCL that is dropped does: rank 0's has to stay until it has ended all."""
+    flags = as_flags(config(tmp_path / "run", device="cuda"))
+    job = start(2, "train", *flags, **planted(tmp_path, "bug 0 4"), **gpus(2))
+    wait_for(tmp_path / "run" / "samples.jsonl", 3 * 8)
+    began = time.monotonic()
+    _, _, err = end_of(job)
+    assert job.returncode == 1 and time.monotonic() - began < AT_ONCE
+    assert "ZeroDivisionError: planted" in err
+
+
 # --- wrong use
 
 
@@ -212,13 +241,29 @@ def test_a_folder_that_holds_a_run_is_refused_once(one):
     ("words", "says"),
     [
         ("score RUN --prompt a --response b", "expected minirlhf train or resume"),
-        ("train --out RUN --device cuda", "expected --device cpu"),
+        ("train --out RUN --device cuda", "expected cupy and a working NVIDIA GPU"),
         ("train --ppo.nothing 1", "got '--ppo.nothing'"),
         ("resume RUN", "expected a run folder"),
     ],
 )
 def test_what_ranks_cannot_do_is_refused_once(tmp_path, words, says):
-    assert says in refusal(2, *words.replace("RUN", str(tmp_path / "run")).split())
+    words = words.replace("RUN", str(tmp_path / "run")).split()
+    assert says in refusal(2, *words, CUDA_VISIBLE_DEVICES="")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "says"),
+    [
+        (
+            gpus(1),
+            "expected 2 GPUs, one for each rank of a machine, and each rank to see all; found 1",
+        ),
+        (gpus(2, "bare"), "expected NCCL, by which GPUs add up; cupy finds none"),
+    ],
+)
+def test_gpus_that_cannot_add_up_are_refused_before_a_folder_is_made(tmp_path, there, says):
+    assert says in refusal(2, "train", "--out", tmp_path / "run", "--device", "cuda", **there)
     assert not (tmp_path / "run").exists()
 
 
