@@ -329,26 +329,29 @@ def decode_step(its, params, kv, *, tokens, mask, column, config, steps=None):
     return n
 
 
-def draw_into(its, log_probs, out, *, h, u, step, who, ends, onto=None):
+def draw_into(its, log_probs, out, *, h, draws, step, who, onto=None):
     """Onto: ids, real, alive and steps, to be written to; None: new arrays, and no steps."""
-    xp, b, (_, R, C) = get_xp(log_probs), len(log_probs), out.hidden.shape
-    need(h.shape == (b, C), u.shape[1] == R, out.tokens.shape == out.mask.shape)
+    xp, b, (_, R, C), (u, _, *ends) = get_xp(h), len(h), out.hidden.shape, draws
+    need(
+        h.shape == (b, C), len(log_probs) == b, u.shape[1] == R, out.tokens.shape == out.mask.shape
+    )
     sizes = C, R, out.tokens.shape[1], step, *ends
     outputs = *out, *(onto or (xp.empty(b, dtype=np.int64), (b,), (b,), None))
     ids, real, alive, _ = run("draw_into", log_probs, (log_probs, h, u, *who), outputs, *sizes)[3:]
     return its.Last(who[0], ids, real, alive)
 
 
-def advance(its, params, kv, out, last, *, u, step, ends, config, sampling):
+def advance(its, params, kv, out, last, *, draws, step, config):
     """A graph, made at the first of the steps that differ in nothing but their number."""
     if last.again is not None:
         last.again[0]()
         return last
     largest = max(leaf.size for leaf in tree_leaves(params))
     need(len(last.ids) <= 8 or len(last.ids) * largest <= FEW)
-    need(sampling.temperature >= its.COLDEST, sampling.top_k == 0, sampling.top_p == 1)
-    xp, stands_in = get_xp(u), sys.modules[its.KVCache.__module__]
-    column = out.tokens.shape[1] - u.shape[1] - 1
+    temperature, top_k, top_p = draws.sampling
+    need(temperature >= its.COLDEST, top_k == 0, top_p == 1)
+    xp, stands_in = get_xp(draws.u), sys.modules[its.KVCache.__module__]
+    column = out.tokens.shape[1] - draws.u.shape[1] - 1
     ids, real, alive = (a.copy() for a in last[1:4])
     steps = xp.full(len(ids), step)
 
@@ -356,8 +359,8 @@ def advance(its, params, kv, out, last, *, u, step, ends, config, sampling):
         same = {"tokens": ids, "mask": real, "column": column, "steps": steps}
         h = decode_step(stands_in, params, kv, **same, config=config)
         logits = few_rows(h, its.output_matrix(params), transposed=True)
-        log_probs = log_softmax(its, logits, temperature=sampling.temperature)
-        same = {"h": h, "u": u, "step": 0, "who": (last.rows, alive), "ends": ends}
+        log_probs = log_softmax(its, logits, temperature=temperature)
+        same = {"h": h, "draws": draws, "step": 0, "who": (last.rows, alive)}
         draw_into(its, log_probs, out, **same, onto=(ids, real, alive, steps))
 
     return its.Last(last.rows, ids, real, alive, as_a_graph(xp, one_more))

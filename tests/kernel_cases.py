@@ -163,10 +163,11 @@ def make_draw_into(draw):
     T = R + draw.integer(1, 3)
     arrays = log_probs, u, draw.normal(len(rows), C), (draw.normal(len(rows)) > 0) * 1.0
     out = [np.zeros((N, T), np.int64), np.zeros((N, T)), np.zeros((N, R, C))]
-    constants = {"step": draw.integer(0, R - 1), "ends": (int(likely[-1]), 1)}
+    constants, stop_id = {"step": draw.integer(0, R - 1)}, int(likely[-1])
 
-    def f(log_probs, u, h, alive, *out, rows, **constants):  # coins are always in float64
-        given = {"h": h, "u": u.astype(np.float64), "who": (rows, alive), **constants}
+    def f(log_probs, u, h, alive, *out, rows, step):  # coins are always in float64
+        draws = sampling.Draws(u.astype(np.float64), sampling.Sampling(), stop_id, 1)
+        given = {"h": h, "draws": draws, "step": step, "who": (rows, alive)}
         return sampling.draw_into(log_probs, sampling.Generation(*out), **given)
 
     return f, [*arrays, *out], {"rows": rows, **constants}
@@ -210,21 +211,20 @@ def make_advance(draw):
     mask, tokens = padding_mask(draw, B, P), draw.rng.integers(V, size=(B, P))
     mask[:, -1] = 1.0  # as a prompt ends
     out = [np.zeros((B, P + R), np.int64), np.zeros((B, P + R)), np.zeros((B, R, H * D))]
-    steps = {"u": draw.rng.random((B, R)), "ends": (int(draw.rng.integers(V)), 0)}
+    u, stop_id = draw.rng.random((B, R)), int(draw.rng.integers(V))
 
-    def f(mask, *out, params, tokens, u, ends):  # coins are always in float64
-        same, draw = {"config": config}, {"u": u.astype(np.float64), "ends": ends}
-        h, kv = decoding.prefill(params, tokens=tokens, mask=mask, max_new=R, **same)
-        out, cool = sampling.Generation(*out), sampling.Sampling(temperature=0.7)
-        rows = get_xp(mask).arange(B)
-        log_probs = sampling.next_logprobs(params, h, cool)
-        last = sampling.draw_into(log_probs, out, h=h, step=0, who=(rows, mask[:, -1]), **draw)
+    def f(mask, *out, params, tokens, u):  # coins are always in float64
+        draws = sampling.Draws(u.astype(np.float64), sampling.Sampling(0.7), stop_id, 0)
+        h, kv = decoding.prefill(params, tokens=tokens, mask=mask, max_new=R, config=config)
+        out, who = sampling.Generation(*out), (get_xp(mask).arange(B), mask[:, -1])
+        log_probs = sampling.next_logprobs(params, h, draws.sampling)
+        last = sampling.draw_into(log_probs, out, h=h, draws=draws, step=0, who=who)
         for step in range(1, R):
-            more = {"step": step, "sampling": cool, **same, **draw}
+            more = {"draws": draws, "step": step, "config": config}
             last = sampling.advance(params, kv, out, last, **more)
         return *last[:-1], *kv
 
-    return f, [mask, *out], {"params": params, "tokens": tokens, **steps}
+    return f, [mask, *out], {"params": params, "tokens": tokens, "u": u}
 
 
 def make_ppo_clip(draw):

@@ -131,6 +131,15 @@ class Generation(NamedTuple):
     hidden: Array  # (B, R, C) h that each token of the response was drawn from, anything at padding
 
 
+class Draws(NamedTuple):
+    """How the tokens of B responses are drawn."""
+
+    u: Array  # (B, R) uniforms, one for each token
+    sampling: Sampling
+    stop_id: int
+    pad_id: int  # what stands after the stop token
+
+
 class Last(NamedTuple):
     """The b sequences that are still in the batch, and the token that each has drawn last."""
 
@@ -147,20 +156,18 @@ def draw_into(
     out: Generation,
     *,
     h: Array,
-    u: Array,
+    draws: Draws,
     step: int,
     who: tuple[Array, Array],
-    ends: tuple[int, int],
 ) -> Last:
     """The next token of some of the B sequences, written to `out` with what it was drawn from.
 
     Args:     log_probs: (b, V).
               h: (b, C).
-              u: (B, R) uniforms of all tokens; this is the one of `step`.
+              step: which of the R tokens it is.
               who: (b,) rows in `out`, (b,) 1 until the stop token has been drawn.
-              ends: the stop token, what stands after it.
     """
-    (rows, alive), (stop_id, pad_id) = who, ends
+    (rows, alive), (u, _, stop_id, pad_id) = who, draws
     xp, column = get_xp(log_probs, h, u, rows, alive), out.tokens.shape[1] - u.shape[1] + step
     ids = draw_tokens(xp.exp(log_probs), u[rows, step][:, None])
     ids = xp.where(alive > 0, ids, pad_id)
@@ -177,18 +184,16 @@ def advance(
     out: Generation,
     last: Last,
     *,
-    u: Array,
+    draws: Draws,
     step: int,
-    ends: tuple[int, int],
     config: GPTConfig,
-    sampling: Sampling,
 ) -> Last:
     """One token more: the model looks at the last one, and `draw_into` draws the next."""
-    column = out.tokens.shape[1] - u.shape[1] + step - 1  # of the last one
+    column = out.tokens.shape[1] - draws.u.shape[1] + step - 1  # of the last one
     token = {"tokens": last.ids, "mask": last.real, "column": column}
     h = decode_step(params, kv, **token, config=config)  # (b, C)
-    draw = {"u": u, "step": step, "who": (last.rows, last.alive), "ends": ends}
-    return draw_into(next_logprobs(params, h, sampling), out, h=h, **draw)
+    log_probs = next_logprobs(params, h, draws.sampling)
+    return draw_into(log_probs, out, h=h, draws=draws, step=step, who=(last.rows, last.alive))
 
 
 def generate(
@@ -233,31 +238,24 @@ def generate(
     floats = P * kept_floats(config, P) + 2 * config.n_layer * config.d_model * (P + max_new)
     each = min(-(-B // n_workers()), max(1, PIECE_FLOATS // floats))  # the first rounded up
     pieces = [slice(start, start + each) for start in range(0, B, each)]
-    same = {"ends": (stop_id, pad_id), "config": config, "sampling": sampling}
-    f = functools.partial(_extend, params, **same)
-    parts = map_over(f, [(tokens[rows], mask[rows], u[rows]) for rows in pieces])
-    return Generation(*map(xp.concatenate, zip(*parts, strict=True)))
+    f = functools.partial(_extend, params, config=config)
+    parts = [
+        (tokens[rows], mask[rows], Draws(u[rows], sampling, stop_id, pad_id)) for rows in pieces
+    ]
+    return Generation(*map(xp.concatenate, zip(*map_over(f, parts), strict=True)))
 
 
-def _extend(
-    params: Tree,
-    prompts: tuple[Array, Array, Array],
-    *,
-    ends: tuple[int, int],
-    config: GPTConfig,
-    sampling: Sampling,
-) -> Generation:
+def _extend(params: Tree, part: tuple[Array, Array, Draws], *, config: GPTConfig) -> Generation:
     """Prompts with their responses, drawn until all have stopped.
 
     Every ALIVE_CHECK_EVERY steps, responses that have stopped leave the batch if at most the share
     DROP_BELOW of it is still alive.
 
-    Args:     prompts: tokens (B, P), mask (B, P), and uniforms (B, R), one for each token to draw.
-              ends: the stop token, what stands after it.
+    Args:     part: tokens (B, P) and mask (B, P) of prompts, and how their responses are drawn.
     """
-    tokens, mask, u = prompts
-    xp, B, max_new = get_xp(tokens, mask, u), len(tokens), u.shape[1]
-    pads = xp.full((B, max_new), ends[1], dtype=tokens.dtype)
+    tokens, mask, draws = part
+    xp, (B, max_new) = get_xp(tokens, mask, draws.u), draws.u.shape
+    pads = xp.full((B, max_new), draws.pad_id, dtype=tokens.dtype)
     zeros = xp.zeros((B, max_new), dtype=mask.dtype)
     out = Generation(
         xp.concatenate([tokens, pads], axis=1),
@@ -265,9 +263,8 @@ def _extend(
         xp.zeros((B, max_new, config.d_model), dtype=params["wte"].dtype),
     )
     h, kv = prefill(params, tokens=tokens, mask=mask, config=config, max_new=max_new)
-    draw = {"u": u, "ends": ends}
-    who = xp.arange(B), mask[:, -1]
-    last = draw_into(next_logprobs(params, h, sampling), out, h=h, step=0, who=who, **draw)
+    log_probs, who = next_logprobs(params, h, draws.sampling), (xp.arange(B), mask[:, -1])
+    last = draw_into(log_probs, out, h=h, draws=draws, step=0, who=who)
     for step in range(1, max_new):
         if (step - 1) % ALIVE_CHECK_EVERY[xp is not np] == 0:
             n_alive = int((last.alive > 0).sum())
@@ -276,5 +273,5 @@ def _extend(
             if n_alive <= DROP_BELOW * len(last.rows):
                 left = xp.flatnonzero(last.alive)
                 last, kv = Last(*(a[left] for a in last[:-1])), kv.rows(left)
-        last = advance(params, kv, out, last, step=step, config=config, sampling=sampling, **draw)
+        last = advance(params, kv, out, last, draws=draws, step=step, config=config)
     return out
