@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from minirlhf.app.cases import Draw
 from minirlhf.backend import to_device, to_host
-from minirlhf.exact.enumeration import prompt_of_leaf, response_logprobs
+from minirlhf.exact.enumeration import response_logprobs
 from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs.metrics import mean_of_updates, rollout_metrics
@@ -198,7 +198,8 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
 
 def tilt(tree, ref_log_probs, rewards, *, kl_coef):
     """pi*(y|x) = ref(y|x) exp(r / beta) / Z(x), no tree: log Pr*(x, y) (M,), log Z (n_prompts,)."""
-    logp, prompt = response_logprobs(tree, ref_log_probs) + rewards / kl_coef, prompt_of_leaf(tree)
+    logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
+    prompt = tree.prompt[tree.leaf_node]
     of_prompts = [logp[prompt == x] for x in range(tree.n_prompts)]
     top = np.array([at.max() for at in of_prompts])
     sums = [np.exp(at - most).sum() for at, most in zip(of_prompts, top, strict=True)]

@@ -43,7 +43,7 @@ def evaluate_exactly(
     log_ratio = _log_ratio(p, logp, enumeration.response_logprobs(tree, ref_log_probs))
     reward, kl_seq = (p * rewards).sum(), (p * log_ratio).sum()
     shaped = rewards - kl_coef * log_ratio
-    prompt = enumeration.prompt_of_leaf(tree)
+    prompt = tree.prompt[tree.leaf_node]
     prompt_mean = xp.zeros(tree.n_prompts, dtype=xp.result_type(shaped, xp.float64))
     xp.add.at(prompt_mean, prompt, tree.n_prompts * p * shaped)  # many terms: in float64
     centred = shaped - prompt_mean[prompt].astype(shaped.dtype)

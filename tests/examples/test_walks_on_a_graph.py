@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tilt
 from tolerances import assert_close
 
-from minirlhf.exact.enumeration import all_responses, prompt_of_leaf, response_logprobs
+from minirlhf.exact.enumeration import all_responses, response_logprobs
 from minirlhf.exact.ground_truth import rectangle
 from minirlhf.exact.optimum import evaluate_exactly, optimality_gap, soft_optimum
 from walks_on_a_graph import (
@@ -320,7 +320,7 @@ def test_the_kl_regularised_optimum_is_what_is_printed(known, world, row, kl_coe
 def test_the_kl_of_a_small_beta_is_that_of_the_shortest_walks(known, world):
     tree = world.tree
     p = np.exp(response_logprobs(tree, world.demonstrator)) * tree.n_prompts
-    shortest = np.bincount(prompt_of_leaf(tree), weights=p * (world.rewards == 1))
+    shortest = np.bincount(tree.prompt[tree.leaf_node], weights=p * (world.rewards == 1))
     assert f"{-np.log(shortest).mean():.4f}" == known.shortest_kl
 
 
