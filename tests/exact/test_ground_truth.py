@@ -15,12 +15,10 @@ from minirlhf.exact.ground_truth import (
     SFT,
     changed,
     fit_reference,
-    log_probs_on_tree,
     make_ground_truth,
     measure,
     optimum_runs,
     sample_world,
-    small_transformer,
     train_on_world,
 )
 from minirlhf.exact.optimum import evaluate_exactly, frontier_reward, soft_optimum
@@ -29,18 +27,17 @@ from minirlhf.tree import tree_map
 
 BETA = 0.5
 WORLD = make_tiny_world(max_tokens=4, n_demonstrations=20_000, rng=np.random.default_rng(0))
-CONFIG = small_transformer(WORLD)
 
 
 @pytest.fixture(scope="module")
 def reference():
     settings = dataclasses.replace(SFT, steps=150, batch_size=256)
-    return fit_reference(WORLD, config=CONFIG, settings=settings, seed=0)
+    return fit_reference(WORLD, settings=settings, seed=0)
 
 
 @pytest.fixture(scope="module")
 def truth(reference):
-    return make_ground_truth(WORLD, reference, config=CONFIG, kl_coef=BETA)
+    return make_ground_truth(WORLD, reference, kl_coef=BETA)
 
 
 def last(trained):
@@ -48,7 +45,7 @@ def last(trained):
 
 
 def test_the_reference_is_close_to_who_wrote_the_demonstrations(reference):
-    ref = log_probs_on_tree(reference, world=WORLD, config=CONFIG)
+    ref = WORLD.log_probs(reference)
     away = evaluate_exactly(WORLD.tree, WORLD.demonstrator, ref, WORLD.rewards, kl_coef=1.0)
     assert 0 < away.kl_seq < 0.02
     assert np.exp(ref).sum(axis=1) == pytest.approx(1.0, abs=LOOPS)
@@ -126,11 +123,11 @@ def test_the_reference_is_not_written_to(truth, reference):
 
 def test_samples_follow_the_exact_distribution(reference, truth):
     """The mean proxy reward of samples against E_ref[r], within four standard errors."""
-    samples = sample_world(reference, WORLD, 20_000, config=CONFIG, rng=np.random.default_rng(0))
+    samples = sample_world(reference, WORLD, 20_000, rng=np.random.default_rng(0))
     rewards = WORLD.score(samples.prompt_ids, samples.response_ids)
     error = rewards.std() / np.sqrt(len(rewards))
     assert abs(rewards.mean() - truth.ref_reward) < 4 * error < 0.05
-    assert max(map(len, samples.response_ids)) == WORLD.max_response_tokens
+    assert max(map(len, samples.response_ids)) == len(WORLD.tree.levels)
 
 
 def test_the_runs_differ_where_their_names_say_so():
@@ -156,7 +153,7 @@ def test_what_does_not_fit_is_refused(truth, reference, changes, came):
 def test_rewards_that_cannot_be_improved_are_refused(reference):
     flat = dataclasses.replace(WORLD, rewards=np.ones_like(WORLD.rewards))
     with pytest.raises(ValueError, match="no better than the reference"):
-        make_ground_truth(flat, reference, config=CONFIG, kl_coef=BETA)
+        make_ground_truth(flat, reference, kl_coef=BETA)
 
 
 def test_numbers_that_are_printed_as_exact_are_host_floats(truth, reference):

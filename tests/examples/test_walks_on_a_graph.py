@@ -245,8 +245,7 @@ def test_the_world_is_21_letters_and_20_starts(known, graph, world):
     assert "".join(world.tokens) == "abcdefghijklmnopqrstu" and world.stop_id == GOAL == 0
     assert world.prompts == [[i] for i in range(1, 21)]
     assert sorted({walk[0] for walk in graph.walks}) == [i for (i,) in world.prompts]
-    assert world.max_response_tokens == 9 == len(world.tree.levels)
-    assert make_randomwalks().name == "randomwalks"
+    assert world.config.n_ctx - 1 == 9 == len(world.tree.levels)
     assert [p + r for p, r in world.demonstrations] == graph.walks
     assert all(len(p) == 1 and 1 <= len(r) <= 9 for p, r in world.demonstrations)
     np.testing.assert_array_equal(world.rewards, world.gold)
