@@ -59,8 +59,7 @@ def train_dpo(
               NonFiniteError: the loss diverged.
     """
     same |= {"settings": settings, "micro_batch": dpo_micro_batch}
-    for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
-        some = [pairs[i] for i in chosen]
+    for some in shuffled(pairs, settings, rng=rng, done=optimizer.updates):
         metrics, gradients = pairs_loss_and_gradients(optimizer.params, some, **same)
         yield metrics | optimizer.step(gradients, loss=metrics["loss/dpo"])
 

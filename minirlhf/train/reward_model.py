@@ -19,12 +19,7 @@ from minirlhf.nn.transformer import (
     transformer_backward,
     transformer_forward,
 )
-from minirlhf.rlhf.preferences import (
-    bradley_terry_backward,
-    bradley_terry_forward,
-    plackett_luce_backward,
-    plackett_luce_forward,
-)
+from minirlhf.rlhf import preferences
 from minirlhf.train.batches import Batch, Ids, micro_batches, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.settings import OptimizerConfig
@@ -113,11 +108,9 @@ def train_reward_model(
     Raises:   InputError: there are no pairs.
               NonFiniteError: the loss diverged.
     """
-    same = {"config": config, "pad_id": pad_id, "device": device}
-    for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
-        metrics, gradients = pairs_loss_and_gradients(
-            optimizer.params, [pairs[i] for i in chosen], settings=settings, **same
-        )
+    same = {"config": config, "settings": settings, "pad_id": pad_id, "device": device}
+    for some in shuffled(pairs, settings, rng=rng, done=optimizer.updates):
+        metrics, gradients = pairs_loss_and_gradients(optimizer.params, some, **same)
         yield metrics | optimizer.step(gradients, loss=metrics["loss/reward_model"])
 
 
@@ -131,22 +124,22 @@ def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Ge
 
 
 def shuffled(
-    n_pairs: int, settings: Any, *, rng: np.random.Generator, done: int
-) -> Iterator[np.ndarray]:
-    """Numbers of the pairs of each update but the first `done`: epochs, in a new order each.
+    pairs: list[Pair], settings: Any, *, rng: np.random.Generator, done: int
+) -> Iterator[list[Pair]]:
+    """The pairs of each update but the first `done`: epochs, in a new order each.
 
     Raises:   InputError: there are no pairs.
     """
-    if not n_pairs:
+    if not pairs:
         raise InputError(
             "pairs: expected preference pairs; got none: give --pairs a file, or train a "
             "reference whose replies differ",
             resume=None,
         )
-    orders = (rng.permutation(n_pairs) for _ in range(settings.epochs))
-    rows = row_slices(n_pairs, settings.batch_size)
+    orders = (rng.permutation(len(pairs)) for _ in range(settings.epochs))
+    rows = row_slices(len(pairs), settings.batch_size)
     # what has been done is drawn again: after a resume the stream is where it was
-    draws = (order[some] for order in orders for some in rows)
+    draws = ([pairs[i] for i in order[some]] for order in orders for some in rows)
     return itertools.islice(draws, done, None)
 
 
@@ -188,29 +181,24 @@ def _micro_batch(
     *,
     config: GPTConfig,
     settings: RewardModelConfig,
-    pad_id: int,
-    device: str,
+    **padding: Any,
 ) -> Tree:
     """Metrics and gradients of some pairs, or lists of one length, times their share of all."""
     pairs, share = part
     places = list(zip(*(p.replies for p in pairs), strict=True))  # the best of all, the second ...
-    batch = pad_batch(
-        [p.prompt for p in pairs] * len(places),
-        [reply for place in places for reply in place],
-        pad_id=pad_id,
-        config=config,
-        device=device,
-    )
+    replies = [reply for place in places for reply in place]
+    batch = pad_batch([p.prompt for p in pairs] * len(places), replies, config=config, **padding)
     score, cache = reward_forward(params, batch=batch, config=config)
     xp, score = get_xp(score), score.reshape(len(places), len(pairs))
     if len(places) == 2:
-        loss, loss_cache = bradley_terry_forward(
+        loss, loss_cache = preferences.bradley_terry_forward(
             *score, margin=settings.margin, label_smoothing=settings.label_smoothing
         )
-        dscore = xp.concatenate(bradley_terry_backward(share, loss_cache))
+        dscore = xp.concatenate(preferences.bradley_terry_backward(share, loss_cache))
     else:
-        loss, loss_cache = plackett_luce_forward(score.swapaxes(0, 1))
-        dscore = plackett_luce_backward(share, loss_cache).swapaxes(0, 1).reshape(-1)
+        loss, loss_cache = preferences.plackett_luce_forward(score.swapaxes(0, 1))
+        dscore = preferences.plackett_luce_backward(share, loss_cache)
+        dscore = dscore.swapaxes(0, 1).reshape(-1)
     better, worse = score[:-1], score[1:]
     metrics = {
         "loss/reward_model": share * loss,
