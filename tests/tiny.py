@@ -99,7 +99,8 @@ def toy_pairs(n, *, seed):
             rng.integers(1, 5, size=3), seed=int(rng.integers(2**32)), low=1
         )
         chosen.insert(int(rng.integers(len(chosen) + 1)), 0)
-        pairs.append(Pair([Letters.bos, *prompt], [*chosen, Letters.eos], [*rejected, Letters.eos]))
+        replies = [*chosen, Letters.eos], [*rejected, Letters.eos]
+        pairs.append(Pair([Letters.bos, *prompt], replies))
     return pairs
 
 
@@ -112,7 +113,7 @@ def toy_rankings(n, *, seed, size=4):
             rng.integers(1, 4, size=size + 1), seed=int(rng.integers(2**32)), low=1
         )
         replies = [[*[0] * (size - 1 - i), *ids, Letters.eos] for i, ids in enumerate(rest)]
-        rankings.append(Pair([Letters.bos, *prompt], *replies[:2], tuple(replies[2:])))
+        rankings.append(Pair([Letters.bos, *prompt], tuple(replies)))
     return rankings
 
 

@@ -103,9 +103,11 @@ def dpo_metrics(
 
 def with_reference(pairs: list[Pair], reference: Tree, **same: Any) -> list[Pair]:
     """The pairs, of lists the best and the worst, with what the reference says of them."""
-    logps = zip(*reply_logps(reference, pairs, **same).tolist(), strict=True) if pairs else ()
-    ends = ((p.prompt, p.replies[0], p.replies[-1]) for p in pairs)
-    return [Pair(*texts, ref_logp=logp) for texts, logp in zip(ends, logps, strict=True)]
+    logps = reply_logps(reference, pairs, **same).T.tolist() if pairs else []
+    return [
+        Pair(p.prompt, (p.replies[0], p.replies[-1]), tuple(logp))
+        for p, logp in zip(pairs, logps, strict=True)
+    ]
 
 
 def reply_logps(params: Tree, pairs: list[Pair], *, config: GPTConfig, **padding: Any) -> Array:

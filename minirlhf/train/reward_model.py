@@ -58,18 +58,11 @@ class RewardModelConfig:
 
 
 class Pair(NamedTuple):
-    """A preference: to `prompt`, `chosen` was preferred to `rejected`; or a ranked list."""
+    """A preference between two replies to `prompt`, or a ranked list of more."""
 
     prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    worse: tuple[Ids, ...] = ()  # of a list: what was ranked below `rejected`, in this order
+    replies: tuple[Ids, ...]  # the best first
     ref_logp: tuple[float, ...] = ()  # for DPO: log Pr_ref(y|x) of both [nats]
-
-    @property
-    def replies(self) -> tuple[Ids, ...]:
-        """The best first."""
-        return self.chosen, self.rejected, *self.worse
 
 
 class RewardModel(NamedTuple):
