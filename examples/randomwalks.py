@@ -30,7 +30,6 @@ from minirlhf.exact.ground_truth import (
     PPO,
     SFT,
     TokenWorld,
-    changed,
     fit_reference,
     make_ground_truth,
     sample_world,
@@ -45,7 +44,7 @@ SFT_HERE = dataclasses.replace(SFT, steps=300, batch_size=128)
 BETAS = (0.1, 0.02)
 # With a clip of .2, at a rate of 2e-3 or without its rise over five iterations, some models lose a
 # start letter (J/J* of .83 to .94 at beta = .02); so, 16 of 16 came to .994 or more.
-OPTIMIZER = {"learning_rate": 1e-3, "max_grad_norm": 0.5, "warmup": 80}
+OPTIMIZER = dataclasses.replace(PPO.optimizer, learning_rate=1e-3, max_grad_norm=0.5, warmup=80)
 CLIP_EPS = 0.1
 N_SAMPLES = 20_000
 SHOWN = ("f", "m", "p", "u")  # starts whose walks are printed
@@ -56,9 +55,8 @@ def train(graph_seed: int, seed: int, beta: float, iterations: int, reference: T
     keep_freed_memory()
     world = make_randomwalks(seed=graph_seed)
     truth = make_ground_truth(world, reference, kl_coef=beta)
-    settings = changed(
-        PPO, kl_coef=beta, iterations=iterations, clip_eps=CLIP_EPS, optimizer=OPTIMIZER
-    )
+    changes = {"kl_coef": beta, "iterations": iterations, "clip_eps": CLIP_EPS}
+    settings = dataclasses.replace(PPO, **changes, optimizer=OPTIMIZER)
     trained = train_on_world(truth, settings=settings, seed=seed)
     end = trained.history[-1]
 

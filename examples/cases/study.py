@@ -12,6 +12,7 @@ own; the default seeds were used for nothing else, no setting was chosen by them
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -33,8 +34,9 @@ from minirlhf.app.progress import track
 from minirlhf.crew import without_interrupts
 from minirlhf.disk import write_whole
 from minirlhf.exact import ground_truth
-from minirlhf.exact.ground_truth import TokenWorld, changed
+from minirlhf.exact.ground_truth import TokenWorld
 from minirlhf.exact.tiny import MAX_TOKENS, tiny_reference
+from minirlhf.fields import with_fields
 from minirlhf.memory import keep_freed_memory
 from minirlhf.runs.metrics import mean_of_updates
 from minirlhf.train.dpo import DPOConfig, train_dpo, with_reference
@@ -61,7 +63,8 @@ class Arm(NamedTuple):
         small = {"iterations": min(self.iterations, 4), "batch_size": 32}
         size = small if fast else {"iterations": self.iterations}
         group = min(self.ppo.get("samples_per_prompt", 1), 32 if fast else math.inf)
-        return changed(ground_truth.PPO, **{**size, **self.ppo, "samples_per_prompt": group})
+        changes = {**size, **self.ppo, "samples_per_prompt": group}
+        return with_fields(ground_truth.PPO, changes, "ppo")
 
 
 class PairsArm(NamedTuple):
@@ -227,7 +230,7 @@ def _fit(job: tuple[int, bool]) -> Tree:
     seed, fast = job
     if not fast:
         return tiny_reference(seed)
-    short = changed(ground_truth.SFT, steps=30, batch_size=64)
+    short = dataclasses.replace(ground_truth.SFT, steps=30, batch_size=64)
     return tiny_reference(seed, settings=short, max_tokens=3, n_demonstrations=2000)
 
 

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -200,17 +200,11 @@ def sample_world(
     return sample_responses(params, prompts, **limits, **same)
 
 
-def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
-    """The settings with other values of some fields, and of some fields of their optimiser."""
-    tuned = replace(settings.optimizer, **(optimizer or {}))
-    return replace(settings, optimizer=tuned, **fields)
-
-
 def optimum_runs(*, iterations: int = 150) -> Iterator[tuple[str, PPOConfig]]:
     """Names and settings: PPO with two schedules, and one-step REINFORCE, for several beta."""
-    constant = {"learning_rate": 1e-3, "schedule": "constant"}
+    constant = replace(_ADAM, learning_rate=1e-3, schedule="constant")
     for beta in (1.0, 0.5, 0.25):
-        ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
-        yield "PPO, linear decay", ppo
-        yield "PPO, constant rate", changed(ppo, optimizer=constant)
-        yield "one-step RLOO", rloo
+        same = {"kl_coef": beta, "iterations": iterations}
+        yield "PPO, linear decay", replace(PPO, **same)
+        yield "PPO, constant rate", replace(PPO, **same, optimizer=constant)
+        yield "one-step RLOO", replace(RLOO, **same)

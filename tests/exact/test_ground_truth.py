@@ -13,7 +13,6 @@ from minirlhf.exact.ground_truth import (
     PPO,
     RLOO,
     SFT,
-    changed,
     fit_reference,
     make_ground_truth,
     measure,
@@ -23,6 +22,7 @@ from minirlhf.exact.ground_truth import (
 )
 from minirlhf.exact.optimum import evaluate_exactly, frontier_reward, soft_optimum
 from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.fields import with_fields
 from minirlhf.tree import tree_map
 
 BETA = 0.5
@@ -66,7 +66,7 @@ def test_where_the_scale_begins_and_ends(truth, reference):
 
 
 def test_ppo_reaches_the_optimum_and_stays_under_the_frontier(truth, reference):
-    fast = changed(PPO, iterations=40, optimizer={"learning_rate": 4e-3})
+    fast = with_fields(PPO, {"iterations": 40, "optimizer": {"learning_rate": 4e-3}}, "ppo")
     trained = train_on_world(truth, settings=fast, seed=0, measure_every=20)
     start, middle, end = trained.history
     assert [row["iteration"] for row in trained.history] == [0, 20, 40]
@@ -83,7 +83,7 @@ def test_ppo_reaches_the_optimum_and_stays_under_the_frontier(truth, reference):
 
 
 def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):
-    settings = changed(RLOO, iterations=60, optimizer={"learning_rate": 6e-3})
+    settings = with_fields(RLOO, {"iterations": 60, "optimizer": {"learning_rate": 6e-3}}, "ppo")
     trained = train_on_world(truth, settings=settings, seed=0, measure_every=60)
     assert last(trained)["exact/fraction"] > 0.98
     assert trained.params.keys() == {"transformer"}
@@ -92,7 +92,7 @@ def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):
 def test_where_the_penalty_stands_decides(truth):
     ends = {}
     for mode in ("reward_k1", "reward_and_loss_full", "loss_k3_tok", "loss_k1"):
-        settings = changed(PPO, iterations=15, kl_mode=mode)
+        settings = dataclasses.replace(PPO, iterations=15, kl_mode=mode)
         end = last(train_on_world(truth, settings=settings, seed=0))
         ends[mode] = end["exact/fraction"]
         most = {"kl_seq": end["exact/kl_seq"]}
@@ -104,7 +104,7 @@ def test_where_the_penalty_stands_decides(truth):
 
 
 def test_a_seed_is_a_run_and_micro_batches_change_nothing(truth, reference):
-    short = changed(PPO, iterations=2, batch_size=32)
+    short = dataclasses.replace(PPO, iterations=2, batch_size=32)
     again = {"settings": short, "measure_every": 1}
     a, b, c = (train_on_world(truth, seed=s, **again) for s in (0, 0, 1))
     assert a.history == b.history != c.history
@@ -117,7 +117,7 @@ def test_a_seed_is_a_run_and_micro_batches_change_nothing(truth, reference):
 
 def test_the_reference_is_not_written_to(truth, reference):
     before = tree_map(np.copy, reference)
-    train_on_world(truth, settings=changed(PPO, iterations=1), seed=0)
+    train_on_world(truth, settings=dataclasses.replace(PPO, iterations=1), seed=0)
     assert_trees_close(reference, before, 0.0)
 
 
@@ -147,7 +147,7 @@ def test_the_runs_differ_where_their_names_say_so():
 )
 def test_what_does_not_fit_is_refused(truth, reference, changes, came):
     with pytest.raises(ValueError, match=f"the beta 0.5 of the ground truth, .*; got {came}"):
-        train_on_world(truth, settings=changed(PPO, **changes), seed=0)
+        train_on_world(truth, settings=dataclasses.replace(PPO, **changes), seed=0)
 
 
 def test_rewards_that_cannot_be_improved_are_refused(reference):
