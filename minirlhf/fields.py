@@ -71,7 +71,7 @@ def _typed(value: Any, hint: Any, f: Field, where: str) -> Any:
     """The value in the type of its field: a whole number as float, a string as Path."""
     if is_dataclass(hint):
         if isinstance(value, dict):
-            return with_fields(f.default_factory(), value, where)
+            return with_fields(f.default, value, where)
         if not isinstance(value, hint):
             raise InputError(
                 f"{where}: expected a table, {hint.__name__} or a dict; got {value!r}: correct it"

@@ -6,7 +6,7 @@ would. Of a ranked list the best and the worst reply are the pair.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -36,9 +36,7 @@ class DPOConfig:
     label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]: cDPO
     epochs: int = 2  # Passes over the pairs
     batch_size: int = 64  # Pairs an update
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, warmup=10, eps=1e-8)
-    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup=10, eps=1e-8)
 
     def __post_init__(self):
         counts, shares = ("epochs", "batch_size"), ("label_smoothing",)

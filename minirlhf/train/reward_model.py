@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,9 +42,7 @@ class RewardModelConfig:
     batch_size: int = 64  # Pairs an update
     margin: float = 0.0  # Score difference that the loss asks for in a pair
     label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
-    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
 
     def __post_init__(self):
         check_fields(
