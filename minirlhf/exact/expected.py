@@ -179,16 +179,13 @@ class Placement(NamedTuple):
     kl_mode: str
     sampler: str  # who sampled: theta (on-policy), old or ref
     gives: str  # the expected gradient; g = grad KL(pi || ref)
-    gamma: float = 1.0
-
-    @property
-    def right(self) -> bool:
-        return self.gives == "g"
+    right: bool  # that is g
+    gamma: float  # of the reward-to-go
 
 
 _READ = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PLACEMENTS = tuple(
-    Placement(name, mode, sampler, gives[i], 0.0 if "own token" in name else 1.0)
+    Placement(name, mode, sampler, gives[i], gives[i] == "g", 0.0 if "own token" in name else 1.0)
     for i, sampler in enumerate(("theta", "old", "ref"))
     for name, mode, *gives in _READ["penalties"]
     if i < len(gives)
@@ -209,5 +206,5 @@ def kl_gradient_table(*, seed: int = 0) -> list[Row]:
         theta = world.logits["theta"]
         dlogits = penalty_dlogits(world.responses, theta, **others, **mode)
         row = error_and_noise(world, dlogits, jacobian, g, world.probs(place.sampler))
-        rows.append({**place._asdict(), "right": place.right, **row})
+        rows.append(place._asdict() | row)
     return rows
