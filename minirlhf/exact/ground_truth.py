@@ -190,9 +190,7 @@ def ppo_on_world(
         yield optimizer.params, turn
 
 
-def sample_world(
-    params: Tree, world: TokenWorld, n: int, *, rng: Generator, together: int = 1
-) -> Samples:
+def sample_world(params: Tree, world: TokenWorld, n: int, *, rng: Generator, together=1) -> Samples:
     """n responses, the prompts in turn, each of them so many times together."""
     prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
     limits = {"max_tokens": len(world.tree.levels), "stop_id": world.stop_id}
