@@ -30,16 +30,13 @@ from minirlhf.exact.ground_truth import (
     PPO,
     SFT,
     TokenWorld,
-    changed,
     fit_reference,
     make_ground_truth,
     sample_world,
-    small_transformer,
     train_on_world,
 )
 from minirlhf.exact.optimum import evaluate_exactly
 from minirlhf.memory import keep_freed_memory
-from minirlhf.nn.transformer import GPTConfig
 from minirlhf.tree import Tree
 from walks_on_a_graph import letters, make_graph, make_randomwalks, measure_leaves
 
@@ -47,7 +44,7 @@ SFT_HERE = dataclasses.replace(SFT, steps=300, batch_size=128)
 BETAS = (0.1, 0.02)
 # With a clip of .2, at a rate of 2e-3 or without its rise over five iterations, some models lose a
 # start letter (J/J* of .83 to .94 at beta = .02); so, 16 of 16 came to .994 or more.
-OPTIMIZER = {"learning_rate": 1e-3, "max_grad_norm": 0.5, "warmup": 80}
+OPTIMIZER = dataclasses.replace(PPO.optimizer, learning_rate=1e-3, max_grad_norm=0.5, warmup=80)
 CLIP_EPS = 0.1
 N_SAMPLES = 20_000
 SHOWN = ("f", "m", "p", "u")  # starts whose walks are printed
@@ -57,15 +54,13 @@ def train(graph_seed: int, seed: int, beta: float, iterations: int, reference: T
     """PPO for one beta, in a process of its own: the table's row, the history, some walks."""
     keep_freed_memory()
     world = make_randomwalks(seed=graph_seed)
-    config = small_transformer(world, n_layer=2)
-    truth = make_ground_truth(world, reference, config=config, kl_coef=beta)
-    settings = changed(
-        PPO, kl_coef=beta, iterations=iterations, clip_eps=CLIP_EPS, optimizer=OPTIMIZER
-    )
+    truth = make_ground_truth(world, reference, kl_coef=beta)
+    changes = {"kl_coef": beta, "iterations": iterations, "clip_eps": CLIP_EPS}
+    settings = dataclasses.replace(PPO, **changes, optimizer=OPTIMIZER)
     trained = train_on_world(truth, settings=settings, seed=seed)
     end = trained.history[-1]
 
-    tree, policy = world.tree, truth.log_probs(trained.params)
+    tree, policy = world.tree, world.log_probs(trained.params)
     best = evaluate_exactly(
         tree, truth.optimum.log_probs, truth.ref_log_probs, world.rewards, kl_coef=beta
     )
@@ -83,15 +78,13 @@ def train(graph_seed: int, seed: int, beta: float, iterations: int, reference: T
         "KL": end["exact/kl_seq"],
         "P(illegal)": float(evaluate_exactly(tree, policy, policy, illegal, kl_coef=0.0).reward),
         "history": trained.history,
-        "walks": some_walks(trained.params, world, config),
+        "walks": some_walks(trained.params, world),
     }
 
 
-def some_walks(params: Tree, world: TokenWorld, config: GPTConfig) -> list[str]:
+def some_walks(params: Tree, world: TokenWorld) -> list[str]:
     """One sampled walk from each start of SHOWN, with its optimality."""
-    drawn = sample_world(
-        params, world, len(world.prompts), config=config, rng=np.random.default_rng(0)
-    )
+    drawn = sample_world(params, world, len(world.prompts), rng=np.random.default_rng(0))
     optimality = world.score(drawn.prompt_ids, drawn.response_ids)
     starts, ways = ([letters(ids) for ids in of] for of in (drawn.prompt_ids, drawn.response_ids))
     walks = zip(starts, ways, optimality, strict=True)
@@ -130,14 +123,12 @@ def main() -> None:
     options = parser.parse_args()
 
     world = make_randomwalks(seed=options.graph_seed)
-    config = small_transformer(world, n_layer=2)
     uniform = world.demonstrator  # a uniform step along the edges
     exact = evaluate_exactly(world.tree, uniform, uniform, world.rewards, kl_coef=0.0)
     print(f"graph {options.graph_seed}: {world.tree.n_nodes:,} prefixes", end=", ")
     print(f"{world.rewards.size:,} responses; the uniform walk: {exact.reward:.4f}", flush=True)
     references = {
-        seed: fit_reference(world, config=config, settings=SFT_HERE, seed=seed)
-        for seed in options.seeds
+        seed: fit_reference(world, settings=SFT_HERE, seed=seed) for seed in options.seeds
     }
 
     context = multiprocessing.get_context("spawn")
@@ -148,7 +139,7 @@ def main() -> None:
             for beta in BETAS
         ]
         training = pool.starmap_async(train, jobs, chunksize=1)
-        sampled = {seed: sample_optimality(p, world, config) for seed, p in references.items()}
+        sampled = {seed: sample_optimality(p, world) for seed, p in references.items()}
         rows = training.get()
 
     columns = [name for name in rows[0] if name not in ("seed", "beta", "history", "walks")]
@@ -166,7 +157,7 @@ def main() -> None:
         print("more for it in KL than it is worth, so that is a worse run and not a better one.")
     print("\nwalks with their optimality")
     seed = options.seeds[0]
-    print(f"  reference   {'   '.join(some_walks(references[seed], world, config))}")
+    print(f"  reference   {'   '.join(some_walks(references[seed], world))}")
     for row in rows:
         if row["seed"] == seed:
             print(f"  beta {row['beta']:<6g} {'   '.join(row['walks'])}")
@@ -174,9 +165,9 @@ def main() -> None:
     draw(rows, options.picture)
 
 
-def sample_optimality(params: Tree, world: TokenWorld, config: GPTConfig) -> tuple[float, float]:
+def sample_optimality(params: Tree, world: TokenWorld) -> tuple[float, float]:
     """Mean optimality of sampled walks and its standard error."""
-    drawn = sample_world(params, world, N_SAMPLES, config=config, rng=np.random.default_rng(1))
+    drawn = sample_world(params, world, N_SAMPLES, rng=np.random.default_rng(1))
     optimality = world.score(drawn.prompt_ids, drawn.response_ids)
     return float(optimality.mean()), float(optimality.std() / N_SAMPLES**0.5)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from minirlhf.exact.enumeration import PrefixTree, all_responses, grow_tree
-from minirlhf.exact.ground_truth import TokenWorld, rectangle
+from minirlhf.exact.ground_truth import TokenWorld, rectangle, small_transformer
 
 LETTERS = tuple("abcdefghijklmnopqrstu")
 GOAL = 0  # a
@@ -163,11 +163,10 @@ def make_randomwalks(*, seed: int = 1000) -> TokenWorld:
         return measure(graph, *rectangle(walks)).optimality
 
     return TokenWorld(
-        name="randomwalks",
         tokens=LETTERS,
         stop_id=GOAL,
         prompts=[[start] for start in STARTS],
-        max_response_tokens=MAX_NODES - 1,
+        config=small_transformer(len(LETTERS), MAX_NODES, n_layer=2),
         tree=tree,
         rewards=optimality,
         gold=optimality.copy(),

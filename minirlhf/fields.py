@@ -71,7 +71,7 @@ def _typed(value: Any, hint: Any, f: Field, where: str) -> Any:
     """The value in the type of its field: a whole number as float, a string as Path."""
     choices = get_args(hint)
     if is_dataclass(hint):
-        value = with_fields(f.default_factory(), value, where) if isinstance(value, dict) else value
+        value = with_fields(f.default, value, where) if isinstance(value, dict) else value
         fits, expected = isinstance(value, hint), f"a table, {hint.__name__} or a dict"
     elif get_origin(hint) is Literal:
         fits, expected = value in choices, f"one of {', '.join(choices)}"

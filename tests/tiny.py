@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from minirlhf.app.cases import Draw
 from minirlhf.backend import to_device, to_host
-from minirlhf.exact.enumeration import prompt_of_leaf, response_logprobs
+from minirlhf.exact.enumeration import response_logprobs
 from minirlhf.nn.sampling import Sampling, generate
 from minirlhf.nn.transformer import GPTConfig, init_transformer
 from minirlhf.runs.metrics import iteration_metrics
@@ -99,7 +99,8 @@ def toy_pairs(n, *, seed):
             rng.integers(1, 5, size=3), seed=int(rng.integers(2**32)), low=1
         )
         chosen.insert(int(rng.integers(len(chosen) + 1)), 0)
-        pairs.append(Pair([Letters.bos, *prompt], [*chosen, Letters.eos], [*rejected, Letters.eos]))
+        replies = [*chosen, Letters.eos], [*rejected, Letters.eos]
+        pairs.append(Pair([Letters.bos, *prompt], replies))
     return pairs
 
 
@@ -112,7 +113,7 @@ def toy_rankings(n, *, seed, size=4):
             rng.integers(1, 4, size=size + 1), seed=int(rng.integers(2**32)), low=1
         )
         replies = [[*[0] * (size - 1 - i), *ids, Letters.eos] for i, ids in enumerate(rest)]
-        rankings.append(Pair([Letters.bos, *prompt], *replies[:2], tuple(replies[2:])))
+        rankings.append(Pair([Letters.bos, *prompt], tuple(replies)))
     return rankings
 
 
@@ -198,7 +199,8 @@ def ppo_step(device, *, settings, dtype=np.float64, kl_coef=0.3):
 
 def tilt(tree, ref_log_probs, rewards, *, kl_coef):
     """pi*(y|x) = ref(y|x) exp(r / beta) / Z(x), no tree: log Pr*(x, y) (M,), log Z (n_prompts,)."""
-    logp, prompt = response_logprobs(tree, ref_log_probs) + rewards / kl_coef, prompt_of_leaf(tree)
+    logp = response_logprobs(tree, ref_log_probs) + rewards / kl_coef
+    prompt = tree.prompt[tree.leaf_node]
     of_prompts = [logp[prompt == x] for x in range(tree.n_prompts)]
     top = np.array([at.max() for at in of_prompts])
     sums = [np.exp(at - most).sum() for at, most in zip(of_prompts, top, strict=True)]

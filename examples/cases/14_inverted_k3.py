@@ -23,7 +23,7 @@ import numpy as np
 from gradients import gather_nodes, logits_at_kl
 from minirlhf.app.pictures import LOOKS, draw_lines, new_figure, say
 from minirlhf.exact.enumeration import response_logprobs
-from minirlhf.exact.expected import make_random_world, relative_error
+from minirlhf.exact.expected import beside, make_random_world
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.nn.adam import adamw_step, init_adamw
 from minirlhf.rlhf.kl import ESTIMATORS
@@ -51,7 +51,7 @@ def measure(world, logits):
         for which, log_ratio in (("error, by token", tokens), ("error, whole", whole)):
             each = token_logprobs_backward(slope_of(name, log_ratio) * replies.mask, cache)
             row["mean"] = gather_nodes(world.tree, replies, each, weights=p)
-            row[which] = float(relative_error(row["mean"], g))
+            row[which] = beside(row["mean"], g)["error"]
     return rows
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from gradients import gather_nodes, logits_at_kl
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.exact.enumeration import response_logprobs
-from minirlhf.exact.expected import cosine, make_random_world, penalty_dlogits, relative_error
+from minirlhf.exact.expected import beside, make_random_world, penalty_dlogits
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.rlhf.kl import kl_estimate
 from minirlhf.rlhf.logprobs import log_softmax
@@ -48,8 +48,8 @@ def measure(world, logits):
         mean = gather_nodes(world.tree, replies, each, weights=p)
         value = kl_estimate(log_ratio, name[:2]).sum(axis=1)
         row = {"pull": (mean * g).sum() / (g * g).sum(), "mean value": p @ value}
-        row |= {"error": float(relative_error(mean, g)), "cosine": float(cosine(mean, g))}
-        rows[name] = {**row, "sd of the value": (p @ (value - p @ value) ** 2) ** 0.5}
+        row["sd of the value"] = (p @ (value - p @ value) ** 2) ** 0.5
+        rows[name] = row | beside(mean, g)
     return rows
 
 

@@ -23,7 +23,6 @@ import numpy as np
 from desk import Desk, fit_bradley_terry
 from minirlhf.app.pictures import draw_lines, new_figure, say
 from minirlhf.exact.enumeration import prefix_logprobs
-from minirlhf.exact.ground_truth import small_transformer
 from minirlhf.exact.optimum import policy_values
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.nn.transformer import init_transformer
@@ -37,7 +36,7 @@ case = Case("18_ratio_clip_and_total_variation", __doc__)
 EPS, DELTAS, STEPS, MOVED = (0.1, 0.2, 0.5), (0.003, 0.01, 0.03, 0.1), 40, "moved when cut, %"
 ADAM = OptimizerConfig(learning_rate=1e-3, eps=1e-8, max_grad_norm=0.0, schedule="constant")
 desk = Desk(max_tokens=min(4, case.max_tokens))
-tree, V, config = desk.tree, desk.tree.vocab_size, small_transformer(case.desk.world)
+tree, V, config = desk.tree, desk.tree.vocab_size, case.desk.world.config
 where = {"tree": tree, "prompts": desk.world.prompts, "config": config}
 
 

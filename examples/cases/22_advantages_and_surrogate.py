@@ -23,7 +23,7 @@ import numpy as np
 
 from gradients import gae_table, gather_nodes
 from minirlhf.app.pictures import draw_lines, new_figure, say
-from minirlhf.exact.expected import cosine, make_random_world, policy_gradient_dlogits
+from minirlhf.exact.expected import beside, make_random_world, policy_gradient_dlogits
 from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values
 from minirlhf.exact.tree_policy import tree_gradient, tree_logits
 from minirlhf.rlhf.logprobs import log_softmax
@@ -65,7 +65,7 @@ def surrogate_along(world):
             of_old = {"old_logp": log_old[at], "form": clip}
             each = policy_gradient_dlogits(responses, logits, advantages, **of_old)
             mean = gather_nodes(tree, responses, each, weights=probs)
-            row[name] = float(cosine(world.pull_back(mean, params), true))
+            row[name] = beside(world.pull_back(mean, params), true)["cosine"]
         weights, cut = probs[:, None] * responses.mask, ~each.any(axis=-1)  # by the clip
         yield {**row, "clip_fraction": float((weights * cut).sum() / weights.sum())}
 

@@ -177,7 +177,7 @@ class Desk:
         """Pairs of numbers (n, 2) as ids, for `train.dpo`; without those of equal replies."""
         rows = zip(self.responses.tokens, self.responses.mask > 0, strict=True)
         ids = [tokens[kept].tolist() for tokens, kept in rows]
-        return [Pair(self.world.prompts[0], ids[a], ids[b]) for a, b in numbers if a != b]
+        return [Pair(self.world.prompts[0], (ids[a], ids[b])) for a, b in numbers if a != b]
 
     def standardised(self, reward: np.ndarray, p: np.ndarray | None = None) -> np.ndarray:
         """The reward with mean 0 and sd 1 under p; None: under the reference."""

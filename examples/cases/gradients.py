@@ -51,7 +51,7 @@ def gae_table(*, seed: int = 0, kl_coef: float = 0.5, lams=(0.0, 0.5, 0.8, 0.95,
         for lam in lams:
             advantages, _ = gae(rewards, values[responses.nodes], mask=mask, lam=lam)
             dlogits = expected.policy_gradient_dlogits(responses, world.logits["theta"], advantages)
-            _, row = error_and_noise(world, dlogits, jacobian, g, probs)
+            row = error_and_noise(world, dlogits, jacobian, g, probs)
             rows.append({"value": name, "lam": lam, "bias": row["error"], "noise": row["noise"]})
     return rows
 
@@ -127,12 +127,7 @@ def scores(world: RandomWorld, log_pi: np.ndarray, slopes: np.ndarray) -> np.nda
 
 def beside(mean: np.ndarray, g: np.ndarray) -> dict[str, float]:
     """Error, cosine and length of a mean gradient beside g, in |g|."""
-    size, length = np.linalg.norm(g), np.linalg.norm(mean)
-    return {
-        "error": float(np.linalg.norm(mean - g) / size),
-        "cosine": float(mean @ g / (length * size)),
-        "length": float(length / size),
-    }
+    return expected.beside(mean, g) | {"length": float(np.linalg.norm(mean) / np.linalg.norm(g))}
 
 
 def up_along_the_gradient(world: RandomWorld, kl_seq: float) -> tuple[Tree, np.ndarray]:

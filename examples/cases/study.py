@@ -12,6 +12,7 @@ own; the default seeds were used for nothing else, no setting was chosen by them
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -33,8 +34,9 @@ from minirlhf.app.progress import track
 from minirlhf.crew import without_interrupts
 from minirlhf.disk import write_whole
 from minirlhf.exact import ground_truth
-from minirlhf.exact.ground_truth import TokenWorld, changed
+from minirlhf.exact.ground_truth import TokenWorld
 from minirlhf.exact.tiny import MAX_TOKENS, tiny_reference
+from minirlhf.fields import with_fields
 from minirlhf.memory import keep_freed_memory
 from minirlhf.runs.metrics import mean_of_updates
 from minirlhf.train.dpo import DPOConfig, train_dpo, with_reference
@@ -61,7 +63,8 @@ class Arm(NamedTuple):
         small = {"iterations": min(self.iterations, 4), "batch_size": 32}
         size = small if fast else {"iterations": self.iterations}
         group = min(self.ppo.get("samples_per_prompt", 1), 32 if fast else math.inf)
-        return changed(ground_truth.PPO, **{**size, **self.ppo, "samples_per_prompt": group})
+        changes = {**size, **self.ppo, "samples_per_prompt": group}
+        return with_fields(ground_truth.PPO, changes, "ppo")
 
 
 class PairsArm(NamedTuple):
@@ -227,23 +230,18 @@ def _fit(job: tuple[int, bool]) -> Tree:
     seed, fast = job
     if not fast:
         return tiny_reference(seed)
-    short = changed(ground_truth.SFT, steps=30, batch_size=64)
+    short = dataclasses.replace(ground_truth.SFT, steps=30, batch_size=64)
     return tiny_reference(seed, settings=short, max_tokens=3, n_demonstrations=2000)
 
 
 def _desk_of(reference: Tree, max_tokens: int) -> Desk:
     """The desk whose reference is this transformer."""
-    return Desk(max_tokens=max_tokens, ref_log_probs=_log_probs(reference, _chain(max_tokens)))
+    return Desk(max_tokens=max_tokens, ref_log_probs=_chain(max_tokens).world.log_probs(reference))
 
 
 @functools.cache
 def _chain(max_tokens: int) -> Desk:
     return Desk(max_tokens=max_tokens)
-
-
-def _log_probs(params: Tree, desk: Desk) -> np.ndarray:
-    config = ground_truth.small_transformer(desk.world)
-    return ground_truth.log_probs_on_tree(params, world=desk.world, config=config)
 
 
 def _train(job: tuple) -> Run:
@@ -259,11 +257,10 @@ def _train(job: tuple) -> Run:
             reference = {"transformer": start["transformer"]}
         settings = phase.settings(fast)
         world = desk.world if phase.reward is None else desk.with_reward(phase.reward)
-        same = {"config": ground_truth.small_transformer(world), "settings": settings}
-        same |= {"seed": seed + 1000 * number, "start": start}
+        same = {"settings": settings, "seed": seed + 1000 * number, "start": start}
         for i, (params, turn) in enumerate(ground_truth.ppo_on_world(world, reference, **same), 1):
             if i % measure_every == 0 or i == settings.iterations:
-                log_probs = _log_probs(params, desk)
+                log_probs = desk.world.log_probs(params)
                 probs = desk.probs(log_probs)
                 row = {"iteration": first + i, **desk.describe(probs)}
                 row["paid"] = float(probs @ world.rewards)
@@ -275,12 +272,12 @@ def _train(job: tuple) -> Run:
 
 def _train_on_pairs(arm: PairsArm, reference: Tree, desk: Desk, seed: int, fast: bool) -> Run:
     """One phase, measured at its end."""
-    rng, config = np.random.default_rng([seed, 3]), ground_truth.small_transformer(desk.world)
+    rng = np.random.default_rng([seed, 3])
     n = 200 if fast else arm.n_pairs
     pairs = desk.as_pairs(desk.draw_pairs(desk.ref, n, rng=rng, gold=desk.proxy))
-    same = {"settings": arm.settings(fast), "seed": seed, "config": config}
+    same = {"settings": arm.settings(fast), "seed": seed}
     *_, (params, metrics) = dpo_on_world(desk.world, reference, pairs, **same)
-    log_probs = _log_probs(params, desk)
+    log_probs = desk.world.log_probs(params)
     probs = desk.probs(log_probs)
     ends = (desk.describe(p) | {"paid": float(p @ desk.proxy)} for p in (desk.ref, probs))
     rows = [{"iteration": i, **row} for i, row in enumerate(ends)]
@@ -288,14 +285,13 @@ def _train_on_pairs(arm: PairsArm, reference: Tree, desk: Desk, seed: int, fast:
 
 
 def dpo_on_world(
-    world: TokenWorld, reference: Tree, pairs: list[Pair], *, settings: DPOConfig, seed: int, **same
+    world: TokenWorld, reference: Tree, pairs: list[Pair], *, settings: DPOConfig, seed: int
 ) -> Iterator[tuple[Tree, dict[str, float]]]:
     """DPO on a world of tokens: the policy, which is written to, and metrics at every update.
 
     Args:     pairs: of the reference's samples, as from `Desk.draw_pairs` and `as_pairs`.
-              same: config, the transformer's.
     """
-    same["pad_id"] = world.stop_id
+    same = {"config": world.config, "pad_id": world.stop_id}
     updates, rng = n_updates(len(pairs), settings), np.random.default_rng([seed, 1])
     optimizer = Optimizer(reference, settings.optimizer, total_steps=updates)
     pairs = with_reference(pairs, reference, **same)

@@ -105,8 +105,7 @@ def _train(job: tuple[str, PPOConfig, int, Tree]) -> Row:
     """One policy, trained from the reference on; its history, and the frontier where it ended."""
     started, (name, settings, seed, reference) = time.perf_counter(), job
     world = make_tiny_world(n_demonstrations=1, rng=np.random.default_rng(0))
-    where = {"config": ground_truth.small_transformer(world), "kl_coef": settings.kl_coef}
-    truth = ground_truth.make_ground_truth(world, reference, **where)
+    truth = ground_truth.make_ground_truth(world, reference, kl_coef=settings.kl_coef)
     history = ground_truth.train_on_world(truth, settings=settings, seed=seed).history
     row = {"name": name, "kl_coef": settings.kl_coef, "seed": seed}
     row |= {"iterations": settings.iterations, "seconds": time.perf_counter() - started}

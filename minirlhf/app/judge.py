@@ -32,7 +32,7 @@ from minirlhf.disk import read_toml, shorten
 from minirlhf.errors import InputError
 from minirlhf.exact import judge as exact
 from minirlhf.exact.judge import Answer, Arrays, Verdict
-from minirlhf.exact.libraries import LIBRARIES
+from minirlhf.exact.libraries import LIBRARIES, TERMS
 from minirlhf.tree import tree_map
 from minirlhf.worlds import rewards
 
@@ -117,7 +117,8 @@ def judge(
                 f"judge: expected file.py:function, module:function, or one of "
                 f"{', '.join(LIBRARIES)}; got {shorten(f)!r}: name one"
             )
-        f, placement, framework = LIBRARIES[f].f, LIBRARIES[f].placement, LIBRARIES[f].framework
+        library = LIBRARIES[f]
+        f, placement, framework = TERMS[library.term], library.placement, library.framework
     call, asked = _by_name(f)
     fits = len(size) == 2 and min(size) > 1 and (size[0] - 1) ** size[1] <= 2000
     if not fits or seed < 0:

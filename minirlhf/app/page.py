@@ -276,10 +276,9 @@ def known_world(*, iterations: int = 20, max_tokens: int = 5) -> Row:
     world = tiny.make_tiny_world(max_tokens=max_tokens, n_demonstrations=1, rng=rng)
     reference = tiny.tiny_reference(0, max_tokens=max_tokens)
     settings = replace(ground_truth.PPO, iterations=iterations)
-    where = {"config": ground_truth.small_transformer(world), "kl_coef": settings.kl_coef}
-    truth = ground_truth.make_ground_truth(world, reference, **where)
+    truth = ground_truth.make_ground_truth(world, reference, kl_coef=settings.kl_coef)
     trained = ground_truth.train_on_world(truth, settings=settings, seed=0)
-    end, tree, policy = trained.history[-1], world.tree, truth.log_probs(trained.params)
+    end, tree, policy = trained.history[-1], world.tree, world.log_probs(trained.params)
     numbers = {
         "parent": np.concatenate([tree.parent, tree.leaf_node]),
         "token": np.concatenate([tree.token, tree.leaf_token]),

@@ -28,6 +28,7 @@ class PrefixTree(NamedTuple):
     Token a after prefix n leads to a longer prefix, or it ends the response: (n, a) is a leaf.
     """
 
+    prompt: Array  # (N,) the prompt that it begins with
     parent: Array  # (N,) the prefix without its last token; of a prompt: itself
     token: Array  # (N,) the last token; of a prompt: 0
     leaf_node: Array  # (M,) the prefix that a response ends with,
@@ -45,8 +46,8 @@ class PrefixTree(NamedTuple):
 
     def to(self, device: str) -> "PrefixTree":
         """A copy on "cpu" or "cuda"."""
-        fields = ("parent", "token", "leaf_node", "leaf_token")
-        return self._replace(**{name: to_device(getattr(self, name), device) for name in fields})
+        *arrays, levels, vocab_size = self
+        return PrefixTree(*(to_device(array, device) for array in arrays), levels, vocab_size)
 
 
 def grow_tree(
@@ -66,7 +67,7 @@ def grow_tree(
             f"got {vocab_size}, {max_tokens} and {n_prompts}"
         )
     prompt, tokens = np.arange(n_prompts), np.zeros((n_prompts, 0), dtype=np.int64)
-    parents, last_tokens = [np.arange(n_prompts)], [np.zeros(n_prompts, dtype=np.int64)]
+    prompts, parents, last_tokens = [prompt], [prompt], [np.zeros(n_prompts, dtype=np.int64)]
     leaf_nodes, leaf_tokens, levels, n_leaves = [], [], [], 0
     for t in range(max_tokens):
         start = levels[-1].stop if levels else 0
@@ -85,11 +86,12 @@ def grow_tree(
         leaf_nodes.append(start + node)
         leaf_tokens.append(token)
         node, token = np.nonzero(lives)
+        prompt, tokens = prompt[node], np.concatenate([tokens[node], token[:, None]], axis=1)
+        prompts.append(prompt)
         parents.append(start + node)
         last_tokens.append(token)
-        prompt, tokens = prompt[node], np.concatenate([tokens[node], token[:, None]], axis=1)
-    arrays = (np.concatenate(a) for a in (parents, last_tokens, leaf_nodes, leaf_tokens))
-    return PrefixTree(*arrays, tuple(levels), vocab_size)
+    arrays = (prompts, parents, last_tokens, leaf_nodes, leaf_tokens)
+    return PrefixTree(*map(np.concatenate, arrays), tuple(levels), vocab_size)
 
 
 def enumerate_responses(
@@ -135,14 +137,6 @@ def all_responses(tree: PrefixTree, *, dtype=np.float64) -> Responses:
         node = tree.parent[node]
     mask = xp.arange(T) <= depth[tree.leaf_node][:, None]
     return Responses(node, nodes, tokens, mask.astype(dtype))
-
-
-def prompt_of_leaf(tree: PrefixTree) -> Array:
-    """(M,) index of the prompt that each response answers."""
-    ancestor = tree.parent
-    for _ in tree.levels[2:]:
-        ancestor = tree.parent[ancestor]  # a prompt is its own parent
-    return ancestor[tree.leaf_node]
 
 
 # -- probabilities -------------------------------------------------------------------------------

@@ -143,33 +143,32 @@ def gradient_moments(gradients: Array, probs: Array) -> tuple[Array, Array]:
     return mean, second - (mean * mean).sum()
 
 
-def relative_error(estimate: np.ndarray, exact: np.ndarray) -> float:
-    """|estimate - exact| / |exact|."""
-    difference = estimate - exact
-    return np.sqrt((difference * difference).sum() / (exact * exact).sum())
+def beside(mean: np.ndarray, exact: np.ndarray, variance: float = 0.0) -> dict[str, float]:
+    """The mean of an estimate, and its variance, beside the exact gradient g.
 
-
-def cosine(estimate: np.ndarray, exact: np.ndarray) -> float:
-    """Cosine of the angle between two gradients; 0 where one of them is 0."""
-    norms = np.sqrt((estimate * estimate).sum() * (exact * exact).sum())
-    return (estimate * exact).sum() / norms if norms > 0 else 0.0
+    error   |mean - g| / |g|
+    cosine  of the two; 0 where the mean is 0
+    noise   sqrt(variance) / |g|
+    """
+    difference, square, size = mean - exact, (mean * mean).sum(), (exact * exact).sum()
+    return {
+        "error": float(np.sqrt((difference * difference).sum() / size)),
+        "cosine": float((mean * exact).sum() / np.sqrt(square * size)) if square > 0 else 0.0,
+        "noise": float(np.sqrt(max(0.0, variance) / size)),
+    }
 
 
 def error_and_noise(
     world: RandomWorld, dlogits: np.ndarray, jacobian: np.ndarray, g: np.ndarray, probs: np.ndarray
-) -> tuple[np.ndarray, Row]:
-    """The expected gradient in the parameters (P,), and its error and noise as shares of |g|.
-
-    Args:     dlogits: (M, T, V) the estimate that each response gives; probs (M,) how likely it is.
-    """
+) -> dict[str, float]:
+    """`beside` g (P,), of estimates dlogits (M, T, V) of responses with these probs (M,)."""
     M, N, V = len(dlogits), world.tree.n_nodes, world.tree.vocab_size
     at_prefixes = np.zeros((M, N, V))
     kept = dlogits * world.responses.mask[..., None]
     np.add.at(at_prefixes, (np.arange(M)[:, None], world.responses.nodes), kept)
     estimates = at_prefixes.reshape(M, N * V) @ jacobian  # (M, P)
     mean, variance = gradient_moments(estimates, probs)
-    noise = np.sqrt(variance / (g @ g))
-    return mean, {"error": float(relative_error(mean, g)), "noise": float(noise)}
+    return beside(mean * (mean @ mean > 1e-20 * (g @ g)), g, variance)  # or it is rounding
 
 
 # -- the gradient of the penalty, in every placement -----------------------------------------------
@@ -180,16 +179,13 @@ class Placement(NamedTuple):
     kl_mode: str
     sampler: str  # who sampled: theta (on-policy), old or ref
     gives: str  # the expected gradient; g = grad KL(pi || ref)
-    gamma: float = 1.0
-
-    @property
-    def right(self) -> bool:
-        return self.gives == "g"
+    right: bool  # that is g
+    gamma: float  # of the reward-to-go
 
 
 _READ = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 PLACEMENTS = tuple(
-    Placement(name, mode, sampler, gives[i], 0.0 if "own token" in name else 1.0)
+    Placement(name, mode, sampler, gives[i], gives[i] == "g", 0.0 if "own token" in name else 1.0)
     for i, sampler in enumerate(("theta", "old", "ref"))
     for name, mode, *gives in _READ["penalties"]
     if i < len(gives)
@@ -197,12 +193,7 @@ PLACEMENTS = tuple(
 
 
 def kl_gradient_table(*, seed: int = 0) -> list[Row]:
-    """Every placement against g = grad KL(pi || ref), in the parameters of a transformer.
-
-    error   |E[estimate] - g| / |g|, by enumeration
-    cosine  of the two; 0 where the expected gradient is 0
-    noise   sqrt(E|estimate|^2 - |E[estimate]|^2) / |g| of a single response
-    """
+    """Every placement `beside` g = grad KL(pi || ref), in the parameters of a transformer."""
     world = make_random_world(seed=seed)
     tree, jacobian = world.tree, world.jacobian("theta")
     log_pi, log_ref = world.log_probs("theta"), world.log_probs("ref")
@@ -214,7 +205,6 @@ def kl_gradient_table(*, seed: int = 0) -> list[Row]:
         mode = {"kl_mode": place.kl_mode, "gamma": place.gamma}
         theta = world.logits["theta"]
         dlogits = penalty_dlogits(world.responses, theta, **others, **mode)
-        mean, row = error_and_noise(world, dlogits, jacobian, g, world.probs(place.sampler))
-        angle = 0.0 if mean @ mean < 1e-20 * (g @ g) else float(cosine(mean, g))
-        rows.append({**place._asdict(), "right": place.right, "cosine": angle, **row})
+        row = error_and_noise(world, dlogits, jacobian, g, world.probs(place.sampler))
+        rows.append(place._asdict() | row)
     return rows

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -36,17 +36,21 @@ class TokenWorld:
     prefixes and M responses as in `exact/enumeration.py`.
     """
 
-    name: str
     tokens: tuple[str, ...]  # the V tokens by name
     stop_id: int  # the token that ends a response, and belongs to it
     prompts: list[list[int]]  # ids of each prompt, all of one length, equally likely
-    max_response_tokens: int  # T
+    config: GPTConfig  # the sizes of its policies
     tree: PrefixTree
     rewards: np.ndarray  # (M,) the proxy: what is maximised
     gold: np.ndarray  # (M,) the true reward: what is wanted
     score: Callable[[list[list[int]], list[list[int]]], np.ndarray]  # (prompts, responses) -> (B,)
     demonstrator: np.ndarray  # (N, V) log-probs of who writes the demonstrations, -inf where never
     demonstrations: list[tuple[list[int], list[int]]]  # (prompt, response), what SFT imitates
+
+    def log_probs(self, params: Tree) -> np.ndarray:
+        """log pi(a|s) (N, V) of a policy on the CPU, normalised in float64 whatever its dtype."""
+        logits = tree_logits(params, tree=self.tree, prompts=self.prompts, config=self.config)
+        return log_softmax(logits.astype(np.float64))
 
 
 def rectangle(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -70,21 +74,18 @@ RLOO = replace(PPO, epochs=1, minibatches=1, clip="none", optimizer=_BOUNDED)
 RLOO = replace(RLOO, advantages="leave-one-out", samples_per_prompt=RLOO.batch_size)
 
 
-def small_transformer(world: TokenWorld, *, n_layer: int = 1) -> GPTConfig:
-    """The sizes of a policy for a token world: about 13,000 parameters a block."""
-    positions = len(world.prompts[0]) + world.max_response_tokens
-    return GPTConfig(len(world.tokens), positions, n_layer=n_layer, n_head=4, d_model=32)
+def small_transformer(vocab_size: int, n_ctx: int, *, n_layer: int = 1) -> GPTConfig:
+    """About 13,000 parameters a block."""
+    return GPTConfig(vocab_size, n_ctx, n_layer=n_layer, n_head=4, d_model=32)
 
 
-def fit_reference(
-    world: TokenWorld, *, config: GPTConfig, settings: SFTConfig = SFT, seed: int
-) -> Tree:
+def fit_reference(world: TokenWorld, *, settings: SFTConfig = SFT, seed: int) -> Tree:
     """{"transformer": ...} fine-tuned on the demonstrations of the world, frozen after that."""
     rng_init, rng_batches = np.random.default_rng(seed).spawn(2)
-    start = {"transformer": init_transformer(config, rng=rng_init)}
+    start = {"transformer": init_transformer(world.config, rng=rng_init)}
     optimizer = Optimizer(start, settings.optimizer, total_steps=settings.steps)
-    same = {"config": config, "settings": settings, "pad_id": world.stop_id, "rng": rng_batches}
-    for _ in train_sft(optimizer, world.demonstrations, **same):
+    same = {"config": world.config, "settings": settings, "pad_id": world.stop_id}
+    for _ in train_sft(optimizer, world.demonstrations, rng=rng_batches, **same):
         pass
     return tree_copy(optimizer.params)
 
@@ -93,32 +94,19 @@ class GroundTruth(NamedTuple):
     """What is known about one world, one reference and one beta. Arrays on the host, float64."""
 
     world: TokenWorld
-    config: GPTConfig
     reference: Tree  # {"transformer": ...}
     kl_coef: float  # beta [reward units per nat]
     ref_log_probs: np.ndarray  # (N, V) of the reference
     optimum: optimum.Optimum
     ref_reward: float  # E_ref[r] = J(ref)
 
-    def log_probs(self, params: Tree) -> np.ndarray:
-        """(N, V) of a policy, normalised in float64 whatever its parameters' dtype."""
-        return log_probs_on_tree(params, world=self.world, config=self.config)
 
-
-def log_probs_on_tree(params: Tree, *, world: TokenWorld, config: GPTConfig) -> np.ndarray:
-    """log pi(a|s) at every prefix of the world: (N, V) in float64, for parameters on the CPU."""
-    logits = tree_logits(params, tree=world.tree, prompts=world.prompts, config=config)
-    return log_softmax(logits.astype(np.float64))
-
-
-def make_ground_truth(
-    world: TokenWorld, reference: Tree, *, config: GPTConfig, kl_coef: float
-) -> GroundTruth:
+def make_ground_truth(world: TokenWorld, reference: Tree, *, kl_coef: float) -> GroundTruth:
     """The optimum of max E[r] - beta KL(pi || reference) on this world.
 
     Raises:   ValueError: no policy is better than the reference, as where all rewards are equal.
     """
-    ref = log_probs_on_tree(reference, world=world, config=config)
+    ref = world.log_probs(reference)
     best = optimum.soft_optimum(world.tree, ref, world.rewards, kl_coef=kl_coef)
     value = optimum.evaluate_exactly(world.tree, ref, ref, world.rewards, kl_coef=kl_coef)
     if not best.objective - value.reward > 1e-9:
@@ -126,7 +114,7 @@ def make_ground_truth(
             "ground truth: expected rewards that a policy can improve on; the optimum "
             f"{float(best.objective):.6g} is no better than the reference: change the rewards"
         )
-    return GroundTruth(world, config, reference, kl_coef, ref, best, float(value.reward))
+    return GroundTruth(world, reference, kl_coef, ref, best, float(value.reward))
 
 
 def measure(truth: GroundTruth, params: Tree) -> dict[str, float | list[float]]:
@@ -138,7 +126,7 @@ def measure(truth: GroundTruth, params: Tree) -> dict[str, float | list[float]]:
     exact/flatness     Var(r - beta log_ratio), 0 at the optimum
     exact/gap_by_depth J* - J split by the number of tokens before, as shares of J* - E_ref[r]
     """
-    world, log_probs = truth.world, truth.log_probs(params)
+    world, log_probs = truth.world, truth.world.log_probs(params)
     on_tree = (world.tree, log_probs, truth.ref_log_probs)
     value = optimum.evaluate_exactly(*on_tree, world.rewards, kl_coef=truth.kl_coef)
     wanted = optimum.evaluate_exactly(*on_tree, world.gold, kl_coef=0.0)
@@ -171,9 +159,8 @@ def train_on_world(
             f"train_on_world: expected the beta {truth.kl_coef} of the ground truth, kl_target 0 "
             f"and temperature 1, which is what is enumerated; got {beta}, {target} and {tau}"
         )
-    config, reference, world = truth.config, truth.reference, truth.world
-    history = [{"iteration": 0, **measure(truth, reference)}]
-    turns = ppo_on_world(world, reference, config=config, settings=settings, seed=seed)
+    history = [{"iteration": 0, **measure(truth, truth.reference)}]
+    turns = ppo_on_world(truth.world, truth.reference, settings=settings, seed=seed)
     for iteration, (params, _) in enumerate(turns, 1):
         if iteration % measure_every == 0 or iteration == settings.iterations:
             history.append({"iteration": iteration, **measure(truth, params)})
@@ -181,13 +168,7 @@ def train_on_world(
 
 
 def ppo_on_world(
-    world: TokenWorld,
-    reference: Tree,
-    *,
-    config: GPTConfig,
-    settings: PPOConfig,
-    seed: int,
-    start: Tree | None = None,
+    world: TokenWorld, reference: Tree, *, settings: PPOConfig, seed: int, start: Tree | None = None
 ) -> Iterator[tuple[Tree, ppo.Iteration]]:
     """PPO on a world of tokens, from samples: the policy, which is written to, at every iteration.
 
@@ -197,10 +178,9 @@ def ppo_on_world(
     optimizer = ppo.new_policy(reference, settings, rng=rng_rollout)
     if start is not None:
         optimizer.flat[...] = tree_pack(start)[0]
-    draw = {"world": world, "n": settings.batch_size, "config": config, "rng": rng_rollout}
-    draw["together"] = settings.samples_per_prompt
-    sample = functools.partial(sample_world, **draw)
-    same = {"config": config, "settings": settings}
+    draw = {"world": world, "n": settings.batch_size, "rng": rng_rollout}
+    sample = functools.partial(sample_world, **draw, together=settings.samples_per_prompt)
+    same = {"config": world.config, "settings": settings}
     task = ppo.Task(
         lambda policy: sample_as_set(sample, policy, **same),
         lambda samples: world.score(samples.prompt_ids, samples.response_ids),
@@ -210,27 +190,19 @@ def ppo_on_world(
         yield optimizer.params, turn
 
 
-def sample_world(
-    params: Tree, world: TokenWorld, n: int, *, config: GPTConfig, rng: Generator, together=1
-) -> Samples:
+def sample_world(params: Tree, world: TokenWorld, n: int, *, rng: Generator, together=1) -> Samples:
     """n responses, the prompts in turn, each of them so many times together."""
     prompts = [world.prompts[i // together % len(world.prompts)] for i in range(n)]
-    limits = {"max_tokens": world.max_response_tokens, "stop_id": world.stop_id}
-    same = {"pad_id": world.stop_id, "config": config, "rng": rng}
+    limits = {"max_tokens": len(world.tree.levels), "stop_id": world.stop_id}
+    same = {"pad_id": world.stop_id, "config": world.config, "rng": rng}
     return sample_responses(params, prompts, **limits, **same)
-
-
-def changed(settings: PPOConfig, *, optimizer: dict[str, Any] | None = None, **fields) -> PPOConfig:
-    """The settings with other values of some fields, and of some fields of their optimiser."""
-    tuned = replace(settings.optimizer, **(optimizer or {}))
-    return replace(settings, optimizer=tuned, **fields)
 
 
 def optimum_runs(*, iterations: int = 150) -> Iterator[tuple[str, PPOConfig]]:
     """Names and settings: PPO with two schedules, and one-step REINFORCE, for several beta."""
-    constant = {"learning_rate": 1e-3, "schedule": "constant"}
+    constant = replace(_ADAM, learning_rate=1e-3, schedule="constant")
     for beta in (1.0, 0.5, 0.25):
-        ppo, rloo = (changed(kind, kl_coef=beta, iterations=iterations) for kind in (PPO, RLOO))
-        yield "PPO, linear decay", ppo
-        yield "PPO, constant rate", changed(ppo, optimizer=constant)
-        yield "one-step RLOO", rloo
+        same = {"kl_coef": beta, "iterations": iterations}
+        yield "PPO, linear decay", replace(PPO, **same)
+        yield "PPO, constant rate", replace(PPO, **same, optimizer=constant)
+        yield "one-step RLOO", replace(RLOO, **same)

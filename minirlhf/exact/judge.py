@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minirlhf.exact import optimum
-from minirlhf.exact.expected import RandomWorld, make_random_world
+from minirlhf.exact.expected import RandomWorld, beside, make_random_world
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.rlhf.advantages import token_rewards
 from minirlhf.tree import tree_map
@@ -257,15 +257,13 @@ def _verdict(part: str, given: str, estimates: list[Estimate]) -> Verdict:
     rows, means = [], []
     for setting, known, probs, values, c in estimates:
         g, mean = known[part], probs @ c @ setting.score
-        size, square = np.linalg.norm(g), mean @ mean
         second = probs @ ((c @ (setting.score @ setting.score.T)) * c).sum(axis=1)
-        zero = square <= SAME * SAME * second
-        row = {"kl_seq": setting.world.probs("theta") @ setting.log_ratio.sum(axis=1)}
-        row |= {"value": probs @ values, "error": np.linalg.norm(mean - g) / size}
-        row["cosine"] = 0.0 if zero else mean @ g / (np.sqrt(square) * size)
-        row["noise"] = np.sqrt(max(0.0, second - square)) / size
-        rows.append({name: float(x) for name, x in row.items()})
-        means.append(mean * (not zero))
+        square = mean @ mean
+        mean = mean * (square > SAME * SAME * second)  # or it is rounding
+        kl_seq = setting.world.probs("theta") @ setting.log_ratio.sum(axis=1)
+        row = {"kl_seq": float(kl_seq), "value": float(probs @ values)}
+        rows.append(row | beside(mean, g, second - square))
+        means.append(mean)
     value_is = NONE
     if part == "kl" and SAMPLERS[given] == "theta":
         exact = [exact_values(setting) for setting, *_ in estimates]

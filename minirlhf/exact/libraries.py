@@ -77,10 +77,6 @@ class Library(NamedTuple):
     placement: str = "loss"
     framework: str = "numpy"  # "own": a pair, the value and its own gradient
 
-    @property
-    def f(self) -> Term:
-        return TERMS[self.term]
-
 
 _READ = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 LIBRARIES = {

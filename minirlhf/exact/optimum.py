@@ -43,7 +43,7 @@ def evaluate_exactly(
     log_ratio = _log_ratio(p, logp, enumeration.response_logprobs(tree, ref_log_probs))
     reward, kl_seq = (p * rewards).sum(), (p * log_ratio).sum()
     shaped = rewards - kl_coef * log_ratio
-    prompt = enumeration.prompt_of_leaf(tree)
+    prompt = tree.prompt[tree.leaf_node]
     prompt_mean = xp.zeros(tree.n_prompts, dtype=xp.result_type(shaped, xp.float64))
     xp.add.at(prompt_mean, prompt, tree.n_prompts * p * shaped)  # many terms: in float64
     centred = shaped - prompt_mean[prompt].astype(shaped.dtype)
@@ -72,9 +72,7 @@ def soft_optimum(
     Q(s, a) is V of the longer prefix, or the reward where a ends the response: one pass from the
     leaves to the prompts (Rafailov et al. 2024, arXiv 2404.12358).
 
-    Args:     ref_log_probs: (N, V).
-              rewards: (M,).
-              kl_coef: beta > 0 [reward units per nat].
+    Args:     as `evaluate_exactly`.
     Raises:   ValueError: beta is not positive and finite, a reward is nan or inf, or shapes do not
                   fit.
     Tested by: tests/exact/test_exact.py::test_tilt_and_soft_values_are_the_same_optimum

@@ -86,11 +86,10 @@ def make_tiny_world(
     everything = all_responses(tree)
     replies = sample_chain(n_demonstrations, max_tokens=max_tokens, rng=rng)
     return TokenWorld(
-        name="tiny",
         tokens=TOKENS,
         stop_id=EOS,
         prompts=[[EOS]],
-        max_response_tokens=max_tokens,
+        config=small_transformer(len(TOKENS), 1 + max_tokens),
         tree=tree,
         rewards=proxy_reward(everything.tokens, everything.mask),
         gold=gold_reward(everything.tokens, everything.mask),
@@ -103,4 +102,4 @@ def make_tiny_world(
 def tiny_reference(seed: int, *, settings: SFTConfig = SFT, **sizes: int) -> Tree:
     """The reference that belongs to a seed; `sizes` are arguments of `make_tiny_world`."""
     world = make_tiny_world(rng=np.random.default_rng([seed, 0]), **sizes)
-    return fit_reference(world, config=small_transformer(world), settings=settings, seed=seed)
+    return fit_reference(world, settings=settings, seed=seed)

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -81,11 +81,11 @@ class TrainConfig:
     log: Literal["", "tensorboard", "csv"] = ""  # The metrics also in tensorboard/ or metrics.csv
     halt_on: tuple[str, ...] = ()  # Rules of `diagnose` that stop PPO where they hold, or any
     stages: Literal["sft", "sft,reward", "sft,dpo", "all"] = "all"  # To run; `resume` does the rest
-    model: ModelConfig = field(default_factory=ModelConfig)  # The policy's sizes
-    sft: SFTConfig = field(default_factory=SFTConfig)  # Stage 1
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)  # Stage 2
-    ppo: settings.PPOConfig = field(default_factory=settings.PPOConfig)  # Stage 3
-    dpo: DPOConfig = field(default_factory=DPOConfig)  # Of --stages sft,dpo
+    model: ModelConfig = ModelConfig()  # The policy's sizes
+    sft: SFTConfig = SFTConfig()  # Stage 1
+    reward_model: RewardModelConfig = RewardModelConfig()  # Stage 2
+    ppo: settings.PPOConfig = settings.PPOConfig()  # Stage 3
+    dpo: DPOConfig = DPOConfig()  # Of --stages sft,dpo
 
     def __post_init__(self):
         sizes = "vocab_size max_text_mb eval_prompts checkpoint_every".split()

@@ -353,7 +353,7 @@ def _differing_pairs(session: Session, pairs: list[Texts]) -> list[Pair]:
     for texts in pairs:
         prompt, *replies = session.example_ids(*texts)
         if len(set(map(bytes, replies))) == len(replies):
-            differing.append(Pair(prompt, *replies[:2], tuple(replies[2:])))
+            differing.append(Pair(prompt, tuple(replies)))
     return differing
 
 
@@ -370,7 +370,8 @@ def annotated_pairs(
             continue
         a_wins = world.annotate(prompt, first.responses[i], second.responses[i], rng["annotator"])
         winner, loser = (first, second) if a_wins else (second, first)
-        pairs.append(Pair(first.prompt_ids[i], winner.response_ids[i], loser.response_ids[i]))
+        replies = winner.response_ids[i], loser.response_ids[i]
+        pairs.append(Pair(first.prompt_ids[i], replies))
         if world.gold:
             chosen, rejected = (world.gold(prompt, of.responses[i]) for of in (winner, loser))
             difference.append(chosen - rejected)

@@ -6,7 +6,7 @@ would. Of a ranked list the best and the worst reply are the pair.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -36,9 +36,7 @@ class DPOConfig:
     label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]: cDPO
     epochs: int = 2  # Passes over the pairs
     batch_size: int = 64  # Pairs an update
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, warmup=10, eps=1e-8)
-    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup=10, eps=1e-8)
 
     def __post_init__(self):
         counts, shares = ("epochs", "batch_size"), ("label_smoothing",)
@@ -59,8 +57,7 @@ def train_dpo(
               NonFiniteError: the loss diverged.
     """
     same |= {"settings": settings, "micro_batch": dpo_micro_batch}
-    for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
-        some = [pairs[i] for i in chosen]
+    for some in shuffled(pairs, settings, rng=rng, done=optimizer.updates):
         metrics, gradients = pairs_loss_and_gradients(optimizer.params, some, **same)
         yield metrics | optimizer.step(gradients, loss=metrics["loss/dpo"])
 
@@ -104,9 +101,11 @@ def dpo_metrics(
 
 def with_reference(pairs: list[Pair], reference: Tree, **same: Any) -> list[Pair]:
     """The pairs, of lists the best and the worst, with what the reference says of them."""
-    logps = zip(*reply_logps(reference, pairs, **same).tolist(), strict=True) if pairs else ()
-    ends = ((p.prompt, p.replies[0], p.replies[-1]) for p in pairs)
-    return [Pair(*texts, ref_logp=logp) for texts, logp in zip(ends, logps, strict=True)]
+    logps = reply_logps(reference, pairs, **same).T.tolist() if pairs else []
+    return [
+        Pair(p.prompt, (p.replies[0], p.replies[-1]), tuple(logp))
+        for p, logp in zip(pairs, logps, strict=True)
+    ]
 
 
 def reply_logps(params: Tree, pairs: list[Pair], *, config: GPTConfig, **padding: Any) -> Array:

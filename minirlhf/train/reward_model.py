@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,12 +19,7 @@ from minirlhf.nn.transformer import (
     transformer_backward,
     transformer_forward,
 )
-from minirlhf.rlhf.preferences import (
-    bradley_terry_backward,
-    bradley_terry_forward,
-    plackett_luce_backward,
-    plackett_luce_forward,
-)
+from minirlhf.rlhf import preferences
 from minirlhf.train.batches import Batch, Ids, micro_batches, pad_batch, row_slices
 from minirlhf.train.optimizer import Optimizer
 from minirlhf.train.settings import OptimizerConfig
@@ -47,9 +42,7 @@ class RewardModelConfig:
     batch_size: int = 64  # Pairs an update
     margin: float = 0.0  # Score difference that the loss asks for in a pair
     label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
-    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
 
     def __post_init__(self):
         check_fields(
@@ -63,18 +56,11 @@ class RewardModelConfig:
 
 
 class Pair(NamedTuple):
-    """A preference: to `prompt`, `chosen` was preferred to `rejected`; or a ranked list."""
+    """A preference between two replies to `prompt`, or a ranked list of more."""
 
     prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    worse: tuple[Ids, ...] = ()  # of a list: what was ranked below `rejected`, in this order
+    replies: tuple[Ids, ...]  # the best first
     ref_logp: tuple[float, ...] = ()  # for DPO: log Pr_ref(y|x) of both [nats]
-
-    @property
-    def replies(self) -> tuple[Ids, ...]:
-        """The best first."""
-        return self.chosen, self.rejected, *self.worse
 
 
 class RewardModel(NamedTuple):
@@ -113,11 +99,9 @@ def train_reward_model(
     Raises:   InputError: there are no pairs.
               NonFiniteError: the loss diverged.
     """
-    same = {"config": config, "pad_id": pad_id, "device": device}
-    for chosen in shuffled(len(pairs), settings, rng=rng, done=optimizer.updates):
-        metrics, gradients = pairs_loss_and_gradients(
-            optimizer.params, [pairs[i] for i in chosen], settings=settings, **same
-        )
+    same = {"config": config, "settings": settings, "pad_id": pad_id, "device": device}
+    for some in shuffled(pairs, settings, rng=rng, done=optimizer.updates):
+        metrics, gradients = pairs_loss_and_gradients(optimizer.params, some, **same)
         yield metrics | optimizer.step(gradients, loss=metrics["loss/reward_model"])
 
 
@@ -131,22 +115,22 @@ def init_reward_model(transformer: Tree, config: GPTConfig, *, rng: np.random.Ge
 
 
 def shuffled(
-    n_pairs: int, settings: Any, *, rng: np.random.Generator, done: int
-) -> Iterator[np.ndarray]:
-    """Numbers of the pairs of each update but the first `done`: epochs, in a new order each.
+    pairs: list[Pair], settings: Any, *, rng: np.random.Generator, done: int
+) -> Iterator[list[Pair]]:
+    """The pairs of each update but the first `done`: epochs, in a new order each.
 
     Raises:   InputError: there are no pairs.
     """
-    if not n_pairs:
+    if not pairs:
         raise InputError(
             "pairs: expected preference pairs; got none: give --pairs a file, or train a "
             "reference whose replies differ",
             resume=None,
         )
-    orders = (rng.permutation(n_pairs) for _ in range(settings.epochs))
-    rows = row_slices(n_pairs, settings.batch_size)
+    orders = (rng.permutation(len(pairs)) for _ in range(settings.epochs))
+    rows = row_slices(len(pairs), settings.batch_size)
     # what has been done is drawn again: after a resume the stream is where it was
-    draws = (order[some] for order in orders for some in rows)
+    draws = ([pairs[i] for i in order[some]] for order in orders for some in rows)
     return itertools.islice(draws, done, None)
 
 
@@ -188,29 +172,24 @@ def _micro_batch(
     *,
     config: GPTConfig,
     settings: RewardModelConfig,
-    pad_id: int,
-    device: str,
+    **padding: Any,
 ) -> Tree:
     """Metrics and gradients of some pairs, or lists of one length, times their share of all."""
     pairs, share = part
     places = list(zip(*(p.replies for p in pairs), strict=True))  # the best of all, the second ...
-    batch = pad_batch(
-        [p.prompt for p in pairs] * len(places),
-        [reply for place in places for reply in place],
-        pad_id=pad_id,
-        config=config,
-        device=device,
-    )
+    replies = [reply for place in places for reply in place]
+    batch = pad_batch([p.prompt for p in pairs] * len(places), replies, config=config, **padding)
     score, cache = reward_forward(params, batch=batch, config=config)
     xp, score = get_xp(score), score.reshape(len(places), len(pairs))
     if len(places) == 2:
-        loss, loss_cache = bradley_terry_forward(
+        loss, loss_cache = preferences.bradley_terry_forward(
             *score, margin=settings.margin, label_smoothing=settings.label_smoothing
         )
-        dscore = xp.concatenate(bradley_terry_backward(share, loss_cache))
+        dscore = xp.concatenate(preferences.bradley_terry_backward(share, loss_cache))
     else:
-        loss, loss_cache = plackett_luce_forward(score.swapaxes(0, 1))
-        dscore = plackett_luce_backward(share, loss_cache).swapaxes(0, 1).reshape(-1)
+        loss, loss_cache = preferences.plackett_luce_forward(score.swapaxes(0, 1))
+        dscore = preferences.plackett_luce_backward(share, loss_cache)
+        dscore = dscore.swapaxes(0, 1).reshape(-1)
     better, worse = score[:-1], score[1:]
     metrics = {
         "loss/reward_model": share * loss,

@@ -4,7 +4,7 @@ A field says its symbol, unit and range; those of the other stages stand beside 
 `runs/config.py` puts all together, and the command line makes a flag of each.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from minirlhf.errors import InputError
@@ -83,9 +83,7 @@ class PPOConfig:
     target_kl: float = 0.0  # No update beyond KL(old || policy) = 1.5 of it [nats/token]. 0: off
     missing_eos_penalty: float = 0.0  # Off the score where the stop token is missing [score units]
     score_clip: float = 0.0  # Cuts the score to [-c, c] [score units]. 0: off
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=3e-4, beta2=0.95)
-    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, beta2=0.95)
 
     def __post_init__(self):
         counts = ("iterations", "batch_size", "samples_per_prompt", "epochs", "minibatches")

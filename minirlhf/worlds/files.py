@@ -82,9 +82,7 @@ def split_pairs(pairs: list[tuple], *, train_prompts: list[str]) -> tuple[list, 
     return [p for p in pairs if p[0] in train], [p for p in pairs if p[0] not in train]
 
 
-def split_world(
-    world: World, *, rng: Generator, key: Callable[[str], Hashable] = lambda prompt: prompt
-) -> World:
+def split_world(world: World, *, rng: Generator, key: Callable[[str], Hashable]) -> World:
     """The world with some prompts held out, by their `key`, and with them their demonstrations."""
     keys = {prompt: key(prompt) for prompt in world.train_prompts}
     judged = [keys[prompt] for prompt, *_ in world.pairs or []]
@@ -103,9 +101,7 @@ def split_world(
     )
 
 
-def _split_prompts(
-    weights: dict[Hashable, int], rng: Generator, judged: frozenset | set = frozenset()
-) -> tuple[list, list]:
+def _split_prompts(weights: dict[Hashable, int], rng: Generator, judged: set) -> tuple[list, list]:
     """(train, held-out) prompts, as README.md has it; one that is judged is among the first."""
     prompts = list(weights)
     if len(prompts) == 1:

@@ -40,7 +40,6 @@ from minirlhf.exact.enumeration import (
     enumerate_responses,
     grow_tree,
     prefix_logprobs,
-    prompt_of_leaf,
     response_logprobs,
 )
 from minirlhf.exact.expected import make_random_world, penalty_dlogits, policy_gradient_dlogits
@@ -165,7 +164,7 @@ def test_the_leaves_are_all_strings_each_once(size):
     expected = list(itertools.product(range(n_prompts), strings(**size)))
     assert len(got) == len(set(got)) and set(got) == set(expected)
     assert got == [(x, y) for x, y, _ in paths(tree)]  # in the order of the leaves
-    assert prompt_of_leaf(tree).tolist() == [x for x, _ in got]
+    assert tree.prompt[tree.leaf_node].tolist() == [x for x, _ in got]
     for (_, _, path), nodes in zip(paths(tree), everything.nodes, strict=True):
         assert nodes.tolist() == [s for s, _ in path] + [0] * (T - len(path))
 
@@ -345,7 +344,8 @@ def test_scale_and_shift_leave_the_optimum(world, c):
     assert_close(scaled.log_probs, best.log_probs)
     assert_close(scaled.objective, c * best.objective)
     shift = np.random.default_rng(0).standard_normal(tree.n_prompts)
-    shifted = soft_optimum(tree, log_ref, rewards + shift[prompt_of_leaf(tree)], kl_coef=beta)
+    rewards = rewards + shift[tree.prompt[tree.leaf_node]]
+    shifted = soft_optimum(tree, log_ref, rewards, kl_coef=beta)
     assert_close(shifted.log_probs, best.log_probs)
     assert_close(shifted.objective, best.objective + shift.mean())
 
@@ -628,7 +628,7 @@ def everything_of(tree, log_pi, log_ref, rewards):
     return [
         list(all_responses(tree)),
         prefix_logprobs(tree, log_pi),
-        prompt_of_leaf(tree),
+        tree.prompt[tree.leaf_node],
         list(best[1:]),
         list(evaluate_exactly(*args, kl_coef=0.5)),
         [gap, by_depth(tree, gap)],
@@ -659,7 +659,7 @@ def test_trees_move_between_devices(monkeypatch):
     monkeypatch.setattr(backend, "array_module", {"cpu": np, "cuda": fakegpu}.get)
     there = HERE.tree.to("cuda")
     back = there.to("cpu")
-    for name in ("parent", "token", "leaf_node", "leaf_token"):
+    for name in ("prompt", "parent", "token", "leaf_node", "leaf_token"):
         assert type(getattr(there, name)) is fakegpu.ndarray
         assert_close(getattr(back, name), getattr(HERE.tree, name), 0.0)
     assert back.levels == there.levels == HERE.tree.levels

@@ -16,13 +16,12 @@ from gradients import flatness_table, gae_table, gather_nodes, logits_at_kl
 from minirlhf.exact.enumeration import PrefixTree, Responses, all_responses, enumerate_responses
 from minirlhf.exact.expected import (
     PLACEMENTS,
-    cosine,
+    beside,
     gradient_moments,
     kl_gradient_table,
     make_random_world,
     penalty_dlogits,
     policy_gradient_dlogits,
-    relative_error,
 )
 from minirlhf.exact.optimum import evaluate_exactly, objective_gradient, policy_values, soft_optimum
 from minirlhf.exact.tiny import make_tiny_world
@@ -255,7 +254,7 @@ def test_a_placement_of_the_penalty(place, seed):
     """Transformers, a tree with a stop token: right is right to 1e-8, wrong is wrong by 1e-2."""
     world = of_transformers(seed)
     mean, g = mean_of(world, place), ClosedForms(world, "theta").g()
-    error = relative_error(mean, g)
+    error = beside(mean, g)["error"]
     assert error < ENUMERATION if place.right else error > DIFFERENT
     closed = ClosedForms(world, place.sampler).of(place)
     assert np.abs(mean - closed).max() < ENUMERATION * np.abs(g).max()
@@ -406,14 +405,15 @@ def test_moments_by_a_loop(M, P, seed):
         assert_close(got, expected)
 
 
-def test_relative_error_and_cosine():
+def test_a_mean_beside_the_exact_gradient():
     a, b = np.array([[3.0, 0.0], [0.0, 4.0]]), np.array([[0.0, 4.0], [3.0, 0.0]])
-    assert relative_error(a, a) == 0.0 and relative_error(0 * a, a) == 1.0
-    assert relative_error(-a, a) == 2.0
-    assert relative_error(a + 0.05, a) == pytest.approx(0.1 / 5)  # |(.05, .05, .05, .05)| = .1
-    assert cosine(a, a) == 1.0 and cosine(-2 * a, a) == -1.0 and cosine(a, b) == 0.0
-    assert cosine(a, a + b) == pytest.approx(0.5**0.5)
-    assert cosine(0 * a, a) == cosine(a, 0 * a) == cosine(0 * a, 0 * a) == 0.0  # and no warning
+    assert beside(a, a) == {"error": 0.0, "cosine": 1.0, "noise": 0.0}
+    assert beside(0 * a, a) == {"error": 1.0, "cosine": 0.0, "noise": 0.0}  # and no warning
+    assert beside(-a, a, 9.0) == {"error": 2.0, "cosine": -1.0, "noise": pytest.approx(3 / 5)}
+    assert beside(a + 0.05, a)["error"] == pytest.approx(0.1 / 5)  # |(.05, .05, .05, .05)| = .1
+    assert beside(-2 * a, a)["cosine"] == -1.0 and beside(a, b)["cosine"] == 0.0
+    assert beside(a + b, a)["cosine"] == pytest.approx(0.5**0.5)
+    assert beside(a, a, -1e-30)["noise"] == 0.0  # of rounding
 
 
 @FEWER

@@ -13,34 +13,31 @@ from minirlhf.exact.ground_truth import (
     PPO,
     RLOO,
     SFT,
-    changed,
     fit_reference,
-    log_probs_on_tree,
     make_ground_truth,
     measure,
     optimum_runs,
     sample_world,
-    small_transformer,
     train_on_world,
 )
 from minirlhf.exact.optimum import evaluate_exactly, frontier_reward, soft_optimum
 from minirlhf.exact.tiny import make_tiny_world
+from minirlhf.fields import with_fields
 from minirlhf.tree import tree_map
 
 BETA = 0.5
 WORLD = make_tiny_world(max_tokens=4, n_demonstrations=20_000, rng=np.random.default_rng(0))
-CONFIG = small_transformer(WORLD)
 
 
 @pytest.fixture(scope="module")
 def reference():
     settings = dataclasses.replace(SFT, steps=150, batch_size=256)
-    return fit_reference(WORLD, config=CONFIG, settings=settings, seed=0)
+    return fit_reference(WORLD, settings=settings, seed=0)
 
 
 @pytest.fixture(scope="module")
 def truth(reference):
-    return make_ground_truth(WORLD, reference, config=CONFIG, kl_coef=BETA)
+    return make_ground_truth(WORLD, reference, kl_coef=BETA)
 
 
 def last(trained):
@@ -48,7 +45,7 @@ def last(trained):
 
 
 def test_the_reference_is_close_to_who_wrote_the_demonstrations(reference):
-    ref = log_probs_on_tree(reference, world=WORLD, config=CONFIG)
+    ref = WORLD.log_probs(reference)
     away = evaluate_exactly(WORLD.tree, WORLD.demonstrator, ref, WORLD.rewards, kl_coef=1.0)
     assert 0 < away.kl_seq < 0.02
     assert np.exp(ref).sum(axis=1) == pytest.approx(1.0, abs=LOOPS)
@@ -69,7 +66,7 @@ def test_where_the_scale_begins_and_ends(truth, reference):
 
 
 def test_ppo_reaches_the_optimum_and_stays_under_the_frontier(truth, reference):
-    fast = changed(PPO, iterations=40, optimizer={"learning_rate": 4e-3})
+    fast = with_fields(PPO, {"iterations": 40, "optimizer": {"learning_rate": 4e-3}}, "ppo")
     trained = train_on_world(truth, settings=fast, seed=0, measure_every=20)
     start, middle, end = trained.history
     assert [row["iteration"] for row in trained.history] == [0, 20, 40]
@@ -86,7 +83,7 @@ def test_ppo_reaches_the_optimum_and_stays_under_the_frontier(truth, reference):
 
 
 def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):
-    settings = changed(RLOO, iterations=60, optimizer={"learning_rate": 6e-3})
+    settings = with_fields(RLOO, {"iterations": 60, "optimizer": {"learning_rate": 6e-3}}, "ppo")
     trained = train_on_world(truth, settings=settings, seed=0, measure_every=60)
     assert last(trained)["exact/fraction"] > 0.98
     assert trained.params.keys() == {"transformer"}
@@ -95,7 +92,7 @@ def test_one_step_reinforce_reaches_it_without_a_critic(truth, reference):
 def test_where_the_penalty_stands_decides(truth):
     ends = {}
     for mode in ("reward_k1", "reward_and_loss_full", "loss_k3_tok", "loss_k1"):
-        settings = changed(PPO, iterations=15, kl_mode=mode)
+        settings = dataclasses.replace(PPO, iterations=15, kl_mode=mode)
         end = last(train_on_world(truth, settings=settings, seed=0))
         ends[mode] = end["exact/fraction"]
         most = {"kl_seq": end["exact/kl_seq"]}
@@ -107,7 +104,7 @@ def test_where_the_penalty_stands_decides(truth):
 
 
 def test_a_seed_is_a_run_and_micro_batches_change_nothing(truth, reference):
-    short = changed(PPO, iterations=2, batch_size=32)
+    short = dataclasses.replace(PPO, iterations=2, batch_size=32)
     again = {"settings": short, "measure_every": 1}
     a, b, c = (train_on_world(truth, seed=s, **again) for s in (0, 0, 1))
     assert a.history == b.history != c.history
@@ -120,17 +117,17 @@ def test_a_seed_is_a_run_and_micro_batches_change_nothing(truth, reference):
 
 def test_the_reference_is_not_written_to(truth, reference):
     before = tree_map(np.copy, reference)
-    train_on_world(truth, settings=changed(PPO, iterations=1), seed=0)
+    train_on_world(truth, settings=dataclasses.replace(PPO, iterations=1), seed=0)
     assert_trees_close(reference, before, 0.0)
 
 
 def test_samples_follow_the_exact_distribution(reference, truth):
     """The mean proxy reward of samples against E_ref[r], within four standard errors."""
-    samples = sample_world(reference, WORLD, 20_000, config=CONFIG, rng=np.random.default_rng(0))
+    samples = sample_world(reference, WORLD, 20_000, rng=np.random.default_rng(0))
     rewards = WORLD.score(samples.prompt_ids, samples.response_ids)
     error = rewards.std() / np.sqrt(len(rewards))
     assert abs(rewards.mean() - truth.ref_reward) < 4 * error < 0.05
-    assert max(map(len, samples.response_ids)) == WORLD.max_response_tokens
+    assert max(map(len, samples.response_ids)) == len(WORLD.tree.levels)
 
 
 def test_the_runs_differ_where_their_names_say_so():
@@ -150,13 +147,13 @@ def test_the_runs_differ_where_their_names_say_so():
 )
 def test_what_does_not_fit_is_refused(truth, reference, changes, came):
     with pytest.raises(ValueError, match=f"the beta 0.5 of the ground truth, .*; got {came}"):
-        train_on_world(truth, settings=changed(PPO, **changes), seed=0)
+        train_on_world(truth, settings=dataclasses.replace(PPO, **changes), seed=0)
 
 
 def test_rewards_that_cannot_be_improved_are_refused(reference):
     flat = dataclasses.replace(WORLD, rewards=np.ones_like(WORLD.rewards))
     with pytest.raises(ValueError, match="no better than the reference"):
-        make_ground_truth(flat, reference, config=CONFIG, kl_coef=BETA)
+        make_ground_truth(flat, reference, kl_coef=BETA)
 
 
 def test_numbers_that_are_printed_as_exact_are_host_floats(truth, reference):

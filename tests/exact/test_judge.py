@@ -5,8 +5,8 @@ import pytest
 
 from gradients import gae_table, gather_nodes
 from minirlhf.exact import judge
-from minirlhf.exact.expected import cosine, kl_gradient_table, penalty_dlogits, relative_error
-from minirlhf.exact.libraries import LIBRARIES
+from minirlhf.exact.expected import beside, kl_gradient_table, penalty_dlogits
+from minirlhf.exact.libraries import LIBRARIES, TERMS
 from minirlhf.exact.optimum import objective_gradient
 from minirlhf.exact.tree_policy import tree_logits
 from minirlhf.rlhf.advantages import gae
@@ -100,8 +100,8 @@ def test_the_rows_on_samples_of_old_are_those_of_the_losses_of_the_package(mode)
     g = world.pull_back(objective_gradient(*args, kl_coef=-1.0), world.policies["theta"])
     off = world.pull_back(mean, world.policies["theta"])
     row = verdicts(slope, placement)[1].rows[-1]
-    assert row["error"] == pytest.approx(relative_error(off, g), rel=1e-8)
-    assert row["cosine"] == pytest.approx(cosine(off, g), rel=1e-8)
+    for number in ("error", "cosine"):
+        assert row[number] == pytest.approx(beside(off, g)[number], rel=1e-8)
 
 
 def test_a_factor_that_depends_on_the_distance_is_none():
@@ -156,4 +156,4 @@ def test_a_mean_that_is_rounding_is_nothing_and_a_small_share_is_seen():
 def test_every_library_has_a_source():
     for name, row in LIBRARIES.items():
         assert row.as_of and (row.as_of == "the paper" or ": " in row.where), name
-        assert row.placement in ("loss", "reward") and callable(row.f)
+        assert row.placement in ("loss", "reward") and row.term in TERMS

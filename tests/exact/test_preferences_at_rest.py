@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from desk import Desk, tilted
-from minirlhf.exact.ground_truth import SFT, make_ground_truth, measure, small_transformer
+from minirlhf.exact.ground_truth import SFT, make_ground_truth, measure
 from minirlhf.exact.tiny import tiny_reference
 from minirlhf.rlhf.preferences import dpo_backward, dpo_forward, sigmoid
 from minirlhf.train.dpo import DPOConfig
@@ -113,9 +113,9 @@ def test_cdpo_is_dpo_on_flipped_labels_and_cures_none(desk):
 def trained():
     """What a policy is worth after DPO, by its settings."""
     world = Desk(max_tokens=3).world
-    config, settings = small_transformer(world), dataclasses.replace(SFT, steps=150, batch_size=256)
+    settings = dataclasses.replace(SFT, steps=150, batch_size=256)
     reference = tiny_reference(101, settings=settings, max_tokens=3, n_demonstrations=20_000)
-    truth = make_ground_truth(world, reference, config=config, kl_coef=0.5)
+    truth = make_ground_truth(world, reference, kl_coef=0.5)
     desk = Desk(max_tokens=3, ref_log_probs=truth.ref_log_probs)
     numbers = desk.draw_pairs(desk.ref, 8000, rng=np.random.default_rng(1), gold=desk.proxy)
     pairs = desk.as_pairs(numbers)
@@ -124,8 +124,7 @@ def trained():
 
     def after(**changes):
         settings = DPOConfig(kl_coef=0.5, epochs=2, batch_size=256, optimizer=learn, **changes)
-        same = {"settings": settings, "seed": 1, "config": config}
-        *_, (params, _) = dpo_on_world(world, reference, pairs, **same)
+        *_, (params, _) = dpo_on_world(world, reference, pairs, settings=settings, seed=1)
         return measure(truth, params)
 
     return after, desk

@@ -226,7 +226,7 @@ def test_a_seed_is_a_set_of_replies():
 
 def test_the_world_is_what_it_says():
     assert WORLD.tree.leaf_node.shape == (137_257,) and WORLD.tree.n_nodes == 19_608
-    assert (WORLD.tokens, WORLD.stop_id, WORLD.max_response_tokens) == (TOKENS, EOS, 6)
+    assert (WORLD.tokens, WORLD.stop_id, len(WORLD.tree.levels)) == (TOKENS, EOS, 6)
     assert TOKENS == ("EOS", "ANS", "DET", "POL", "HED", "SAL", "REF", "UNS")
     assert_close(WORLD.rewards, proxy_reward(LEAVES.tokens, LEAVES.mask), 0.0)
     assert_close(WORLD.gold, gold_reward(LEAVES.tokens, LEAVES.mask), 0.0)
@@ -253,7 +253,7 @@ def test_a_smaller_world(max_tokens):
     world = make_tiny_world(
         max_tokens=max_tokens, n_demonstrations=50, rng=np.random.default_rng(0)
     )
-    assert world.max_response_tokens == len(world.tree.levels) == max_tokens
+    assert world.config.n_ctx - 1 == len(world.tree.levels) == max_tokens
     assert max(len(reply) for _, reply in world.demonstrations) == max_tokens
     assert world.demonstrator.shape == (world.tree.n_nodes, 8)
     assert np.exp(response_logprobs(world.tree, world.demonstrator)).sum() == pytest.approx(1.0)

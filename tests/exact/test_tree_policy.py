@@ -25,7 +25,6 @@ from minirlhf.exact.enumeration import (
     all_responses,
     enumerate_responses,
     grow_tree,
-    prompt_of_leaf,
     response_logprobs,
 )
 from minirlhf.exact.optimum import (
@@ -104,7 +103,7 @@ def exact_gradient(params, log_ref, rewards, *, tree, **where):
 def test_the_trees_of_these_tests():
     tree = TREES["irregular"][0]
     depth = all_responses(tree).mask.sum(axis=1)
-    prompt = prompt_of_leaf(tree)
+    prompt = tree.prompt[tree.leaf_node]
     assert set(depth[prompt == 0]) == {1} and set(depth[prompt > 0]) == {1, 2, 3, 4}
     assert TREES["all over after one"][0].n_nodes == 1
 

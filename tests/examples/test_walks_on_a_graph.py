@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tilt
 from tolerances import assert_close
 
-from minirlhf.exact.enumeration import all_responses, prompt_of_leaf, response_logprobs
+from minirlhf.exact.enumeration import all_responses, response_logprobs
 from minirlhf.exact.ground_truth import rectangle
 from minirlhf.exact.optimum import evaluate_exactly, optimality_gap, soft_optimum
 from walks_on_a_graph import (
@@ -245,8 +245,7 @@ def test_the_world_is_21_letters_and_20_starts(known, graph, world):
     assert "".join(world.tokens) == "abcdefghijklmnopqrstu" and world.stop_id == GOAL == 0
     assert world.prompts == [[i] for i in range(1, 21)]
     assert sorted({walk[0] for walk in graph.walks}) == [i for (i,) in world.prompts]
-    assert world.max_response_tokens == 9 == len(world.tree.levels)
-    assert make_randomwalks().name == "randomwalks"
+    assert world.config.n_ctx - 1 == 9 == len(world.tree.levels)
     assert [p + r for p, r in world.demonstrations] == graph.walks
     assert all(len(p) == 1 and 1 <= len(r) <= 9 for p, r in world.demonstrations)
     np.testing.assert_array_equal(world.rewards, world.gold)
@@ -320,7 +319,7 @@ def test_the_kl_regularised_optimum_is_what_is_printed(known, world, row, kl_coe
 def test_the_kl_of_a_small_beta_is_that_of_the_shortest_walks(known, world):
     tree = world.tree
     p = np.exp(response_logprobs(tree, world.demonstrator)) * tree.n_prompts
-    shortest = np.bincount(prompt_of_leaf(tree), weights=p * (world.rewards == 1))
+    shortest = np.bincount(tree.prompt[tree.leaf_node], weights=p * (world.rewards == 1))
     assert f"{-np.log(shortest).mean():.4f}" == known.shortest_kl
 
 

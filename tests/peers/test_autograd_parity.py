@@ -670,7 +670,8 @@ def test_dpo_through_the_policy(loss, smoothing):
     del params["value_head"]
     rng, (x, y) = np.random.default_rng(8), (PROMPTS[:4], RESPONSES)
     ids = [[rng.integers(0, CONFIG.vocab_size, n).tolist() for n in some] for some in (x, y)]
-    pairs = [Pair(*row) for row in zip(ids[0], ids[1][:4], ids[1][4:], strict=True)]
+    replies = zip(ids[1][:4], ids[1][4:], strict=True)
+    pairs = [Pair(*row) for row in zip(ids[0], replies, strict=True)]
     same = {"config": CONFIG, "pad_id": 0}
     pairs = with_reference(pairs, reference, **same)
     settings = DPOConfig(kl_coef=beta, loss=loss, label_smoothing=smoothing)
@@ -684,7 +685,7 @@ def test_dpo_through_the_policy(loss, smoothing):
         return F.log_softmax(logits, -1)[torch.arange(len(reply)), torch.tensor(reply)].sum()
 
     p, frozen, losses = leaves_of(params), leaves_of(reference), []
-    for prompt, *replies, _, _ in pairs:
+    for prompt, replies, _ in pairs:
         with torch.no_grad():
             ref = [seq_logp(frozen, prompt, reply) for reply in replies]
         chosen, rejected = (seq_logp(p, prompt, y) - r for y, r in zip(replies, ref, strict=True))

@@ -145,7 +145,7 @@ def test_an_epoch_sees_every_pair_once(tmp_path, monkeypatch):
     pairs = toy_pairs(21, seed=0)
     trained(pairs, epochs=2, batch_size=8)
     assert [len(batch) for batch in seen] == [8, 8, 5] * 2
-    chosen = sorted(tuple(pair.chosen) for pair in pairs)
+    chosen = sorted(tuple(pair.replies[0]) for pair in pairs)
     first, second = sum(seen[:3], []), sum(seen[3:], [])
     assert sorted(first) == sorted(second) == chosen and first != second  # in a new order
 
@@ -153,7 +153,7 @@ def test_an_epoch_sees_every_pair_once(tmp_path, monkeypatch):
 def test_label_smoothing_and_margin_change_the_loss_as_they_should(tmp_path):
     """At equal scores: -log sigma(-margin), and log 2 whatever the smoothing."""
     frozen = OptimizerConfig(learning_rate=0.0)
-    same = [Pair([Letters.bos], [1, EOS], [1, EOS])] * 4
+    same = [Pair([Letters.bos], ([1, EOS], [1, EOS]))] * 4
     for changes, loss in (
         ({"margin": 2.0}, math.log1p(math.exp(2.0))),
         ({"label_smoothing": 0.3}, math.log(2)),
@@ -179,7 +179,7 @@ def with_scores(monkeypatch, chosen, rejected):
         "score_responses",
         lambda model, prompts, responses, **constants: answers[responses[0]],
     )
-    return [Pair([0], "chosen", "rejected")] * len(chosen)
+    return [Pair([0], ("chosen", "rejected"))] * len(chosen)
 
 
 def test_accuracy_and_margin_by_hand(monkeypatch):

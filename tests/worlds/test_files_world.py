@@ -37,7 +37,7 @@ def write_jsonl(path, *entries):
 
 def world_of(path, **options):
     options = {"reward": VOWELS, "rng": np.random.default_rng(0)} | options
-    return split_world(corpus_world(path, **options), rng=options["rng"])
+    return split_world(corpus_world(path, **options), rng=options["rng"], key=str)
 
 
 def world_of_text(tmp_path, text, **options):
@@ -130,25 +130,27 @@ def test_choices_that_do_not_fit_are_refused(tmp_path):
     st.dictionaries(st.text(min_size=1), st.integers(1, 50), min_size=2), st.integers(0, 2**32 - 1)
 )
 def test_prompts_are_split_into_two_disjoint_parts(weights, seed):
-    train, heldout = _split_prompts(weights, np.random.default_rng(seed))
+    train, heldout = _split_prompts(weights, np.random.default_rng(seed), set())
     assert train and heldout
     assert sorted(train + heldout) == sorted(weights)
     assert len(heldout) <= max(1, round(0.15 * len(weights)))
     share = sum(weights[prompt] for prompt in heldout) / sum(weights.values())
     smallest = min(weights.values()) / sum(weights.values())
     assert share <= max(0.2, smallest)
-    assert (train, heldout) == _split_prompts(weights, np.random.default_rng(seed))
+    assert (train, heldout) == _split_prompts(weights, np.random.default_rng(seed), set())
 
 
 def test_about_15_percent_of_many_prompts_are_held_out():
-    train, heldout = _split_prompts({str(i): 1 for i in range(200)}, np.random.default_rng(0))
+    train, heldout = _split_prompts(
+        {str(i): 1 for i in range(200)}, np.random.default_rng(0), set()
+    )
     assert (len(train), len(heldout)) == (170, 30)
-    other = _split_prompts({str(i): 1 for i in range(200)}, np.random.default_rng(1))[1]
+    other = _split_prompts({str(i): 1 for i in range(200)}, np.random.default_rng(1), set())[1]
     assert heldout != other
 
 
 def test_a_single_prompt_is_in_both_lists(tmp_path):
-    assert _split_prompts({"a": 3}, np.random.default_rng(0)) == (["a"], ["a"])
+    assert _split_prompts({"a": 3}, np.random.default_rng(0), set()) == (["a"], ["a"])
     corpus = write(tmp_path / "c.txt", "one two\none three\n")
     assert [n for n in world_of(corpus).notes if "one prompt in all" in n]
     corpus = write(tmp_path / "c.txt", "one two\ntwo three\n")
@@ -182,7 +184,7 @@ def test_a_prompt_of_the_pairs_is_always_trained_on(weights, seed, data):
     assert judged & set(train) and heldout
     assert set(train) | set(heldout) == set(weights)
     assert len(weights) == 1 or not set(train) & set(heldout)
-    plain = _split_prompts(weights, np.random.default_rng(seed))
+    plain = _split_prompts(weights, np.random.default_rng(seed), set())
     if judged & set(plain[0]):
         assert (train, heldout) == plain  # nothing else changes
 
