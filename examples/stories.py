@@ -28,6 +28,7 @@ from minirlhf.app.page import report
 from minirlhf.runs.metrics import repeated_bigram_share
 
 BETAS, DEFAULT = (0.0, 0.3, 2.0), 0.3
+SEEDS = [4, 5, 6]  # the settings were chosen on 1, 2, 3 and 77
 GOOD = set(
     "happy happily love loved loves lovely smile smiled smiling laugh laughed laughing fun joy "
     "nice kind kindness good great best beautiful wonderful glad proud hug hugged friend friends "
@@ -54,7 +55,7 @@ SETTINGS = {
     "checkpoint_every": 100,
     "snapshots": 2,
 }
-PPO = {"iterations": 40, "batch_size": 32, "epochs": 2, "minibatches": 2}
+PPO = {"iterations": 40, "batch_size": 64, "epochs": 1, "minibatches": 2}
 PPO["optimizer"] = {"learning_rate": 2e-5}
 # no critic: where the penalty is large its loss would move the trunk, which has been trained
 PPO["advantages"] = "batch"
@@ -149,7 +150,7 @@ def table(found: dict[int, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--out", type=Path, default=Path("runs/stories"))
     options = parser.parse_args()
