@@ -109,10 +109,14 @@ def fused(plain: Callable) -> Callable:
     """Mark a function that kernels.py does in fewer operations on a GPU; NumPy takes its lines."""
 
     @functools.wraps(plain)
-    def either(*args, **named):
-        if np.ndarray in map(type, (*args, *named.values())):
-            return plain(*args, **named)
-        return importlib.import_module("minirlhf.kernels").launch(plain, *args, **named)
+    def either(first, *rest, **constants):
+        array = first
+        while isinstance(array, dict | list):  # parameters: any of their arrays
+            array = next(iter(array if isinstance(array, list) else array.values()))
+        if type(array) is np.ndarray:
+            return plain(first, *rest, **constants)
+        launch = importlib.import_module("minirlhf.kernels").launch
+        return launch(plain, array, first, *rest, **constants)
 
     return either
 

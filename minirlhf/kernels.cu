@@ -341,7 +341,7 @@ __device__ real turned(const real* product, const real* bias, const real* cos, c
 KERNEL attend(const real* product, const real* bias, const real* cos, const real* sin,
     const real* seen, const long long* steps, real* keys, real* values, real* score, real* out,
     int S, int column, int H, int K, int D, double scale) {
-    __shared__ real q[256], k[256], v[256], sums[256];
+    __shared__ real q[256], k[256], v[256], sums[1024];
     const int head = blockIdx.x % H, group = head / (H / K), warp = threadIdx.x / 32;
     const int n_warps = blockDim.x / 32, lane = threadIdx.x % 32, of_k = (H + group) * D;
     const long long b = blockIdx.x / H, at = (b * K + group) * S * D;
@@ -387,7 +387,7 @@ KERNEL attend(const real* product, const real* bias, const real* cos, const real
 KERNEL draw_into(const real* log_probs, const real* h, const double* u, const long long* rows,
     const real* alive, long long* tokens, real* mask, real* hidden, long long* ids, real* is_real,
     real* new_alive, long long* steps, int V, int C, int R, int T, int step, int stop, int pad) {
-    __shared__ double of_run[1024];
+    __shared__ double of_run[1024], total;
     __shared__ int first, last;
     const long long b = blockIdx.x, row = rows[b];
     step += steps ? steps[b] : 0;
@@ -395,21 +395,28 @@ KERNEL draw_into(const real* log_probs, const real* h, const double* u, const lo
     const int length = (V + blockDim.x - 1) / blockDim.x, start = threadIdx.x * length;
     const int end = start + length < V ? start + length : V;
     log_probs += b * V;
-    double sum = 0, before = 0, total = 0;
+    double sum = 0;
     for (int a = start; a < end; a++) sum += exp(log_probs[a]);
     of_run[threadIdx.x] = sum;
-    if (threadIdx.x == 0) first = V, last = 0;
     __syncthreads();
-    for (int run = 0; run < blockDim.x; run++) {
-        if (run < threadIdx.x) before += of_run[run];
-        total += of_run[run];
+    if (threadIdx.x == 0) {
+        first = V, last = 0, total = 0;
+        for (int run = 0; run < blockDim.x; run++) {
+            const double of_this = of_run[run];
+            of_run[run] = total, total += of_this;  // what comes before it
+        }
     }
+    __syncthreads();
+    double before = of_run[threadIdx.x];
+    const double drawn = u[row * R + step] * total;
+    int found = V, likely = 0;
     for (int a = start; a < end; a++) {
         const real p = exp(log_probs[a]);
         before += p;
-        if (p > 0) atomicMax(&last, a);
-        if (p > 0 && before > u[row * R + step] * total) atomicMin(&first, a);
+        if (p > 0) likely = a;
+        if (p > 0 && before > drawn && found == V) found = a;
     }
+    atomicMin(&first, found), atomicMax(&last, likely);
     EACH(c, C) hidden[(row * R + step) * C + c] = h[b * C + c];
     __syncthreads();
     if (threadIdx.x) return;
@@ -418,23 +425,30 @@ KERNEL draw_into(const real* log_probs, const real* h, const double* u, const lo
     if (steps) steps[b]++;
 }
 
-// y = x w:  x (b, I), w (I, O).  A block takes 32 columns of 8 rows, and a warp of it every 8th i.
+// y = x w:  x (b, I), w (I, O).  A block takes 8 columns, which lie in one sector of memory, of 8
+// rows; 64 threads share the sum of a column.
 KERNEL few_rows(const real* x, const real* w, real* y, int O, int b, int I) {
-    __shared__ real sums[8][8][32];
-    const int tiles = (O + 31) / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int o = blockIdx.x % tiles * 32 + lane, first = blockIdx.x / tiles * 8;
+    __shared__ real sums[8][16][8];
+    const int tiles = (O + 7) / 8, warp = threadIdx.x / 32, column = threadIdx.x % 8;
+    const int o = blockIdx.x % tiles * 8 + column, first = blockIdx.x / tiles * 8;
     real sum[8] = {};
     x += (long long)first * I, y += (long long)first * O;
-    for (long long i = warp; o < O && i < I; i += 8) {
+    for (long long i = threadIdx.x / 8; o < O && i < I; i += 64) {
         const real entry = w[i * O + o];
         for (int row = 0; row < 8; row++)
             if (first + row < b) sum[row] += x[(long long)row * I + i] * entry;
     }
-    for (int row = 0; row < 8; row++) sums[row][warp][lane] = sum[row];
+    for (int row = 0; row < 8; row++) {
+        real of_warp = sum[row] + __shfl_xor_sync(0xffffffffu, sum[row], 8);
+        of_warp += __shfl_xor_sync(0xffffffffu, of_warp, 16);
+        if (threadIdx.x % 32 < 8) sums[row][warp][column] = of_warp;
+    }
     __syncthreads();
-    real total = 0;  // of row number `warp`
-    for (int i = 0; i < 8; i++) total += sums[warp][i][lane];
-    if (first + warp < b && o < O) y[(long long)warp * O + o] = total;
+    const int row = threadIdx.x / 8;
+    if (row >= 8 || first + row >= b || o >= O) return;
+    real total = 0;
+    for (int i = 0; i < 16; i++) total += sums[row][i][column];
+    y[(long long)row * O + o] = total;
 }
 
 // y = x w^T:  x (b, I), w (O, I).  A block takes 32 columns of 8 rows; a warp a column, a lane an i.

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf.backend import get_xp
-from minirlhf.tree import tree_items, tree_leaves
+from minirlhf.tree import tree_leaves
 
 SIGNATURE = re.compile(r"^KERNEL (\w+)\(([^)]*)\)", re.MULTILINE)  # in kernels.cu
 FEW = 1 << 25  # multiplications of the largest product in a graph: for larger ones, cuBLAS
@@ -26,16 +26,15 @@ FEW = 1 << 25  # multiplications of the largest product in a graph: for larger o
 _of_graph: list | None = None  # arrays of the kernels that are being made for a graph
 
 
-def launch(plain, first, *rest, **constants):
-    """plain(first, ..) by the launch of its name; by its own lines where that does not take it."""
-    _, array = next(tree_items(first))  # of parameters, or an array itself
+def launch(plain, array, *arguments, **constants):
+    """plain(..) of arrays like `array` by the launch of its name; else by its own lines."""
     if os.environ.get("MINIRLHF_KERNELS") == "0" or not compiled(get_xp(array), array.dtype):
-        return plain(first, *rest, **constants)
+        return plain(*arguments, **constants)
     try:
         its = sys.modules[plain.__module__]
-        return globals()[plain.__name__](its, first, *rest, **constants)
+        return globals()[plain.__name__](its, *arguments, **constants)
     except NotImplementedError:
-        return plain(first, *rest, **constants)
+        return plain(*arguments, **constants)
 
 
 @functools.cache
@@ -71,8 +70,9 @@ def run(name, like, given, outputs, *numbers, grid="row"):
     Args:     like: its last axis, or its size, is the size; its dtype is `real`.
               given, outputs: an array, None where the kernel takes it that there is none, or of
                   the outputs the shape of a new one.
-              grid: a block for a "row" of `like`, 8 "column"s, or a "tile" of 8 rows and 32
-                  columns; a thread for an "entry"; 256 blocks for all "together", or "one" of them.
+              grid: a block for a "row" of `like`, of more threads for a "long row", for 8
+                  "column"s, "8 rows of 8" or "8 rows of 32" of them; a thread for an "entry"; 256
+                  blocks for all "together", or "one".
     Returns:  the outputs.
     """
     need(like.size, like.ndim)
@@ -87,7 +87,9 @@ def run(name, like, given, outputs, *numbers, grid="row"):
     blocks, threads, size = {
         "row": (n // C, min(256, -(-C // 32) * 32), C),
         "column": (-(-C // 8), 512, C),
-        "tile": (-(-C // 32) * -(-n // C // 8), 256, C),
+        "long row": (n // C, 256 if C <= 4096 else 1024, C),
+        "8 rows of 8": (-(-C // 8) * -(-n // C // 8), 512, C),
+        "8 rows of 32": (-(-C // 32) * -(-n // C // 8), 256, C),
         "entry": (-(-n // 256), 256, n),
         "together": (256, 256, n),
         "one": (1, 256, n),
@@ -103,44 +105,45 @@ def few_rows(x, w, transposed=False):
     """x w, or x w^T, of few rows: CuPy lets no product of cuBLAS into a graph."""
     O, I = w.shape if transposed else w.shape[::-1]
     need(x.shape[1:] == (I,))
-    y, name = get_xp(x, w).empty((len(x), O), dtype=x.dtype), ("few_rows", "few_rows_transposed")
-    return run(name[transposed], y, (x, w), [y], len(x), I, grid="tile")[0]
+    y = get_xp(x, w).empty((len(x), O), dtype=x.dtype)
+    name, grid = (
+        ("few_rows_transposed", "8 rows of 32") if transposed else ("few_rows", "8 rows of 8")
+    )
+    return run(name, y, (x, w), [y], len(x), I, grid=grid)[0]
 
 
 def as_a_graph(xp, f):
-    """f(), which launches kernels alone, done once; returns what does it again, all at once.
-
-    That works on the same memory, and finds there what f goes by. Beside it: all that memory.
-    """
+    """f(), which launches kernels alone, done once; returns what does all of it again, on the
+    same memory, where it finds what f goes by; and that memory, to be kept."""
     global _of_graph
-    _of_graph, stream = [], capturing_stream(xp)
+    _of_graph, stream = [], capturing_stream(xp, xp.cuda.runtime.getDevice())
     try:
         f()  # what is not loaded yet cannot be captured
         _of_graph.clear()
-        with stream:
-            stream.begin_capture()
-            try:
-                f()
-            finally:
-                graph = stream.end_capture()
+        try:
+            with stream:
+                stream.begin_capture()
+                try:
+                    f()
+                finally:
+                    graph = stream.end_capture()
+        except (xp.cuda.runtime.CUDARuntimeError, xp.cuda.driver.CUDADriverError) as error:
+            warnings.warn(f"minirlhf: kernels are launched one by one: {error}", stacklevel=2)
+            return f, []
         return graph.launch, _of_graph
-    except xp.cuda.runtime.CUDARuntimeError as error:  # another driver, an unknown GPU
-        warnings.warn(f"minirlhf: kernels are launched one by one: {error}", stacklevel=2)
-        return f, []
     finally:
         _of_graph = None
 
 
-@functools.cache  # one for all graphs: CuPy keeps the memory of each stream for itself
-def capturing_stream(xp):
+@functools.cache  # one for all graphs of a GPU: CuPy keeps the memory of each stream for itself
+def capturing_stream(xp, device):
     return xp.cuda.Stream(non_blocking=True)
 
 
 # -- layers ----------------------------------------------------------------------------------------
 def sum_rows(its, x):
-    return run(
-        "column_sums", x, (x, None), [x.shape[-1:], None], x.size // x.shape[-1], grid="column"
-    )[0]
+    C = x.shape[-1:]
+    return run("column_sums", x, (x, None), [C, None], x.size // C[0], grid="column")[0]
 
 
 def norm(layers, x, x_bias, residual, gain, bias, eps):
@@ -164,8 +167,7 @@ def rmsnorm_forward(its, x, gain, *, eps=1e-5):
 
 
 def layernorm_backward(its, dy, cache):
-    dx, dgain, dbias = norm_backward(dy, cache, True)
-    return dx, dgain, dbias
+    return norm_backward(dy, cache, True)
 
 
 def rmsnorm_backward(its, dy, cache):
@@ -321,7 +323,7 @@ def decode_step(its, params, kv, *, tokens, mask, column, config, steps=None):
         score = xp.empty((len(x), H, S), dtype=x.dtype)
         given = qkv, b, cos, sin, kv.mask, steps
         outputs, sizes = (keys, values, score, x.shape), (column, H, K, D, 1.0 / math.sqrt(D))
-        *_, a = run("attend", score, given, outputs, *sizes)
+        *_, a = run("attend", score, given, outputs, *sizes, grid="long row")
         a, b, _ = linear(its.transformer, a, **p["attn"]["out"])
         a, n = next_norm(a, b, x)
         y, b, _ = mlp_forward(its.transformer, n, p["mlp"], keep=False)
@@ -331,10 +333,8 @@ def decode_step(its, params, kv, *, tokens, mask, column, config, steps=None):
 
 def draw_into(its, log_probs, out, *, h, draws, step, who, onto=None):
     """Onto: ids, real, alive and steps, to be written to; None: new arrays, and no steps."""
-    xp, b, (_, R, C), (u, _, *ends) = get_xp(h), len(h), out.hidden.shape, draws
-    need(
-        h.shape == (b, C), len(log_probs) == b, u.shape[1] == R, out.tokens.shape == out.mask.shape
-    )
+    xp, b, (_, R, C), (u, _, *ends) = get_xp(h), len(log_probs), out.hidden.shape, draws
+    need(h.shape == (b, C), u.shape[1] == R, out.tokens.shape == out.mask.shape)
     sizes = C, R, out.tokens.shape[1], step, *ends
     outputs = *out, *(onto or (xp.empty(b, dtype=np.int64), (b,), (b,), None))
     ids, real, alive, _ = run("draw_into", log_probs, (log_probs, h, u, *who), outputs, *sizes)[3:]
@@ -346,14 +346,13 @@ def advance(its, params, kv, out, last, *, draws, step, config):
     if last.again is not None:
         last.again[0]()
         return last
-    largest = max(leaf.size for leaf in tree_leaves(params))
-    need(len(last.ids) <= 8 or len(last.ids) * largest <= FEW)
+    b, largest = len(last.ids), max(leaf.size for leaf in tree_leaves(params))
     temperature, top_k, top_p = draws.sampling
-    need(temperature >= its.COLDEST, top_k == 0, top_p == 1)
+    need(temperature >= its.COLDEST, top_k == 0, top_p == 1, b <= 8 or b * largest <= FEW)
     xp, stands_in = get_xp(draws.u), sys.modules[its.KVCache.__module__]
     column = out.tokens.shape[1] - draws.u.shape[1] - 1
     ids, real, alive = (a.copy() for a in last[1:4])
-    steps = xp.full(len(ids), step)
+    steps = xp.full(b, step)
 
     def one_more():
         same = {"tokens": ids, "mask": real, "column": column, "steps": steps}
@@ -388,7 +387,8 @@ def token_logprobs_backward(its, dlogp, cache):
 
 
 def log_softmax(its, logits, *, temperature=1.0):
-    return run("log_softmax", logits, [logits], [logits.shape], positive(temperature))[0]
+    given, outputs, tau = [logits], [logits.shape], positive(temperature)
+    return run("log_softmax", logits, given, outputs, tau, grid="long row")[0]
 
 
 def sampling_logprobs(its, logits, *, temperature=1.0, top_k=0, top_p=1.0):
@@ -416,10 +416,8 @@ def ppo_clip_forward(
     low, high = its._clip_range(clip_eps, clip, dual_clip)
     outputs = logp.shape, get_xp(logp).empty(logp.shape, dtype=bool), ()
     given = logp, old_logp, advantages, weights
-    bounds = 1 - low, 1 + high, dual_clip or 0.0, its.kl.LOG_RATIO_LIMIT
-    slope, clipped, loss = run(
-        "ppo_clip_forward", logp, given, outputs, its.CLIPS.index(clip), *bounds, grid="one"
-    )
+    sizes = its.CLIPS.index(clip), 1 - low, 1 + high, dual_clip or 0.0, its.kl.LOG_RATIO_LIMIT
+    slope, clipped, loss = run("ppo_clip_forward", logp, given, outputs, *sizes, grid="one")
     return loss, its.PPOClipCache(slope, clipped, weights)
 
 

@@ -76,15 +76,15 @@ class Ranks:
         if xp is np:
             self.comm.Allreduce(None, flat)  # in place
             return
-        nccl = _nccl(xp)
         if self.gpus is None:
+            nccl = self.nccl = _nccl(xp)
             key = self.comm.bcast(nccl.get_unique_id() if self.rank == 0 else None)
             self.gpus = nccl.NcclCommunicator(self.size, key, self.rank)
-        kind = getattr(nccl, f"NCCL_{flat.dtype.name.upper()}", None)
+        kind = getattr(self.nccl, f"NCCL_{flat.dtype.name.upper()}", None)
         if kind is None:
             raise TypeError(f"sum_over: expected numbers that NCCL adds up; got {flat.dtype}")
         here, stream = flat.data.ptr, xp.cuda.get_current_stream().ptr
-        self.gpus.allReduce(here, here, flat.size, kind, nccl.NCCL_SUM, stream)
+        self.gpus.allReduce(here, here, flat.size, kind, self.nccl.NCCL_SUM, stream)
 
 
 def _nccl(xp: Any) -> Any:

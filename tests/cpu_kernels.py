@@ -216,7 +216,11 @@ def empty(shape, dtype):
     return FakeArray(array)
 
 
-CUDA = SimpleNamespace(Stream=CpuStream, runtime=SimpleNamespace(CUDARuntimeError=CudaError))
+CUDA = SimpleNamespace(
+    Stream=CpuStream,
+    runtime=SimpleNamespace(CUDARuntimeError=CudaError, getDevice=lambda: fakegpu.device),
+    driver=SimpleNamespace(CUDADriverError=CudaError),
+)
 
 
 @contextlib.contextmanager
