@@ -15,7 +15,7 @@ trl = pytest.importorskip("trl", minversion="1.16")
 
 from minirlhf import judge
 from minirlhf.exact.judge import SAMPLERS
-from minirlhf.exact.libraries import LIBRARIES
+from minirlhf.exact.libraries import LIBRARIES, TERMS
 
 pytestmark = [
     pytest.mark.peers,
@@ -103,7 +103,7 @@ def test_every_loss_type(tmp_path, loss_type, corrected):
     settings = {"loss_type": loss_type, "use_bias_correction_kl": corrected, "epsilon_high": 5.0}
     theirs = judge(trl_loss(tmp_path, beta=1.0, **settings), framework="torch", size=SIZE)
     row = LIBRARIES["trl-grpo" if corrected else "trl-grpo-uncorrected"]
-    f = mean_of(row.f) if loss_type in MEANS else row.f
+    f = mean_of(TERMS[row.term]) if loss_type in MEANS else TERMS[row.term]
     ours = judge(f, framework="numpy", size=SIZE)
     penalties = [verdict for verdict in theirs.verdicts if verdict.part == "kl"]
     for their, our in zip(penalties, ours.verdicts, strict=True):
