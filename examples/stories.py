@@ -1,4 +1,4 @@
-"""Does the KL penalty keep a pretrained model telling stories? stories15M, beta = 0, 0.3 and 2.
+"""Does the KL penalty keep a pretrained model telling stories? stories15M, beta = 0, 0.3 and 10.
 
     python examples/get_stories15m.py models/stories15M
     python examples/stories.py models/stories15M        # four minutes a run on two cores
@@ -27,7 +27,7 @@ import minirlhf
 from minirlhf.app.page import report
 from minirlhf.runs.metrics import repeated_bigram_share
 
-BETAS, DEFAULT = (0.0, 0.3, 2.0), 0.3
+BETAS, DEFAULT = (0.0, 0.3, 10.0), 0.3
 SEEDS = [4, 5, 6]  # the settings were chosen on 1, 2, 3 and 77
 GOOD = set(
     "happy happily love loved loves lovely smile smiled smiling laugh laughed laughing fun joy "
@@ -117,7 +117,7 @@ def run_seed(model: Path, seed: int, out: Path, betas: list[float]) -> dict[str,
 
 def claims(rows: dict[str, dict]) -> dict[str, bool]:
     """What the README says, for one seed."""
-    ref, free, default, tight = (rows[k] for k in ("reference", "0", f"{DEFAULT:g}", "2"))
+    ref, free, default, tight = (rows[k] for k in ("reference", "0", f"{DEFAULT:g}", "10"))
     repeats, text = "repeated_bigrams", "ref_logp"
     return {
         "beta 0: the highest reward": free["reward"] > max(default["reward"], tight["reward"]),
@@ -128,7 +128,7 @@ def claims(rows: dict[str, dict]) -> dict[str, bool]:
         "beta 0.3: reward and gold above it by 0.5": (
             min(default[name] - ref[name] for name in ("reward", "gold")) >= 0.5
         ),
-        "beta 2: reward within 0.5 of it, log pi_ref within 0.1": (
+        "beta 10: reward within 0.5 of it, log pi_ref within 0.1": (
             abs(tight["reward"] - ref["reward"]) < 0.5 and abs(tight[text] - ref[text]) < 0.1
         ),
     }

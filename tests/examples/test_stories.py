@@ -61,7 +61,7 @@ def test_it_runs_and_says_what_held(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stories, "__file__", str(tmp_path / "rewards.py"))
     called(monkeypatch, stories, write_model(tmp_path), "--seeds", 3, "--out", tmp_path / "runs")
     found = json.loads((tmp_path / "runs" / "stories.json").read_text())
-    assert found["rows"]["3"].keys() == {"reference", "0", "0.3", "2"}
+    assert found["rows"]["3"].keys() == {"reference", "0", "0.3", "10"}
     assert found["rows"]["3"]["reference"]["kl_seq"] == 0.0
     claims = found["claims"]["3"]
     said = capsys.readouterr().out
