@@ -28,7 +28,7 @@ from minirlhf.app.page import report
 from minirlhf.runs.metrics import repeated_bigram_share
 
 BETAS, DEFAULT = (0.0, 0.3, 10.0), 0.3
-SEEDS = [4, 5, 6]  # settings were chosen on 1, 2, 3 and 77; beta = 2 was too small, said 4
+SEEDS = [4, 5, 6]  # chosen on others; that 10 is the large beta, and not 2, was seen on 4
 GOOD = set(
     "happy happily love loved loves lovely smile smiled smiling laugh laughed laughing fun joy "
     "nice kind kindness good great best beautiful wonderful glad proud hug hugged friend friends "

@@ -252,7 +252,7 @@ def attention_backward(its, dout, cache):
 def linear(its, x, w, b=None):
     """x w, the bias that is still to be added, and the cache of `linear_forward`."""
     need(w.ndim == 2, x.shape[-1] == w.shape[0], b is None or b.shape == w.shape[1:])
-    if _of_graph is not None:
+    if _of_graph is not None:  # no backward follows a token
         return few_rows(x, w), b, None
     y = (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
     return y, b, its.layers.LinearCache(x, w, b is not None)

@@ -147,7 +147,7 @@ class Last(NamedTuple):
     ids: Array  # (b,)
     real: Array  # (b,) 1, or 0 where it stands behind the end
     alive: Array  # (b,) 1 where more will be drawn
-    again: Any = None  # of a GPU: what does all that `advance` did, as one operation
+    again: Any = None  # on a GPU: (launches all that `advance` does at once, the memory for it)
 
 
 @fused
