@@ -65,9 +65,10 @@ def main() -> None:
     print(f"\nmean +- sd over {len(seeds)} seeds; in how many of them gold rose")
     for name in seeds[0]:
         values = np.array([[rows[name][column] for column in COLUMNS] for rows in seeds])
+        sds = values.std(0, ddof=int(len(seeds) > 1))
         cells = (
             f"{column} {mean:.3f} +- {sd:.3f}"
-            for column, mean, sd in zip(COLUMNS, values.mean(0), values.std(0), strict=True)
+            for column, mean, sd in zip(COLUMNS, values.mean(0), sds, strict=True)
         )
         rose = sum(rows[name]["gold"] > rows["reference"]["gold"] for rows in seeds)
         print(f"{name:>9}: {', '.join(cells)}; gold rose in {rose}")

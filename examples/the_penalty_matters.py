@@ -142,9 +142,10 @@ def main() -> None:
     print(f"\nmean +- sd over {len(seeds)} seeds")
     for name in ("reference", *(f"{beta:g}" for beta in BETAS)):
         values = np.array([[seed["rows"][name][column] for column in COLUMNS] for seed in seeds])
+        sds = values.std(0, ddof=int(len(seeds) > 1))
         cells = (
             f"{column} {mean:.3f} +- {sd:.3f}"
-            for column, mean, sd in zip(COLUMNS, values.mean(0), values.std(0), strict=True)
+            for column, mean, sd in zip(COLUMNS, values.mean(0), sds, strict=True)
         )
         print(f"{name:>9}: " + ", ".join(cells))
     print("\nclaim: in how many of the seeds it holds")

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ def number(x: float, digits: int) -> str:
     return f"{round(x, digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no −0.00
 
 
-def spread(values: list[float], digits: int, sd: Callable = statistics.pstdev) -> str:
-    return f"{number(mean(values), digits)} ± {number(sd(values), digits)}"
+def spread(values: list[float], digits: int) -> str:
+    return f"{number(mean(values), digits)} ± {number(statistics.stdev(values), digits)}"
 
 
 def read(path: Path) -> Any:
@@ -71,8 +71,8 @@ def stories(folder: Path) -> str:
     seeds, rows = list(found["rows"].values()), []
     for key in seeds[0]:
         values = {c: [seed[key][c] for seed in seeds] for c in columns}
-        name, sd = key if key == "reference" else f"β = {key}", statistics.stdev
-        rows.append([name, *(spread(values[c], digits, sd) for c, (_, digits) in columns.items())])
+        name = key if key == "reference" else f"β = {key}"
+        rows.append([name, *(spread(values[c], digits) for c, (_, digits) in columns.items())])
     text = table(["", *(title for title, _ in columns.values())], rows)
     said = zip(rows, (seed["replies"][1] for seed in seeds[0].values()), strict=True)
     told = (f"- {row[0]}: {' '.join(reply.split())} …" for row, reply in said)

@@ -153,7 +153,7 @@ def optimum_tables(runs: list[Row]) -> tuple[Table, Table]:
     """A line for a name and beta: means, sd and least over seeds; and J* - J by token."""
     n = len({run["seed"] for run in runs})
     of_runs = f"{n} seed{'s' * (n > 1)}, {runs[0]['iterations']} iterations"
-    spread = {"sd": np.std, "least": np.min} if n > 1 else {}
+    spread = {"sd": lambda x: np.std(x, ddof=1), "least": np.min} if n > 1 else {}
     heads = ("share\nof J*", *spread, "KL", "gold", "Var", "s a\nrun")
     table = number_table(f"trained policies against their exact optimum; {of_runs}", "", *heads)
     table.caption = "share of J*: (J - E_ref r) / (J* - E_ref r). Var: of r - beta log_ratio "

@@ -33,8 +33,8 @@ PANELS, STORY = METRICS["panels"], METRICS["story"]
 class Recorded:
     """What a run folder says, ended or not, without its models."""
 
-    def __init__(self, folder: str | Path):
-        self.folder, self.name = Path(folder), Path(folder).resolve().name
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
         self.config = dict(flat(load_config(self.folder / "config.toml")))  # {"ppo.kl_coef": 0.2}
         self.rows = read_metrics(self.folder)
         samples, has = self.folder / "samples.jsonl", {"step": int, "prompt": str, "response": str}
@@ -80,8 +80,16 @@ def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: boo
             "folders that `minirlhf train` wrote"
         )
     out = Path(out or Path(*folders[: len(folders) == 1]) / "report.html")
-    write_whole(out, page([*map(Recorded, folders)], exact=exact).encode())
+    runs = map(Recorded, map(Path, folders), short_names(folders))
+    write_whole(out, page([*runs], exact=exact).encode())
     return out
+
+
+def short_names(folders: Sequence[str | Path]) -> list[str]:
+    """The names of folders, behind as many of those above them as tell them apart."""
+    paths = [Path(folder).resolve().parts for folder in folders]
+    longer = ([str(Path(*path[-n:])) for path in paths] for n in range(1, 4096))
+    return next(names for names in longer if len(set(names)) == len(set(paths)))
 
 
 def page(runs: list[Recorded], *, exact: bool = False) -> str:
@@ -142,13 +150,11 @@ def asked(runs: list[Recorded]) -> list[tuple[str, list[Row]]]:
             "replies: expected a policy, and held-out prompts or logged replies; found none: see "
             "minirlhf score"
         )
-    found = []
+    found = [(run.name, of.replies(**same)) for run, of in zip(runs, opened, strict=True)]
+    found = [(f"{name}: β = {rows[0].kl_coef:g}", rows) for name, rows in found]
     if len(runs) == 1:
         first = opened[0].replies(**same, reference=True)
-        found = [("the reference, priced by the policy", first)]
-    for run, of in zip(runs, opened, strict=True):
-        rows = of.replies(**same)
-        found.append((f"{run.name}: β = {rows[0].kl_coef:g}", rows))
+        found = [("the reference, priced by the policy", first), *found]
     paid = np.max([[row.kl_seq for row in rows] for _, rows in found], axis=0)
     return [(label, [rows[i]._asdict() for i in np.argsort(-paid)]) for label, rows in found]
 
@@ -205,8 +211,7 @@ def paths(run: Recorded) -> Iterator[Row]:
         points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
         if len(points) > 1:
             (d, y), law = np.array(points).T, None
-            look = "l0" if name == "proxy" else "l1"
-            lines = [Line("PPO", *charts.thinned(d, y), look, dots=True)]
+            lines = [Line("PPO", *charts.thinned(d, y), f"l{int(name != 'proxy')}", dots=True)]
             if len(points) >= 8 and d.max() > 0.3:
                 start, at = run.story[name][0], np.linspace(0, d.max(), 40)
                 law = fitted(d, y - start)

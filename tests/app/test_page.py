@@ -294,6 +294,22 @@ def test_several_runs_are_laid_over_each_other(runs, tmp_path, capsys, monkeypat
     assert "has logged the same as some" in twins.said
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a"], ["a"]),
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["mon/run", "tue/run"], ["mon/run", "tue/run"]),
+        (["mon/x/run", "tue/x/run", "/b"], ["mon/x/run", "tue/x/run", "/b"]),
+        (["runs/a", "runs/../runs/a"], ["a", "a"]),
+        (["/"], ["/"]),
+        ([], []),
+    ],
+)
+def test_runs_of_one_name_are_told_apart_by_the_folders_above(folders, names):
+    assert page.short_names(folders) == names
+
+
 def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     assert "expected 1 to 5 run folders" in refusal(capsys, "report")
     assert "expected 1 to 5 run folders" in refusal(capsys, "report", *[runs[0]] * 6)
@@ -401,7 +417,7 @@ def test_findings_follow_the_replies_and_are_text(runs, monkeypatch):
     finding.evidence, finding.cause, finding.knob = "<i>", "c", "k"
     found = Found([finding], ["a rule: without its metric"])
     monkeypatch.setattr(page, "diagnose", lambda folder: found)
-    shown = Page(page.page([page.Recorded(runs[0])]))
+    shown = Page(page.page([page.Recorded(runs[0], "some")]))
     assert "warning: r<b> , from step 7 on <i> c First: k" in shown.said
     assert "a rule: without its metric" in shown.said and "<i>" not in shown.text
     assert shown.text.index('id="replies"') < shown.text.index('id="findings"')
@@ -535,7 +551,7 @@ def in_browser(text, folder, *, width=1400):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [400, 1400])
 def test_in_a_browser_it_fits_asks_for_nothing_and_makes_no_error(runs, tmp_path, known, width):
-    text = page.page([page.Recorded(runs[0])]).replace("</main>", "")
+    text = page.page([page.Recorded(runs[0], "some")]).replace("</main>", "")
     seen, asked = in_browser(text, tmp_path, width=width)
     assert seen["errors"] == [] and asked == set()
     assert seen["wide"] <= seen["window"] == width

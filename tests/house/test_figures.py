@@ -50,7 +50,7 @@ def test_support(support):
     head, reference, free, default, _ = cells(text)
     assert head[1:4] == ["proxy reward", "gold reward", "`kl_seq` [nats]"]
     assert [reference[0], default[0]] == ["reference", "**β = 0.2** (default)"]
-    assert free[:2] == ["β = 0", "−0.50 ± 0.50"] and reference[5] == "2.5 ± 0.5"
+    assert free[:2] == ["β = 0", "−0.50 ± 0.71"] and reference[5] == "2.5 ± 0.7"
     assert text.endswith("Seeds in which it held: gold rises: 1 of 2.")
 
 
