@@ -9,7 +9,7 @@ such a list of words, so what is wanted, gold, is another number, which training
     gold = min(reward, 3) - 10 repeated_bigrams - 2 max(0, -2 - mean_t log pi_ref(y_t))
 
 three good words are enough, repeating is bad, and so is text that the pretrained model finds
-unlikely (its own has about -1.2 nats a token). There is no fine-tuning (`--sft.steps 0`): the
+unlikely (its own has about -1.3 nats a token). There is no fine-tuning (`--sft.steps 0`): the
 reference is the model as it was found. Of a seed all runs have the same random streams.
 
 Prints a line for each run, means over the seeds, the claims by seed, and the first replies; writes

@@ -6,8 +6,8 @@ For every seed the reference and the reward model are trained once; PPO then sta
 from the same reference, with the same reward model and the same random streams: only beta differs.
 The proxy reward is what PPO sees; the gold reward, computed from the text, is what was wanted.
 
-Prints a line for every run, the table of means, replies before and after, and the five claims as
-yes or no for each seed. Writes the_penalty_matters.png beside the run folders and, with
+Prints a line for every run, the table of means, in how many seeds each of seven claims holds, and
+replies before and after. Writes the_penalty_matters.png beside the run folders and, with
 --picture, somewhere else as well; and the_penalty_seen.png, replies to one prompt token by token.
 """
 

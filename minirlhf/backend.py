@@ -1,7 +1,7 @@
 """Which array library holds the numbers: NumPy in main memory, CuPy on a GPU.
 
 Every function of `nn/` and `rlhf/` begins with `xp = get_xp(...)`, so the arrays themselves choose
-where the work is done. This is the only file of the package that imports cupy.
+where the work is done. No other file imports cupy (ranks.py its NCCL).
 """
 
 import functools

@@ -135,7 +135,7 @@ def diagnosis(folder: Path) -> str:
         cells = [f"`{rule}`", ", ".join(causes) or "–", f"{told['first']} of {told['runs']}"]
         cells += [", ".join(others) or "–", str(told["first elsewhere"])]
         cells += [str(told["below another"])]
-        cells += [f"{told['in healthy runs']} of {n}", f"early: {lead}" if early else "audits"]
+        cells += [f"{told['in healthy runs']} of {n}", f"early: {lead}" if early else "no"]
         rows.append(cells)
     heads = ["rule", "planted", "named first", "else first", "first in other causes"]
     heads += ["listed below another", "in healthy runs", "before gold is seen to fall"]

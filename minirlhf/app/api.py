@@ -126,7 +126,7 @@ def resume(
 def open_run(folder: str | Path, *, reward: Reward = "") -> "Run":
     """A run, to sample from and to score with, also before PPO has ended: see `load_models`.
 
-    Args:     reward: as of `resume`; `Run.score` alone asks it.
+    Args:     reward: as of `resume`; `score` and `replies` ask it.
     Raises:   InputError: the folder holds no run that has a reference.
     """
     return Run(reopen_session(folder, reward=reward, look=True, say=say))

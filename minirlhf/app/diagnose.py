@@ -38,7 +38,7 @@ APART = 5.0  # standard errors, of its own changes, between means over three ste
 
 class Finding(NamedTuple):
     rule: str
-    severity: str  # error, warning, note
+    severity: str  # error, warning
     onset: int | None  # the step from which it holds
     evidence: str
     cause: str
@@ -53,7 +53,7 @@ class Diagnosis(NamedTuple):
     @property
     def status(self) -> int:
         """The exit status: 1 if something is wrong."""
-        return int(any(finding.severity != "note" for finding in self.findings))
+        return int(bool(self.findings))
 
     def __str__(self) -> str:
         lines = [] if self.findings else [f"nothing found in {self.iterations} iterations of PPO"]

@@ -124,7 +124,7 @@ def attention_forward(
 
 @fused
 def attention_backward(dout: Array, cache: AttentionCache) -> Array:
-    """dv = A^T do,  dA = do v^T,  dS = A (dA - sum_j A dA),  dq = dS k / sqrt(D),  dk = dS^T q.
+    """dv = A^T do,  dA = do v^T,  dS = A (dA - sum_j A dA),  (dq, dk) = (dS k, dS^T q) / sqrt(D).
 
     With A = E / total the division is made once on do:  A^T do = E^T (do / total), and so on. The
     row sum needs no pass over Q x T:  sum_j A_ij dA_ij = do_i . out_i. The sum over the queries of
@@ -144,7 +144,7 @@ def attention_backward(dout: Array, cache: AttentionCache) -> Array:
     dscore -= row_sum.reshape(B, K, rows, 1)
     dscore *= exp_scores  # 0 where not allowed
     q_rows = split_heads(q, H).reshape(B, K, rows, -1)
-    xp.matmul(dscore.swapaxes(-1, -2), q_rows, out=split_heads(dk, K))
+    xp.matmul(dscore.swapaxes(-1, -2), q_rows, out=split_heads(dk, K))  # q is scaled already
     dq_BHQD = (dscore @ split_heads(k, K)).reshape(B, H, Q, -1)
     dq = xp.empty_like(out)
     # of the q before it was scaled

@@ -1,6 +1,6 @@
 """What reads the transformer's hidden states: next-token logits, a value or a reward.
 
-`h` (B, T, C) is the output of the final layer norm.
+`h` (B, T, C) is the output of the final norm.
 """
 
 from typing import NamedTuple

@@ -18,7 +18,7 @@ from minirlhf.tree import Tree
 from minirlhf.workers import map_over, n_workers
 
 PIECE_FLOATS = 1 << 27  # most that a piece of a batch may need beside its logits: 512 MB
-ALIVE_CHECK_EVERY = 4, 8  # steps between two looks at "who has stopped?"; on a GPU each waits
+ALIVE_CHECK_EVERY = 4, 8  # steps between looks at who has stopped: on a CPU; on a GPU, which waits
 DROP_BELOW = 0.75  # share still alive below which those that have stopped leave the batch
 COLDEST = 2.0**-126  # below it float32 takes a temperature for 0
 
@@ -272,6 +272,6 @@ def _extend(params: Tree, part: tuple[Array, Array, Draws], *, config: GPTConfig
                 break  # the rest of `out` is padding already
             if n_alive <= DROP_BELOW * len(last.rows):
                 left = xp.flatnonzero(last.alive)
-                last, kv = Last(*(a[left] for a in last[:-1])), kv.rows(left)
+                last, kv = Last(*(a[left] for a in last[:-1])), kv.rows(left)  # `again`: anew
         last = advance(params, kv, out, last, draws=draws, step=step, config=config)
     return out

@@ -97,8 +97,8 @@ def advantages_without_critic(
 
     Means and the sd (with G - 1) are over the G responses to one prompt, and A_i stands at every
     token of response i. R_i is in its own mean: E[A_i grad log pi] is (G-1)/G of the gradient for
-    group-mean and all of it for leave-one-out, G/(G-1) (R_i - mean). Dividing by the sd weighs each
-    prompt by 1/sd, and a penalty in the reward with it.
+    group-mean, all of it for leave-one-out, which is G/(G-1) times as much. Dividing by the sd
+    weighs each prompt by 1/sd, and a penalty in the reward with it.
 
     Args:     rewards: (B, T) from `token_rewards`; responses to one prompt stand together.
               mask: (B, T).

@@ -36,7 +36,7 @@ def summed_penalty(logp: Array, ref_logp: Array, *, mask: Array) -> Array:
     """Penalty = sum_t mask_t (logp_t - ref_logp_t) = log Pr_theta(y|x) - log Pr_ref(y|x).
 
     One number a response, k1 summed over its tokens: it may be negative, and at theta = ref it is
-    0 for every response. Training reports it; what it learns from is `penalty_in_reward`.
+    0 for every response. Reported, and what steers beta; what trains is `penalty_in_reward`.
 
     Args:     logp: (B, T) log pi_theta(y_t|.) [nats].
               ref_logp: (B, T) log pi_ref(y_t|.) [nats].
@@ -281,8 +281,8 @@ def full_kl_forward(
     """kl_token_t = sum_a P_{t,a} (log P_{t,a} - log Q_{t,a}) = KL(pi(.|s_t) || ref(.|s_t)).
 
     Summed over the tokens of y ~ pi it is an unbiased, Rao-Blackwellised estimate of the sequence
-    KL, >= 0, with less variance than k1 (Amini et al. 2025, arXiv 2504.10637). As a loss it has
-    the partial gradient; `future_kl` supplies the rest.
+    KL, >= 0, mostly with less variance than k1 (Amini et al. 2025, arXiv 2504.10637). As a loss it
+    has the partial gradient; `future_kl` supplies the rest.
 
     Args:     logits: (B, T, V) of pi.
               ref_logits: (B, T, V) of ref, constant.

@@ -1,8 +1,8 @@
 """log pi(y_t | x, y_<t), its sum over a response, and the entropy, from logits.
 
 `logits` (B, T, V) are already shifted: logits[:, t] predict targets[:, t]. Every function takes the
-sampling temperature tau and works on z / tau: the old, current and reference log-probs must be
-those of the distribution that was sampled, or the ratio is not 1 at the first step.
+sampling temperature tau and works on z / tau: old, current and reference log-probs must all be at
+the temperature of sampling, or the ratio is not 1 at the first step.
 """
 
 from collections.abc import Callable

@@ -178,8 +178,8 @@ def gspo_forward(
 ) -> tuple[Array, GSPOCache]:
     """PPO's objective with one ratio for all tokens of a response, s = (pi(y) / old(y))^(1/|y|).
 
-    GSPO, Zheng et al. 2025, arXiv 2507.18071: log s is the mean of the tokens' log-ratios, so the
-    clip keeps or drops whole responses. Their clip_eps are 3e-4 and 4e-4.
+    GSPO, Zheng et al. 2025, arXiv 2507.18071: log s is the mean of the tokens' log-ratios, so with
+    one A a response the clip keeps or drops it as a whole. Their clip_eps are 3e-4 and 4e-4.
 
     Args:     as `ppo_clip_forward`; clip: its settings.
     Returns:  loss () [advantage units], cache.
@@ -337,7 +337,7 @@ def kl_loss_forward(
     token       sum_t w_t rho_t k(logp_t - ref_logp_t)
     sequence    sum_b w_b rho_b k(sum_t logp - ref_logp)
     full        sum_t w_t KL(pi(.|s_t) || ref(.|s_t))
-    rao_blackwell   the same number; its gradient adds sum_t w_t dlogp_t (KL of the later tokens)
+    rao_blackwell   the same number; its gradient adds sum_t w_t grad logp_t (later tokens' KL)
 
     Args:     logits: (B, T, V) of the current policy; used by full and rao_blackwell.
               logp: (B, T) of the sampled tokens [nats].

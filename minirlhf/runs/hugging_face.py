@@ -1,4 +1,4 @@
-"""What transformers reads and writes beside the weights: tokenizer out, a whole GPT-2 in.
+"""What transformers reads and writes beside the weights: tokenizer out, a whole model in.
 
 tiktoken joins the neighbours of lowest rank, transformers those that stand first in a list of
 merges. The last two parts into which the ranks join a token's bytes are its merge, and both ways

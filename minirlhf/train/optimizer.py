@@ -109,7 +109,7 @@ class Optimizer:
 
 @fused
 def move_if_finite(flat: Array, *others: Array, numbers: Array, step: int, rates: dict) -> None:
-    """Piece by piece, by all workers. Whether anything moves is asked here, by a kernel there."""
+    """Piece by piece, by all workers. What is asked here on a CPU, on a GPU its kernel asks."""
     if get_xp(numbers).isfinite(numbers).all():
         over_pieces(functools.partial(_adamw, step, rates), flat, *others)
 

@@ -155,7 +155,7 @@ def make_experience(
         advantages, returns = gae(rewards, values, mask=mask, gamma=s.gamma, lam=s.lam)
     else:
         form = {"form": s.advantages, "samples_per_prompt": s.samples_per_prompt}
-        advantages, returns = advantages_without_critic(rewards, mask=mask, **form), values
+        advantages, returns = advantages_without_critic(rewards, mask=mask, **form), values  # all 0
     if s.whiten_advantages:
         advantages, advantage_scale = masked_whiten(advantages, mask=mask)
     if s.importance != "none":
@@ -413,7 +413,7 @@ def next_kl_coef(kl_coef: float, *, rollout: Rollout, settings: PPOConfig) -> fl
 def next_reference(reference: Tree, optimizer: Optimizer, settings: PPOConfig) -> Tree:
     """The reference itself; every `reset_reference_every` iterations a copy of the policy.
 
-    K resets, each at the optimum, end where beta / K would: ref exp(r / beta) is the next ref.
+    n resets, each at the optimum, end where beta / n would: ref exp(r / beta) is the next ref.
     """
     every = settings.reset_reference_every * settings.updates_per_iteration
     if not every or optimizer.updates % every:

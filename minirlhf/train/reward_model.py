@@ -41,7 +41,7 @@ class RewardModelConfig:
     epochs: int = 4  # Passes over the pairs
     batch_size: int = 64  # Pairs an update
     margin: float = 0.0  # Score difference that the loss asks for in a pair
-    label_smoothing: float = 0.0  # Share of labels assumed to be flipped [0 to below 0.5]
+    label_smoothing: float = 0.0  # Share of labels of pairs assumed to be flipped [0 to below 0.5]
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=10, eps=1e-8)
 
     def __post_init__(self):
@@ -86,10 +86,10 @@ def train_reward_model(
     rng: np.random.Generator,
     device: str = "cpu",
 ) -> Iterator[dict[str, float]]:
-    """The loop: epochs over the pairs in a new order each, minimising -log sigma(margin).
+    """The loop: epochs over the pairs in a new order each, minimising -log sigma(better - worse).
 
     A ranked list counts as one pair, with the loss of Plackett and Luce, of which this is the case
-    of two.
+    of two; settings.margin and label_smoothing are of pairs alone.
 
     Args:     optimizer: of `init_reward_model`; made for `n_updates` updates. After a resume it
                   says how many have been made.
@@ -190,7 +190,7 @@ def _micro_batch(
         loss, loss_cache = preferences.plackett_luce_forward(score.swapaxes(0, 1))
         dscore = preferences.plackett_luce_backward(share, loss_cache)
         dscore = dscore.swapaxes(0, 1).reshape(-1)
-    better, worse = score[:-1], score[1:]
+    better, worse = score[:-1], score[1:]  # of a longer list: neighbours
     metrics = {
         "loss/reward_model": share * loss,
         "accuracy": share * (better > worse).mean(),
@@ -264,8 +264,8 @@ def _raw_scores(
 def normalized(model: RewardModel, raw_scores: np.ndarray) -> RewardModel:
     """The model rescaled so that `raw_scores` (of reference samples) get mean 0 and sd 1.
 
-    The scale is part of beta: only beta / sd(score) has a meaning, and the ranking loss fixes
-    neither offset nor scale.
+    The scale is part of beta: only beta / sd(score) has a meaning. The ranking loss fixes no
+    offset, and the scale only through the noise of the labels.
 
     Raises:   InputError: all scores are equal, or differ by rounding alone; one is not finite.
     """

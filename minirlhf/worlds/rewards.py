@@ -1,7 +1,7 @@
 """A reward of one's own: which functions can be one, how it is found and called; and some to use.
 
-The names of its parameters say what a function wants: text (prompt and response as one text), or
-(prompt, response); lists of them where the names are plural: texts, (prompts, responses).
+The names of its parameters say what a function wants: text (prompt and response as one), response,
+or (prompt, response); lists where the names are plural: texts, responses, (prompts, responses).
 """
 
 import functools

@@ -12,7 +12,7 @@ from minirlhf.worlds.rewards import UserReward
 class World:
     """Everything that training needs to know about its subject; text only, no tokens, no arrays.
 
-    It has at least one source of preference: `annotate`, `pairs` or `reward`.
+    It has a source of preference, or serves fine-tuning alone: `annotate`, `pairs`, `reward`.
     """
 
     name: str

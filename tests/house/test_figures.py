@@ -79,7 +79,7 @@ def test_diagnosis(tmp_path):
     assert row[4:] == ["3", "6", "0 of 5", "early: 2 iterations (4 runs)"]
     found["rules"]["r"]["lead"] = -1.0
     write(tmp_path, "28_a/28_a.json", found)
-    assert cells(tables.diagnosis(tmp_path))[1][-1] == "audits"
+    assert cells(tables.diagnosis(tmp_path))[1][-1] == "no"
 
 
 def test_optimum(tmp_path):
