@@ -12,6 +12,7 @@ COLOURS = {
     "JAX": "#E69F00",
     "TRL": "#000000",
 }
+TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of ratios
 AXES = {
     "batch_size": "responses in the batch",
     "response_len": "tokens of a response",
@@ -54,6 +55,12 @@ def draw_ratios(rows: list[Row], path: Path) -> Path:
             axis.text(place, high, f" {row['ratio']:.2g}", rotation=90, fontsize=7, ha="center")
         axis.axhline(1.0, color="black", linewidth=1)
         axis.set_yscale("log")
+        ends = [end for row in same for end in row["quartiles"]]
+        bottom, top = 0.9 * min(1.0, *ends), 1.2 * max(1.0, *ends)  # the number above stays inside
+        axis.set_ylim(bottom, top)
+        ticks = [tick for tick in TICKS if bottom <= tick <= top]
+        axis.set_yticks(ticks, map(str, ticks))
+        axis.minorticks_off()
         axis.set_xticks(range(len(parts)), parts)
         axis.set_title(workload, fontsize=10)
     figure.axes[0].set_ylabel("time / minirlhf's time")
