@@ -207,7 +207,7 @@ def _event_files(opened: ExitStack, path: Path, rows: list[Row]) -> Add:
         if stage not in writers:
             writers[stage] = Writer(str(path / stage))
             opened.callback(writers[stage].close)
-        for name in row.keys() - {"step", "stage"}:
+        for name in (name for name in row if name not in ("step", "stage")):
             value = math.nan if row[name] is None else row[name]
             writers[stage].add_scalar(name, value, row["step"])
         writers[stage].flush()

@@ -143,9 +143,9 @@ def test_a_mirror_that_was_killed_or_lost_is_made_again(whole, tmp_path):
     expected, path = rows_of(folder, kind), mirror_of(folder, kind)
     if kind == "csv":
         path.write_bytes(path.read_bytes()[:-40])
-    else:
+    else:  # some of its last numbers: one may be the time, which is not compared
         file = next(path.glob("ppo/*"))
-        file.write_bytes(file.read_bytes()[:-40])
+        file.write_bytes(file.read_bytes()[:-400])
     assert rows_of(folder, kind) != expected
     resume(folder)
     assert rows_of(folder, kind) == expected
