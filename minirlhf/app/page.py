@@ -88,7 +88,7 @@ def report(folders: Sequence[str | Path], *, out: Path | None = None, exact: boo
 def short_names(folders: Sequence[str | Path]) -> list[str]:
     """The names of folders, behind as many of those above them as tell them apart."""
     paths = [Path(folder).resolve().parts for folder in folders]
-    longer = ([str(Path(*path[-n:])) for path in paths] for n in range(1, 4096))
+    longer = ([str(Path(*path[-n:])) for path in paths] for n in range(1, 4096))  # deep enough
     return next(names for names in longer if len(set(names)) == len(set(paths)))
 
 
@@ -210,8 +210,8 @@ def paths(run: Recorded) -> Iterator[Row]:
         pairs = zip(run.of_ppo(STORY["kl_seq"]), run.of_ppo(STORY[name]), strict=False)
         points = [(max(k, 0.0) ** 0.5, y) for k, y in pairs if None not in (k, y)]
         if len(points) > 1:
-            (d, y), law = np.array(points).T, None
-            lines = [Line("PPO", *charts.thinned(d, y), f"l{int(name != 'proxy')}", dots=True)]
+            (d, y), law, look = np.array(points).T, None, "l0" if name == "proxy" else "l1"
+            lines = [Line("PPO", *charts.thinned(d, y), look, dots=True)]
             if len(points) >= 8 and d.max() > 0.3:
                 start, at = run.story[name][0], np.linspace(0, d.max(), 40)
                 law = fitted(d, y - start)
